@@ -1,0 +1,326 @@
+"""Every option of a training run: its type, its range, and what it means.
+
+The models hold no default values: those live in the presets (`configs/*.yaml`), so that a number is written
+in one place. `config_yaml` reads and writes the files, `config_cli` adds the command line. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from densegrpo_fast.fingerprint import fingerprint
+from densegrpo_fast.suggest import did_you_mean
+
+REWARD_NAMES = ("scenes", "scenes_strict", "jpeg_compressibility", "jpeg_incompressibility", "pickscore")
+"""Rewards that come with the package. Any other must be written `module:function` or `path.py:function`."""
+
+_OWN_REWARD = re.compile(r"[^:\s][^:]*:[A-Za-z_]\w*")
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
+PositiveInt = Annotated[int, Field(ge=1)]
+StepIndex = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all option groups: unknown keys, NaN, infinities and silent conversions are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelOptions(Section):
+    """The flow model that is aligned."""
+
+    path: Text = Field(description='"embedded", a Hugging Face hub id, or a local pipeline directory')
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        description="precision of the frozen base; auto = bfloat16 on a GPU, float32 on a CPU"
+    )
+    max_sequence_length: int = Field(ge=0, le=512, description="tokens in the T5 block; 0 leaves the block out")
+    revision: Text | None = Field(description="hub revision (branch, tag or commit) to pin; null = the default one")
+    height: int = Field(ge=0, le=4096, multiple_of=8, description="image height in pixels; 0 = the model's own")
+    width: int = Field(ge=0, le=4096, multiple_of=8, description="image width in pixels; 0 = the model's own")
+
+
+class LoraOptions(Section):
+    """The low-rank adapter, the only thing that is trained."""
+
+    rank: int = Field(ge=1, le=1024, description="rank of the update of each projection")
+    alpha: int = Field(ge=1, le=4096, description="the update is scaled by alpha / rank")
+    targets: list[Text] = Field(min_length=1, description="attention projections that get an adapter")
+    init_seed: int = Field(ge=0, lt=2**63, description="seed of the adapter's initial weights")
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_once(cls, targets: list[str]) -> list[str]:
+        if len(set(targets)) != len(targets):
+            raise ValueError("expected every projection once")
+        return targets
+
+
+class DataOptions(Section):
+    """The prompts."""
+
+    prompts: Text = Field(description='training prompts: "scenes" (built in), or a .txt or .jsonl file')
+    eval_prompts: Text = Field(description='held-out prompts: "scenes" (built in), or a .txt or .jsonl file')
+    num_prompts: int = Field(ge=1, le=65536, description="prompts per iteration (P)")
+
+
+class SamplerOptions(Section):
+    """How the policy draws its trajectories."""
+
+    group_size: int = Field(ge=2, le=4096, description="samples per prompt (G)")
+    num_steps: int = Field(ge=2, le=1000, description="denoising steps of a trajectory (T)")
+    dynamics: Literal["flow_sde", "cps", "dance", "precise", "wan"] = Field(description="family of the stochastic step")
+    noise_level: Annotated[float, Field(ge=0, le=3)] | list[Annotated[float, Field(ge=0, le=3)]] = Field(
+        description="strength of the injected noise: one number, or one per step; 0 makes a step an ODE step"
+    )
+    guidance_scale: float = Field(ge=1, le=100, description="classifier-free guidance; 1 = off")
+    shared_noise: bool = Field(description="start all samples of a prompt from the same initial noise")
+    micro_batch: PositiveInt = Field(description="rows per forward pass, the same in rollout and replay")
+
+
+class LookaheadOptions(Section):
+    """How each intermediate state is completed to an image. Not run when credit.method is sparse."""
+
+    plan: Literal["exact", "exact_but_last", "nodes", "n_step", "one_step"] = Field(
+        description="later steps at which the velocity is evaluated; exact = all of them"
+    )
+    nodes: list[PositiveInt] = Field(description="with plan nodes: increasing step indices in 1..T-1; else []")
+    n: PositiveInt | None = Field(description="with plan n_step: Euler steps of a completion (1..T); else null")
+    guidance: Literal["full", "cond_only"] = Field(description="guidance after a completion's first velocity")
+    decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
+    chunk: PositiveInt = Field(description="rows per decode")
+
+    @model_validator(mode="after")
+    def _plan_and_its_arguments(self) -> LookaheadOptions:
+        if (self.plan == "nodes") != bool(self.nodes):
+            expected = "at least one step" if self.plan == "nodes" else "[]"
+            raise ValueError(f'lookahead.nodes: expected {expected} with plan "{self.plan}", got {self.nodes}')
+        if (self.plan == "n_step") != (self.n is not None):
+            expected = "a number of steps" if self.plan == "n_step" else "null"
+            received = "null" if self.n is None else self.n
+            raise ValueError(f'lookahead.n: expected {expected} with plan "{self.plan}", got {received}')
+        if any(later <= earlier for earlier, later in zip(self.nodes, self.nodes[1:], strict=False)):
+            raise ValueError(f"lookahead.nodes: expected increasing steps, got {self.nodes}")
+        return self
+
+
+class RewardOptions(Section):
+    """What a good image is."""
+
+    terms: dict[str, float] = Field(
+        min_length=1, description="reward name -> weight; your own as module:function or path.py:function"
+    )
+    observed: list[Text] = Field(description="further rewards that only the held-out evaluation reports")
+    max_missing: float = Field(ge=0, le=1, description="share of missing scores above which the run stops")
+
+    @field_validator("terms")
+    @classmethod
+    def _known_rewards(cls, terms: dict[str, float]) -> dict[str, float]:
+        for name in terms:
+            if name not in REWARD_NAMES and not _OWN_REWARD.fullmatch(name):
+                known = ", ".join(REWARD_NAMES)
+                raise ValueError(
+                    f'unknown reward "{name}"{did_you_mean(name, REWARD_NAMES)} '
+                    f"(known: {known}; your own: module:function or path.py:function)"
+                )
+        if not any(terms.values()):
+            raise ValueError("expected at least one weight other than 0")
+        return terms
+
+
+class CreditOptions(Section):
+    """How rewards become advantages."""
+
+    method: Literal["dense", "sparse"] = Field(description="dense = a reward gain per step; sparse = the end reward")
+    normalize: Literal["step", "joint"] = Field(
+        description="dense gains: normalised for each step, or over all steps of a group together"
+    )
+    std: Literal["group", "global"] = Field(description="spread that advantages are divided by")
+    spread_floor: float = Field(ge=0, description="a group whose rewards spread less gets advantage 0")
+    clip: float = Field(gt=0, description="largest absolute advantage")
+
+
+class ObjectiveOptions(Section):
+    """The clipped policy loss."""
+
+    clip_range: float = Field(gt=0, lt=1, description="the ratio is clipped to 1 - clip_range .. 1 + clip_range")
+    kl_coef: float = Field(ge=0, description="weight of the KL to the model without its adapter; 0 = off")
+    trained_steps: Literal["all_but_last"] | list[StepIndex] | PositiveInt = Field(
+        description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration"
+    )
+
+
+class OptimizerOptions(Section):
+    """AdamW."""
+
+    lr: float = Field(gt=0, le=1, description="learning rate")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        min_length=2, max_length=2, description="decay of the two moments"
+    )
+    weight_decay: float = Field(ge=0, le=1, description="decoupled weight decay")
+    eps: float = Field(gt=0, description="added to the denominator")
+    max_grad_norm: float = Field(gt=0, description="gradients are scaled down to this norm")
+    updates_per_iteration: PositiveInt = Field(description="updates that the samples of an iteration are split over")
+    warmup: int = Field(ge=0, description="updates over which the learning rate rises linearly; 0 = none")
+
+
+class EmaOptions(Section):
+    """The running average of the adapter, which is what evaluation and export use."""
+
+    decay: float = Field(ge=0, lt=1, description="share of the old average kept at an update of it")
+    every: int = Field(ge=0, description="optimizer updates between two updates of the average; 0 = no average")
+
+
+class EvaluationOptions(Section):
+    """Held-out evaluation with the ODE sampler."""
+
+    every: int = Field(ge=0, description="iterations between evaluations (and sample grids); 0 = only before and after")
+    num_prompts: PositiveInt = Field(description="held-out prompts")
+    samples_per_prompt: PositiveInt = Field(description="images per held-out prompt")
+    num_steps: int = Field(ge=1, le=1000, description="Euler steps")
+    guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = Field(description="null = the sampler's")
+
+
+class RunOptions(Section):
+    """How long, where to, and how often."""
+
+    output_dir: Text | None = Field(description="run directory; null = runs/PRESET-SEED")
+    iterations: PositiveInt = Field(description="GRPO iterations in all")
+    checkpoint_every: int = Field(ge=0, description="iterations between checkpoints; 0 = only at the end")
+    keep_checkpoints: PositiveInt = Field(description="newest checkpoints kept")
+    max_bad_steps: PositiveInt = Field(description="non-finite losses or gradients in a row before the run stops")
+    overwrite: bool = Field(description="move a run that is already in output_dir aside (to NAME.old-K)")
+
+
+class Config(Section):
+    """All options of a run."""
+
+    preset: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")] = Field(
+        description="name of the settings; only used to name the run directory"
+    )
+    seed: int = Field(ge=0, lt=2**63, description="key of every random number of the run")
+    model: ModelOptions
+    lora: LoraOptions
+    data: DataOptions
+    sampler: SamplerOptions
+    lookahead: LookaheadOptions
+    reward: RewardOptions
+    credit: CreditOptions
+    objective: ObjectiveOptions
+    optimizer: OptimizerOptions
+    ema: EmaOptions
+    evaluation: EvaluationOptions
+    run: RunOptions
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Config:
+        steps = self.sampler.num_steps
+        for problem in (self._trained_steps_problem(), self._noise_problem(), self._lookahead_problem()):
+            if problem:
+                raise ValueError(f"{problem} (sampler.num_steps is {steps})")
+        if bool(self.model.height) != bool(self.model.width):
+            raise ValueError(
+                "model.height, model.width: expected both 0 or both set, "
+                f"got {self.model.height} and {self.model.width}"
+            )
+        samples, rows = self.data.num_prompts * self.sampler.group_size, self.sampler.micro_batch
+        if samples % rows:
+            raise ValueError(
+                f"sampler.micro_batch: expected a divisor of the {samples} samples of an iteration "
+                f"(data.num_prompts x sampler.group_size), got {rows}"
+            )
+        if (samples // rows) % self.optimizer.updates_per_iteration:
+            raise ValueError(
+                f"optimizer.updates_per_iteration: expected a divisor of the {samples // rows} micro-batches of an "
+                f"iteration, got {self.optimizer.updates_per_iteration}"
+            )
+        return self
+
+    def _noise_problem(self) -> str | None:
+        given = self.sampler.noise_level
+        if isinstance(given, list) and len(given) != self.sampler.num_steps:
+            return f"sampler.noise_level: expected one number per step, got {len(given)}"
+        if self.sampler.dynamics == "cps" and max(self.noise_levels) > 1:
+            return f"sampler.noise_level: expected at most 1 with dynamics cps, got {max(self.noise_levels)}"
+        trained = self.objective.trained_steps
+        candidates = trained if isinstance(trained, list) else range(self.sampler.num_steps - 1)
+        levels = self.noise_levels
+        if not any(levels[step] > 0 for step in candidates):
+            return "sampler.noise_level: expected noise in at least one trained step, got 0 in all of them"
+        return None
+
+    def _lookahead_problem(self) -> str | None:
+        steps, nodes, n = self.sampler.num_steps, self.lookahead.nodes, self.lookahead.n
+        if nodes and nodes[-1] > steps - 1:
+            return f"lookahead.nodes: expected steps in 1..{steps - 1}, got {nodes}"
+        if n is not None and n > steps:
+            return f"lookahead.n: expected 1..{steps}, got {n}"
+        return None
+
+    def _trained_steps_problem(self) -> str | None:
+        steps, trained = self.sampler.num_steps, self.objective.trained_steps
+        if isinstance(trained, list):
+            if not trained or sorted(set(trained)) != trained:
+                return f"objective.trained_steps: expected increasing step indices, got {trained}"
+            if trained[-1] > steps - 1:
+                return f"objective.trained_steps: expected steps in 0..{steps - 1}, got {trained}"
+        elif isinstance(trained, int) and trained > steps - 1:
+            return f"objective.trained_steps: expected at most {steps - 1} steps to draw, got {trained}"
+        return None
+
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        """The noise level of every step. T numbers."""
+        given = self.sampler.noise_level
+        return tuple(given) if isinstance(given, list) else (given,) * self.sampler.num_steps
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory: `run.output_dir`, or `runs/PRESET-SEED`."""
+        return Path(self.run.output_dir or Path("runs") / f"{self.preset}-{self.seed}")
+
+    @property
+    def evaluation_guidance_scale(self) -> float:
+        """Guidance of the evaluation: its own, or the sampler's."""
+        own = self.evaluation.guidance_scale
+        return self.sampler.guidance_scale if own is None else own
+
+    def resume_settings(self) -> dict[str, Any]:
+        """The options that a run must keep to be continued, as nested JSON data.
+
+        Left out is what changes neither the weights nor the meaning of a logged number: the preset's name,
+        where and how long the run goes on, and how often it evaluates, samples and saves.
+        """
+        settings = self.model_dump(mode="json", exclude={"preset", "run"})
+        del settings["evaluation"]["every"]
+        return settings
+
+    def fingerprint(self) -> str:
+        """SHA-256 over `resume_settings()`, 64 hexadecimal digits: equal when a run may be continued."""
+        return fingerprint(self.resume_settings())
+
+
+def options() -> dict[str, FieldInfo]:
+    """Every option by its dotted key, such as `sampler.num_steps`, in the order of the configuration."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in Config.model_fields.items():
+        if name in sections():
+            found |= {f"{name}.{key}": option for key, option in sections()[name].model_fields.items()}
+        else:
+            found[name] = field
+    return found
+
+
+def sections() -> dict[str, type[Section]]:
+    """The option groups by name, in the order of the configuration."""
+    return {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }

@@ -1,0 +1,178 @@
+"""The command line: a preset or a file, and any option of it overridden by its dotted key.
+
+    --config embedded_sparse --sampler.group_size 12 optimizer.lr=1e-4
+
+Every mistake is reported by the key it is about, with a suggestion, before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from densegrpo_fast.config import Config, options
+from densegrpo_fast.config_errors import describe_errors
+from densegrpo_fast.config_help import help_text, takes_text
+from densegrpo_fast.config_yaml import (
+    DEFAULT_PRESET,
+    dump_yaml,
+    parse_yaml,
+    preset_names,
+    preset_summary,
+    read_settings,
+)
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.suggest import did_you_mean
+
+_PRINTING_FLAGS = ("--help", "-h", "--print-config", "--list-presets")
+_FLAGS = ("--config", "--resume", "--dry-run", *_PRINTING_FLAGS)
+
+
+@dataclass(frozen=True)
+class CliFlags:
+    """What the command line asks for besides the configuration.
+
+    Attributes:
+        resume: continue the run in the output directory.
+        dry_run: one small iteration to check that everything works.
+    """
+
+    resume: bool = False
+    dry_run: bool = False
+
+
+@dataclass
+class _Arguments:
+    """The command line, split but not yet interpreted."""
+
+    source: str | None = None
+    resume: bool = False
+    resume_directory: str | None = None
+    dry_run: bool = False
+    printing: str | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+
+
+def load_config(argv: Sequence[str]) -> tuple[Config, CliFlags]:
+    """Read the configuration that a command line asks for.
+
+    Args:
+        argv: the arguments, without the program's name.
+
+    Returns:
+        The validated configuration and the other flags.
+
+    Raises:
+        UserError: exit code 2, naming every wrong key; exit code 4 if the run to resume has no configuration.
+        SystemExit: with status 0, after --help, --list-presets or --print-config printed to stdout.
+    """
+    arguments = _split(argv)
+    if arguments.printing == "--list-presets":
+        _print_and_exit("".join(f"{name:24}{preset_summary(name)}\n" for name in preset_names()))
+    settings = read_settings(_source(arguments))
+    if arguments.resume_directory is not None:
+        arguments.overrides.setdefault("run.output_dir", arguments.resume_directory)
+    for key, text in arguments.overrides.items():
+        _override(settings, key, text)
+    config = validate(settings)
+    if arguments.printing == "--print-config":
+        _print_and_exit(dump_yaml(config))
+    if arguments.printing:
+        _print_and_exit(help_text(config))
+    return config, CliFlags(resume=arguments.resume, dry_run=arguments.dry_run)
+
+
+def validate(settings: dict[str, Any]) -> Config:
+    """Build the configuration from nested settings.
+
+    Raises:
+        UserError: exit code 2, with one line per problem that names its key.
+    """
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        problems = describe_errors(error)
+        separator = "\n  " if len(problems) > 1 else " "
+        raise UserError(separator.join(["invalid configuration:", *problems]), ExitCode.USAGE) from None
+
+
+def _print_and_exit(text: str) -> None:
+    print(text, end="")
+    raise SystemExit(int(ExitCode.OK))
+
+
+def _source(arguments: _Arguments) -> str:
+    if arguments.source is not None or arguments.resume_directory is None:
+        return arguments.source or DEFAULT_PRESET
+    stored = Path(arguments.resume_directory) / "config.yaml"
+    if not stored.is_file():
+        raise UserError(f"--resume: {stored} does not exist, so there is no run to continue", ExitCode.CHECKPOINT)
+    return str(stored)
+
+
+def _split(argv: Sequence[str]) -> _Arguments:
+    arguments, rest, seen = _Arguments(), list(argv), set()
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        given = value if equals else None
+        if name in _FLAGS:
+            key = name
+            _take_flag(arguments, name, given, rest)
+        else:
+            key = name.removeprefix("--")
+            arguments.overrides[key] = _take_override(name, given, rest)
+        if key in seen:
+            raise UserError(f"option {key} is given twice", ExitCode.USAGE)
+        seen.add(key)
+    return arguments
+
+
+def _take_flag(arguments: _Arguments, name: str, given: str | None, rest: list[str]) -> None:
+    if name == "--config":
+        arguments.source = given if given is not None else _next_value(name, rest)
+    elif name == "--resume":
+        arguments.resume = True
+        if given is None and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+            given = rest.pop(0)
+        arguments.resume_directory = given
+    elif given is not None:
+        raise UserError(f"{name} takes no value, got {given!r}", ExitCode.USAGE)
+    elif name == "--dry-run":
+        arguments.dry_run = True
+    else:
+        arguments.printing = arguments.printing or name
+
+
+def _take_override(name: str, given: str | None, rest: list[str]) -> str:
+    known, key = options(), name.removeprefix("--")
+    if key == name and (given is None or name.startswith("-")):
+        raise UserError(
+            f'unexpected argument "{name}": an option is written --section.key VALUE or section.key=VALUE',
+            ExitCode.USAGE,
+        )
+    if key not in known:
+        flag = did_you_mean(name, _FLAGS) if key != name and "." not in key else ""
+        raise UserError(f'unknown option "{key}"{did_you_mean(key, known) or flag}', ExitCode.USAGE)
+    if given is not None:
+        return given
+    if known[key].annotation is bool and (not rest or rest[0] not in ("true", "false")):
+        return "true"
+    return _next_value(name, rest)
+
+
+def _next_value(name: str, rest: list[str]) -> str:
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{name} needs a value", ExitCode.USAGE)
+    return rest.pop(0)
+
+
+def _override(settings: dict[str, Any], key: str, text: str) -> None:
+    section, _, name = key.rpartition(".")
+    target = settings.setdefault(section, {}) if section else settings
+    if isinstance(target, dict):
+        verbatim = takes_text(options()[key]) and text != "null"
+        target[name] = text if verbatim else parse_yaml(text, f"option {key}")

@@ -1,0 +1,200 @@
+"""Configuration as YAML: reading strictly, presets that extend one another, writing what reads back the same.
+
+The dialect is the core of YAML 1.2: `true` and `false` are the only booleans, `1e-4` is a number, and a key
+given twice or an alias is an error. So a file cannot mean something other than what it seems to say.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.suggest import did_you_mean
+
+DEFAULT_PRESET = "embedded_dense"
+_PRESET_DIRECTORY = Path(__file__).parent / "configs"
+
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_CORE_SCHEMA = [
+    ("tag:yaml.org,2002:null", re.compile(r"(?:null|Null|NULL|~|)\Z"), "nN~\0"),
+    ("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), "tTfF"),
+    ("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+\Z"), "-+0123456789"),
+    ("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})\Z"), "-+.0123456789"),
+]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, narrowed to the core schema and to mappings without repeated keys."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases are not supported", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                problem = f"expected a name as key, got {key!r}"
+            elif key in mapping:
+                problem = f'key "{key}" is given twice'
+            else:
+                mapping[key] = self.construct_object(value_node, deep=True)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        return mapping
+
+    def construct_decimal_int(self, node: Any) -> int:
+        return int(self.construct_scalar(node))
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_decimal_int)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """PyYAML's safe dumper; text is quoted where either dialect would read something else."""
+
+    yaml_implicit_resolvers = {first: list(pairs) for first, pairs in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+
+
+for _tag, _pattern, _first_characters in _CORE_SCHEMA:
+    _first = ["" if character == "\0" else character for character in _first_characters]
+    _StrictLoader.add_implicit_resolver(_tag, _pattern, _first)
+    _StrictDumper.add_implicit_resolver(_tag, _pattern, _first)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value that a YAML document holds.
+
+    Args:
+        text: the document; empty means None.
+        source: what to call it in an error, such as a file name or an option.
+
+    Raises:
+        UserError: exit code 2, naming the source, the line and the problem.
+    """
+    try:
+        loader = _StrictLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{source}, line {mark.line + 1}" if mark and "\n" in text else source
+        raise UserError(f"{where}: {error.problem or error.context}", ExitCode.USAGE) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{source}: not readable as YAML: {error}", ExitCode.USAGE) from None
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package, sorted."""
+    return sorted(path.stem for path in _PRESET_DIRECTORY.glob("*.yaml"))
+
+
+def preset_summary(name: str) -> str:
+    """What a preset is for: the comment on its first line."""
+    return _preset_path(name).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+
+
+def _preset_path(name: str) -> Path:
+    known = preset_names()
+    if name not in known:
+        raise UserError(
+            f'unknown preset "{name}"{did_you_mean(name, known)} (known: {", ".join(known)}; '
+            "a file must end in .yaml or .yml)",
+            ExitCode.USAGE,
+        )
+    return _PRESET_DIRECTORY / f"{name}.yaml"
+
+
+def read_settings(source: str) -> dict[str, Any]:
+    """All settings of a preset or of a file, with what it extends filled in, not yet validated.
+
+    A file may give any part of the keys. The others come from the preset named by its `extends` key, or from
+    the default preset.
+
+    Args:
+        source: name of a preset, or path of a file that ends in .yaml or .yml.
+
+    Raises:
+        UserError: exit code 2, if there is no such preset or file, or it cannot be read.
+    """
+    if not source.lower().endswith((".yaml", ".yml")):
+        return _read_preset(source, ())
+    path = Path(source)
+    settings = _read_mapping(path)
+    base = _read_preset(_pop_extends(settings, path) or DEFAULT_PRESET, ())
+    settings.setdefault("preset", re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "config")
+    return _merged(base, settings)
+
+
+def _read_preset(name: str, extended_by: tuple[str, ...]) -> dict[str, Any]:
+    if name in extended_by:
+        chain = " -> ".join([*extended_by, name])
+        raise UserError(f"presets extend one another in a circle: {chain}", ExitCode.USAGE)
+    path = _preset_path(name)
+    settings = _read_mapping(path)
+    base = _pop_extends(settings, path)
+    settings["preset"] = name
+    return _merged(_read_preset(base, (*extended_by, name)), settings) if base else settings
+
+
+def _pop_extends(settings: dict[str, Any], path: Path) -> str | None:
+    base = settings.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: extends: expected the name of a preset, got {base!r}", ExitCode.USAGE)
+    return base
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this configuration: {error.strerror}", ExitCode.USAGE) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})", ExitCode.USAGE) from None
+    settings = parse_yaml(text, str(path))
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected options as `key: value`, got {settings!r}", ExitCode.USAGE)
+    return settings
+
+
+def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `settings` laid over it, option by option; an empty section changes nothing."""
+    merged = dict(base)
+    for key, value in settings.items():
+        if isinstance(base.get(key), dict) and value is None:
+            continue
+        both_sections = isinstance(base.get(key), dict) and isinstance(value, dict)
+        merged[key] = {**base[key], **value} if both_sections else value
+    return merged
+
+
+def dump_yaml(config: Config) -> str:
+    """The configuration as YAML, one line per option, that reads back as an equal configuration."""
+    lines: list[str] = []
+    for name, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            lines += [f"{name}:", *(f"  {key}: {inline_yaml(option)}" for key, option in value.items())]
+        else:
+            lines.append(f"{name}: {inline_yaml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def inline_yaml(value: Any) -> str:
+    """One option's value as YAML on one line, text quoted where it needs to be."""
+    text = yaml.dump(value, Dumper=_StrictDumper, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("...\n").rstrip("\n")

@@ -1,0 +1,386 @@
+"""Train the embedded pipeline from scratch: `python -m densegrpo_fast.embedded.pretrain --output DIR`.
+
+Four stages, each deterministic for a given device, thread count and library version: the autoencoder, its preview
+decoder, the flow (transformer and text encoders together), and an evaluation on held-out sentences. Every finished stage is
+kept in `DIR/stages`, the flow also every few hundred steps, so an interrupted command continues where it stopped.
+`DIR/pipeline` is the result: a pipeline directory with fp16 safetensors and a model card.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusion3Pipeline
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from densegrpo_fast.embedded import architecture, card, scenes
+
+_LATENT_NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result; the defaults made the weights in the package."""
+
+    seed: int = 0
+    num_scenes: int = 50_000
+    vae_steps: int = 3_500
+    vae_batch: int = 32
+    preview_steps: int = 1_500
+    preview_batch: int = 32
+    flow_steps: int = 4_500
+    flow_batch: int = 64
+    flow_lr: float = 1.2e-3
+    drop_prompt: float = 0.1
+    pad_share: float = 0.2
+
+
+@dataclass
+class Log:
+    """Loss curve and seconds of every stage; saved with the stage."""
+
+    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(prog="python -m densegrpo_fast.embedded.pretrain", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="directory for the stages and the pipeline")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--flow-steps", type=int, default=Recipe.flow_steps, help="optimiser steps of the flow stage")
+    options = parser.parse_args(arguments)
+    pretrain(options.output, Recipe(flow_steps=options.flow_steps), torch.device(options.device))
+
+
+def pretrain(output: Path, recipe: Recipe, device: torch.device) -> StableDiffusion3Pipeline:
+    """Run the stages that `output` does not hold yet, then write pipeline and card."""
+    torch.manual_seed(recipe.seed)
+    stages = Stages(output / "stages", device)
+    sentences = [scene.prompt for name in scenes.CATEGORIES for scene in scenes.all_scenes(name)]
+    pipeline = architecture.build_pipeline(sentences).to(device)
+    preview = architecture.build_preview_decoder().to(device)
+    _describe_latents(pipeline, mean=0.0, std=1.0)
+
+    stages.run("vae", {"vae": pipeline.vae}, lambda: train_vae(pipeline.vae, recipe, device))
+    images, drawn = _draw_dataset(recipe)
+    latents = _encode(pipeline.vae, images, device)
+    mean, std = float(latents.mean()), float(latents.std())
+    _describe_latents(pipeline, mean, std)
+    latents = (latents - mean) / std
+    modules = {
+        "transformer": pipeline.transformer,
+        "text_encoder": pipeline.text_encoder,
+        "text_encoder_2": pipeline.text_encoder_2,
+    }
+    stages.run("flow", modules, lambda: train_flow(pipeline, modules, latents, drawn, recipe, device, stages))
+    stages.run("preview", {"preview": preview}, lambda: train_preview(preview, latents, images, recipe, device))
+    target = output / "pipeline"
+    save(pipeline, preview, target)
+    scores = card.evaluate(pipeline, preview)
+    card.write_card(target, recipe, stages.log, scores)
+    return pipeline
+
+
+class Stages:
+    """Keeps each finished stage's weights and log; skips a stage that is already there."""
+
+    def __init__(self, directory: Path, device: torch.device):
+        self.directory, self.device = directory, device
+        directory.mkdir(parents=True, exist_ok=True)
+        self.log = Log()
+        if (directory / "log.json").exists():
+            self.log = Log(**json.loads((directory / "log.json").read_text()))
+
+    def run(self, name: str, modules: dict[str, nn.Module], train: Callable[[], list[tuple[int, float]]]) -> None:
+        """Load stage `name` into `modules`, or train and keep it."""
+        path = self.directory / f"{name}.safetensors"
+        if path.exists():
+            tensors = load_file(path)
+            for key, module in modules.items():
+                module.load_state_dict(
+                    {k.removeprefix(key + "::"): v for k, v in tensors.items() if k.startswith(key + "::")}
+                )
+            return
+        started = time.perf_counter()
+        self.log.losses[name] = train()
+        self.log.seconds[name] = self.log.seconds.get(name, 0.0) + time.perf_counter() - started
+        write_tensors(path, {f"{k}::{n}": t for k, m in modules.items() for n, t in m.state_dict().items()})
+        (self.directory / "log.json").write_text(json.dumps(vars(self.log)))
+
+
+def train_vae(vae: AutoencoderKL, recipe: Recipe, device: torch.device) -> list[tuple[int, float]]:
+    """Fit the autoencoder to rendered scenes, half of them in random colours, three quarters cut to 32x32 pixels.
+
+    The latent is the posterior's mean with a little noise; its spread is fixed to that noise afterwards.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed + 1)
+    numpy_generator = np.random.default_rng([recipe.seed, 1])
+    drawn = scenes.sample_scenes(4_000, numpy_generator)
+    pool = torch.from_numpy(scenes.render_batch(drawn, numpy_generator))
+    vae.to(memory_format=torch.channels_last).train()
+    loop = Loop("vae", list(vae.parameters()), recipe.vae_steps, lr=2e-3)
+    for step in loop:
+        count = recipe.vae_batch if step % 4 else recipe.vae_batch // 4
+        images = pool[torch.randint(len(pool), (count,), generator=generator)]
+        if step % 4:
+            corners = torch.randint(0, scenes.IMAGE_SIZE // 2 + 1, (count, 2), generator=generator).tolist()
+            half = scenes.IMAGE_SIZE // 2
+            images = torch.stack(
+                [im[:, y : y + half, x : x + half] for im, (y, x) in zip(images, corners, strict=True)]
+            )
+        images[: count // 2] = _recolour(images[: count // 2], generator)
+        images = images.to(device, memory_format=torch.channels_last).mul(2).sub(1)
+        latents = vae.encode(images).latent_dist.mode()
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        decoded = vae.decode(latents + _LATENT_NOISE * noise).sample
+        # squared error first of all: L1 alone learns the colours of small objects very slowly
+        error = decoded - images
+        loop.update(10 * error.square().mean() + error.abs().mean() + 1e-4 * latents.square().mean())
+    with torch.no_grad():
+        moments = vae.encoder.conv_out
+        moments.weight[architecture.LATENT_CHANNELS :] = 0.0
+        moments.bias[architecture.LATENT_CHANNELS :] = 2 * math.log(_LATENT_NOISE)
+    vae.eval()
+    return loop.curve
+
+
+def _recolour(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Channels permuted, inverted, damped and shifted at random, [N, 3, H, W] in [0, 1]."""
+    order = torch.stack([torch.eye(3)[torch.randperm(3, generator=generator)] for _ in images])
+    gain = torch.rand(len(images), 3, 1, 1, generator=generator) * 2 - 1
+    shift = 0.3 * (torch.rand(len(images), 3, 1, 1, generator=generator) - 0.5)
+    mixed = torch.einsum("nij,njhw->nihw", order, images - 0.5)
+    return (mixed * gain.sign() * (0.5 + 0.5 * gain.abs()) + 0.5 + shift).clamp(0, 1)
+
+
+def train_preview(
+    preview: AutoencoderTiny, latents: Tensor, images: Tensor, recipe: Recipe, device: torch.device
+) -> list[tuple[int, float]]:
+    """Fit the small decoder to the pixels behind the same latents."""
+    generator = torch.Generator().manual_seed(recipe.seed + 2)
+    preview.decoder.to(memory_format=torch.channels_last).train()
+    loop = Loop("preview", list(preview.decoder.parameters()), recipe.preview_steps, lr=3e-3)
+    for _ in loop:
+        index = torch.randint(len(latents), (recipe.preview_batch,), generator=generator)
+        target = images[index].to(device).float().div(127.5).sub(1)
+        loop.update(pixel_loss(preview.decode(latents[index].to(device).float()).sample, target))
+    preview.eval()
+    return loop.curve
+
+
+def train_flow(
+    pipeline: StableDiffusion3Pipeline,
+    modules: dict[str, nn.Module],
+    latents: Tensor,
+    drawn: list[scenes.Scene],
+    recipe: Recipe,
+    device: torch.device,
+    stages: Stages,
+) -> list[tuple[int, float]]:
+    """Rectified-flow matching (arXiv 2403.03206): velocity = noise - data, sigma logit-normal and shifted by 3.
+
+    A tenth of the prompts is dropped for guidance. In a fifth of the batches a random number of zero tokens stands where
+    SD3 puts T5's, so that the model gives the same picture with and without diffusers' 256 zero tokens. The exponential
+    average of the weights is kept.
+    """
+    torch.manual_seed(recipe.seed + 3)
+    tokens = tokenize(pipeline, [scene.prompt for scene in drawn] + [""])
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
+    loop = Loop("flow", parameters, recipe.flow_steps, lr=recipe.flow_lr)
+    loop.restore(stages.directory / "flow.partial.safetensors", modules, average)
+    for module in modules.values():
+        module.train()
+    for step in loop:
+        # every step has its own generator: a continued run draws what an uninterrupted one draws
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        index = torch.randint(len(latents), (recipe.flow_batch,), generator=generator)
+        clean = latents[index].to(device).float()
+        dropped = torch.rand(len(index), generator=generator) < recipe.drop_prompt
+        ids = tokens[torch.where(dropped, len(drawn), index)].to(device)
+        embeds, pooled = encode_prompts(modules, ids, _pad_length(generator, recipe))
+        normal = torch.randn(len(index), generator=generator).sigmoid()
+        uniform = torch.rand(len(index), generator=generator)
+        sigma = torch.where(torch.rand(len(index), generator=generator) < 0.2, uniform, normal).to(device)
+        sigma = (3 * sigma / (1 + 2 * sigma)).view(-1, 1, 1, 1)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        velocity = pipeline.transformer(
+            hidden_states=(1 - sigma) * clean + sigma * noise,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            timestep=1000 * sigma.flatten(),
+        ).sample
+        loop.update(F.mse_loss(velocity, noise - clean))
+        average.step(parameters)
+        if (step + 1) % 250 == 0:
+            loop.keep(stages.directory / "flow.partial.safetensors", modules, average)
+    average.copy_to(parameters)
+    for module in modules.values():
+        module.eval()
+    return loop.curve
+
+
+class Loop:
+    """Iterates optimiser steps: AdamW, warm-up then cosine to zero, clipped gradients, a loss curve, a progress bar."""
+
+    def __init__(self, name: str, parameters: list[nn.Parameter], steps: int, lr: float):
+        self.name, self.parameters, self.steps, self.lr = name, parameters, steps, lr
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.curve: list[tuple[int, float]] = []
+        self._start = 0
+        self._recent: list[Tensor] = []
+
+    def __iter__(self):
+        with tqdm(total=self.steps, initial=self._start, desc=self.name, mininterval=5.0) as self._bar:
+            for self._step in range(self._start, self.steps):
+                yield self._step
+                self._bar.update()
+
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step on `loss`."""
+        warm = min(1.0, (self._step + 1) / 200)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * warm * 0.5 * (1 + math.cos(math.pi * self._step / self.steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self._recent.append(loss.detach())
+        if (self._step + 1) % 50 == 0:
+            self.curve.append((self._step + 1, float(torch.stack(self._recent).mean())))
+            self._recent.clear()
+            self._bar.set_postfix(loss=f"{self.curve[-1][1]:.4f}")
+
+    def keep(self, path: Path, modules: dict[str, nn.Module], average: EMAModel) -> None:
+        """Write a partial checkpoint: weights, average, optimiser moments, curve."""
+        tensors = {f"{k}::{n}": t for k, m in modules.items() for n, t in m.state_dict().items()}
+        for i, (parameter, shadow) in enumerate(zip(self.parameters, average.shadow_params, strict=True)):
+            state = self.optimizer.state[parameter]
+            tensors |= {f"ema::{i}": shadow, f"m::{i}": state["exp_avg"], f"v::{i}": state["exp_avg_sq"]}
+        tensors["step"] = torch.tensor(self._step + 1)
+        tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64)
+        write_tensors(path, tensors)
+
+    def restore(self, path: Path, modules: dict[str, nn.Module], average: EMAModel) -> None:
+        """Continue from a partial checkpoint if there is one."""
+        if not path.exists():
+            return
+        tensors = load_file(path, device=str(self.parameters[0].device))
+        for key, module in modules.items():
+            module.load_state_dict(
+                {k.removeprefix(key + "::"): v for k, v in tensors.items() if k.startswith(key + "::")}
+            )
+        self._start = average.optimization_step = int(tensors["step"])
+        self.curve = [(int(step), loss) for step, loss in tensors["curve"].tolist()]
+        for i, parameter in enumerate(self.parameters):
+            average.shadow_params[i].copy_(tensors[f"ema::{i}"])
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self._start)),
+                "exp_avg": tensors[f"m::{i}"],
+                "exp_avg_sq": tensors[f"v::{i}"],
+            }
+
+
+def pixel_loss(decoded: Tensor, target: Tensor) -> Tensor:
+    """L1 on pixels plus L1 on horizontal and vertical differences, which keeps edges crisp."""
+    error = decoded - target
+    return error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def tokenize(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> Tensor:
+    """[N, MAX_TOKENS] int64."""
+    return pipeline.tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=architecture.MAX_TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def encode_prompts(modules: dict[str, nn.Module], ids: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """SD3's conditioning with gradients: penultimate states of both encoders side by side, `pad` zero tokens, pooled."""
+    first = modules["text_encoder"](ids, output_hidden_states=True)
+    second = modules["text_encoder_2"](ids, output_hidden_states=True)
+    embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    return F.pad(embeds, (0, 0, 0, pad)), torch.cat([first[0], second[0]], dim=-1)
+
+
+def _pad_length(generator: torch.Generator, recipe: Recipe) -> int:
+    chance, size = torch.rand(2, generator=generator).tolist()
+    return round(256**size) if chance < recipe.pad_share else 0
+
+
+def _draw_dataset(recipe: Recipe) -> tuple[Tensor, list[scenes.Scene]]:
+    """[N, 3, 64, 64] uint8 pictures and their scenes."""
+    generator = np.random.default_rng([recipe.seed, 4])
+    drawn = scenes.sample_scenes(recipe.num_scenes, generator)
+    images = np.empty((len(drawn), 3, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE), np.uint8)
+    for i, scene in enumerate(tqdm(drawn, desc="render", mininterval=5.0)):
+        images[i] = np.rint(scenes.render(scene, generator) * 255)
+    return torch.from_numpy(images), drawn
+
+
+@torch.no_grad()
+def _encode(vae: nn.Module, images: Tensor, device: torch.device, chunk: int = 256) -> Tensor:
+    """Latent means [N, 4, 16, 16] float32 of uint8 pictures."""
+    parts = []
+    for batch in tqdm(images.split(chunk), desc="encode", mininterval=5.0):
+        parts.append(vae.encode(batch.to(device).float().div(127.5).sub(1)).latent_dist.mode().cpu())
+    return torch.cat(parts)
+
+
+def _describe_latents(pipeline: StableDiffusion3Pipeline, mean: float, std: float) -> None:
+    pipeline.vae.register_to_config(scaling_factor=1.0 / std, shift_factor=mean)
+
+
+def save(pipeline: StableDiffusion3Pipeline, preview: AutoencoderTiny, target: Path) -> None:
+    """Write the pipeline directory in fp16, with `preview_decoder/` beside its components."""
+    # fp16 copies by way of the state dict: the modules in use stay float32
+    for name, module in {**pipeline.components, "preview_decoder": preview}.items():
+        if isinstance(module, nn.Module):
+            half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+            module.save_pretrained(target / name, state_dict=half) if _is_transformers(module) else _save(
+                module, target / name
+            )
+        elif module is not None:
+            module.save_pretrained(target / name)
+    pipeline.save_config(target)
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.")
+
+
+def _save(module: nn.Module, directory: Path) -> None:
+    module.save_config(directory)
+    half = {k: v.half().contiguous() for k, v in module.state_dict().items()}
+    write_tensors(directory / "diffusion_pytorch_model.safetensors", half)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """safetensors by way of a temporary name, so that a file is whole or absent."""
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()

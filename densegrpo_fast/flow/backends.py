@@ -1,0 +1,132 @@
+"""Which implementation serves an op, and why.
+
+    reference  plain PyTorch, any device, any floating dtype
+    cpu        compiled C++ (csrc/), float32 on the CPU
+    triton     kernels/, on a CUDA device
+    cuda       compiled CUDA (csrc/), on a CUDA device
+
+The choice is the op's `implementation` argument; when that is "auto", the environment variable
+DENSEGRPO_IMPLEMENTATION; when that is "auto" or unset, the fastest that can serve the call. A named
+implementation that cannot serve the call is an error, never a silent substitute.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.flow import native
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
+
+OPS: dict[str, tuple[str, ...]] = {
+    "sde_step": ("cpu", "reference"),
+    "sde_log_prob": ("reference",),
+    "euler_jump": ("reference",),
+    "grpo_loss": ("reference",),
+}
+"""Implementations that exist for an op, fastest first."""
+
+ENVIRONMENT_VARIABLE = "DENSEGRPO_IMPLEMENTATION"
+
+_logger = logging.getLogger(__name__)
+
+
+def check_name(implementation: str, source: str = "implementation") -> None:
+    """Refuse an unknown implementation name.
+
+    Args:
+        implementation: candidate name, "auto" included.
+        source: what to call it in the message.
+
+    Raises:
+        ValueError: not one of the known names.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"{source} must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+
+
+def choose(op: str, implementation: str, *tensors: Tensor) -> str:
+    """Name the implementation that serves this call.
+
+    Args:
+        op: key of `OPS`.
+        implementation: "auto" or a name.
+        tensors: the call's floating point inputs; their device and dtype decide.
+
+    Returns:
+        a name from `IMPLEMENTATIONS`.
+
+    Raises:
+        ValueError: unknown name, in the argument or in the environment.
+        RuntimeError: the named implementation cannot serve the call.
+    """
+    check_name(implementation)
+    if implementation == "auto":
+        implementation = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        check_name(implementation, ENVIRONMENT_VARIABLE)
+    if implementation == "auto":
+        chosen = next(name for name in OPS[op] if not why_not(op, name, *tensors))
+        _log_choice(op, chosen, tensors[0].device.type)
+        return chosen
+    reason = why_not(op, implementation, *tensors)
+    if reason:
+        usable = [name for name in OPS[op] if not why_not(op, name, *tensors)]
+        raise RuntimeError(
+            f"{op}: implementation {implementation!r} cannot serve this call: {reason}. "
+            f"Use 'auto' or one of: {', '.join(usable)}."
+        )
+    return implementation
+
+
+def why_not(op: str, implementation: str, *tensors: Tensor) -> str:
+    """Reason why an implementation cannot serve a call; empty when it can.
+
+    Args:
+        op: key of `OPS`.
+        implementation: name from `IMPLEMENTATIONS`.
+        tensors: the call's floating point inputs; none asks about the installation alone.
+
+    Returns:
+        one clause, or "".
+    """
+    if implementation not in OPS[op]:
+        return f"it does not exist for {op}"
+    if implementation == "cpu":
+        for tensor in tensors:
+            if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+                return f"it needs float32 tensors on the CPU, got {tensor.dtype} on {tensor.device}"
+        return native.why_not()
+    return ""
+
+
+def describe() -> dict[str, Any]:
+    """What is installed and what would be used, for the doctor command and bug reports.
+
+    Returns:
+        plain values only: torch version, CUDA device or None, the state of the compiled library, whether
+            Triton is
+        installed, the environment override, and for every op the reason per implementation ("" = usable).
+    """
+    return {
+        "torch": torch.__version__,
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "native_library": native.why_not() or "available",
+        "triton": find_spec("triton") is not None,
+        "override": os.environ.get(ENVIRONMENT_VARIABLE, "auto"),
+        "ops": {op: {name: why_not(op, name) for name in IMPLEMENTATIONS} for op in OPS},
+    }
+
+
+@cache
+def _log_choice(op: str, chosen: str, device_type: str) -> None:
+    """Say it once: the cache swallows every later call with the same arguments."""
+    _logger.info("%s on %s: implementation %s", op, device_type, chosen)
+    if device_type == "cpu" and "cpu" in OPS[op] and not native.available():
+        _logger.info("%s: %s", op, native.why_not())

@@ -1,0 +1,83 @@
+"""Argument checks of the public ops: shapes, dtypes and devices only, so nothing is read from a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.flow.dynamics import NUM_COLUMNS
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_latents(op: str, latents: Tensor, **same_shape: Tensor) -> None:
+    """Check the state of a step and the tensors that must have its shape.
+
+    Args:
+        op: name for messages.
+        latents: expected [B, ...] floating.
+        same_shape: further floating tensors, by argument name.
+
+    Raises:
+        TypeError: a dtype that is not floating.
+        ValueError: a shape or device that does not fit.
+    """
+    check_floating(op, "latents", latents)
+    if latents.ndim < 2:
+        raise ValueError(f"{op}: latents must have shape [B, ...] with 2 or more dimensions, got {list(latents.shape)}")
+    for name, tensor in same_shape.items():
+        check_floating(op, name, tensor)
+        check_device(op, name, tensor, latents)
+        if tensor.shape != latents.shape:
+            raise ValueError(
+                f"{op}: {name} must have shape {list(latents.shape)} like latents, got {list(tensor.shape)}"
+            )
+
+
+def check_table(op: str, table: Tensor, latents: Tensor) -> None:
+    """Check a table of step coefficients.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: not [T, 6], or not on the device of `latents`.
+    """
+    if table.dtype != torch.float32:
+        raise TypeError(f"{op}: table must be float32, got {table.dtype}")
+    if table.ndim != 2 or table.shape[1] != NUM_COLUMNS:
+        raise ValueError(f"{op}: table must have shape [T, {NUM_COLUMNS}], got {list(table.shape)}")
+    check_device(op, "table", table, latents)
+
+
+def check_rows(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Check a floating tensor of one value per row.
+
+    Raises:
+        TypeError: not floating.
+        ValueError: not [B], or not on the device of `like`.
+    """
+    check_floating(op, name, tensor)
+    check_device(op, name, tensor, like)
+    if tensor.shape != like.shape[:1]:
+        raise ValueError(f"{op}: {name} must have shape {list(like.shape[:1])}, got {list(tensor.shape)}")
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """Check that an argument is a tensor of a supported floating dtype.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Check that two tensors are on one device.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {tensor.device}")

@@ -1,0 +1,1 @@
+"""Flow models behind one contract (`base.FlowModel`); guidance lives here and nowhere else."""

@@ -1,0 +1,107 @@
+"""The contract between a flow model and everything that samples from it or trains it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Decoder = Literal["full", "preview"]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: every different prompt once, and which of them each row of a batch uses.
+
+    Attributes:
+        embeds: [U, L, D] token embeddings of the U different prompts.
+        pooled: [U, D'] pooled embeddings.
+        negative_embeds: [1, L, D] embeddings of the empty prompt, for guidance.
+        negative_pooled: [1, D'].
+        rows: [B] int64, index of each row's prompt.
+    """
+
+    embeds: Tensor
+    pooled: Tensor
+    negative_embeds: Tensor
+    negative_pooled: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, index: Tensor | slice) -> Conditioning:
+        """The conditioning of some rows; encoded prompts are shared, not copied."""
+        return replace(self, rows=self.rows[index])
+
+    def repeat(self, times: int) -> Conditioning:
+        """Rows repeated as a whole, `times` after one another: [times * B]."""
+        return replace(self, rows=self.rows.repeat(times))
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """Model output before guidance: velocity = noise - data.
+
+    Attributes:
+        cond: [B, ...] float32 given the prompt.
+        uncond: [B, ...] float32 given the empty prompt and without gradient; None without guidance.
+        guidance_scale: 1 for no guidance.
+    """
+
+    cond: Tensor
+    uncond: Tensor | None
+    guidance_scale: float
+
+    def combined(self) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598): uncond + scale * (cond - uncond). [B, ...] float32."""
+        if self.uncond is None:
+            return self.cond
+        return self.uncond + self.guidance_scale * (self.cond - self.uncond)
+
+
+class FlowModel(ABC):
+    """A rectified-flow image model with a trainable adapter.
+
+    The conditional and the unconditional half of a guided velocity are always two forwards of B rows, in rollout and
+    in training alike, so that both phases compute the very same numbers and the unconditional half needs no gradient.
+    """
+
+    latent_shape: tuple[int, ...]
+    """Shape of one sample's latents, e.g. (16, 64, 64)."""
+
+    device: torch.device
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts, each different one once; row b of the result stands for `prompts[b]`."""
+
+    @abstractmethod
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Velocity:
+        """Velocity at `latents` [B, ...] float32 and `sigma` [B] float32 (1 = noise); differentiable in the adapter."""
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """Within the context the adapter is off: the model is the reference policy."""
+
+    @abstractmethod
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Adapter parameters by name, in a fixed order."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, decoder: Decoder = "full") -> Tensor:
+        """Images [B, 3, H, W] float32 in [0, 1] of clean latents [B, ...]."""
+
+    @abstractmethod
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The model's own noise levels for `num_steps` steps: [num_steps + 1] float32, from 1 down to 0."""
+
+    def forwards(self, guidance_scale: float) -> int:
+        """Network forwards that one evaluated row costs (NFE)."""
+        return 1 if guidance_scale == 1.0 else 2

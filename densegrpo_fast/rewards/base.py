@@ -1,0 +1,291 @@
+"""The reward contract, the weighted mixture of several rewards, and the registry that finds them by name.
+
+A reward is any callable `reward(images, prompts, metadata)`:
+
+* images: [N, 3, H, W] float in [0, 1], on any device; prompts: N sentences; metadata: N dicts;
+* it returns N scores (list, tuple, array or tensor), or `(scores, info)` as Flow-GRPO's rewards do;
+* it may be async;
+* a score of `None`, NaN or infinity is *missing*: the reward could not judge this picture. Missing is not
+  zero: such a sample stays out of its group's statistics and gets advantage 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
+"""`reward(images, prompts, metadata)`, returning scores as the module docstring says."""
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+class RewardError(RuntimeError):
+    """A reward raised, or returned something that is not one number (or `None`) per picture.
+
+    Attributes:
+        name: the reward's name in the mixture.
+    """
+
+    def __init__(self, name: str, problem: str):
+        super().__init__(f"reward {name!r} {problem}")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a mixture thinks of N pictures.
+
+    Attributes:
+        values: [N] float32 on the CPU, the weighted sum; NaN = missing.
+        per_reward: each reward's own unweighted scores, [N] float32; NaN = missing.
+    """
+
+    values: Tensor
+    per_reward: dict[str, Tensor]
+
+    @property
+    def missing_share(self) -> float:
+        """Share of the pictures whose weighted sum is missing, in [0, 1]."""
+        return missing_share(self.values)
+
+
+def missing_share(values: Tensor) -> float:
+    """Share of NaN among scores of any shape, in [0, 1]; 0 where there are no scores."""
+    return values.isnan().double().mean().item() if values.numel() else 0.0
+
+
+class RewardMixture:
+    """Weighted sum of rewards; a picture that one of them cannot judge is missing in the sum.
+
+    A reward with weight 0 is only observed: it is scored and reported, and neither its scores nor its missing
+    ones reach the sum. Async rewards run concurrently with one another.
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[Reward, float]]):
+        """Make the mixture.
+
+        Args:
+            terms: name -> (reward, weight); weights are finite and may be negative.
+
+        Raises:
+            TypeError: a reward is not callable.
+            ValueError: no term has a weight other than 0, or a weight is not finite.
+        """
+        for name, (reward, weight) in terms.items():
+            if not callable(reward):
+                raise TypeError(f"RewardMixture: reward {name!r} must be callable, got {type(reward).__name__}")
+            if not math.isfinite(weight):
+                raise ValueError(f"RewardMixture: the weight of {name!r} must be finite, got {weight}")
+        if not any(weight for _, weight in terms.values()):
+            raise ValueError(f"RewardMixture: terms needs a weight other than 0, got the names {sorted(terms)}")
+        self.terms = dict(terms)
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
+    ) -> Scores:
+        """Score pictures with every reward.
+
+        Args:
+            images: [N, 3, H, W] float in [0, 1].
+            prompts: N sentences.
+            metadata: N dicts; empty ones if None.
+
+        Raises:
+            ValueError: images, prompts and metadata disagree in number or shape.
+            RewardError: a reward raised, returned a wrong number of scores, or one that is not a number.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"RewardMixture: images must be float [N, 3, H, W], got {images.dtype} {list(images.shape)}"
+            )
+        count = len(images)
+        rows = [{} for _ in range(count)] if metadata is None else list(metadata)
+        if len(prompts) != count or len(rows) != count:
+            raise ValueError(
+                f"RewardMixture: {count} images need as many prompts and metadata, got {len(prompts)} and {len(rows)}"
+            )
+        outputs = self._outputs(images, list(prompts), rows)
+        per_reward = {name: _scores(name, outputs[name], count) for name in self.terms}
+        total = torch.zeros(count, dtype=torch.float64)
+        for name, (_, weight) in self.terms.items():
+            if weight:
+                total += weight * per_reward[name].double()
+        return Scores(_only_finite(total), per_reward)
+
+    def _outputs(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, Any]:
+        outputs: dict[str, Any] = {}
+        for name, (reward, _) in self.terms.items():
+            try:
+                outputs[name] = reward(images, prompts, metadata)
+            except Exception as error:  # a plug-in may raise anything: it goes on, under the reward's name
+                raise _raised(name, error) from error
+        pending = {name: output for name, output in outputs.items() if inspect.isawaitable(output)}
+        return outputs | _await_all(pending) if pending else outputs
+
+
+def _raised(name: str, error: BaseException) -> RewardError:
+    return RewardError(name, f"raised {type(error).__name__}: {error}")
+
+
+def _await_all(pending: Mapping[str, Awaitable[Any]]) -> dict[str, Any]:
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*pending.values(), return_exceptions=True)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        results = asyncio.run(gather())
+    else:
+        # inside a running loop (a notebook) a second one needs a thread of its own
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            results = pool.submit(asyncio.run, gather()).result()
+    for name, result in zip(pending, results, strict=True):
+        if isinstance(result, BaseException):
+            raise _raised(name, result) from result
+    return dict(zip(pending, results, strict=True))
+
+
+def _scores(name: str, output: Any, count: int) -> Tensor:
+    """[count] float32 on the CPU from whatever form of scores a reward returned."""
+    # Flow-GRPO's form; the dict tells it from the scores of two pictures in a tuple
+    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
+        output = output[0]
+    if isinstance(output, Tensor) or hasattr(output, "__array__"):
+        scores = torch.as_tensor(output).detach()
+        if scores.is_complex() or list(scores.shape) != [count]:
+            raise RewardError(
+                name, f"must return {count} real scores, got {scores.dtype} of shape {list(scores.shape)}"
+            )
+        return _only_finite(scores)
+    if not isinstance(output, (list, tuple)):
+        raise RewardError(name, f"must return a list or tensor of {count} scores, got {type(output).__name__}")
+    if len(output) != count:
+        raise RewardError(name, f"must return {count} scores, one per image, got {len(output)}")
+    return _only_finite(torch.tensor([_number(name, i, score) for i, score in enumerate(output)], dtype=torch.float64))
+
+
+def _number(name: str, index: int, score: Any) -> float:
+    value = score.item() if getattr(score, "ndim", None) == 0 else score
+    if value is None:
+        return math.nan
+    if not isinstance(value, Real):
+        raise RewardError(name, f"must return a number or None per image, got {score!r} for image {index}")
+    return float(value)
+
+
+def _only_finite(scores: Tensor) -> Tensor:
+    scores = scores.to("cpu", torch.float32)
+    return scores.where(scores.isfinite(), math.nan)
+
+
+@dataclass(frozen=True)
+class _BuiltIn:
+    """Where a reward of this package lives: its file, its class, and the options its name stands for."""
+
+    module: str
+    factory: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_BUILT_IN = {
+    "scenes": _BuiltIn(".scenes", "ScenesReward"),
+    "scenes_strict": _BuiltIn(".scenes", "ScenesReward", {"strict": True}),
+    "jpeg_compressibility": _BuiltIn(".jpeg", "JpegCompressibility"),
+    "jpeg_incompressibility": _BuiltIn(".jpeg", "JpegIncompressibility"),
+}
+_REGISTERED: dict[str, Callable[..., Reward]] = {}
+
+
+def names() -> list[str]:
+    """Names that `create` knows, sorted."""
+    return sorted({*_BUILT_IN, *_REGISTERED})
+
+
+def register(name: str) -> Callable[[Factory], Factory]:
+    """Decorator: give a reward factory (a class, or a function returning a reward) a name that `create`
+    knows.
+
+    Raises:
+        ValueError: the name is taken, or contains a colon.
+    """
+    if ":" in name or name in names():
+        raise ValueError(f"register: name must be new and without a colon, got {name!r}; taken: {', '.join(names())}")
+
+    def remember(factory: Factory) -> Factory:
+        _REGISTERED[name] = factory
+        return factory
+
+    return remember
+
+
+def create(name: str, **options: Any) -> Reward:
+    """Make a reward from its name, importing only the file it lives in.
+
+    Args:
+        name: a registered name; or one's own reward as `package.module:function` or
+            `path/to/file.py:function`. That code is then run: only this explicit form loads code from outside
+            the package.
+        **options: keywords of the reward's factory; for one's own function they are bound to it.
+
+    Raises:
+        ValueError: the name is unknown, or the file, module or function that it names does not exist.
+    """
+    if ":" in name:
+        target = _own(name)
+        if isinstance(target, type):
+            return target(**options)
+        return partial(target, **options) if options else target
+    if name in _REGISTERED:
+        return _REGISTERED[name](**options)
+    if name not in _BUILT_IN:
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"unknown reward {name!r}; {hint}known: {', '.join(names())}; your own: module:function or file.py:function"
+        )
+    entry = _BUILT_IN[name]
+    return getattr(importlib.import_module(entry.module, __package__), entry.factory)(**entry.options, **options)
+
+
+def _own(spec: str) -> Callable[..., Any]:
+    source, _, attribute = spec.rpartition(":")
+    module = _file_module(spec, Path(source)) if source.endswith(".py") else _named_module(spec, source)
+    target = getattr(module, attribute, None)
+    if not callable(target):
+        raise ValueError(f"reward {spec!r}: {source} has no function {attribute!r}")
+    return target
+
+
+def _named_module(spec: str, source: str) -> Any:
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        # a missing import inside the user's module keeps its own message
+        if error.name is None or not f"{source}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"reward {spec!r}: there is no module {source!r}") from error
+
+
+def _file_module(spec: str, path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"reward {spec!r}: there is no file {str(path)!r}")
+    location = importlib.util.spec_from_file_location(f"densegrpo_fast_reward_{path.stem}", path.resolve())
+    assert location is not None and location.loader is not None  # a .py file always has both
+    module = importlib.util.module_from_spec(location)
+    location.loader.exec_module(module)
+    return module

@@ -1,0 +1,88 @@
+"""Grids of pictures as PNG files that carry their own prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+PROMPTS_KEY = "prompts"
+"""PNG text field that holds the captions as a JSON list, in reading order."""
+_GAP = 6
+_FONT_SIZE = 11
+_PAPER, _INK = (255, 255, 255), (60, 60, 67)
+
+
+def save_grid(
+    images: Tensor, path: str | Path, columns: int, scale: int = 2, captions: Sequence[str] | None = None
+) -> Path:
+    """Save pictures as one PNG, row by row.
+
+    Args:
+        images: [N, 3, H, W] float; values outside [0, 1] are clamped.
+        path: the file to write; its directory is made.
+        columns: pictures per row, at least 1.
+        scale: whole-number enlargement without smoothing, so that small pictures show their pixels.
+        captions: N texts (the prompts), drawn below the pictures and stored in the file (see
+            `read_captions`).
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: images is empty or not [N, 3, H, W], the number of captions differs, or columns or scale
+            is below 1.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise ValueError(f"save_grid: images must have shape [N, 3, H, W] with N >= 1, got {list(images.shape)}")
+    if columns < 1 or scale < 1:
+        raise ValueError(f"save_grid: columns and scale must be at least 1, got {columns} and {scale}")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"save_grid: captions must hold {len(images)} texts, one per image, got {len(captions)}")
+    pixels = images.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    width, height = images.shape[3] * scale, images.shape[2] * scale
+    columns = min(columns, len(images))
+
+    font = ImageFont.load_default(_FONT_SIZE)
+    texts = [_wrap(text, font, width) for text in captions or ()]
+    text_height = max((text.count("\n") + 1 for text in texts), default=0) * (_FONT_SIZE + 3)
+    step_x, step_y = width + _GAP, height + text_height + _GAP
+    grid = Image.new("RGB", (columns * step_x + _GAP, math.ceil(len(images) / columns) * step_y + _GAP), _PAPER)
+    draw = ImageDraw.Draw(grid)
+    for index, picture in enumerate(pixels):
+        x, y = _GAP + index % columns * step_x, _GAP + index // columns * step_y
+        grid.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if texts:
+            draw.multiline_text((x, y + height + 2), texts[index], fill=_INK, font=font, spacing=1)
+
+    information = PngInfo()
+    if captions is not None:
+        information.add_itxt(PROMPTS_KEY, json.dumps(list(captions), ensure_ascii=False))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path, format="PNG", pnginfo=information)
+    return path
+
+
+def read_captions(path: str | Path) -> list[str]:
+    """Captions that `save_grid` stored in a PNG file, in reading order; empty if it stored none."""
+    with Image.open(path) as image:
+        return [str(text) for text in json.loads(image.info.get(PROMPTS_KEY, "[]"))]
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """`text` broken between words into lines of at most `width` pixels; a longer word has its own line."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

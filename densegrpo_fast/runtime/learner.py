@@ -1,0 +1,220 @@
+"""The learner: optimiser, running average, and the policy update from one batch of trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.objective.clip import ppo_clip_loss
+from densegrpo_fast.objective.kl import gaussian_kl
+from densegrpo_fast.sampling.replay import reference_velocity, replay
+from densegrpo_fast.sampling.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """What the learner needs of the configuration; see `config.py` for each meaning."""
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float
+    max_grad_norm: float
+    updates_per_iteration: int
+    warmup: int
+    ema_decay: float
+    ema_every: int
+    clip_range: float
+    kl_coef: float
+    micro_batch: int
+    max_bad_steps: int
+
+
+class Learner:
+    """Trains a model's adapter with AdamW on the clipped objective.
+
+    Args:
+        model: the policy; `model.reference()` is the policy that the KL term holds it to.
+        options: see `LearnerOptions`.
+    """
+
+    def __init__(self, model: FlowModel, options: LearnerOptions):
+        self.model, self.options = model, options
+        self.parameters = model.trainable_parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=options.lr,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+        )
+        self.average = EMAModel(self.parameters.values(), decay=options.ema_decay) if options.ema_every else None
+        self.updates = 0
+        self.bad_steps = 0
+        self.bad_in_a_row = 0
+
+    def update(self, trajectory: Trajectory, advantages: Tensor, steps: Sequence[int]) -> dict[str, float]:
+        """Train on `steps` of every sample, in `updates_per_iteration` optimiser steps over parts of the batch.
+
+        A part whose loss or gradient is not finite is skipped and counted.
+
+        Args:
+            advantages: [B, T] float32.
+            steps: indices of the trained steps.
+
+        Returns:
+            Metrics averaged over the parts: loss, policy_loss, kl, clip_fraction, approx_kl, ratio_deviation (largest),
+            grad_norm, lr, skipped_updates, and nfe (network forwards, gradient ones counted once).
+
+        Raises:
+            UserError: (non-finite) too many parts in a row were skipped; the adapter is as before the first of them.
+        """
+        size = self.options.micro_batch
+        slices = [slice(start, start + size) for start in range(0, trajectory.batch, size)]
+        parts = _split(slices, self.options.updates_per_iteration)
+        records = [self._step(trajectory, advantages, steps, part) for part in parts]
+        metrics = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
+        metrics["ratio_deviation"] = max(record["ratio_deviation"] for record in records)
+        metrics["skipped_updates"] = sum(record["skipped_updates"] for record in records)
+        forwards = self.model.forwards(trajectory.guidance_scale) * (2 if self.options.kl_coef else 1)
+        metrics["nfe"] = forwards * trajectory.batch * len(steps)
+        return metrics
+
+    def _step(
+        self, trajectory: Trajectory, advantages: Tensor, steps: Sequence[int], part: list[slice]
+    ) -> dict[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * min(1.0, (self.updates + 1) / max(self.options.warmup, 1))
+        self.optimizer.zero_grad(set_to_none=True)
+        share = 1.0 / (len(part) * len(steps))
+        totals: dict[str, Tensor] = {}
+        deviations = []
+        for step in steps:
+            for rows in part:
+                loss, metrics = self._loss(trajectory, advantages[rows, step], step, rows)
+                (loss * share).backward()
+                deviations.append(metrics.pop("ratio_deviation"))
+                for name, value in {"loss": loss.detach(), **metrics}.items():
+                    totals[name] = totals.get(name, 0.0) + value * share
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
+        record = {name: value.item() for name, value in totals.items()}
+        record |= {
+            "ratio_deviation": torch.stack(deviations).max().item(),
+            "grad_norm": norm.item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "skipped_updates": 0.0,
+        }
+        if not all(torch.isfinite(value) for value in (totals["loss"], norm)):
+            self._skip()
+            return dict.fromkeys(record, 0.0) | {"skipped_updates": 1.0}
+        self.optimizer.step()
+        self.updates += 1
+        self.bad_in_a_row = 0
+        if self.average is not None and self.updates % self.options.ema_every == 0:
+            self.average.step(self.parameters.values())
+        return record
+
+    def _loss(
+        self, trajectory: Trajectory, advantages: Tensor, step: int, rows: slice
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        log_prob, velocity = replay(self.model, trajectory, step, rows)
+        kl = None
+        if self.options.kl_coef:
+            reference = reference_velocity(self.model, trajectory, step, rows)
+            index = torch.full((len(velocity),), step, device=velocity.device)
+            kl = gaussian_kl(velocity, reference, trajectory.coefficients.table, index, scale="flow_grpo")
+        return ppo_clip_loss(
+            log_prob,
+            trajectory.log_probs[step, rows],
+            advantages,
+            clip_range=self.options.clip_range,
+            kl=kl,
+            kl_coef=self.options.kl_coef,
+        )
+
+    def _skip(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row >= self.options.max_bad_steps:
+            raise UserError(
+                f"loss or gradient was not finite {self.bad_in_a_row} times in a row; lower optimizer.lr or "
+                "sampler.noise_level. Nothing of it reached the weights.",
+                ExitCode.NON_FINITE,
+            )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the adapter holds its running average (if one is kept)."""
+        if self.average is None:
+            yield
+            return
+        parameters = list(self.parameters.values())
+        self.average.store(parameters)
+        self.average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(parameters)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint needs, by group and name."""
+        groups: dict[str, dict[str, Tensor]] = {"adapter": dict(self.parameters), "optimizer": {}}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                groups["optimizer"][f"{name}/{key}"] = value
+        if self.average is not None:
+            groups["ema"] = dict(zip(self.parameters, self.average.shadow_params, strict=True))
+        return groups
+
+    def state(self) -> dict[str, Any]:
+        """The counters that go with `tensors`."""
+        return {
+            "updates": self.updates,
+            "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+            "ema_steps": self.average.optimization_step if self.average is not None else 0,
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Continue from `tensors` and `state` of a checkpoint.
+
+        Raises:
+            UserError: (checkpoint) the adapter in it has other parameters than this one.
+        """
+        saved = {name: tensor.shape for name, tensor in tensors["adapter"].items()}
+        if saved != {name: parameter.shape for name, parameter in self.parameters.items()}:
+            raise UserError("the checkpoint holds an adapter for another model", ExitCode.CHECKPOINT)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors["adapter"][name])
+            moments = {
+                key: tensors["optimizer"][f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}/{key}" in tensors["optimizer"]
+            }
+            if moments:
+                self.optimizer.state[parameter] = moments
+        if self.average is not None:
+            for shadow, name in zip(self.average.shadow_params, self.parameters, strict=True):
+                shadow.copy_(tensors["ema"][name])
+            self.average.optimization_step = state["ema_steps"]
+        self.updates = state["updates"]
+        self.bad_steps, self.bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
+
+
+def _split(slices: list[slice], count: int) -> list[list[slice]]:
+    if len(slices) % count:
+        raise ValueError(
+            f"updates_per_iteration must divide the {len(slices)} micro-batches of an iteration, got {count}"
+        )
+    size = len(slices) // count
+    return [slices[start : start + size] for start in range(0, len(slices), size)]

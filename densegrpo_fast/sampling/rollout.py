@@ -1,0 +1,105 @@
+"""Sampling: stochastic trajectories of the policy, and deterministic images for evaluation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.flow import ops
+from densegrpo_fast.flow.dynamics import StepCoefficients
+from densegrpo_fast.flow.noise import Stream, gaussian
+from densegrpo_fast.models.base import Conditioning, FlowModel
+from densegrpo_fast.sampling.trajectory import Trajectory
+
+
+def initial_noise(
+    model: FlowModel, sample_index: Tensor, *, seed: int, epoch: int, stream: Stream = Stream.INITIAL
+) -> Tensor:
+    """Standard normal latents [B, ...] float32, each a function of (seed, sample index, epoch, stream) alone."""
+    return gaussian(
+        model.latent_shape,
+        seed=seed,
+        sample_index=sample_index,
+        step=0,
+        stream=stream,
+        epoch=epoch,
+        device=model.device,
+    )
+
+
+@torch.no_grad()
+def rollout(
+    model: FlowModel,
+    noise: Tensor,
+    conditioning: Conditioning,
+    coefficients: StepCoefficients,
+    *,
+    sample_index: Tensor,
+    seed: int,
+    epoch: int,
+    guidance_scale: float = 1.0,
+    micro_batch: int | None = None,
+) -> Trajectory:
+    """Run the SDE sampler of Flow-GRPO (arXiv 2505.05470, Eq 9) in whatever family `coefficients` hold.
+
+    Args:
+        noise: initial latents [B, ...] float32.
+        conditioning: prompts of the B rows.
+        coefficients: tables for T steps, on the model's device.
+        sample_index: [B] int64, the global index that seeds each row's noise.
+        seed, epoch: the other parts of the noise counters.
+        guidance_scale: 1 is off.
+        micro_batch: rows per forward. The replay in training must use the same split: a forward's rounding may depend
+            on its batch shape, and the importance ratio of an unchanged policy shall be 1. None means all rows.
+
+    Raises:
+        ValueError: B is not a multiple of `micro_batch`.
+    """
+    steps, batch = len(coefficients.table), len(noise)
+    size = micro_batch or batch
+    if batch % size:
+        raise ValueError(f"micro_batch must divide the number of samples: {batch} samples, micro_batch {size}")
+    sigmas = coefficients.sigmas
+    latents = noise.new_empty(steps + 1, *noise.shape)
+    velocities = noise.new_empty(steps, *noise.shape)
+    log_probs = noise.new_empty(steps, batch)
+    latents[0] = noise
+    for step in range(steps):
+        for start in range(0, batch, size):
+            rows = slice(start, start + size)
+            velocities[step, rows] = model.velocity(
+                latents[step, rows], sigmas[step].expand(size), conditioning.select(rows), guidance_scale
+            ).combined()
+        latents[step + 1], log_probs[step] = ops.sde_step(
+            latents[step],
+            velocities[step],
+            coefficients.table,
+            step,
+            seed=seed,
+            sample_index=sample_index,
+            epoch=epoch,
+        )
+    return Trajectory(latents, velocities, log_probs, coefficients, conditioning, guidance_scale)
+
+
+@torch.no_grad()
+def sample_ode(
+    model: FlowModel,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    micro_batch: int | None = None,
+) -> Tensor:
+    """Euler's method from noise to clean latents [B, ...] float32; `sigmas` [T+1] decrease to 0."""
+    sigmas = sigmas.to(noise.device)
+    parts = []
+    for rows in torch.arange(len(noise), device=noise.device).split(micro_batch or len(noise)):
+        latents, condition = noise[rows], conditioning.select(rows)
+        for step in range(len(sigmas) - 1):
+            sigma, next_sigma = sigmas[step].expand(len(rows)), sigmas[step + 1].expand(len(rows))
+            velocity = model.velocity(latents, sigma, condition, guidance_scale).combined()
+            latents = ops.euler_jump(latents, velocity, sigma, next_sigma)
+        parts.append(latents)
+    return torch.cat(parts)

@@ -1,0 +1,39 @@
+"""What a rollout leaves behind: every state, velocity and log-probability of a batch of trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from densegrpo_fast.flow.dynamics import StepCoefficients
+from densegrpo_fast.models.base import Conditioning
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """T steps of B samples from noise to image.
+
+    Attributes:
+        latents: [T+1, B, ...] float32; index = steps done, so `latents[0]` is noise and `latents[T]` the end.
+        velocities: [T, B, ...] float32, the guided velocity at each state.
+        log_probs: [T, B] float32 of each step, mean over the latent's elements; 0 for a noise-free step.
+        coefficients: the steps' coefficients and sigmas.
+        conditioning: the prompts of the B rows.
+        guidance_scale: of `velocities`.
+    """
+
+    latents: Tensor
+    velocities: Tensor
+    log_probs: Tensor
+    coefficients: StepCoefficients
+    conditioning: Conditioning
+    guidance_scale: float
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.velocities)
+
+    @property
+    def batch(self) -> int:
+        return self.latents.shape[1]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from densegrpo_fast.flow.ops import euler_jump
+from densegrpo_fast.flow.schedule import sd3_sigmas
+
+SIGMA = torch.tensor([1.0, 0.75, 0.5])
+NEXT = torch.tensor([0.5, 0.0, 0.25])
+
+
+def test_rows_move_between_their_own_noise_levels() -> None:
+    # dt = -.5, -.75, -.25; with latents 1 and velocity 2 the rows end at 0, -.5 and .5.
+    moved = euler_jump(torch.ones(3, 2, 2), torch.full((3, 2, 2), 2.0), SIGMA, NEXT)
+    assert torch.equal(moved[:, 0, 0], torch.tensor([0.0, -0.5, 0.5]))
+    assert torch.equal(moved, moved[:, :1, :1].expand(3, 2, 2))
+
+
+def test_it_is_the_diffusers_step_bit_for_bit() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    sigmas = sd3_sigmas(10)
+    latents, velocity = torch.randn(2, 3, 4, 8, 8)
+    for step, timestep in enumerate(scheduler.timesteps):
+        expected = scheduler.step(velocity, timestep, latents).prev_sample
+        assert torch.equal(euler_jump(latents, velocity, sigmas[step], sigmas[step + 1]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    latents, velocity = torch.randn(2, 3, 50).to(dtype)
+    expected = euler_jump(latents.float(), velocity.float(), SIGMA, NEXT).to(dtype)
+    assert torch.equal(euler_jump(latents, velocity, SIGMA, NEXT), expected)
+
+
+def test_gradcheck() -> None:
+    latents, velocity = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    latents.requires_grad_()
+    velocity.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, v: euler_jump(x, v, SIGMA, NEXT), (latents, velocity))
+
+
+def test_gradients_keep_their_dtypes() -> None:
+    latents = torch.randn(3, 4, requires_grad=True)
+    velocity = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    euler_jump(latents, velocity, SIGMA, NEXT).sum().backward()
+    assert (latents.grad.dtype, velocity.grad.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(velocity.grad.float(), (NEXT - SIGMA)[:, None].expand(3, 4))
+
+
+def test_opcheck() -> None:
+    latents, velocity = (torch.randn(3, 2, 4, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(torch.ops.densegrpo_fast.euler_jump.default, (latents, velocity, SIGMA, NEXT, "auto"))
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        moved = euler_jump(torch.empty(3, 8).half(), torch.empty(3, 8), torch.empty(3), torch.empty(()))
+    assert (moved.shape, moved.dtype) == ((3, 8), torch.float16)
+
+
+def test_bad_arguments_are_named() -> None:
+    latents = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"euler_jump: sigma must have shape \[3\], got \[2\]"):
+        euler_jump(latents, latents, SIGMA[:2], NEXT)
+    with pytest.raises(TypeError, match="euler_jump: next_sigma must be float32"):
+        euler_jump(latents, latents, SIGMA, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="euler_jump: sigma must be a tensor, got float"):
+        euler_jump(latents, latents, 1.0, NEXT)
+    with pytest.raises(ValueError, match="euler_jump: velocity must have shape"):
+        euler_jump(latents, latents[:2], SIGMA, NEXT)

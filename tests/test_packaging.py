@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+def build_wheel(folder: Path, **environment: str) -> tuple[Path, str]:
+    """Build a wheel from a copy of the sources without the symlink; return it and the build output."""
+    source = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "build")
+    for name in ("csrc", "kernels", "densegrpo_fast"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored, symlinks=True)
+    # Git without symlink support leaves a text file in its place; the wheel must not depend on the link.
+    (source / "densegrpo_fast" / "kernels").unlink()
+    (source / "densegrpo_fast" / "kernels").write_text("../kernels")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "README.md").write_text("# densegrpo-fast\n")
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
+    result = subprocess.run(
+        [*command, "--wheel-dir", str(folder), str(source)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next(folder.glob("*.whl")), result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))[0]
+
+
+def contents(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    outside = [
+        name
+        for name in contents(wheel)
+        if not name.startswith("densegrpo_fast/") and not name.split("/")[0].endswith(".dist-info")
+    ]
+    assert not outside
+    assert wheel.name.startswith("densegrpo_fast-")
+    assert "-py3-none-" in wheel.name
+
+
+def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
+    expected = {
+        f"densegrpo_fast/{path.relative_to(ROOT / 'densegrpo_fast').as_posix()}"
+        for pattern in ("*.py", "py.typed", "*.yaml")
+        for path in (ROOT / "densegrpo_fast").rglob(pattern)
+        if "kernels" not in path.parts[len(ROOT.parts) :]
+    }
+    expected |= {f"densegrpo_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert expected <= set(contents(wheel))
+
+
+def test_the_wheel_holds_the_embedded_weights(wheel: Path) -> None:
+    weights = ROOT / "densegrpo_fast" / "embedded" / "weights"
+    expected = {
+        f"densegrpo_fast/embedded/weights/{path.relative_to(weights).as_posix()}"
+        for path in weights.rglob("*")
+        if path.is_file()
+    }
+    assert expected <= set(contents(wheel))
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+def test_the_wheel_holds_a_library_that_loads(wheel: Path, tmp_path: Path) -> None:
+    (library,) = [name for name in contents(wheel) if name.startswith("densegrpo_fast/_native.")]
+    with zipfile.ZipFile(wheel) as archive:
+        path = archive.extract(library, tmp_path)
+    assert ctypes.CDLL(path).densegrpo_abi_version() == 1
+
+
+def test_the_core_needs_torch_alone(wheel: Path) -> None:
+    (metadata,) = [name for name in contents(wheel) if name.endswith(".dist-info/METADATA")]
+    with zipfile.ZipFile(wheel) as archive:
+        lines = archive.read(metadata).decode().splitlines()
+    required = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert len(required) == 1
+    assert required[0].startswith("Requires-Dist: torch")
+
+
+def test_the_install_succeeds_without_a_compiler(tmp_path: Path) -> None:
+    built, output = build_wheel(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    assert not [name for name in contents(built) if name.endswith(".so")]
+    assert "the compiled CPU library was not built" in output
+
+
+def test_kernels_is_not_a_regular_package() -> None:
+    # With an __init__.py it would shadow Hugging Face's `kernels` from the repository root.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_symlink_points_at_kernels() -> None:
+    link = ROOT / "densegrpo_fast" / "kernels"
+    assert os.readlink(link) == "../kernels"
+    assert link.resolve() == ROOT / "kernels"
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, os; os.environ.pop('OMP_WAIT_POLICY', None); import densegrpo_fast as d; "
+        "assert not {'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules), 'heavy import'; "
+        "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'; print(d.__version__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_public_names_resolve() -> None:
+    import densegrpo_fast
+
+    for name in densegrpo_fast.__all__:
+        assert getattr(densegrpo_fast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = densegrpo_fast.missing

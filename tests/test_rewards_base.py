@@ -1,0 +1,214 @@
+"""The reward contract: forms of scores, missing scores, broken rewards, and finding rewards by name."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from densegrpo_fast.rewards.base import RewardError, RewardMixture, create, missing_share, names, register
+
+IMAGES = torch.linspace(0, 1, 3 * 3 * 4 * 4).reshape(3, 3, 4, 4)
+PROMPTS = ["a red circle", "a blue square", "two green crosses"]
+
+
+def returning(output):
+    return lambda images, prompts, metadata: output
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        [1, 0.5, None],
+        (1.0, 0.5, float("nan")),
+        ([1.0, 0.5, math.inf], {"detail": "x"}),
+        torch.tensor([1.0, 0.5, math.nan], dtype=torch.float64, requires_grad=True),
+        (np.array([1.0, 0.5, -math.inf]), {}),
+        [np.float32(1.0), torch.tensor(0.5), None],
+        [True, np.float64(0.5), 1e300],
+    ],
+    ids=["list", "tuple", "flow_grpo", "tensor", "array", "scalars", "too_large_for_float32"],
+)
+def test_every_form_of_scores_gives_the_same_values(output):
+    scores = RewardMixture({"r": (returning(output), 2.0)})(IMAGES, PROMPTS)
+    assert scores.values.dtype == torch.float32 and not scores.values.requires_grad
+    torch.testing.assert_close(scores.values, torch.tensor([2.0, 1.0, math.nan]), equal_nan=True)
+    torch.testing.assert_close(scores.per_reward["r"], torch.tensor([1.0, 0.5, math.nan]), equal_nan=True)
+    assert scores.missing_share == pytest.approx(1 / 3)
+
+
+def test_two_scores_in_a_tuple_are_not_taken_for_the_flow_grpo_form():
+    scores = RewardMixture({"r": (returning((0.25, 0.75)), 1.0)})(IMAGES[:2], PROMPTS[:2])
+    assert scores.values.tolist() == [0.25, 0.75]
+
+
+def test_a_mixture_is_a_weighted_sum_and_missing_where_any_term_is():
+    mixture = RewardMixture({"a": (returning([1.0, None, 3.0]), 2.0), "b": (returning([0.5, 1.0, None]), -1.0)})
+    scores = mixture(IMAGES, PROMPTS)
+    # 2 * 1 - 0.5 = 1.5; the other two pictures each lack one score
+    torch.testing.assert_close(scores.values, torch.tensor([1.5, math.nan, math.nan]), equal_nan=True)
+    assert scores.missing_share == pytest.approx(2 / 3)
+
+
+def test_a_reward_with_weight_zero_is_only_observed():
+    mixture = RewardMixture({"a": (returning([1.0, 2.0, 3.0]), 1.0), "seen": (returning([None, 5.0, 5.0]), 0.0)})
+    scores = mixture(IMAGES, PROMPTS)
+    assert scores.values.tolist() == [1.0, 2.0, 3.0]
+    assert scores.per_reward["seen"].isnan().tolist() == [True, False, False]
+
+
+def test_rewards_see_images_prompts_and_metadata():
+    seen = {}
+
+    def reward(images, prompts, metadata):
+        seen.update(images=images, prompts=prompts, metadata=metadata, grad=torch.is_grad_enabled())
+        return images.mean((1, 2, 3))
+
+    mixture = RewardMixture({"r": (reward, 1.0)})
+    scores = mixture(IMAGES, PROMPTS, [{"n": 0}, {"n": 1}, {"n": 2}])
+    torch.testing.assert_close(scores.values, IMAGES.mean((1, 2, 3)))
+    assert seen["prompts"] == PROMPTS and seen["metadata"][2] == {"n": 2} and seen["grad"] is False
+    mixture(IMAGES, PROMPTS)
+    assert seen["metadata"] == [{}, {}, {}]
+
+
+def test_async_rewards_wait_for_each_other():
+    async def run():
+        return RewardMixture({"first": (first, 1.0), "second": (second, 1.0)})(IMAGES, PROMPTS)
+
+    def pair():
+        # each waits for the other, so only rewards that really run at the same time can finish
+        arrived = [asyncio.Event(), asyncio.Event()]
+
+        def make(mine, other):
+            async def reward(images, prompts, metadata):
+                arrived[mine].set()
+                await asyncio.wait_for(arrived[other].wait(), timeout=5)
+                return [float(mine)] * len(prompts)
+
+            return reward
+
+        return make(0, 1), make(1, 0)
+
+    first, second = pair()
+    scores = RewardMixture({"first": (first, 1.0), "second": (second, 1.0)})(IMAGES, PROMPTS)
+    assert scores.values.tolist() == [1.0, 1.0, 1.0]
+    first, second = pair()
+    assert asyncio.run(run()).values.tolist() == [1.0, 1.0, 1.0], "inside a running loop, as in a notebook"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ([1.0, 2.0], "must return 3 scores, one per image, got 2"),
+        (torch.zeros(3, 1), r"must return 3 real scores, got torch.float32 of shape \[3, 1\]"),
+        (torch.zeros(3, dtype=torch.complex64), "real scores"),
+        ([1.0, "0.5", 2.0], "number or None per image, got '0.5' for image 1"),
+        ([1.0, [2.0], 2.0], r"got \[2.0\] for image 1"),
+        (0.5, "list or tensor of 3 scores, got float"),
+        (None, "got NoneType"),
+        ({"avg": [1, 2, 3]}, "got dict"),
+    ],
+)
+def test_scores_that_break_the_contract_are_refused_by_the_rewards_name(output, message):
+    with pytest.raises(RewardError, match=f"reward 'mine' .*{message}") as caught:
+        RewardMixture({"mine": (returning(output), 1.0)})(IMAGES, PROMPTS)
+    assert caught.value.name == "mine"
+
+
+def test_a_raising_reward_is_named_and_keeps_its_cause():
+    def broken(images, prompts, metadata):
+        raise KeyError("quotes")
+
+    async def broken_later(images, prompts, metadata):
+        raise TimeoutError("server silent")
+
+    with pytest.raises(RewardError, match="reward 'ocr' raised KeyError: 'quotes'") as caught:
+        RewardMixture({"ocr": (broken, 1.0)})(IMAGES, PROMPTS)
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(RewardError, match="reward 'judge' raised TimeoutError: server silent") as caught:
+        RewardMixture({"fine": (returning([1, 2, 3]), 1.0), "judge": (broken_later, 1.0)})(IMAGES, PROMPTS)
+    assert isinstance(caught.value.__cause__, TimeoutError)
+
+
+def test_a_mixture_refuses_bad_terms_and_bad_inputs():
+    ones = returning([1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="weight other than 0"):
+        RewardMixture({"r": (ones, 0.0)})
+    with pytest.raises(ValueError, match="weight of 'r' must be finite, got nan"):
+        RewardMixture({"r": (ones, math.nan)})
+    with pytest.raises(TypeError, match="'r' must be callable, got str"):
+        RewardMixture({"r": ("scenes", 1.0)})
+    mixture = RewardMixture({"r": (ones, 1.0)})
+    with pytest.raises(ValueError, match=r"float \[N, 3, H, W\], got torch.uint8"):
+        mixture(IMAGES.to(torch.uint8), PROMPTS)
+    with pytest.raises(ValueError, match="3 images need as many prompts and metadata, got 2 and 3"):
+        mixture(IMAGES, PROMPTS[:2])
+    with pytest.raises(ValueError, match="got 3 and 1"):
+        mixture(IMAGES, PROMPTS, [{}])
+
+
+def test_missing_share_counts_nan_over_any_shape():
+    assert missing_share(torch.tensor([[1.0, math.nan], [math.nan, math.nan]])) == 0.75
+    assert missing_share(torch.zeros(0)) == 0.0
+
+
+def test_a_registered_factory_is_created_with_its_options(monkeypatch):
+    monkeypatch.setattr("densegrpo_fast.rewards.base._REGISTERED", {})
+
+    @register("constant")
+    def constant(value):
+        return lambda images, prompts, metadata: [value] * len(prompts)
+
+    assert "constant" in names()
+    assert create("constant", value=0.25)(IMAGES, PROMPTS, [{}] * 3) == [0.25] * 3
+    for taken in ("constant", "scenes", "a:b"):
+        with pytest.raises(ValueError, match="must be new and without a colon"):
+            register(taken)
+
+
+def test_an_unknown_name_suggests_and_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown reward 'secnes'; did you mean 'scenes'\? known: jpeg_compress"):
+        create("secnes")
+    with pytest.raises(ValueError, match="unknown reward 'zzz'; known: "):
+        create("zzz")
+
+
+def test_every_built_in_name_makes_a_reward_that_keeps_the_contract():
+    images = torch.full((1, 3, 64, 64), 0.5)
+    for name in names():
+        assert RewardMixture({name: (create(name), 1.0)})(images, ["a red circle"]).missing_share == 0.0, name
+
+
+def test_ones_own_reward_is_loaded_only_in_the_explicit_form(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(
+        "def brightness(images, prompts, metadata, gain=1.0):\n    return gain * images.mean((1, 2, 3))\n"
+        "class Fixed:\n"
+        "    def __init__(self, value=3):\n        self.value = value\n"
+        "    def __call__(self, images, prompts, metadata):\n        return [self.value] * len(prompts)\n"
+    )
+    mean = IMAGES.mean((1, 2, 3))
+    torch.testing.assert_close(create(f"{path}:brightness")(IMAGES, PROMPTS, []), mean)
+    torch.testing.assert_close(create(f"{path}:brightness", gain=2.0)(IMAGES, PROMPTS, []), 2 * mean)
+    assert create(f"{path}:Fixed", value=7)(IMAGES, PROMPTS, []) == [7, 7, 7]
+    assert create("densegrpo_fast.rewards.jpeg:JpegCompressibility")(IMAGES[:1], PROMPTS[:1], [])[0] < 0
+    for name in (str(path), "my_rewards.brightness"):
+        with pytest.raises(ValueError, match="unknown reward"):
+            create(name)
+    with pytest.raises(ValueError, match="has no function 'darkness'"):
+        create(f"{path}:darkness")
+    with pytest.raises(ValueError, match="there is no file"):
+        create(f"{tmp_path / 'absent.py'}:f")
+    with pytest.raises(ValueError, match="there is no module 'no_such_module'"):
+        create("no_such_module:f")
+
+
+def test_a_missing_import_inside_ones_own_module_keeps_its_message(tmp_path, monkeypatch):
+    (tmp_path / "needs_more.py").write_text("import package_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="package_that_is_not_installed"):
+        create("needs_more:f")
