@@ -150,6 +150,9 @@ class ObjectiveOptions(Section):
     """The clipped policy loss."""
 
     clip_range: float = Field(gt=0, lt=1, description="the ratio is clipped to 1 - clip_range .. 1 + clip_range")
+    step_weight: Literal["none", "noise_aware"] = Field(
+        description="weight of each step's policy loss; noise_aware = its injected noise, so that early steps count"
+    )
     kl_coef: float = Field(ge=0, description="weight of the KL to the model without its adapter; 0 = off")
     trained_steps: Literal["all_but_last"] | list[StepIndex] | PositiveInt = Field(
         description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration"

@@ -60,6 +60,8 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         records = RunRecords(directory, config, model, learner)
         timer = PhaseTimer(build.synchronizer(model.device))
 
+        size = f"{config.data.num_prompts} prompts x {config.sampler.group_size} samples"
+        print(f"{config.preset}: {config.run.iterations} iterations of {size}, into {directory}", flush=True)
         with MetricsLog(directory / "metrics.jsonl") as log, GracefulStop() as stop:
             start = records.restore(log) if resume else 0
             if start == 0:

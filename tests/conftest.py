@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 # Read once, when the OpenMP runtime starts: before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from densegrpo_fast.flow.analytic import GaussianMixtureFlow  # noqa: E402
+from densegrpo_fast.flow.schedule import sd3_sigmas  # noqa: E402
+from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +32,104 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class MixtureModel(FlowModel):
+    """A flow model with an exact velocity that counts what it is asked for.
+
+    Latents are vectors [4]. A prompt is the digits of the mixture components it allows, e.g. "02"; the empty prompt
+    allows all.
+
+    Attributes:
+        calls: (rows, sigma, guidance_scale) of every call of `velocity`.
+        decoded: rows of every call of `decode`.
+    """
+
+    latent_shape = (4,)
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        means = torch.tensor([[2.0, 0, 0, 1], [-1, 1.5, 0, -1], [0, -2, 1, 0]], dtype=torch.float64)
+        self.flow = GaussianMixtureFlow(means, 0.4)
+        self.calls: list[tuple[int, float, float]] = []
+        self.decoded: list[int] = []
+
+    @property
+    def evaluated_rows(self) -> int:
+        """Rows whose velocity was asked for so far."""
+        return sum(rows for rows, _, _ in self.calls)
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        unique = list(dict.fromkeys(prompts))
+        allowed = torch.tensor([[float(str(k) in prompt) for k in range(3)] for prompt in unique])
+        rows = torch.tensor([unique.index(prompt) for prompt in prompts])
+        return Conditioning(allowed[:, None], allowed, torch.ones(1, 1, 3), torch.ones(1, 3), rows)
+
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Velocity:
+        assert len(latents) == len(sigma) == len(conditioning)
+        self.calls.append((len(latents), sigma[0].item(), guidance_scale))
+        cond = torch.empty_like(latents)
+        for number in conditioning.rows.unique():
+            mine = conditioning.rows == number
+            flow = self.flow.condition(conditioning.pooled[number].nonzero().flatten().tolist())
+            cond[mine] = flow.velocity(latents[mine], sigma[mine]).to(latents.dtype)
+        if guidance_scale == 1.0:
+            return Velocity(cond, None, 1.0)
+        return Velocity(cond, self.flow.velocity(latents, sigma).to(latents.dtype), guidance_scale)
+
+    def reference(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {}
+
+    def decode(self, latents: Tensor, decoder: Decoder = "full") -> Tensor:
+        self.decoded.append(len(latents))
+        return latents.sigmoid().view(-1, 1, 2, 2).expand(-1, 3, 2, 2)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        return sd3_sigmas(num_steps, shift=3.0)
+
+
+@pytest.fixture
+def mixture_model() -> MixtureModel:
+    """A fresh `MixtureModel`."""
+    return MixtureModel()
+
+
+@pytest.fixture
+def tiny_policy() -> Callable[..., FlowModel]:
+    """Makes tiny SD3 models with an adapter: `tiny_policy(spread=0.0, rank=2, alpha=4)`.
+
+    A fresh adapter changes nothing (its B is zero); `spread` is the standard deviation of the B that it gets instead.
+    """
+    from densegrpo_fast.models.tiny import tiny_sd3
+    from densegrpo_fast.runtime.lora import add_lora
+
+    def make(spread: float = 0.0, rank: int = 2, alpha: int = 4) -> FlowModel:
+        model = tiny_sd3()
+        add_lora(model.network, rank=rank, alpha=alpha, targets=["attn.to_q", "attn.to_v", "attn.to_out.0"], seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.trainable_parameters().items():
+            if spread and ".lora_B." in name:
+                parameter.data = spread * torch.randn(parameter.shape, generator=generator)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pipeline_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline directory with the embedded model's architecture and random weights."""
+    from densegrpo_fast.embedded import architecture, scenes
+    from densegrpo_fast.embedded.stages import save
+
+    directory = tmp_path_factory.mktemp("pipeline")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = architecture.build_pipeline([s.prompt for c in scenes.CATEGORIES for s in scenes.all_scenes(c)])
+        pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+        save(pipeline, architecture.build_preview_decoder(), directory)
+    return directory

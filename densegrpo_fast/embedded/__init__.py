@@ -9,4 +9,4 @@ from __future__ import annotations
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Directory that `StableDiffusion3Pipeline.from_pretrained` loads; `WEIGHTS / "preview_decoder"` is the AutoencoderTiny."""
+"""The pipeline directory; `WEIGHTS / "preview_decoder"` holds the AutoencoderTiny."""

@@ -28,8 +28,8 @@ def evaluate(
     """Scores of the pipeline on held-out sentences, two pictures each, by plain diffusers calls.
 
     Returns:
-        `strict` and `graded` per guidance scale and category (10 Euler steps); `round_trip`, the strict score of rendered
-        scenes after the autoencoder; `preview_agreement`, how often preview and full decoder agree on strict.
+        `strict` and `graded` per guidance scale and category (10 Euler steps); `round_trip`, the strict score of
+        rendered scenes after the autoencoder; `preview_agreement`, how often both decoders agree on strict.
     """
     reward = ScenesReward()
     generator = np.random.default_rng(11)
@@ -120,8 +120,8 @@ pipeline_tag: text-to-image
 ---
 # The embedded scenes model
 
-A small Stable Diffusion 3 pipeline that draws 64x64 scenes of coloured shapes, for example "a red circle to the left of a
-blue square". It exists so that densegrpo-fast trains, tests and measures on a laptop; it has no other use.
+A small Stable Diffusion 3 pipeline that draws 64x64 scenes of coloured shapes, for example "a red circle to the left
+of a blue square". It exists so that densegrpo-fast trains, tests and measures on a laptop; it has no other use.
 
 ```python
 from diffusers import StableDiffusion3Pipeline
@@ -133,8 +133,8 @@ pipe("a red circle to the left of a blue square", num_inference_steps=10, guidan
 
 ## How it was made
 `python -m densegrpo_fast.embedded.pretrain --output DIR`, deterministic for a given machine and library version:
-{recipe["num_scenes"]} rendered scenes (anti-aliased; random sizes, places, shades, backgrounds), none of them for a held-out
-sentence; one in five sentences is held out by meaning. Torch {evidence["versions"]["torch"]}.
+{recipe["num_scenes"]} rendered scenes (anti-aliased; random sizes, places, shades, backgrounds), none of them for a
+held-out sentence; one in five sentences is held out by meaning. Torch {evidence["versions"]["torch"]}.
 
 | stage | loss at start | half way | at 90% | end | minutes |
 |---|---|---|---|---|---|
@@ -146,8 +146,8 @@ sentence; one in five sentences is held out by meaning. Torch {evidence["version
 |---|{"---|" * len(scores["strict"])}
 {chr(10).join(rows)}
 
-Rendered scenes after encoding and decoding: strict {scores["round_trip"]:.3f}. Preview and full decoder agree on strict for
-{scores["preview_agreement"]:.3f} of the pictures.
+Rendered scenes after encoding and decoding: strict {scores["round_trip"]:.3f}. Preview and full decoder agree on
+strict for {scores["preview_agreement"]:.3f} of the pictures.
 """
 
 

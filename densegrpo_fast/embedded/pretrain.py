@@ -1,8 +1,8 @@
 """Train the embedded pipeline from scratch: `python -m densegrpo_fast.embedded.pretrain --output DIR`.
 
-Four stages, each deterministic for a given device, thread count and library version: the autoencoder, its preview
-decoder, the flow (transformer and text encoders together), and an evaluation on held-out sentences. Every finished stage is
-kept in `DIR/stages`, the flow also every few hundred steps, so an interrupted command continues where it stopped.
+Stages, each deterministic for a given device, thread count and library version: the autoencoder, the flow (transformer
+and text encoders together), the preview decoder, and an evaluation on held-out sentences. Every finished stage is kept
+in `DIR/stages`, the flow also every few hundred steps, so an interrupted command continues where it stopped.
 `DIR/pipeline` is the result: a pipeline directory with fp16 safetensors and a model card.
 """
 
@@ -13,23 +13,21 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import json
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from densegrpo_fast.embedded import architecture, card, scenes
+from densegrpo_fast.embedded.stages import Loop, Stages, save
 
 _LATENT_NOISE = 0.05
 
@@ -44,19 +42,11 @@ class Recipe:
     vae_batch: int = 32
     preview_steps: int = 1_500
     preview_batch: int = 32
-    flow_steps: int = 4_500
-    flow_batch: int = 64
-    flow_lr: float = 1.2e-3
+    flow_steps: int = 7_500
+    flow_batch: int = 32
+    flow_lr: float = 1e-3
     drop_prompt: float = 0.1
     pad_share: float = 0.2
-
-
-@dataclass
-class Log:
-    """Loss curve and seconds of every stage; saved with the stage."""
-
-    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,33 +86,6 @@ def pretrain(output: Path, recipe: Recipe, device: torch.device) -> StableDiffus
     scores = card.evaluate(pipeline, preview)
     card.write_card(target, recipe, stages.log, scores)
     return pipeline
-
-
-class Stages:
-    """Keeps each finished stage's weights and log; skips a stage that is already there."""
-
-    def __init__(self, directory: Path, device: torch.device):
-        self.directory, self.device = directory, device
-        directory.mkdir(parents=True, exist_ok=True)
-        self.log = Log()
-        if (directory / "log.json").exists():
-            self.log = Log(**json.loads((directory / "log.json").read_text()))
-
-    def run(self, name: str, modules: dict[str, nn.Module], train: Callable[[], list[tuple[int, float]]]) -> None:
-        """Load stage `name` into `modules`, or train and keep it."""
-        path = self.directory / f"{name}.safetensors"
-        if path.exists():
-            tensors = load_file(path)
-            for key, module in modules.items():
-                module.load_state_dict(
-                    {k.removeprefix(key + "::"): v for k, v in tensors.items() if k.startswith(key + "::")}
-                )
-            return
-        started = time.perf_counter()
-        self.log.losses[name] = train()
-        self.log.seconds[name] = self.log.seconds.get(name, 0.0) + time.perf_counter() - started
-        write_tensors(path, {f"{k}::{n}": t for k, m in modules.items() for n, t in m.state_dict().items()})
-        (self.directory / "log.json").write_text(json.dumps(vars(self.log)))
 
 
 def train_vae(vae: AutoencoderKL, recipe: Recipe, device: torch.device) -> list[tuple[int, float]]:
@@ -196,9 +159,9 @@ def train_flow(
 ) -> list[tuple[int, float]]:
     """Rectified-flow matching (arXiv 2403.03206): velocity = noise - data, sigma logit-normal and shifted by 3.
 
-    A tenth of the prompts is dropped for guidance. In a fifth of the batches a random number of zero tokens stands where
-    SD3 puts T5's, so that the model gives the same picture with and without diffusers' 256 zero tokens. The exponential
-    average of the weights is kept.
+    A tenth of the prompts is dropped for guidance. In a fifth of the batches a random number of zero tokens stands
+    where SD3 puts T5's, so that the model gives the same picture with and without diffusers' 256 zero tokens. The
+    exponential average of the weights is kept.
     """
     torch.manual_seed(recipe.seed + 3)
     tokens = tokenize(pipeline, [scene.prompt for scene in drawn] + [""])
@@ -237,67 +200,6 @@ def train_flow(
     return loop.curve
 
 
-class Loop:
-    """Iterates optimiser steps: AdamW, warm-up then cosine to zero, clipped gradients, a loss curve, a progress bar."""
-
-    def __init__(self, name: str, parameters: list[nn.Parameter], steps: int, lr: float):
-        self.name, self.parameters, self.steps, self.lr = name, parameters, steps, lr
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-        self.curve: list[tuple[int, float]] = []
-        self._start = 0
-        self._recent: list[Tensor] = []
-
-    def __iter__(self):
-        with tqdm(total=self.steps, initial=self._start, desc=self.name, mininterval=5.0) as self._bar:
-            for self._step in range(self._start, self.steps):
-                yield self._step
-                self._bar.update()
-
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step on `loss`."""
-        warm = min(1.0, (self._step + 1) / 200)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * warm * 0.5 * (1 + math.cos(math.pi * self._step / self.steps))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self._recent.append(loss.detach())
-        if (self._step + 1) % 50 == 0:
-            self.curve.append((self._step + 1, float(torch.stack(self._recent).mean())))
-            self._recent.clear()
-            self._bar.set_postfix(loss=f"{self.curve[-1][1]:.4f}")
-
-    def keep(self, path: Path, modules: dict[str, nn.Module], average: EMAModel) -> None:
-        """Write a partial checkpoint: weights, average, optimiser moments, curve."""
-        tensors = {f"{k}::{n}": t for k, m in modules.items() for n, t in m.state_dict().items()}
-        for i, (parameter, shadow) in enumerate(zip(self.parameters, average.shadow_params, strict=True)):
-            state = self.optimizer.state[parameter]
-            tensors |= {f"ema::{i}": shadow, f"m::{i}": state["exp_avg"], f"v::{i}": state["exp_avg_sq"]}
-        tensors["step"] = torch.tensor(self._step + 1)
-        tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64)
-        write_tensors(path, tensors)
-
-    def restore(self, path: Path, modules: dict[str, nn.Module], average: EMAModel) -> None:
-        """Continue from a partial checkpoint if there is one."""
-        if not path.exists():
-            return
-        tensors = load_file(path, device=str(self.parameters[0].device))
-        for key, module in modules.items():
-            module.load_state_dict(
-                {k.removeprefix(key + "::"): v for k, v in tensors.items() if k.startswith(key + "::")}
-            )
-        self._start = average.optimization_step = int(tensors["step"])
-        self.curve = [(int(step), loss) for step, loss in tensors["curve"].tolist()]
-        for i, parameter in enumerate(self.parameters):
-            average.shadow_params[i].copy_(tensors[f"ema::{i}"])
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self._start)),
-                "exp_avg": tensors[f"m::{i}"],
-                "exp_avg_sq": tensors[f"v::{i}"],
-            }
-
-
 def pixel_loss(decoded: Tensor, target: Tensor) -> Tensor:
     """L1 on pixels plus L1 on horizontal and vertical differences, which keeps edges crisp."""
     error = decoded - target
@@ -316,7 +218,7 @@ def tokenize(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> Tensor:
 
 
 def encode_prompts(modules: dict[str, nn.Module], ids: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """SD3's conditioning with gradients: penultimate states of both encoders side by side, `pad` zero tokens, pooled."""
+    """SD3's conditioning, with gradients: both encoders' penultimate states side by side, `pad` zero tokens; pooled."""
     first = modules["text_encoder"](ids, output_hidden_states=True)
     second = modules["text_encoder_2"](ids, output_hidden_states=True)
     embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
@@ -339,7 +241,7 @@ def _draw_dataset(recipe: Recipe) -> tuple[Tensor, list[scenes.Scene]]:
 
 
 @torch.no_grad()
-def _encode(vae: nn.Module, images: Tensor, device: torch.device, chunk: int = 256) -> Tensor:
+def _encode(vae: Any, images: Tensor, device: torch.device, chunk: int = 256) -> Tensor:
     """Latent means [N, 4, 16, 16] float32 of uint8 pictures."""
     parts = []
     for batch in tqdm(images.split(chunk), desc="encode", mininterval=5.0):
@@ -349,37 +251,6 @@ def _encode(vae: nn.Module, images: Tensor, device: torch.device, chunk: int = 2
 
 def _describe_latents(pipeline: StableDiffusion3Pipeline, mean: float, std: float) -> None:
     pipeline.vae.register_to_config(scaling_factor=1.0 / std, shift_factor=mean)
-
-
-def save(pipeline: StableDiffusion3Pipeline, preview: AutoencoderTiny, target: Path) -> None:
-    """Write the pipeline directory in fp16, with `preview_decoder/` beside its components."""
-    # fp16 copies by way of the state dict: the modules in use stay float32
-    for name, module in {**pipeline.components, "preview_decoder": preview}.items():
-        if isinstance(module, nn.Module):
-            half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
-            module.save_pretrained(target / name, state_dict=half) if _is_transformers(module) else _save(
-                module, target / name
-            )
-        elif module is not None:
-            module.save_pretrained(target / name)
-    pipeline.save_config(target)
-
-
-def _is_transformers(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.")
-
-
-def _save(module: nn.Module, directory: Path) -> None:
-    module.save_config(directory)
-    half = {k: v.half().contiguous() for k, v in module.state_dict().items()}
-    write_tensors(directory / "diffusion_pytorch_model.safetensors", half)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """safetensors by way of a temporary name, so that a file is whole or absent."""
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

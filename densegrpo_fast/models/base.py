@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,6 +75,9 @@ class FlowModel(ABC):
     """Shape of one sample's latents, e.g. (16, 64, 64)."""
 
     device: torch.device
+
+    network: Any
+    """The diffusers model that evaluates the velocity and carries the adapter."""
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,6 @@ def load_sd3(
         raise UserError(
             "model.max_sequence_length: this model has a T5 encoder, so expected at least 1", ExitCode.USAGE
         )
-    pipeline.vae.to(torch.float32)
     pipeline.to(device)
     for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         module.requires_grad_(False).eval()
@@ -98,26 +99,49 @@ def _check_directory(directory: Path) -> dict[str, None]:
 
 
 def _load_pipeline(source: str, dtype: torch.dtype, revision: str | None, absent: dict[str, None]) -> Any:
-    from diffusers import StableDiffusion3Pipeline
-    from diffusers.utils import logging
+    with _quiet():
+        from diffusers import StableDiffusion3Pipeline
 
-    logging.disable_progress_bar()
-    try:
-        return StableDiffusion3Pipeline.from_pretrained(
-            source, torch_dtype=dtype, revision=revision, use_safetensors=True, **absent
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path: cannot load {source}: {str(error).strip()}\nGive the directory of a downloaded pipeline with "
-            "--model.path, or try the whole loop on a tiny random pipeline with --dry-run.",
-            ExitCode.ENVIRONMENT,
-        ) from None
+        try:
+            return StableDiffusion3Pipeline.from_pretrained(
+                source,
+                dtype={"default": dtype, "vae": torch.float32},
+                revision=revision,
+                use_safetensors=True,
+                **absent,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.path: cannot load {source}: {str(error).strip()}\nGive the directory of a downloaded pipeline "
+                "with --model.path, or try the whole loop on a tiny random pipeline with --dry-run.",
+                ExitCode.ENVIRONMENT,
+            ) from None
 
 
 def _load_preview(directory: Path, device: torch.device) -> Any:
     if not directory.is_dir():
         return None
-    from diffusers import AutoencoderTiny
+    with _quiet():
+        from diffusers import AutoencoderTiny
 
-    preview = AutoencoderTiny.from_pretrained(directory, torch_dtype=torch.float32).to(device)
+        preview = AutoencoderTiny.from_pretrained(directory, dtype=torch.float32).to(device)
     return preview.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading bars and advice about absent optional packages stay off the screen; errors do not."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()

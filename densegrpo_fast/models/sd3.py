@@ -42,7 +42,7 @@ class SD3(FlowModel):
         width: int = 0,
     ):
         self.pipeline = pipeline
-        self.transformer = pipeline.transformer
+        self.network = self.transformer = pipeline.transformer
         self.preview_decoder = preview_decoder
         self.max_sequence_length = max_sequence_length
         scale = pipeline.vae_scale_factor

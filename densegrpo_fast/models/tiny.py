@@ -10,7 +10,7 @@ from densegrpo_fast.models.sd3 import SD3
 
 
 def tiny_sd3(seed: int = 0) -> SD3:
-    """SD3.5's form at toy size: 16 latent channels, query-key norm, dual attention blocks, an 8x autoencoder, 64 pixels."""
+    """SD3.5's form at toy size: 16 latent channels, query-key norm, dual attention, an 8x autoencoder, 64 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = architecture.build_tokenizer(["a photo of a cat on the moon"])

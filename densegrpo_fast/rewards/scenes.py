@@ -2,8 +2,8 @@
 
 The sentence is parsed; the picture is examined by image analysis alone: chroma tells object from background, connected
 components find the objects, a component's hue names its colour, and the overlap of its outline with ideal figures
-names its shape. Nothing here knows how pictures are rendered. In the spirit of GenEval (arXiv 2310.11513), with a graded
-score beside the strict one so that small improvements count.
+names its shape. Nothing here knows how pictures are rendered. In the spirit of GenEval (arXiv 2310.11513), with a
+graded score beside the strict one so that small improvements count.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def build_model(config: Config, device: torch.device, dry_run: bool = False) -> 
         )
     lora = config.lora
     try:
-        add_lora(model.transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=lora.init_seed)
+        add_lora(model.network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=lora.init_seed)
     except ValueError as error:
         raise UserError(str(error), ExitCode.USAGE) from None
     return model
@@ -164,6 +164,7 @@ def learner_options(config: Config) -> LearnerOptions:
         ema_decay=config.ema.decay,
         ema_every=config.ema.every,
         clip_range=config.objective.clip_range,
+        step_weight=config.objective.step_weight,
         kl_coef=config.objective.kl_coef,
         micro_batch=config.sampler.micro_batch,
         max_bad_steps=config.run.max_bad_steps,

@@ -15,6 +15,7 @@ from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.clip import ppo_clip_loss
 from densegrpo_fast.objective.kl import gaussian_kl
+from densegrpo_fast.objective.weights import StepWeight, step_weights
 from densegrpo_fast.sampling.replay import reference_velocity, replay
 from densegrpo_fast.sampling.trajectory import Trajectory
 
@@ -33,6 +34,7 @@ class LearnerOptions:
     ema_decay: float
     ema_every: int
     clip_range: float
+    step_weight: StepWeight
     kl_coef: float
     micro_batch: int
     max_bad_steps: int
@@ -80,7 +82,8 @@ class Learner:
         size = self.options.micro_batch
         slices = [slice(start, start + size) for start in range(0, trajectory.batch, size)]
         parts = _split(slices, self.options.updates_per_iteration)
-        records = [self._step(trajectory, advantages, steps, part) for part in parts]
+        weights = step_weights(trajectory.coefficients.table, steps, self.options.step_weight)
+        records = [self._step(trajectory, advantages, weights, steps, part) for part in parts]
         metrics = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
         metrics["ratio_deviation"] = max(record["ratio_deviation"] for record in records)
         metrics["skipped_updates"] = sum(record["skipped_updates"] for record in records)
@@ -89,7 +92,7 @@ class Learner:
         return metrics
 
     def _step(
-        self, trajectory: Trajectory, advantages: Tensor, steps: Sequence[int], part: list[slice]
+        self, trajectory: Trajectory, advantages: Tensor, weights: Tensor, steps: Sequence[int], part: list[slice]
     ) -> dict[str, float]:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * min(1.0, (self.updates + 1) / max(self.options.warmup, 1))
@@ -99,7 +102,7 @@ class Learner:
         deviations = []
         for step in steps:
             for rows in part:
-                loss, metrics = self._loss(trajectory, advantages[rows, step], step, rows)
+                loss, metrics = self._loss(trajectory, advantages[rows, step], weights[step], step, rows)
                 (loss * share).backward()
                 deviations.append(metrics.pop("ratio_deviation"))
                 for name, value in {"loss": loss.detach(), **metrics}.items():
@@ -123,7 +126,7 @@ class Learner:
         return record
 
     def _loss(
-        self, trajectory: Trajectory, advantages: Tensor, step: int, rows: slice
+        self, trajectory: Trajectory, advantages: Tensor, weight: Tensor, step: int, rows: slice
     ) -> tuple[Tensor, dict[str, Tensor]]:
         log_prob, velocity = replay(self.model, trajectory, step, rows)
         kl = None
@@ -138,6 +141,7 @@ class Learner:
             clip_range=self.options.clip_range,
             kl=kl,
             kl_coef=self.options.kl_coef,
+            weight=weight.expand(len(advantages)),
         )
 
     def _skip(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,26 @@ def _spread(rewards: Tensor) -> float:
     return centred.square().nanmean(dim=1).sqrt().nanmean().item()
 
 
+def base_fingerprint(network: Any) -> str:
+    """SHA-256 over names, shapes and 64 values of each frozen weight: tells one base model from another in no time."""
+    digest = hashlib.sha256()
+    for name, weight in network.state_dict().items():
+        if ".lora_" not in name:
+            values = weight.detach().flatten()
+            picked = values[:: max(1, len(values) // 64)].double().cpu()
+            digest.update(f"{name}{tuple(weight.shape)}{picked.tolist()}".encode())
+    return digest.hexdigest()
+
+
 class RunRecords:
     """The files of one run directory."""
 
     def __init__(self, directory: Path, config: Config, model: FlowModel, learner: Learner):
         self.directory, self.config, self.model, self.learner = directory, config, model, learner
-        settings = config.resume_settings() | {"noise_layout": LAYOUT_VERSION}
+        settings = config.resume_settings() | {
+            "noise_layout": LAYOUT_VERSION,
+            "base_weights": base_fingerprint(model.network),
+        }
         self.checkpoints = CheckpointManager(directory / "checkpoints", config.run.keep_checkpoints, settings)
 
     def begin(self, config_yaml: str) -> None:
@@ -126,9 +141,10 @@ class RunRecords:
         """Write adapter and report (the model must hold the weights to export); returns the closing message."""
         lora = self.config.lora
         with output_errors(f"cannot write in {self.directory}"):
-            save_lora(self.model.transformer, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
+            save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
             before, after = self._scores("before"), self._scores("after")
             metrics = read_metrics(log.path)
+            phases = {phase: sum(record.get(f"time/{phase}", 0.0) for record in metrics) for phase in PHASES}
             change = {name: paired_interval(before[name], after[name]) for name in after}
             report = write_report(
                 self.directory,
@@ -138,7 +154,7 @@ class RunRecords:
                 after={name: mean_interval(values) for name, values in after.items()},
                 change=change,
                 images={when: self.directory / "samples" / f"{when}.png" for when in ("before", "after")},
-                phases={p: sum(record.get(f"time/{p}", 0.0) for record in metrics) for p in PHASES},
+                phases=phases,
             )
         lines = []
         for name in after:
@@ -148,6 +164,7 @@ class RunRecords:
                 f"{last.mean:.3f} [{last.low:.3f}, {last.high:.3f}] after; "
                 f"change {moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}] (95%)"
             )
+        lines.append("seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in phases.items()))
         return "\n".join(
             [*lines, f"report:  {report}", f"adapter: {self.directory / 'adapter'}", f"metrics: {log.path}"]
         )

@@ -1,7 +1,7 @@
 """The lookahead: from every state of a trajectory, the image that the deterministic flow would reach.
 
-All states that a plan brings to the same sigma are evaluated together, so a plan with K nodes costs K batched forwards in
-a row, whatever the number of states; the first velocity of every state is the rollout's own.
+All states that a plan brings to the same sigma are evaluated together, so a plan with K nodes costs K batched forwards
+in a row, whatever the number of states; the first velocity of every state is the rollout's own.
 """
 
 from __future__ import annotations
@@ -63,13 +63,11 @@ class Lookahead:
             velocity = self._evaluate(arrived, node, trajectory, trajectory.conditioning.repeat(len(here)))
             for j, x, v in zip(here, arrived.split(batch), velocity.split(batch), strict=True):
                 pending[j] = (x, v, node)
-        clean = torch.empty_like(trajectory.latents)
-        clean[steps] = trajectory.latents[steps]
+        ends = {steps: trajectory.latents[steps]}
         if states:
-            done = self._jump([pending[j] for j in states], steps, trajectory).split(batch)
-            for j in range(steps):
-                clean[j] = clean[steps] if owners[j] == steps else done[states.index(owners[j])]
-        return clean
+            done = self._jump([pending[j] for j in states], steps, trajectory)
+            ends |= zip(states, done.split(batch), strict=True)
+        return torch.stack([ends[owner] for owner in owners])
 
     @torch.no_grad()
     def images(self, clean: Tensor, noisy: tuple[bool, ...], decoder: Decoder) -> Tensor:

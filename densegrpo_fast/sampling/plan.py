@@ -1,8 +1,8 @@
 """Lookahead plans: at which later grid points each state of a trajectory evaluates the model on its way to the image.
 
-A state j (j steps done) always starts with the velocity the rollout computed there. Its *path* is the increasing tuple of
-later grid indices at which it evaluates again; after the last one it jumps to sigma 0. The empty path is the one-step
-estimate; the path through every later index is DenseGRPO's n = t completion (arXiv 2601.20218, Eq 7).
+A state j (j steps done) always starts with the velocity the rollout computed there. Its *path* is the increasing tuple
+of later grid indices at which it evaluates again; after the last one it jumps to sigma 0. The empty path is the
+one-step estimate; the path through every later index is DenseGRPO's n = t completion (arXiv 2601.20218, Eq 7).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Plan:
             points = (state, *path, self.num_steps)
             if any(a >= b for a, b in zip(points, points[1:], strict=False)):
                 raise ValueError(
-                    f"plan {self.name}: the path of state {state} must increase within {state + 1}..{self.num_steps - 1}, "
-                    f"got {path}"
+                    f"plan {self.name}: the path of state {state} must increase within "
+                    f"{state + 1}..{self.num_steps - 1}, got {path}"
                 )
 
     @property
@@ -79,7 +79,8 @@ def one_step(num_steps: int) -> Plan:
 def n_step(num_steps: int, n: int) -> Plan:
     """DenseGRPO's n-step completion: a state with t steps left visits the labels floor(t (n-i) / n), i = 1..n-1.
 
-    The paper gives the grid for n = 2 (t -> floor(t/2) -> 0); other n follow the same rule. States with t < n use n = t.
+    The paper gives the grid for n = 2 (t -> floor(t/2) -> 0); other n follow the same rule. States with t < n use
+    n = t.
 
     Raises:
         ValueError: n is below 1.

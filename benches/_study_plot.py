@@ -1,0 +1,50 @@
+"""Draws a study: held-out scores against iterations and against training seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from _comparison import Run, held_out_of, seconds_of
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+
+
+def save_plot(path: Path, runs: Sequence[Run], variants: Sequence[str], scores: Sequence[str]) -> None:
+    """Write a PNG with one row per score; a thin line per run, a thick one for the mean of a variant.
+
+    Args:
+        path: the file.
+        runs: as in `_comparison`.
+        variants: in the order of the legend; one without a run is left out.
+        scores: held-out scores, such as "reward".
+    """
+    figure = Figure(figsize=(10, 3.4 * len(scores)), layout="constrained")
+    axes = figure.subplots(len(scores), 2, squeeze=False, sharey="row")
+    for row, score in zip(axes, scores, strict=True):
+        for colour, variant in zip(_COLOURS, variants, strict=False):
+            own = [run for run in runs if run["variant"] == variant]
+            if own:
+                _draw(row[0], [_iterations(run) for run in own], own, score, variant, colour)
+                _draw(row[1], [seconds_of(run) for run in own], own, score, variant, colour)
+        row[0].set(xlabel="iterations", ylabel=f"held-out {score}")
+        row[1].set(xlabel="training seconds (evaluation not counted)")
+        for axis in row:
+            axis.grid(alpha=0.25)
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _iterations(run: Run) -> np.ndarray:
+    return np.array([point["iteration"] for point in run["points"]])
+
+
+def _draw(axis: Axes, positions: list[np.ndarray], runs: list[Run], score: str, variant: str, colour: str) -> None:
+    heights = [held_out_of(run, score) for run in runs]
+    for x, y in zip(positions, heights, strict=True):
+        axis.plot(x, y, color=colour, alpha=0.35, linewidth=0.8)
+    seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    axis.plot(np.mean(positions, 0), np.mean(heights, 0), color=colour, linewidth=2.2, label=f"{variant}, {seeds}")

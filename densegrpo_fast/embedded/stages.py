@@ -1,0 +1,147 @@
+"""What the pretraining stages share: the optimiser loop, kept stages, and writing the pipeline directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Log:
+    """Loss curve and seconds of every stage; saved with the stage."""
+
+    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Stages:
+    """Keeps each finished stage's weights and log; skips a stage that is already there."""
+
+    def __init__(self, directory: Path, device: torch.device):
+        self.directory, self.device = directory, device
+        directory.mkdir(parents=True, exist_ok=True)
+        self.log = Log()
+        if (directory / "log.json").exists():
+            self.log = Log(**json.loads((directory / "log.json").read_text()))
+
+    def run(self, name: str, modules: dict[str, nn.Module], train: Callable[[], list[tuple[int, float]]]) -> None:
+        """Load stage `name` into `modules`, or train and keep it."""
+        path = self.directory / f"{name}.safetensors"
+        if path.exists():
+            tensors = load_file(path)
+            _load_modules(modules, tensors)
+            return
+        started = time.perf_counter()
+        self.log.losses[name] = train()
+        self.log.seconds[name] = self.log.seconds.get(name, 0.0) + time.perf_counter() - started
+        write_tensors(path, _module_tensors(modules))
+        (self.directory / "log.json").write_text(json.dumps(vars(self.log)))
+
+
+class Loop:
+    """Iterates optimiser steps: AdamW, warm-up then cosine to zero, clipped gradients, a loss curve, a progress bar."""
+
+    def __init__(self, name: str, parameters: list[nn.Parameter], steps: int, lr: float):
+        self.name, self.parameters, self.steps, self.lr = name, parameters, steps, lr
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.curve: list[tuple[int, float]] = []
+        self._start = 0
+        self._recent: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[int]:
+        with tqdm(total=self.steps, initial=self._start, desc=self.name, mininterval=5.0) as bar:
+            self._bar = bar
+            for step in range(self._start, self.steps):
+                self._step = step
+                yield step
+                bar.update()
+
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step on `loss`."""
+        warm = min(1.0, (self._step + 1) / 200)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * warm * 0.5 * (1 + math.cos(math.pi * self._step / self.steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self._recent.append(loss.detach())
+        if (self._step + 1) % 50 == 0:
+            self.curve.append((self._step + 1, float(torch.stack(self._recent).mean())))
+            self._recent.clear()
+            self._bar.set_postfix(loss=f"{self.curve[-1][1]:.4f}")
+
+    def keep(self, path: Path, modules: dict[str, nn.Module], average: EMAModel) -> None:
+        """Write a partial checkpoint: weights, average, optimiser moments, curve."""
+        tensors = _module_tensors(modules)
+        for i, (parameter, shadow) in enumerate(zip(self.parameters, average.shadow_params, strict=True)):
+            state = self.optimizer.state[parameter]
+            tensors |= {f"ema::{i}": shadow, f"m::{i}": state["exp_avg"], f"v::{i}": state["exp_avg_sq"]}
+        tensors["step"] = torch.tensor(self._step + 1)
+        tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64)
+        write_tensors(path, tensors)
+
+    def restore(self, path: Path, modules: dict[str, nn.Module], average: EMAModel) -> None:
+        """Continue from a partial checkpoint if there is one."""
+        if not path.exists():
+            return
+        tensors = load_file(path, device=str(self.parameters[0].device))
+        _load_modules(modules, tensors)
+        self._start = average.optimization_step = int(tensors["step"])
+        self.curve = [(int(step), loss) for step, loss in tensors["curve"].tolist()]
+        for i, parameter in enumerate(self.parameters):
+            average.shadow_params[i].copy_(tensors[f"ema::{i}"])
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self._start)),
+                "exp_avg": tensors[f"m::{i}"],
+                "exp_avg_sq": tensors[f"v::{i}"],
+            }
+
+
+def save(pipeline: Any, preview: Any, target: Path) -> None:
+    """Write the pipeline directory in fp16, with `preview_decoder/` beside its components."""
+    # fp16 copies by way of the state dict: the modules in use stay float32
+    for name, module in {**pipeline.components, "preview_decoder": preview}.items():
+        if isinstance(module, nn.Module):
+            _save_half(module, target / name)
+        elif module is not None:
+            module.save_pretrained(target / name)
+    pipeline.save_config(target)
+
+
+def _save_half(module: Any, directory: Path) -> None:
+    half = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    if type(module).__module__.startswith("transformers."):
+        module.save_pretrained(directory, state_dict=half)
+    else:
+        module.save_config(directory)
+        write_tensors(directory / "diffusion_pytorch_model.safetensors", half)
+
+
+def _module_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{key}::{name}": t for key, module in modules.items() for name, t in module.state_dict().items()}
+
+
+def _load_modules(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    for key, module in modules.items():
+        prefix = f"{key}::"
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """safetensors by way of a temporary name, so that a file is whole or absent."""
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
