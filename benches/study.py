@@ -10,24 +10,25 @@ are kept in the output, and with --work also the checkpoints of the unfinished o
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# what is measured is the checkout around this file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 from _comparison import Run, compare, pairs, seconds_of
-from _record import NOISY_SPREAD, RESULTS, load_average, portable, provenance, write_json
+from _record import NOISY_SPREAD, RESULTS, hardware, load_average, portable, provenance, spread, write_json
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config_cli import load_config
@@ -120,16 +121,13 @@ def conduct(plan: Plan, output: Path, work: Path, train: Train) -> int:
         about = {"variant": name, "seed": seed, "load_average": {"start": load, "end": load_average()}}
         _add(document, about | read_run(directory))
         _write(document, plan, output)
-    _write(document, plan, output)
     print(summary(document))
     return ExitCode.OK
 
 
 def read_run(directory: Path) -> dict[str, Any]:
     """What the study keeps of a finished run directory: `points`, `before` and `after`, as in `_comparison`."""
-    before, after = (
-        json.loads((directory / f"evaluation-{when}.json").read_text())["scores"] for when in ("before", "after")
-    )
+    before, after = (_scores(directory / f"evaluation-{when}.json") for when in ("before", "after"))
     seconds, nfe = Counter[str](), Counter[str]()
     points = [{"iteration": 0, "seconds": {}, "nfe": {}, "held_out": _means(before)}]
     records = read_metrics(directory / "metrics.jsonl")
@@ -165,6 +163,11 @@ def summary(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _scores(path: Path) -> dict[str, list[list[float | None]]]:
+    # a missing score is NaN there, which is not JSON and does not equal itself
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)["scores"]
+
+
 def _means(scores: dict[str, list[list[float | None]]]) -> dict[str, float | None]:
     present = {name: [v for row in rows for v in row if v is not None] for name, rows in scores.items()}
     return {name: sum(values) / len(values) if values else None for name, values in present.items()}
@@ -172,38 +175,33 @@ def _means(scores: dict[str, list[list[float | None]]]) -> dict[str, float | Non
 
 def _opened(output: Path, plan: Plan) -> dict[str, Any]:
     """A new document, or the one in `output` if its runs can stand beside the plan's."""
-    settings, started = plan.settings(), load_average()
-    document = provenance() | {"load_average": {"start": started, "end": started}, "settings": settings, "runs": []}
+    settings = plan.settings()
     if not output.exists():
-        return document
+        started = load_average()
+        return provenance() | {"load_average": {"start": started}, "settings": settings, "runs": []}
     try:
-        earlier = json.loads(output.read_text(encoding="utf-8"))
-        document["runs"], known = list(earlier["runs"]), dict(earlier["settings"])
+        document = json.loads(output.read_text(encoding="utf-8"))
+        known, machine = dict(document["settings"]), document["hardware"]
+        list(document["runs"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{output} is no readable study; move it away or give another --output", ExitCode.OUTPUT
         ) from None
-    for name in known.keys() & settings.keys():
-        if differing := _differing(known[name], settings[name]):
-            raise UserError(
-                f"{output} holds runs of {name} with another {', '.join(differing)}; give another --output",
-                ExitCode.OUTPUT,
-            )
+    both = known.keys() & settings.keys()
+    differing = [f"{name}.{key}" for name in both for key in _differing(known[name], settings[name])]
+    differing += [f"hardware.{key}" for key, value in hardware().items() if machine.get(key) != value]
+    if differing:
+        raise UserError(
+            f"{output} holds runs with another {', '.join(sorted(differing))}; give another --output", ExitCode.OUTPUT
+        )
     document["settings"] = known | settings
     return document
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    flat = [
-        {
-            f"{section}.{key}": value
-            for section, keys in settings.items()
-            if isinstance(keys, dict)
-            for key, value in keys.items()
-        }
-        for settings in (one, other)
-    ]
-    return sorted(key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key))
+    """Dotted names of the options in which two sets of settings differ."""
+    names = {(section, key) for section in one.keys() & other.keys() if section != "preset" for key in one[section]}
+    return sorted(f"{section}.{key}" for section, key in names if one[section][key] != other[section].get(key))
 
 
 def _add(document: dict[str, Any], run: Run) -> None:
@@ -215,7 +213,9 @@ def _add(document: dict[str, Any], run: Run) -> None:
                 "their first held-out scores differ, so model or machine changed; give another --output",
                 ExitCode.OUTPUT,
             )
-    document["runs"].append(run | {"commit": document["commit"]})
+    made = provenance()
+    document |= made
+    document["runs"].append(run | {"commit": made["commit"]})
 
 
 def _write(document: dict[str, Any], plan: Plan, output: Path) -> None:
@@ -231,16 +231,14 @@ def _write(document: dict[str, Any], plan: Plan, output: Path) -> None:
 
 
 def _noisy(runs: Sequence[Run]) -> bool:
-    """Whether the seconds per iteration of one variant differ too much, within a run or between its runs."""
+    """Whether the seconds per iteration of a variant vary too much, over the parts of its runs between evaluations."""
     rates: dict[str, list[float]] = {}
     for run in runs:
-        elapsed = seconds_of(run)
         iterations = [point["iteration"] for point in run["points"]]
-        rates.setdefault(run["variant"], []).extend(
-            (after - before) / (last - first)
-            for (before, after), (first, last) in zip(pairwise(elapsed), pairwise(iterations), strict=True)
-        )
-    return any(max(values) - min(values) > NOISY_SPREAD * median(values) for values in rates.values())
+        own = rates.setdefault(run["variant"], [])
+        for elapsed, span in zip(pairwise(seconds_of(run)), pairwise(iterations), strict=True):
+            own.append((elapsed[1] - elapsed[0]) / (span[1] - span[0]))
+    return any(spread(values) > NOISY_SPREAD for values in rates.values())
 
 
 def _name(variant: str) -> str:
@@ -260,11 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluate-every", type=int, default=5, help="iterations between held-out evaluations")
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="options of all variants")
     parser.add_argument(
-        "--output", type=Path, default=RESULTS / "study.json", help="JSON file; the plot lies beside it"
+        "--output", type=Path, default=RESULTS / "study.json", help="JSON file, with the plot beside it"
     )
-    parser.add_argument(
-        "--work", type=Path, help="where the run directories go and stay; a temporary directory if not given"
-    )
+    parser.add_argument("--work", type=Path, help="keep the run directories here; else they are temporary")
     return parser
 
 

@@ -133,3 +133,54 @@ def pipeline_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
         save(pipeline, architecture.build_preview_decoder(), directory)
     return directory
+
+
+class TrainCommand:
+    """The training command on a random pipeline, with settings that make an iteration a fraction of a second.
+
+    `train(output, *flags, **{"section.key": value})` runs it in this process and returns its exit code.
+    """
+
+    SETTINGS = {
+        "run.iterations": 3,
+        "run.checkpoint_every": 1,
+        "run.keep_checkpoints": 9,
+        "data.num_prompts": 2,
+        "sampler.group_size": 2,
+        "sampler.num_steps": 3,
+        "sampler.micro_batch": 2,
+        "lookahead.plan": "exact",
+        # a random model draws no scenes, but pictures of different file sizes
+        "reward.terms": "{jpeg_incompressibility: 1.0}",
+        "reward.observed": "[scenes]",
+        "evaluation.num_prompts": 2,
+        "evaluation.num_steps": 2,
+        "evaluation.every": 2,
+        "lora.rank": 2,
+        "lora.alpha": 4,
+        "optimizer.updates_per_iteration": 2,
+        "optimizer.lr": 1e-3,
+        "objective.trained_steps": 1,
+    }
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+
+    def arguments(self, output: Path, *flags: str, **options: object) -> list[str]:
+        """The command line for a run directory."""
+        settings = {**self.SETTINGS, "model.path": self.model, "run.output_dir": output, **options}
+        return [*flags, *(f"--{key}={value}" for key, value in settings.items())]
+
+    def __call__(self, output: Path, *flags: str, **options: object) -> int:
+        from densegrpo_fast.train import main
+
+        try:
+            return main(self.arguments(output, *flags, **options))
+        except SystemExit as stop:
+            return int(stop.code or 0)
+
+
+@pytest.fixture(scope="session")
+def train(pipeline_directory: Path) -> TrainCommand:
+    """The training command, ready to run."""
+    return TrainCommand(pipeline_directory)

@@ -179,7 +179,8 @@ def test_an_unknown_name_suggests_and_lists_the_known_ones():
 
 def test_every_built_in_name_makes_a_reward_that_keeps_the_contract():
     images = torch.full((1, 3, 64, 64), 0.5)
-    for name in names():
+    # pickscore needs downloaded weights; test_pickscore.py has small ones
+    for name in set(names()) - {"pickscore"}:
         assert RewardMixture({name: (create(name), 1.0)})(images, ["a red circle"]).missing_share == 0.0, name
 
 

@@ -42,7 +42,7 @@ class Recipe:
     vae_batch: int = 32
     preview_steps: int = 1_500
     preview_batch: int = 32
-    flow_steps: int = 7_500
+    flow_steps: int = 10_000
     flow_batch: int = 32
     flow_lr: float = 1e-3
     drop_prompt: float = 0.1
@@ -178,19 +178,21 @@ def train_flow(
         clean = latents[index].to(device).float()
         dropped = torch.rand(len(index), generator=generator) < recipe.drop_prompt
         ids = tokens[torch.where(dropped, len(drawn), index)].to(device)
-        embeds, pooled = encode_prompts(modules, ids, _pad_length(generator, recipe))
         normal = torch.randn(len(index), generator=generator).sigmoid()
         uniform = torch.rand(len(index), generator=generator)
         sigma = torch.where(torch.rand(len(index), generator=generator) < 0.2, uniform, normal).to(device)
         sigma = (3 * sigma / (1 + 2 * sigma)).view(-1, 1, 1, 1)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        velocity = pipeline.transformer(
-            hidden_states=(1 - sigma) * clean + sigma * noise,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            timestep=1000 * sigma.flatten(),
-        ).sample
-        loop.update(F.mse_loss(velocity, noise - clean))
+        # matrix products in bfloat16: a fifth faster on a CPU that has them; weights and loss stay float32
+        with torch.autocast(device.type, torch.bfloat16):
+            embeds, pooled = encode_prompts(modules, ids, _pad_length(generator, recipe))
+            velocity = pipeline.transformer(
+                hidden_states=(1 - sigma) * clean + sigma * noise,
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                timestep=1000 * sigma.flatten(),
+            ).sample
+        loop.update(F.mse_loss(velocity.float(), noise - clean))
         average.step(parameters)
         if (step + 1) % 250 == 0:
             loop.keep(stages.directory / "flow.partial.safetensors", modules, average)

@@ -207,6 +207,7 @@ _BUILT_IN = {
     "scenes_strict": _BuiltIn(".scenes", "ScenesReward", {"strict": True}),
     "jpeg_compressibility": _BuiltIn(".jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": _BuiltIn(".jpeg", "JpegIncompressibility"),
+    "pickscore": _BuiltIn(".pickscore", "PickScore"),
 }
 _REGISTERED: dict[str, Callable[..., Reward]] = {}
 

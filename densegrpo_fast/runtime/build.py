@@ -132,9 +132,10 @@ def build_prompts(config: Config) -> TrainingPrompts:
 def build_held_out(config: Config) -> HeldOut:
     """The held-out evaluation; its prompts and noise do not depend on the run's seed, so runs can be compared."""
     options = config.evaluation
-    prompts = _prompt_set(config.data.eval_prompts, held_out=True).prompts[: options.num_prompts]
+    prompts = _prompt_set(config.data.eval_prompts, held_out=True)
     return HeldOut(
-        list(prompts),
+        list(prompts.prompts[: options.num_prompts]),
+        list(prompts.metadata[: options.num_prompts]),
         samples_per_prompt=options.samples_per_prompt,
         num_steps=options.num_steps,
         guidance_scale=config.evaluation_guidance_scale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
 
 
@@ -36,6 +38,7 @@ class HeldOut:
 
     Args:
         prompts: N sentences.
+        metadata: N mappings, what the rewards know of each sentence.
         samples_per_prompt: S.
         num_steps: Euler steps of the sampler.
         guidance_scale: 1 = off.
@@ -46,6 +49,7 @@ class HeldOut:
     def __init__(
         self,
         prompts: list[str],
+        metadata: list[dict[str, Any]],
         *,
         samples_per_prompt: int,
         num_steps: int,
@@ -53,13 +57,17 @@ class HeldOut:
         seed: int,
         chunk: int,
     ):
-        self.prompts, self.samples = prompts, samples_per_prompt
+        self.prompts, self.metadata, self.samples = prompts, metadata, samples_per_prompt
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
         self.seed, self.chunk = seed, chunk
 
     @torch.no_grad()
     def evaluate(self, model: FlowModel, reward: RewardMixture) -> Evaluation:
-        """Draw and score all pictures with the model as it stands."""
+        """Draw and score all pictures with the model as it stands.
+
+        Raises:
+            UserError: (reward) a reward failed.
+        """
         rows = [prompt for prompt in self.prompts for _ in range(self.samples)]
         noise = initial_noise(model, torch.arange(len(rows)), seed=self.seed, epoch=0, stream=Stream.EVALUATION)
         latents = sample_ode(
@@ -71,7 +79,7 @@ class HeldOut:
             micro_batch=self.chunk,
         )
         images = torch.cat([model.decode(part) for part in latents.split(self.chunk)])
-        scores = reward(images, rows)
+        scores = score(reward, images, rows, [known for known in self.metadata for _ in range(self.samples)])
         shape = (len(self.prompts), self.samples)
         per_reward = {name: values.view(shape) for name, values in scores.per_reward.items()}
         return Evaluation({"reward": scores.values.view(shape), **per_reward}, images[:: self.samples].cpu())

@@ -15,8 +15,9 @@ from densegrpo_fast.credit.sparse import sparse_advantages
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.rewards.base import RewardError, RewardMixture, Scores
+from densegrpo_fast.rewards.base import RewardMixture, Scores
 from densegrpo_fast.runtime.metrics import PhaseTimer
+from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
@@ -111,13 +112,12 @@ class Judge:
         rewards = scores.values.view(states, -1, self.config.sampler.group_size).permute(1, 2, 0)
         credit = self.config.credit
         advantages = dense_advantages(rewards, normalize=credit.normalize, **_spread(credit))
-        return Outcome(rewards[..., -1], reward_gains(rewards), advantages, scores, lookahead.evaluations(noisy))
+        scale = lookahead.guidance_scale(trajectory.guidance_scale)
+        forwards = lookahead.evaluations(noisy) * self.model.forwards(scale)
+        return Outcome(rewards[..., -1], reward_gains(rewards), advantages, scores, forwards)
 
     def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-        try:
-            scores = self.reward(images, prompts, metadata)
-        except RewardError as error:
-            raise UserError(str(error), ExitCode.REWARD) from error
+        scores = score(self.reward, images, prompts, metadata)
         limit = self.config.reward.max_missing
         if scores.missing_share > limit:
             raise UserError(

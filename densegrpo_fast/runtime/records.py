@@ -89,7 +89,8 @@ class RunRecords:
         self.checkpoints = CheckpointManager(directory / "checkpoints", config.run.keep_checkpoints, settings)
 
     def begin(self, config_yaml: str) -> None:
-        """Write the resolved configuration."""
+        """Write the resolved configuration, and start torch's generator (for rewards that draw) from the run's seed."""
+        torch.manual_seed(self.config.seed)
         with output_errors(f"cannot write in {self.directory}"):
             write_durably(self.directory / "config.yaml", config_yaml.encode())
 
@@ -97,12 +98,19 @@ class RunRecords:
         """Continue from the newest good checkpoint; returns the iterations done, 0 if none was saved yet.
 
         Raises:
-            UserError: (checkpoint) none is intact, or it belongs to other settings.
+            UserError: (checkpoint) none is intact, or it belongs to other settings; (usage) the run has already gone
+                further than `run.iterations`.
         """
         if not self.checkpoints.steps():
             log.truncate(0)
             return 0
         checkpoint = self.checkpoints.load_latest()
+        if checkpoint.step > self.config.run.iterations:
+            raise UserError(
+                f"run.iterations: expected at least the {checkpoint.step} that the run has done, "
+                f"got {self.config.run.iterations}",
+                ExitCode.USAGE,
+            )
         self.learner.restore(checkpoint.tensors, checkpoint.state["learner"])
         torch.set_rng_state(checkpoint.tensors["rng"]["torch"])
         log.truncate(checkpoint.state["metrics_position"])

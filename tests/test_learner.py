@@ -1,0 +1,294 @@
+"""The learner: direction and size of an update, what it does with bad numbers, and its complete state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.flow.dynamics import C, coefficients
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.runtime.learner import Learner, LearnerOptions
+from densegrpo_fast.sampling.replay import replay
+from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.trajectory import Trajectory
+
+T, B = 3, 4
+OPTIONS = LearnerOptions(
+    lr=1e-3,
+    betas=(0.9, 0.999),
+    weight_decay=0.0,
+    eps=1e-8,
+    max_grad_norm=1e6,
+    updates_per_iteration=1,
+    warmup=0,
+    ema_decay=0.9,
+    ema_every=1,
+    clip_range=0.5,
+    step_weight="none",
+    kl_coef=0.0,
+    micro_batch=B,
+    max_bad_steps=2,
+)
+Policy = Callable[..., FlowModel]
+
+
+def sampled(model: FlowModel, guidance_scale: float = 1.0) -> Trajectory:
+    index = torch.arange(B)
+    return rollout(
+        model,
+        initial_noise(model, index, seed=0, epoch=0),
+        model.encode(["a cat", "a cat", "the moon", "the moon"]),
+        coefficients(model.sigmas(T), 0.7, "flow_sde"),
+        sample_index=index,
+        seed=0,
+        epoch=0,
+        guidance_scale=guidance_scale,
+    )
+
+
+def advantages(*rows: float) -> Tensor:
+    return torch.tensor(rows)[:, None].repeat(1, T)
+
+
+def values(learner: Learner) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_good_steps_become_likelier_and_bad_ones_less_likely(tiny_policy: Policy, guidance_scale: float) -> None:
+    model = tiny_policy()
+    trajectory = sampled(model, guidance_scale)
+    learner = Learner(model, OPTIONS)
+    judged = torch.zeros(B, T)
+    judged[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    before = learner.update(trajectory, judged, steps=[0])
+    with torch.no_grad():
+        change = replay(model, trajectory, 0, slice(0, B))[0] - trajectory.log_probs[0]
+    assert (change * judged[:, 0] > 0).all()
+    after = learner.update(trajectory, judged, steps=[0])
+    assert after["loss"] < before["loss"]
+    # on the first update every ratio is 1, so the loss is minus the mean advantage and nothing is clipped
+    assert before["loss"] == pytest.approx(0.0, abs=1e-6)
+    assert before["ratio_deviation"] <= 1e-6
+    assert before["clip_fraction"] == 0.0
+    assert before["grad_norm"] > 0
+
+
+def test_only_the_named_steps_are_trained(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    trajectory = sampled(model)
+    judged = advantages(1.0, -1.0, 0.0, 0.0)
+    judged[:, 1] = 0.0
+    learner = Learner(model, OPTIONS)
+    start = values(learner)
+    assert learner.update(trajectory, judged, steps=[1])["grad_norm"] == 0.0
+    assert same(values(learner), start)
+    assert learner.update(trajectory, judged, steps=[0, 1])["grad_norm"] > 0.0
+
+
+def test_metrics_by_hand(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    trajectory = sampled(model, guidance_scale=2.0)
+    metrics = Learner(model, replace(OPTIONS, kl_coef=0.1, lr=2e-3, warmup=4)).update(
+        trajectory, advantages(1.0, 2.0, 3.0, 4.0), steps=[0, 1]
+    )
+    # ratio 1: the loss is -mean(advantages) = -2.5; a fresh adapter is its own reference
+    assert metrics["loss"] == pytest.approx(-2.5, abs=1e-5)
+    assert metrics["policy_loss"] == pytest.approx(-2.5, abs=1e-5)
+    assert metrics["kl"] == 0.0
+    # two halves of guidance, policy and reference, 4 samples, 2 steps
+    assert metrics["nfe"] == 2 * 2 * 4 * 2
+    # the first of four warm-up updates
+    assert metrics["lr"] == pytest.approx(5e-4)
+    assert metrics["skipped_updates"] == 0.0
+
+
+def test_the_kl_term_pulls_towards_the_reference(tiny_policy: Policy) -> None:
+    model = tiny_policy(spread=0.3)
+    learner = Learner(model, replace(OPTIONS, kl_coef=1.0, lr=1e-2))
+    trajectory = sampled(model)
+    history = [learner.update(trajectory, advantages(0.0, 0.0, 0.0, 0.0), steps=[0, 1])["kl"] for _ in range(4)]
+    assert history[0] > 0
+    assert history == sorted(history, reverse=True)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_micro_batches_add_up_to_one_gradient(tiny_policy: Policy, guidance_scale: float) -> None:
+    trajectory = sampled(tiny_policy(spread=0.1), guidance_scale)
+
+    def first_moment(micro_batch: int) -> dict[str, Tensor]:
+        # after one step AdamW's first moment is 0.1 times the gradient
+        learner = Learner(tiny_policy(spread=0.1), replace(OPTIONS, micro_batch=micro_batch))
+        learner.update(trajectory, advantages(1.0, -0.5, 0.3, 2.0), steps=[0, 1])
+        return {n: t for n, t in learner.tensors()["optimizer"].items() if n.endswith("exp_avg")}
+
+    whole = first_moment(B)
+    scale = max(moment.abs().max().item() for moment in whole.values())
+    for micro_batch in (1, 2):
+        for name, moment in first_moment(micro_batch).items():
+            torch.testing.assert_close(moment, whole[name], rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_steps_are_weighted(tiny_policy: Policy) -> None:
+    # Only step 0 of the trained steps 0 and 1 has an advantage (1), so at ratio 1 the loss is -w_0 / 2, where
+    # noise_aware's w_0 is C_0 over the mean of C_0 and C_1.
+    model = tiny_policy()
+    trajectory, judged = sampled(model), torch.zeros(B, T)
+    judged[:, 0] = 1.0
+    learner = Learner(model, replace(OPTIONS, step_weight="noise_aware"))
+    first, second = trajectory.coefficients.table[:2, C].tolist()
+    loss = learner.update(trajectory, judged, steps=[0, 1])["loss"]
+    assert loss == pytest.approx(-first / (first + second), rel=1e-5)
+
+
+def test_gradients_are_clipped_to_their_norm(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    trajectory = sampled(model)
+    learner = Learner(model, replace(OPTIONS, max_grad_norm=1e-3))
+    metrics = learner.update(trajectory, advantages(1.0, -1.0, 1.0, -1.0), steps=[0])
+    assert metrics["grad_norm"] > 1e-3
+    moments = [t for name, t in learner.tensors()["optimizer"].items() if name.endswith("exp_avg")]
+    norm = torch.stack([moment.square().sum() for moment in moments]).sum().sqrt().item()
+    # torch divides by the norm plus 1e-6
+    assert norm == pytest.approx(0.1 * 1e-3, rel=5e-3)
+
+
+def test_an_iteration_may_take_several_updates(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    trajectory = sampled(model)
+    learner = Learner(model, replace(OPTIONS, micro_batch=1, updates_per_iteration=2))
+    metrics = learner.update(trajectory, advantages(1.0, -1.0, 1.0, -1.0), steps=[0, 1])
+    assert learner.updates == 2
+    # the second update sees a policy that the first has moved
+    assert metrics["ratio_deviation"] > 1e-6
+    with pytest.raises(ValueError, match="must divide the 4 micro-batches of an iteration, got 3"):
+        Learner(model, replace(OPTIONS, micro_batch=1, updates_per_iteration=3)).update(
+            trajectory, advantages(1.0, -1.0, 1.0, -1.0), steps=[0]
+        )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_loss_is_skipped_and_counted(tiny_policy: Policy, bad: float) -> None:
+    model = tiny_policy()
+    learner = Learner(model, OPTIONS)
+    trajectory = sampled(model)
+    start = values(learner)
+    metrics = learner.update(trajectory, advantages(bad, 0.0, 0.0, 0.0), steps=[0, 1])
+    assert metrics["skipped_updates"] == 1.0
+    assert same(values(learner), start)
+    assert learner.state() == {"updates": 0, "bad_steps": 1, "bad_in_a_row": 1, "ema_steps": 0}
+    # a good one in between starts the count again
+    learner.update(trajectory, advantages(1.0, -1.0, 0.0, 0.0), steps=[0, 1])
+    assert learner.state() == {"updates": 1, "bad_steps": 1, "bad_in_a_row": 0, "ema_steps": 1}
+    assert not same(values(learner), start)
+
+
+def test_a_bad_gradient_of_a_good_loss_is_skipped(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    learner = Learner(model, OPTIONS)
+    trajectory = sampled(model)
+    start = values(learner)
+    parameter = next(p for name, p in learner.parameters.items() if "lora_B" in name)
+    handle = parameter.register_hook(lambda gradient: gradient * float("inf"))
+    metrics = learner.update(trajectory, advantages(1.0, -1.0, 0.0, 0.0), steps=[0])
+    assert metrics["skipped_updates"] == 1.0
+    assert same(values(learner), start)
+    handle.remove()
+    assert learner.update(trajectory, advantages(1.0, -1.0, 0.0, 0.0), steps=[0])["skipped_updates"] == 0.0
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    learner = Learner(model, OPTIONS)
+    trajectory, bad = sampled(model), advantages(float("nan"), 0.0, 0.0, 0.0)
+    learner.update(trajectory, advantages(1.0, -1.0, 0.0, 0.0), steps=[0])
+    before = values(learner)
+    learner.update(trajectory, bad, steps=[0])
+    with pytest.raises(UserError, match="not finite 2 times in a row") as caught:
+        learner.update(trajectory, bad, steps=[0])
+    assert caught.value.exit_code == ExitCode.NON_FINITE == 6
+    assert same(values(learner), before)
+
+
+def test_only_the_bad_part_of_an_iteration_is_skipped(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    learner = Learner(model, replace(OPTIONS, micro_batch=2, updates_per_iteration=2))
+    metrics = learner.update(sampled(model), advantages(1.0, -1.0, float("nan"), 0.0), steps=[0])
+    assert metrics["skipped_updates"] == 1.0
+    assert learner.updates == 1
+
+
+@pytest.mark.parametrize("ema_every", [0, 1, 2])
+def test_a_restored_learner_goes_on_to_the_bit(tiny_policy: Policy, ema_every: int) -> None:
+    options = replace(OPTIONS, ema_every=ema_every, weight_decay=0.01, warmup=5, kl_coef=0.1)
+    judged = advantages(1.0, -1.0, 0.5, -0.5)
+    model = tiny_policy()
+    trajectory = sampled(model)
+    learner = Learner(model, options)
+    for _ in range(3):
+        learner.update(trajectory, judged, steps=[0, 1])
+    saved = {group: {n: t.detach().clone() for n, t in members.items()} for group, members in learner.tensors().items()}
+    state = copy.deepcopy(learner.state())
+
+    other = Learner(tiny_policy(spread=0.2), options)
+    other.restore(saved, state)
+    assert other.state() == state
+    assert all(same(other.tensors()[group], members) for group, members in learner.tensors().items())
+    results = [each.update(trajectory, judged, steps=[0, 1]) for each in (learner, other)]
+    assert results[0] == results[1]
+    assert all(same(other.tensors()[group], members) for group, members in learner.tensors().items())
+
+
+def test_the_adapter_of_another_model_is_refused(tiny_policy: Policy) -> None:
+    learner = Learner(tiny_policy(rank=2), OPTIONS)
+    other = Learner(tiny_policy(rank=3), OPTIONS)
+    with pytest.raises(UserError, match="adapter for another model") as caught:
+        other.restore(learner.tensors(), learner.state())
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+
+
+def test_the_running_average_by_hand(tiny_policy: Policy) -> None:
+    # The first average is the first result (there is no past worth keeping); the second keeps (1+1)/(10+1) of it.
+    model = tiny_policy()
+    learner = Learner(model, OPTIONS)
+    trajectory, judged = sampled(model), advantages(1.0, -1.0, 0.0, 0.0)
+    learner.update(trajectory, judged, steps=[0])
+    first = values(learner)
+    learner.update(trajectory, judged, steps=[0])
+    second = values(learner)
+    with learner.averaged():
+        for name, average in values(learner).items():
+            expected = second[name] + 2 / 11 * (first[name] - second[name])
+            torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-8)
+        assert not same(values(learner), second)
+    assert same(values(learner), second)
+
+
+def test_the_weights_come_back_even_after_an_error(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    learner = Learner(model, OPTIONS)
+    trajectory, judged = sampled(model), advantages(1.0, -1.0, 0.0, 0.0)
+    for _ in range(2):
+        learner.update(trajectory, judged, steps=[0])
+    current = values(learner)
+    with pytest.raises(RuntimeError, match="inside"), learner.averaged():
+        raise RuntimeError("inside")
+    assert same(values(learner), current)
+
+
+def test_without_an_average_the_weights_stay(tiny_policy: Policy) -> None:
+    learner = Learner(tiny_policy(spread=0.1), replace(OPTIONS, ema_every=0))
+    current = values(learner)
+    with learner.averaged():
+        assert same(values(learner), current)
+    assert "ema" not in learner.tensors()

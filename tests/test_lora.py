@@ -1,0 +1,106 @@
+"""The adapter: a frozen base, and a file that plain diffusers loads to the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.tiny import tiny_sd3
+from densegrpo_fast.runtime.lora import add_lora, save_lora
+
+Policy = Callable[..., FlowModel]
+TARGETS = ["attn.to_q", "attn.add_k_proj"]
+
+
+@torch.no_grad()
+def output(model: FlowModel) -> torch.Tensor:
+    latents = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    conditioning = model.encode(["a cat", "the moon"])
+    return model.velocity(latents, torch.tensor([0.3, 0.9]), conditioning).combined()
+
+
+def test_only_the_adapter_is_trained() -> None:
+    model = tiny_sd3()
+    model.network.requires_grad_(True)
+    add_lora(model.network, rank=3, alpha=3, targets=TARGETS, seed=0)
+    for name, parameter in model.network.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name), name
+    parameters = model.trainable_parameters()
+    # A and B of two projections in two blocks; the second attention of the first block is attn2
+    assert len(parameters) == 8
+    assert {tuple(p.shape) for name, p in parameters.items() if "lora_A" in name} == {(3, 32)}
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    plain, model = tiny_sd3(), tiny_sd3()
+    add_lora(model.network, rank=2, alpha=8, targets=TARGETS, seed=0)
+    assert torch.equal(output(model), output(plain))
+
+
+def test_its_start_depends_on_the_seed_alone() -> None:
+    def start(seed: int) -> list[torch.Tensor]:
+        model = tiny_sd3()
+        before = torch.get_rng_state()
+        add_lora(model.network, rank=2, alpha=2, targets=TARGETS, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return [p for name, p in model.trainable_parameters().items() if "lora_A" in name]
+
+    first, again, other = start(5), start(5), start(6)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_the_adapter_of_a_half_precision_base_is_float32() -> None:
+    model = tiny_sd3()
+    model.network.to(torch.bfloat16)
+    add_lora(model.network, rank=2, alpha=2, targets=TARGETS, seed=0)
+    parameters = model.trainable_parameters()
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    velocity = model.velocity(torch.randn(1, *model.latent_shape), torch.tensor([0.5]), model.encode(["a cat"]))
+    assert velocity.combined().dtype == torch.float32
+    velocity.combined().square().sum().backward()
+    gradients = [p.grad for name, p in parameters.items() if "lora_B" in name]
+    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_an_unknown_target_is_refused() -> None:
+    model = tiny_sd3()
+    with pytest.raises(ValueError, match=r"'attn.to_query' matches no module of SD3Transformer2DModel"):
+        add_lora(model.network, rank=2, alpha=2, targets=["attn.to_q", "attn.to_query"], seed=0)
+    # part of a name is not a name: "to_q" alone would be, "o_q" is not
+    with pytest.raises(ValueError, match="'o_q'"):
+        add_lora(model.network, rank=2, alpha=2, targets=["o_q"], seed=0)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 7), (4, 4), (4, 1)])
+def test_plain_diffusers_loads_the_same_model(tiny_policy: Policy, tmp_path: Path, rank: int, alpha: int) -> None:
+    model = tiny_policy(spread=0.3, rank=rank, alpha=alpha)
+    file = save_lora(model.network, tmp_path / "adapter", rank=rank, alpha=alpha)
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert file == tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
+
+    fresh = tiny_sd3()
+    before = output(fresh)
+    fresh.pipeline.load_lora_weights(str(tmp_path / "adapter"))
+    assert fresh.pipeline.get_active_adapters()
+    torch.testing.assert_close(output(fresh), output(model), rtol=1e-5, atol=1e-5)
+    assert (output(fresh) - before).abs().max() > 1e-2
+
+
+def test_the_file_needs_no_alpha(tiny_policy: Policy, tmp_path: Path) -> None:
+    # B in the file is alpha / rank = 2 times the trained B, so the update is B A for readers that know no alpha.
+    model = tiny_policy(spread=0.3, rank=2, alpha=4)
+    file = save_lora(model.network, tmp_path, rank=2, alpha=4)
+    trained = {name.replace(".default.", "."): p for name, p in model.trainable_parameters().items()}
+    with safe_open(file, "pt") as saved:
+        names = {name.removeprefix("transformer."): name for name in saved.keys()}
+        assert names.keys() == trained.keys()
+        for name, parameter in trained.items():
+            factor = 2.0 if ".lora_B." in name else 1.0
+            assert torch.equal(saved.get_tensor(names[name]), factor * parameter.detach())
+            assert saved.get_tensor(names[name]).dtype == torch.float32

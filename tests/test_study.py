@@ -1,0 +1,243 @@
+"""The paired study: pairing, interpolation at equal time, what it writes, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benches"))
+
+import study  # noqa: E402
+from _comparison import at_seconds, compare, pairs  # noqa: E402
+from _record import commit, interleaved, pairwise_ratio, portable, spread, write_json  # noqa: E402
+
+from densegrpo_fast.config import Config  # noqa: E402
+from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
+
+DENSE, SPARSE = "embedded_dense", "embedded_sparse"
+
+
+def run(variant: str, seed: int, values: list[float], seconds: float, after: list[list[float | None]] | None = None):
+    """A run evaluated every 2 iterations, each iteration `seconds` long."""
+    points = [
+        {
+            "iteration": 2 * i,
+            "seconds": {"rollout": 0.5 * seconds * i, "update": 1.5 * seconds * i},
+            "nfe": {"rollout": 10.0 * i},
+            "held_out": {"reward": value},
+        }
+        for i, value in enumerate(values)
+    ]
+    last = [[values[-1]], [values[-1]]] if after is None else after
+    return {"variant": variant, "seed": seed, "points": points, "before": {}, "after": {"reward": last}}
+
+
+def test_runs_are_paired_by_seed():
+    runs = [run("b", 3, [0, 1], 1), run("a", 1, [0, 1], 1), run("a", 3, [0, 1], 1), run("b", 2, [0, 1], 1)]
+    assert [(one["variant"], other["variant"], one["seed"], other["seed"]) for one, other in pairs(runs, "a", "b")] == [
+        ("a", "b", 3, 3)
+    ]
+    with pytest.raises(ValueError, match="a and c must share a seed, got none"):
+        compare(runs, "a", "c")
+
+
+def test_a_score_at_a_time_is_linear_between_evaluations():
+    one = run("a", 0, [0.2, 0.4, 0.3], 5.0)
+    # 2 iterations of 5 s: evaluated after 0, 10 and 20 s
+    assert at_seconds(one, "reward", 0.0) == pytest.approx(0.2)
+    assert at_seconds(one, "reward", 2.5) == pytest.approx(0.25)
+    assert at_seconds(one, "reward", 15.0) == pytest.approx(0.35)
+    assert at_seconds(one, "reward", 20.0) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.20\.0"):
+        at_seconds(one, "reward", 20.1)
+
+
+def test_intervals_at_equal_iterations_and_equal_seconds():
+    runs = [
+        run("a", 0, [0.2, 0.4, 0.6], 2.0),
+        run("b", 0, [0.2, 0.3, 0.5], 1.0),
+        run("a", 1, [0.2, 0.5, 0.8], 2.0),
+        run("b", 1, [0.2, 0.4, 0.5], 1.0),
+    ]
+    result = compare(runs, "a", "b")
+    reward = result["scores"]["reward"]
+    assert result["seeds"] == [0, 1]
+    assert [entry["iteration"] for entry in reward["equal_iterations"]] == [0, 2, 4]
+    # at the end 0.6 - 0.5 = 0.1 and 0.8 - 0.5 = 0.3: mean 0.2, std 0.2/sqrt(2), error 0.1, t(0.975, 1) = 12.706
+    end = reward["equal_iterations"][-1]
+    assert end["mean"] == pytest.approx(0.2)
+    assert (end["low"], end["high"]) == (pytest.approx(0.2 - 1.2706, abs=1e-4), pytest.approx(0.2 + 1.2706, abs=1e-4))
+    # b ends after 4 s, where a has done 2 iterations: 0.4 - 0.5 = -0.1 and 0.5 - 0.5 = 0
+    assert reward["equal_seconds"]["stopped_at"] == [4.0, 4.0]
+    assert reward["equal_seconds"]["mean"] == pytest.approx(-0.05)
+    assert reward["equal_seconds"]["high"] == pytest.approx(-0.05 + 0.05 * 12.7062, abs=1e-4)
+
+
+def test_the_interval_over_prompts_averages_seeds_first_and_skips_missing_prompts():
+    runs = [
+        run("a", 0, [0, 0.5], 1.0, [[0.4, 0.6], [0.8, None], [None, None]]),
+        run("b", 0, [0, 0.5], 1.0, [[0.4, 0.4], [0.4, 0.4], [0.9, 0.9]]),
+        run("a", 1, [0, 0.5], 1.0, [[0.5, 0.5], [0.8, 0.8], [None, None]]),
+        run("b", 1, [0, 0.5], 1.0, [[0.4, 0.4], [0.4, 0.4], [0.9, 0.9]]),
+    ]
+    pooled = compare(runs, "a", "b")["scores"]["reward"]["equal_iterations_over_prompts"]
+    # prompt 0: 0.5 - 0.4; prompt 1: 0.8 - 0.4; prompt 2 has no score of a. Mean 0.25, error 0.15
+    assert pooled["mean"] == pytest.approx(0.25)
+    assert pooled["low"] == pytest.approx(0.25 - 0.15 * 12.7062, abs=1e-4)
+
+
+def test_one_seed_gives_a_difference_without_an_interval():
+    result = compare([run("a", 0, [0, 0.5], 1.0), run("b", 0, [0, 0.25], 1.0)], "a", "b")
+    end = result["scores"]["reward"]["equal_iterations"][-1]
+    assert end["mean"] == 0.25 and end["low"] != end["low"]
+
+
+class FakeTrain:
+    """Writes the files of a run whose reward rises; dense rises faster and takes twice as long."""
+
+    def __init__(self, start: float = 0.5, stop_at: int | None = None):
+        self.start, self.stop_at, self.calls = start, stop_at, list[tuple[str, int, bool]]()
+
+    def __call__(self, config: Config, resume: bool = False) -> int:
+        self.calls.append((config.preset, config.seed, resume))
+        directory = config.output_dir
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text("")
+        if self.stop_at == len(self.calls):
+            return ExitCode.INTERRUPTED
+        dense = config.credit.method == "dense"
+        rate = (0.02 if dense else 0.01) + 0.001 * config.seed
+        self._scores(directory / "evaluation-before.json", self.start)
+        self._scores(directory / "evaluation-after.json", self.start + rate * config.run.iterations)
+        with open(directory / "metrics.jsonl", "w") as log:
+            for done in range(1, config.run.iterations + 1):
+                seconds = 2.0 if dense else 1.0
+                record = {"iteration": done, "time/rollout": 0.25, "time/update": seconds - 0.25, "nfe/rollout": 384}
+                if done % config.evaluation.every == 0 and done < config.run.iterations:
+                    value = self.start + rate * done
+                    record |= {"eval/reward": value, "eval/scenes": value, "eval/scenes_strict": value / 2}
+                log.write(json.dumps(record) + "\n")
+        return ExitCode.OK
+
+    @staticmethod
+    def _scores(path: Path, value: float) -> None:
+        rows = [[value - 0.1], [value + 0.1], [float("nan")]]
+        scores = {"reward": rows, "scenes": rows, "scenes_strict": [[v / 2 for v in row] for row in rows]}
+        path.write_text(json.dumps({"prompts": ["a", "b", "c"], "scores": scores}))
+
+
+def plan(seeds: tuple[int, ...] = (0, 1), **changes) -> study.Plan:
+    return study.Plan((DENSE, SPARSE), seeds, 2, ("run.iterations=6", "model.path=/some/where/weights"), **changes)
+
+
+def test_a_study_writes_points_comparisons_and_a_plot(tmp_path, capsys):
+    output = tmp_path / "results" / "study.json"
+    train = FakeTrain()
+    assert study.conduct(plan(), output, tmp_path / "work", train) == ExitCode.OK
+    assert train.calls == [(DENSE, 0, False), (SPARSE, 0, False), (SPARSE, 1, False), (DENSE, 1, False)]
+    text = output.read_text()
+    assert "NaN" not in text and "/some" not in text and str(tmp_path) not in text and str(ROOT) not in text
+    document = json.loads(text)
+    assert document["settings"][SPARSE]["credit"]["method"] == "sparse"
+    assert document["settings"][DENSE]["model"]["path"] == "weights"
+    assert {"command", "commit", "hardware", "versions", "load_average", "noisy"} <= document.keys()
+    first = document["runs"][0]
+    assert [point["iteration"] for point in first["points"]] == [0, 2, 4, 6]
+    assert first["points"][2]["seconds"] == {"rollout": 1.0, "update": 7.0} and first["points"][2]["nfe"] == {
+        "rollout": 1536
+    }
+    assert [point["held_out"]["reward"] for point in first["points"]] == pytest.approx([0.5, 0.54, 0.58, 0.62])
+    assert first["after"]["scenes"][2] == [None]
+    reward = document["comparisons"][0]["scores"]["reward"]
+    # at equal iterations 6 * 0.02 - 6 * 0.01; in sparse's 6 s dense does 3 iterations: 3 * (0.02 + s) - 6 * (0.01 + s),
+    # where s is 0 and 0.001
+    assert reward["equal_iterations"][-1]["mean"] == pytest.approx(0.06)
+    assert reward["equal_seconds"]["mean"] == pytest.approx(-0.0015)
+    assert document["noisy"] is False
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert f"{DENSE} minus {SPARSE}, 2 seeds" in capsys.readouterr().out
+
+
+def test_finished_runs_are_kept_and_an_unfinished_one_goes_on(tmp_path):
+    output, work = tmp_path / "study.json", tmp_path / "work"
+    assert study.conduct(plan(), output, work, FakeTrain(stop_at=3)) == ExitCode.INTERRUPTED
+    assert [(run["variant"], run["seed"]) for run in json.loads(output.read_text())["runs"]] == [
+        (DENSE, 0),
+        (SPARSE, 0),
+    ]
+    train = FakeTrain()
+    assert study.conduct(plan(), output, work, train) == ExitCode.OK
+    assert train.calls == [(SPARSE, 1, True), (DENSE, 1, False)]
+    more = FakeTrain()
+    assert study.conduct(plan(seeds=(0, 1, 2)), output, work, more) == ExitCode.OK
+    assert more.calls == [(DENSE, 2, False), (SPARSE, 2, False)]
+    assert json.loads(output.read_text())["comparisons"][0]["seeds"] == [0, 1, 2]
+    finished, nothing = output.read_bytes(), FakeTrain()
+    assert study.conduct(plan(), output, work, nothing) == ExitCode.OK
+    assert nothing.calls == [] and output.read_bytes() == finished
+
+
+def test_runs_that_cannot_stand_together_are_refused(tmp_path):
+    output, work = tmp_path / "study.json", tmp_path / "work"
+    study.conduct(plan(seeds=(0,)), output, work, FakeTrain())
+    kept = output.read_text()
+    other = study.Plan((DENSE, SPARSE), (0, 1), 2, ("run.iterations=8", "model.path=/some/where/weights"))
+    with pytest.raises(UserError, match=f"another {DENSE}.run.iterations, {SPARSE}.run.iterations; give another"):
+        study.conduct(other, output, work, FakeTrain())
+    with pytest.raises(UserError, match=f"{SPARSE}, seed 1, did not start like {DENSE}, seed 0"):
+        study.conduct(plan(), output, work, FakeTrain(start=0.4))
+    assert output.read_text() == kept
+    document = json.loads(kept)
+    document["hardware"]["threads"] += 1
+    write_json(output, document)
+    with pytest.raises(UserError, match="another hardware.threads; give another"):
+        study.conduct(plan(), output, work, FakeTrain())
+    output.write_text('{"runs": 3}')
+    with pytest.raises(UserError, match="is no readable study"):
+        study.conduct(plan(), output, work, FakeTrain())
+
+
+def test_runs_of_one_seed_differ_in_the_variant_alone(tmp_path):
+    dense, sparse = (plan().config(variant, 7, tmp_path) for variant in (DENSE, SPARSE))
+    assert (dense.seed, dense.evaluation.every, dense.output_dir) == (7, 2, tmp_path)
+    assert dense.model_copy(update={"preset": SPARSE, "credit": sparse.credit}) == sparse
+    with pytest.raises(UserError, match="run.output_dir is given twice"):
+        study.Plan((DENSE,), (0,), 2, ("run.output_dir=x",)).config(DENSE, 0, tmp_path)
+
+
+def test_uneven_timings_are_marked_as_noisy(tmp_path):
+    steady, uneven = run("a", 0, [0.0] * 5, 1.0), run("b", 0, [0.0] * 5, 1.0)
+    assert not study._noisy([steady, uneven])
+    for point, seconds in zip(uneven["points"], (0.0, 2.0, 5.0, 7.0, 11.0), strict=True):
+        point["seconds"] = {"rollout": seconds}
+    assert study._noisy([steady, uneven])
+
+
+def test_records_hold_no_directories_of_this_machine():
+    value = {"path": "/home/someone/model", "hub": "owner/name", "/a/b.py:reward": [1.0, ("~", "runs/x")], "n": None}
+    assert portable(value) == {"path": "model", "hub": "owner/name", "b.py:reward": [1.0, ["~", "runs/x"]], "n": None}
+
+
+def test_records_are_json_without_nan(tmp_path):
+    write_json(tmp_path / "new" / "a.json", {"x": [float("nan"), 1.5], "y": {"z": float("inf")}})
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": [None, 1.5], "y": {"z": None}}
+
+
+def test_the_commit_is_a_hash_or_unknown():
+    assert commit() == "unknown" or len(commit().removesuffix("+changes")) == 40
+
+
+def test_variants_are_timed_in_turns():
+    calls: list[str] = []
+    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1)
+    assert calls == ["b", "a", "a", "b", "b", "a"]
+    assert [len(own) for own in seconds.values()] == [2, 2]
+    # ratios 2, 3 and 1 in the three rounds
+    assert pairwise_ratio([2.0, 6.0, 5.0], [1.0, 2.0, 5.0]) == 2.0
+    # quartiles 2 and 4 around a median of 3
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+    assert spread([1.0]) == 0.0
