@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -16,57 +12,14 @@ from statistics import median, quantiles
 from typing import Any
 
 from densegrpo_fast.runtime.files import replace_text
+from densegrpo_fast.runtime.provenance import commit, hardware, provenance
+
+__all__ = ["commit", "hardware", "provenance"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
 NOISY_SPREAD = 0.2
 """A variant whose timings spread more than this share of their median makes the measurement noisy."""
-
-_PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "triton")
-
-
-def provenance() -> dict[str, Any]:
-    """Command line, commit, hardware and versions of the measurement that is being taken; plain JSON data."""
-    return {
-        "command": _command(),
-        "commit": commit(),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """CPU model, the cores this process may use, torch's threads and wait policy, the GPU if there is one."""
-    import torch
-
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages a timing depends on; None = not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def commit() -> str:
-    """The commit that is checked out, with "+changes" if the tree differs from it outside of benches/results."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--", ".", ":!benches/results")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+changes" if changed else "")
 
 
 def load_average() -> list[float]:
@@ -126,34 +79,6 @@ def spread(seconds: Sequence[float]) -> float:
         return 0.0
     low, middle, high = quantiles(seconds, n=4, method="inclusive")
     return (high - low) / middle
-
-
-def _command() -> str:
-    interpreter, *arguments = sys.orig_argv
-    return " ".join([PurePath(interpreter).name, *(_portable_argument(argument) for argument in arguments)])
-
-
-def _portable_argument(argument: str) -> str:
-    name, equals, value = argument.rpartition("=")
-    path = Path(value)
-    if path.is_absolute():
-        value = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-    return name + equals + value
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True, timeout=60
-    ).stdout.strip()
 
 
 def _finite(value: Any) -> Any:

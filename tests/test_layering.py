@@ -119,13 +119,13 @@ def test_a_torch_only_part_needs_nothing_else(part: str) -> None:
 
 
 def test_commands_are_imported_by_nobody() -> None:
-    names = {f"{PACKAGE}.{command}" for command in COMMANDS}
+    names = {f"{PACKAGE}.{command}{suffix}" for command in COMMANDS for suffix in ("", ".__main__")}
     assert not [found for found in IMPORTS if found.target in names and found.importer != found.target]
 
 
 def test_configuration_never_reaches_torch() -> None:
     """Follow module-level imports from config and the top of train and fidelity: help and errors must be instant."""
-    commands = (f"{PACKAGE}.train", f"{PACKAGE}.fidelity")
+    commands = (f"{PACKAGE}.train", f"{PACKAGE}.fidelity.__main__")
     pending = [name for name in FILES if part_of(name).startswith("config") or name in commands]
     seen = {*pending, PACKAGE}
     external = set()

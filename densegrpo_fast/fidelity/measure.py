@@ -1,0 +1,164 @@
+"""Lookahead rewards of many variants on the very same trajectories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.fidelity.subject import Subject
+from densegrpo_fast.models.base import Decoder
+from densegrpo_fast.runtime import scoring
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.cost import IterationCost, dense_iteration, sparse_iteration
+from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
+from densegrpo_fast.sampling.plan import Plan
+from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute lookahead rewards.
+
+    Attributes:
+        plan: where completions evaluate the model.
+        guidance: of completions after their first velocity.
+        decoder: of all images.
+    """
+
+    plan: Plan
+    guidance: Guidance
+    decoder: Decoder
+
+    @property
+    def name(self) -> str:
+        """Plan, guidance and decoder, such as "nodes{3,6}/cond_only/preview"."""
+        return f"{self.plan.name}/{self.guidance}/{self.decoder}"
+
+
+def reference(num_steps: int) -> Variant:
+    """What every variant is judged by: every remaining step, full guidance, full decoder."""
+    return Variant(plans.exact(num_steps), "full", "full")
+
+
+def cost_of(variant: Variant, subject: Subject) -> IterationCost:
+    """Cost per trajectory of a training iteration with this lookahead."""
+    return dense_iteration(
+        variant.plan,
+        trained_steps=subject.trained_steps,
+        guided=subject.guided,
+        kl=subject.kl,
+        guidance=variant.guidance,
+        decoder=variant.decoder,
+        noisy=subject.coefficients.noisy,
+    )
+
+
+def flops_ratio(variant: Variant, subject: Subject) -> float | None:
+    """Operations of the dense iteration over those of the sparse one; None where they are not known."""
+    if subject.flops is None:
+        return None
+    sparse = sparse_iteration(
+        subject.coefficients.num_steps, trained_steps=subject.trained_steps, guided=subject.guided, kl=subject.kl
+    )
+    return cost_of(variant, subject).flops(subject.flops) / sparse.flops(subject.flops)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some groups' trajectories.
+
+    Attributes:
+        trajectory: B rows, group after group.
+        rows: prompt of each row.
+        metadata: of each row.
+        group_size: G.
+    """
+
+    trajectory: Trajectory
+    rows: list[str]
+    metadata: list[dict[str, Any]]
+    group_size: int
+
+
+def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int) -> Iterator[Batch]:
+    """Roll out the named groups, as many at a time as fit the subject's chunk.
+
+    All noise is a function of (seed, group, sample) alone, so the same group is the same in any range.
+    """
+    at_once = max(1, subject.chunk // group_size)
+    model = subject.model
+    for start in range(groups.start, groups.stop, at_once):
+        chosen = range(start, min(start + at_once, groups.stop))
+        rows = [subject.prompts.prompts[group] for group in chosen for _ in range(group_size)]
+        metadata = [subject.prompts.metadata[group] for group in chosen for _ in range(group_size)]
+        index = torch.arange(chosen.start * group_size, chosen.stop * group_size, device=model.device)
+        trajectory = rollout(
+            model,
+            initial_noise(model, index, seed=seed, epoch=0),
+            model.encode(rows),
+            subject.coefficients,
+            sample_index=index,
+            seed=seed,
+            epoch=0,
+            guidance_scale=subject.guidance_scale,
+            # a group that is larger than the chunk is split evenly
+            micro_batch=None if len(rows) <= subject.chunk else math.gcd(len(rows), subject.chunk),
+        )
+        yield Batch(trajectory, rows, metadata, group_size)
+
+
+def score(subject: Subject, batch: Batch, images: Tensor) -> Tensor:
+    """Rewards [P', G, S] of images [S, B, 3, H, W], S pictures for each row of a batch of P' groups; NaN = missing.
+
+    Raises:
+        UserError: (reward) the reward failed.
+    """
+    count = len(images)
+    scores = scoring.score(subject.reward, images.flatten(0, 1), batch.rows * count, batch.metadata * count)
+    return scores.values.view(count, -1, batch.group_size).permute(1, 2, 0)
+
+
+def measure(
+    subject: Subject,
+    variants: Sequence[Variant],
+    groups: range,
+    *,
+    group_size: int,
+    seed: int,
+    progress: Callable[[int], object] = lambda done: None,
+) -> dict[Variant, Tensor]:
+    """Lookahead rewards of every variant, and of the reference, on one rollout of each group.
+
+    Args:
+        subject: what is measured.
+        variants: plans with their guidance and decoder; those that differ in the decoder alone share completions.
+        groups: indices of the subject's prompts.
+        group_size: G.
+        seed: of all noise.
+        progress: is told how many groups are done.
+
+    Returns:
+        Per variant [P, G, T+1] float32 on the CPU; index = steps done, NaN = missing.
+
+    Raises:
+        UserError: (reward) the reward failed.
+    """
+    wanted = list(dict.fromkeys([reference(subject.coefficients.num_steps), *variants]))
+    parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
+    done = 0
+    for batch in trajectories(subject, groups, group_size=group_size, seed=seed):
+        for plan, guidance in dict.fromkeys((variant.plan, variant.guidance) for variant in wanted):
+            lookahead = Lookahead(subject.model, plan, guidance=guidance, chunk=subject.chunk)
+            clean = lookahead.complete(batch.trajectory)
+            for variant in (v for v in wanted if (v.plan, v.guidance) == (plan, guidance)):
+                images = lookahead.images(clean, subject.coefficients.noisy, variant.decoder)
+                parts[variant].append(score(subject, batch, images))
+        done += len(batch.rows) // group_size
+        progress(done)
+    return {variant: torch.cat(values) for variant, values in parts.items()}

@@ -1,0 +1,189 @@
+"""What the fidelity command shows and writes: a table, a JSON document and a plot of fidelity against cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.fidelity.measure import Variant, cost_of, flops_ratio, reference
+from densegrpo_fast.fidelity.search import Candidate, Thresholds
+from densegrpo_fast.fidelity.statistics import Agreement
+from densegrpo_fast.fidelity.subject import Subject
+from densegrpo_fast.runtime.files import output_errors, replace_text
+
+_COLUMNS = {
+    "guided": "nfe_guided",
+    "unguided": "nfe_unguided",
+    "cost": "cost_ratio",
+    "iteration": "iteration_flops_ratio",
+    "rewards": "spearman_rewards_mean",
+    "gains": "spearman_gains_mean",
+    "worst": "spearman_gains_worst_step",
+    "sign": "sign_agreement",
+    "pooled": "pooled_gains",
+    "advantages": "spearman_advantages",
+    "adv. sign": "sign_agreement_advantages",
+}
+ENOUGH = 0.8
+"""Share of units that must remain for a figure to stand for the groups."""
+LEGEND = """\
+guided, unguided   evaluations of the lookahead per trajectory; a guided one is two forwards
+cost               forwards of the lookahead / those of the exact plan
+iteration          operations of the dense training iteration / those of the sparse one, from the model's configuration
+rewards, gains     mean in-group Spearman correlation with the exact plan, full guidance, full decoder, states 0..T-2
+worst              the same of the gains, in the step where it is lowest
+sign, pooled       gains of the same sign; Pearson correlation of the gains over everything
+advantages         Spearman correlation over a group's samples and steps, and sign, of the normalised advantages"""
+
+
+def plan_record(variant: Variant, agreement: Agreement, subject: Subject) -> dict[str, Any]:
+    """What is known of one variant, as plain JSON data: cost per trajectory, and agreement with the reference.
+
+    `nfe_guided` and `nfe_unguided` count evaluations, a guided one being two forwards; `forwards` counts those.
+    """
+    cost = cost_of(variant, subject)
+    exact = cost_of(reference(subject.coefficients.num_steps), subject).lookahead.forwards
+    return {
+        "plan": variant.plan.name,
+        "guidance": variant.guidance,
+        "decoder": variant.decoder,
+        "nfe_guided": cost.lookahead.guided,
+        "nfe_unguided": cost.lookahead.unguided,
+        "forwards": cost.lookahead.forwards,
+        "decodes": cost.full_decodes + cost.preview_decodes,
+        "rewards": cost.rewards,
+        "cost_ratio": cost.lookahead.forwards / exact if exact else math.nan,
+        "iteration_flops_ratio": flops_ratio(variant, subject),
+        **asdict(agreement),
+    }
+
+
+def search_record(candidates: Sequence[Candidate], chosen: Candidate | None, thresholds: Thresholds) -> dict[str, Any]:
+    """The search as plain JSON data: thresholds, the plan chosen with its in-sample agreement, and all candidates."""
+    keys = ("spearman_rewards_mean", "spearman_gains_mean", "spearman_gains_worst_step")
+    return {
+        "thresholds": asdict(thresholds),
+        "chosen": None if chosen is None else chosen.variant.name,
+        "in_sample": None if chosen is None else asdict(chosen.agreement),
+        "candidates": {
+            candidate.variant.name: {"forwards": candidate.forwards}
+            | {key: getattr(candidate.agreement, key) for key in keys}
+            for candidate in candidates
+        },
+    }
+
+
+def plan_table(records: Mapping[str, dict[str, Any]]) -> str:
+    """The records as a table, one line per variant."""
+    header = ["plan/guidance/decoder", *_COLUMNS]
+    lines = [[name, *(_cell(record[key]) for key in _COLUMNS.values())] for name, record in records.items()]
+    return table(header, lines)
+
+
+def step_table(records: Mapping[str, dict[str, Any]]) -> str:
+    """Correlation of the gains at every step, one line per variant."""
+    steps = max((len(record["spearman_gains"]) for record in records.values()), default=0)
+    lines = [[name, *map(_cell, record["spearman_gains"])] for name, record in records.items()]
+    return table(["gains at step", *map(str, range(steps))], lines)
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first one left-aligned and the others right-aligned."""
+    rows = [header, *lines]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document; NaN and infinities become null.
+
+    Raises:
+        UserError: exit code 7, if it cannot be written.
+    """
+    replace_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, fidelity) points that no other one beats: cost increasing, fidelity strictly increasing."""
+    front: list[tuple[float, float]] = []
+    for cost, fidelity in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or fidelity > front[-1][1]:
+            front.append((cost, fidelity))
+    return front
+
+
+def save_plot(path: Path, records: Mapping[str, dict[str, Any]], search: dict[str, Any] | None) -> None:
+    """Draw fidelity against the forwards of the lookahead, with the Pareto front, as a PNG.
+
+    Args:
+        path: the file.
+        records: as from `plan_record`.
+        search: as from `search_record`, drawn as small dots; None without a search.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = _figure_class()(figsize=(11, 4.6), layout="constrained")
+    panels = (("spearman_rewards_mean", "rewards"), ("spearman_gains_mean", "gains"))
+    axes = figure.subplots(1, 2, sharex=True)
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        if search is not None:
+            axis.plot(
+                *_points(search["candidates"], key), ".", color="#c4c9cf", markersize=5, label="searched, in sample"
+            )
+            axis.axhline(search["thresholds"][title], color="#9aa0a6", linestyle=":", label="threshold")
+        front = pareto_front(list(zip(*_points(records, key), strict=True)))
+        if front:
+            axis.plot(*zip(*front, strict=True), drawstyle="steps-post", color="#d55e00", label="Pareto front")
+        for guidance, marker in (("full", "o"), ("cond_only", "^")):
+            own = {name: record for name, record in records.items() if record["guidance"] == guidance}
+            if own:
+                axis.plot(*_points(own, key), marker, color="#0072b2", label=f"measured, guidance {guidance}")
+        for name, record in records.items():
+            # names away from the front would only hide one another
+            if (record["forwards"], record[key]) in front:
+                axis.annotate(name, (record["forwards"], record[key]), (4, -10), textcoords="offset points", fontsize=7)
+        axis.set_xscale("symlog", linthresh=5)
+        axis.set(xlabel="lookahead forwards per trajectory", ylabel="mean in-group Spearman correlation", title=title)
+        axis.margins(x=0.12)
+        axis.grid(alpha=0.25)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
+    with output_errors(f"cannot write {path}"):
+        figure.savefig(path, dpi=130, format="png")
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise UserError(
+            "--plot needs matplotlib: pip install densegrpo-fast[train], or leave --plot out", ExitCode.ENVIRONMENT
+        ) from None
+    return Figure
+
+
+def _points(records: Mapping[str, dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    present = [record for record in records.values() if not math.isnan(record[key])]
+    return [record["forwards"] for record in present], [record[key] for record in present]
+
+
+def _cell(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

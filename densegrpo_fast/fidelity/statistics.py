@@ -1,0 +1,182 @@
+"""How well cheap lookahead rewards order the samples of a group as the exact ones do.
+
+A group-relative method sees only the order and spread within a group, so agreement is rank correlation inside each
+group, per state. Everything is vectorised over groups and states, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from densegrpo_fast.credit.dense import dense_advantages, reward_gains
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of cheap lookahead rewards with exact ones over P groups.
+
+    Rewards are those of states 0..T-2, gains those of steps 0..T-2: the last state is nearly the image itself and would
+    flatter any plan. A unit is one group at one state or step. Units whose exact values are all equal say nothing and
+    are left out; units where only the cheap values are all equal count as correlation 0. NaN = nothing to compare.
+
+    Attributes:
+        spearman_rewards_mean, spearman_gains_mean: mean Spearman correlation over the units that remain, in [-1, 1].
+        spearman_rewards_error, spearman_gains_error: standard error of these means, taken over groups.
+        spearman_gains_worst_step: smallest mean over groups of any step.
+        spearman_rewards, spearman_gains: mean over groups per state and per step, T-1 numbers each.
+        sign_agreement: share of gains with the exact sign, among those that are not zero in both.
+        pooled_rewards, pooled_gains: Pearson correlation over all groups, states and samples together.
+        spearman_advantages, sign_agreement_advantages: the same of the normalised advantages, ranked over all samples
+            and trained steps of a group together.
+        remaining_rewards, remaining_gains: share of units that remain.
+        excluded_rewards, excluded_gains: units left out, as a number.
+        missing: share of the rewards that are missing in either, those samples being left out of their units.
+    """
+
+    spearman_rewards_mean: float
+    spearman_rewards_error: float
+    spearman_gains_mean: float
+    spearman_gains_error: float
+    spearman_gains_worst_step: float
+    sign_agreement: float
+    pooled_rewards: float
+    pooled_gains: float
+    spearman_advantages: float
+    sign_agreement_advantages: float
+    remaining_rewards: float
+    remaining_gains: float
+    excluded_rewards: int
+    excluded_gains: int
+    missing: float
+    spearman_rewards: tuple[float, ...]
+    spearman_gains: tuple[float, ...]
+
+
+def compare(exact: Tensor, cheap: Tensor) -> Agreement:
+    """Agreement of two sets of lookahead rewards of the same trajectories.
+
+    Args:
+        exact: [P, G, T+1] float, the reference; NaN = missing.
+        cheap: [P, G, T+1] float.
+
+    Raises:
+        ValueError: the shapes differ, or T or G is below 2.
+    """
+    if exact.shape != cheap.shape or exact.ndim != 3 or exact.shape[1] < 2 or exact.shape[2] < 3:
+        raise ValueError(
+            "compare: exact and cheap must both be [P, G, T+1] with G, T >= 2, "
+            f"got {list(exact.shape)} and {list(cheap.shape)}"
+        )
+    present = ~(exact.isnan() | cheap.isnan())
+    exact, cheap = (values.double().where(present, math.nan) for values in (exact, cheap))
+    states = exact.shape[2] - 2
+    rewards = [values[..., :states] for values in (exact, cheap)]
+    gains = [reward_gains(values)[..., :states] for values in (exact, cheap)]
+    advantages = [
+        dense_advantages(values).values[..., :states].where(~gains[0].isnan(), math.nan) for values in (exact, cheap)
+    ]
+    by_rewards = spearman(*(values.transpose(1, 2) for values in rewards))
+    by_gains = spearman(*(values.transpose(1, 2) for values in gains))
+    return Agreement(
+        spearman_rewards_mean=_mean(by_rewards),
+        spearman_rewards_error=_error(by_rewards),
+        spearman_gains_mean=_mean(by_gains),
+        spearman_gains_error=_error(by_gains),
+        spearman_gains_worst_step=_smallest(by_gains.nanmean(0)),
+        sign_agreement=sign_agreement(*gains),
+        pooled_rewards=pearson(*(values.flatten() for values in rewards)).item(),
+        pooled_gains=pearson(*(values.flatten() for values in gains)).item(),
+        spearman_advantages=_mean(spearman(*(values.flatten(1) for values in advantages))),
+        sign_agreement_advantages=sign_agreement(*advantages),
+        remaining_rewards=_share(~by_rewards.isnan()),
+        remaining_gains=_share(~by_gains.isnan()),
+        excluded_rewards=int(by_rewards.isnan().sum()),
+        excluded_gains=int(by_gains.isnan().sum()),
+        missing=_share(~present),
+        spearman_rewards=tuple(by_rewards.nanmean(0).tolist()),
+        spearman_gains=tuple(by_gains.nanmean(0).tolist()),
+    )
+
+
+def spearman(reference: Tensor, other: Tensor) -> Tensor:
+    """Spearman's rank correlation along the last dimension, ties at their average rank.
+
+    Args:
+        reference: [..., N] float; NaN = missing, and then missing in both.
+        other: [..., N] float.
+
+    Returns:
+        [...] float64 in [-1, 1]; NaN where the reference has no two different values, 0 where only `other` has none.
+    """
+    present = ~(reference.isnan() | other.isnan())
+    reference, other = (values.double().where(present, math.nan) for values in (reference, other))
+    return pearson(average_ranks(reference), average_ranks(other))
+
+
+def average_ranks(values: Tensor) -> Tensor:
+    """Ranks along the last dimension, from 1; equal values share the mean of their ranks, NaN stays NaN.
+
+    Args:
+        values: [..., N] float.
+
+    Returns:
+        [..., N] float64.
+    """
+    here, there = values.unsqueeze(-1), values.unsqueeze(-2)
+    below, equal = (there < here).sum(-1), (there == here).sum(-1)
+    return (below + 0.5 * (equal + 1)).double().where(~values.isnan(), math.nan)
+
+
+def pearson(reference: Tensor, other: Tensor) -> Tensor:
+    """Pearson's correlation along the last dimension over the entries present in both.
+
+    Args:
+        reference: [..., N] float; NaN = missing.
+        other: [..., N] float.
+
+    Returns:
+        [...] float64 in [-1, 1]; NaN where the reference is constant, 0 where only `other` is.
+    """
+    present = ~(reference.isnan() | other.isnan())
+    count = present.sum(-1, keepdim=True).clamp(min=1)
+    parts = []
+    for values in (reference, other):
+        kept = values.double().where(present, 0.0)
+        centred = (kept - kept.sum(-1, keepdim=True) / count).where(present, 0.0)
+        highest, lowest = (values.where(present, bound) for bound in (-math.inf, math.inf))
+        # rounding of the mean must not make a constant look as if it varied
+        constant = highest.amax(-1) <= lowest.amin(-1)
+        parts.append((centred, centred.square().sum(-1), constant))
+    (first, first_square, flat), (second, second_square, other_flat) = parts
+    norm = (first_square * second_square).sqrt().masked_fill(flat | other_flat, 1.0)
+    correlation = ((first * second).sum(-1) / norm).clamp(-1, 1)
+    return correlation.masked_fill(other_flat, 0.0).masked_fill(flat, math.nan)
+
+
+def sign_agreement(reference: Tensor, other: Tensor) -> float:
+    """Share of entries of equal sign, in [0, 1], among those present in both and not zero in both; NaN if none."""
+    counted = ~(reference.isnan() | other.isnan()) & ((reference != 0) | (other != 0))
+    return _share((reference.sign() == other.sign())[counted])
+
+
+def _mean(values: Tensor) -> float:
+    return values.nanmean().item()
+
+
+def _error(values: Tensor) -> float:
+    """Standard error over groups (dimension 0) of the mean of values [P, N]; NaN for fewer than two groups."""
+    groups = values.nanmean(1)
+    groups = groups[~groups.isnan()]
+    return groups.std().item() / math.sqrt(len(groups)) if len(groups) > 1 else math.nan
+
+
+def _smallest(values: Tensor) -> float:
+    present = values[~values.isnan()]
+    return present.min().item() if present.numel() else math.nan
+
+
+def _share(mask: Tensor) -> float:
+    return mask.double().mean().item() if mask.numel() else math.nan

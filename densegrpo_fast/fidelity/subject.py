@@ -1,0 +1,193 @@
+"""What the fidelity of lookahead plans is measured on: a model with its sampler, held-out prompts and a reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.flow.analytic import GaussianMixtureFlow
+from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
+from densegrpo_fast.models.analytic import AnalyticModel
+from densegrpo_fast.models.base import Decoder, FlowModel
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime.data import PromptSet
+from densegrpo_fast.sampling.cost import UnitFlops
+
+if TYPE_CHECKING:
+    from densegrpo_fast.config import Config
+
+_STEPS, _GUIDANCE, _NOISE = 10, 4.5, 0.7
+_COMPONENTS, _ALLOWED, _SHAPE = 48, 12, (3, 4, 4)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        model: the policy.
+        coefficients: of the sampler's T steps, on the model's device.
+        prompts: held-out prompts, one per group.
+        reward: graded, so that ranks mean something.
+        guidance_scale: of the rollout; 1 = off.
+        decoders: those the model has.
+        chunk: rows per forward and decode.
+        trained_steps: steps that a training iteration replays.
+        kl: whether its loss has a KL term.
+        flops: of each part of the model; None where that means nothing.
+        settings: what a reader must know to repeat the measurement; plain JSON data.
+    """
+
+    model: FlowModel
+    coefficients: StepCoefficients
+    prompts: PromptSet
+    reward: RewardMixture
+    guidance_scale: float
+    decoders: tuple[Decoder, ...]
+    chunk: int
+    trained_steps: int
+    kl: bool
+    flops: UnitFlops | None
+    settings: dict[str, Any]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the rollout has classifier-free guidance."""
+        return self.guidance_scale != 1.0
+
+
+def pipeline_subject(config: Config, adapter: Path | None, groups: int) -> Subject:
+    """The model, sampler, held-out prompts and reward of a configuration.
+
+    Args:
+        config: a run's; its batch sizes are not used.
+        adapter: directory with `pytorch_lora_weights.safetensors`, or None for the model as it comes.
+        groups: how many held-out prompts to use.
+
+    Raises:
+        UserError: something cannot be loaded, or there are too few prompts.
+    """
+    from densegrpo_fast.models.flops import architecture_of, clip_h_image, count
+    from densegrpo_fast.models.load import load_sd3, resolve_dtype
+    from densegrpo_fast.runtime import build
+
+    prompts = _held_out(config, groups)
+    reward = build.build_reward(config.reward.terms)
+    options, device = config.model, build.default_device()
+    model = load_sd3(
+        options.path,
+        device=device,
+        dtype=resolve_dtype(options.dtype, device),
+        max_sequence_length=options.max_sequence_length,
+        height=options.height,
+        width=options.width,
+        revision=options.revision,
+    )
+    if adapter is not None:
+        _load_adapter(model.pipeline, adapter)
+    scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
+    lora = config.lora
+    return Subject(
+        model=model,
+        coefficients=build.build_coefficients(config, model),
+        prompts=prompts,
+        reward=reward,
+        guidance_scale=config.sampler.guidance_scale,
+        decoders=("full",) if model.preview_decoder is None else ("full", "preview"),
+        chunk=config.lookahead.chunk,
+        trained_steps=len(build.trained_steps(config, 0)),
+        kl=config.objective.kl_coef > 0,
+        flops=count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored),
+        settings={
+            "subject": config.preset,
+            # the directory of this machine is nobody else's business
+            "model": Path(options.path).name if Path(options.path).is_dir() else options.path,
+            "adapter": None if adapter is None else adapter.name,
+            "sampler": config.sampler.model_dump(mode="json", exclude={"group_size", "micro_batch", "shared_noise"}),
+            "reward": config.reward.terms,
+        },
+    )
+
+
+def analytic_subject(groups: int) -> Subject:
+    """A guided Gaussian-mixture flow with a smooth reward: exact velocities, and nothing to install but torch.
+
+    48 components in 48 dimensions; each prompt allows 12 of them. SD3's 10-step grid, flow_sde at noise level 0.7.
+
+    Args:
+        groups: how many prompts, at least 1.
+    """
+    generator = torch.Generator().manual_seed(0)
+    dimension = torch.Size(_SHAPE).numel()
+    means = torch.randn(_COMPONENTS, dimension, generator=generator, dtype=torch.float64)
+    model = AnalyticModel(GaussianMixtureFlow(means, std=0.3), _SHAPE)
+    chosen = [torch.randperm(_COMPONENTS, generator=generator)[:_ALLOWED].sort().values for _ in range(groups)]
+    prompts = tuple(" ".join(map(str, numbers.tolist())) for numbers in chosen)
+    return Subject(
+        model=model,
+        coefficients=coefficients(model.sigmas(_STEPS), _NOISE, "flow_sde"),
+        prompts=PromptSet(prompts, ({},) * groups),
+        reward=RewardMixture({"smooth": (SmoothReward(dimension), 1.0)}),
+        guidance_scale=_GUIDANCE,
+        decoders=("full", "preview"),
+        chunk=512,
+        trained_steps=_STEPS - 1,
+        kl=True,
+        flops=None,
+        settings={
+            "subject": "analytic",
+            "sampler": {
+                "num_steps": _STEPS,
+                "dynamics": "flow_sde",
+                "noise_level": _NOISE,
+                "guidance_scale": _GUIDANCE,
+            },
+            "reward": {"smooth": 1.0},
+        },
+    )
+
+
+class SmoothReward:
+    """A fixed random feature network on the pixels: smooth, nonlinear, and blind to the prompt.
+
+    Args:
+        pixels: values per image.
+        features: sines whose mean is the score.
+    """
+
+    def __init__(self, pixels: int, features: int = 24):
+        generator = torch.Generator().manual_seed(1)
+        self.weight = 6.0 * torch.randn(features, pixels, generator=generator) / pixels**0.5
+        self.phase = 2 * torch.pi * torch.rand(features, generator=generator)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        pixels = images.flatten(1).float().cpu()
+        return (pixels @ self.weight.T + self.phase).sin().mean(1)
+
+
+def _held_out(config: Config, groups: int) -> PromptSet:
+    from densegrpo_fast.runtime.build import build_held_out
+
+    evaluation = config.evaluation.model_copy(update={"num_prompts": groups})
+    found = build_held_out(config.model_copy(update={"evaluation": evaluation}))
+    if len(found.prompts) < groups:
+        raise UserError(
+            f"--groups: expected at most the {len(found.prompts)} held-out prompts, got {groups}", ExitCode.USAGE
+        )
+    return PromptSet(tuple(found.prompts), tuple(found.metadata))
+
+
+def _load_adapter(pipeline: Any, directory: Path) -> None:
+    name = "pytorch_lora_weights.safetensors"
+    if not (directory / name).is_file():
+        raise UserError(f"--adapter: {directory} holds no {name}", ExitCode.ENVIRONMENT)
+    try:
+        # use_safetensors forbids the fall-back to pickled weights
+        pipeline.load_lora_weights(directory, weight_name=name, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--adapter: cannot load {directory / name}: {error}", ExitCode.ENVIRONMENT) from None

@@ -1,0 +1,207 @@
+"""What a training iteration asks of the model, per trajectory: evaluations, decodes and rewards, exactly counted.
+
+An *evaluation* is the velocity of one row. Under classifier-free guidance it takes two network forwards, else one; NFE
+counts forwards. With T steps, all of them stochastic, a plan's lookahead evaluates
+
+    exact            T (T-1) / 2           exact_but_last   (T-1) (T-2) / 2
+    nodes S          sum of S              one_step         0
+
+times per trajectory: every state's first velocity is the rollout's own, so k states meet at node k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from densegrpo_fast.models.base import Decoder
+from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
+from densegrpo_fast.sampling.plan import Plan
+
+
+class UnitFlops(Protocol):
+    """Floating-point operations (a multiply-add is two) of one row through each part of a model."""
+
+    @property
+    def forward(self) -> float:
+        """One network forward, adapter on."""
+
+    @property
+    def reference_forward(self) -> float:
+        """One network forward, adapter off."""
+
+    @property
+    def backward(self) -> float:
+        """One backward to the adapter, without the forward before it."""
+
+    @property
+    def full_decode(self) -> float:
+        """One image through the pipeline's autoencoder."""
+
+    @property
+    def preview_decode(self) -> float:
+        """One image through the preview decoder; NaN without one."""
+
+    @property
+    def reward(self) -> float:
+        """One image through the reward model."""
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Velocities asked of the model per trajectory.
+
+    Attributes:
+        guided: with classifier-free guidance, two forwards each.
+        unguided: one forward each.
+    """
+
+    guided: int = 0
+    unguided: int = 0
+
+    @classmethod
+    def of(cls, count: int, guided: bool) -> Evaluations:
+        """`count` evaluations, all of one kind."""
+        return cls(guided=count) if guided else cls(unguided=count)
+
+    @property
+    def total(self) -> int:
+        """Evaluations of both kinds."""
+        return self.guided + self.unguided
+
+    @property
+    def forwards(self) -> int:
+        """Network forwards (NFE)."""
+        return 2 * self.guided + self.unguided
+
+
+@dataclass(frozen=True)
+class IterationCost:
+    """One trajectory's share of a training iteration with one update per sample.
+
+    Attributes:
+        rollout: evaluations without gradient, of the policy.
+        lookahead: the same, of the completions.
+        policy: evaluations of the replay, with gradient.
+        reference: evaluations without the adapter, for the KL term.
+        full_decodes: images through the pipeline's autoencoder.
+        preview_decodes: images through the preview decoder.
+        rewards: images scored.
+    """
+
+    rollout: Evaluations
+    lookahead: Evaluations
+    policy: Evaluations
+    reference: Evaluations
+    full_decodes: int
+    preview_decodes: int
+    rewards: int
+
+    @property
+    def backwards(self) -> int:
+        """Backward passes: the conditional half of each replayed evaluation, as the other one has no gradient."""
+        return self.policy.total
+
+    @property
+    def forwards(self) -> int:
+        """Network forwards of all phases (NFE)."""
+        return sum(part.forwards for part in (self.rollout, self.lookahead, self.policy, self.reference))
+
+    def flops(self, unit: UnitFlops) -> float:
+        """Floating-point operations, given those of each part of the model."""
+        total = (self.forwards - self.reference.forwards) * unit.forward + self.backwards * unit.backward
+        total += self.reference.forwards * unit.reference_forward + self.rewards * unit.reward
+        if self.full_decodes:
+            total += self.full_decodes * unit.full_decode
+        if self.preview_decodes:
+            total += self.preview_decodes * unit.preview_decode
+        return total
+
+
+def lookahead_evaluations(
+    plan: Plan, *, guided: bool, guidance: Guidance = "full", noisy: tuple[bool, ...] | None = None
+) -> Evaluations:
+    """Evaluations that a plan's completions take per trajectory.
+
+    Args:
+        plan: the plan.
+        guided: whether the rollout has classifier-free guidance.
+        guidance: of the completions after their first velocity.
+        noisy: [T] whether each step injects noise, None = all; states that a noise-free step joins are completed once.
+
+    Raises:
+        ValueError: `noisy` is for another number of steps.
+    """
+    states = set(_owners(plan.num_steps, noisy)) - {plan.num_steps}
+    return Evaluations.of(sum(len(plan.paths[state]) for state in states), guided and guidance == "full")
+
+
+def sparse_iteration(num_steps: int, *, trained_steps: int, guided: bool, kl: bool) -> IterationCost:
+    """Cost of an iteration with one reward per image (Flow-GRPO): T evaluations, one full decode, one reward.
+
+    Args:
+        num_steps: T.
+        trained_steps: steps that are replayed, at most T.
+        guided: whether rollout and replay have classifier-free guidance.
+        kl: whether the loss has a KL term to the reference policy.
+
+    Raises:
+        ValueError: `trained_steps` is out of range.
+    """
+    return IterationCost(
+        **_policy_path(num_steps, trained_steps, guided, kl),
+        lookahead=Evaluations(),
+        full_decodes=1,
+        preview_decodes=0,
+        rewards=1,
+    )
+
+
+def dense_iteration(
+    plan: Plan,
+    *,
+    trained_steps: int,
+    guided: bool,
+    kl: bool,
+    guidance: Guidance = "full",
+    decoder: Decoder = "full",
+    noisy: tuple[bool, ...] | None = None,
+) -> IterationCost:
+    """Cost of an iteration with a reward per state (DenseGRPO): the lookahead, and T+1 decodes and rewards.
+
+    All T+1 images go through the same decoder, and each state's image is scored; states that a noise-free step joins
+    are evaluated and decoded once.
+
+    Args:
+        plan: the lookahead's.
+        trained_steps, guided, kl: as in `sparse_iteration`.
+        guidance, noisy: as in `lookahead_evaluations`.
+        decoder: of the images.
+
+    Raises:
+        ValueError: `trained_steps` or `noisy` does not fit the plan's number of steps.
+    """
+    decodes = len(set(_owners(plan.num_steps, noisy)))
+    return IterationCost(
+        **_policy_path(plan.num_steps, trained_steps, guided, kl),
+        lookahead=lookahead_evaluations(plan, guided=guided, guidance=guidance, noisy=noisy),
+        full_decodes=decodes if decoder == "full" else 0,
+        preview_decodes=decodes if decoder == "preview" else 0,
+        rewards=plan.num_steps + 1,
+    )
+
+
+def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> dict[str, Evaluations]:
+    if not 0 <= trained_steps <= num_steps:
+        raise ValueError(f"trained_steps must lie in 0..{num_steps} for {num_steps} steps, got {trained_steps}")
+    return {
+        "rollout": Evaluations.of(num_steps, guided),
+        "policy": Evaluations.of(trained_steps, guided),
+        "reference": Evaluations.of(trained_steps if kl else 0, guided),
+    }
+
+
+def _owners(num_steps: int, noisy: tuple[bool, ...] | None) -> list[int]:
+    if noisy is not None and len(noisy) != num_steps:
+        raise ValueError(f"noisy must have one entry per step ({num_steps}), got {len(noisy)}")
+    return Lookahead.owners((True,) * num_steps if noisy is None else noisy)

@@ -1,0 +1,282 @@
+"""The fidelity command: its search against plain lookaheads, and whole small runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from densegrpo_fast.fidelity import __main__ as fidelity
+from densegrpo_fast.fidelity import statistics
+from densegrpo_fast.fidelity.measure import Variant, measure, reference, score, trajectories
+from densegrpo_fast.fidelity.report import pareto_front, table
+from densegrpo_fast.fidelity.search import Thresholds, cheapest, search
+from densegrpo_fast.fidelity.subject import Subject, analytic_subject
+from densegrpo_fast.flow.dynamics import coefficients
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.sampling import path_tree
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.rollout import initial_noise, rollout
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    """The analytic flow with 5 steps and 4 prompts."""
+    whole = analytic_subject(4)
+    table = coefficients(whole.model.sigmas(5), 0.7, "flow_sde")
+    return replace(whole, coefficients=table, trained_steps=4, chunk=12)
+
+
+def test_one_rollout_serves_all_variants_in_any_split(subject: Subject) -> None:
+    variants = [Variant(plans.nodes(5, (2,)), guidance, "full") for guidance in ("full", "cond_only")]
+    together = measure(subject, variants, range(4), group_size=6, seed=0)
+    assert set(together) == {reference(5), *variants}
+    # the end of a trajectory is the same image whatever the plan
+    for rewards in together.values():
+        assert rewards.shape == (4, 6, 6)
+        assert torch.equal(rewards[..., -1], together[reference(5)][..., -1])
+    alone = measure(subject, variants[:1], range(2, 4), group_size=6, seed=0)
+    torch.testing.assert_close(alone[variants[0]], together[variants[0]][2:])
+    assert not torch.equal(together[variants[0]], together[variants[1]])
+
+
+def test_exact_is_its_own_reference(subject: Subject) -> None:
+    rewards = measure(subject, [reference(5)], range(2), group_size=6, seed=0)
+    (exact,) = rewards.values()
+    assert statistics.compare(exact, rewards[reference(5)]).spearman_gains_mean == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_tree_holds_every_plans_completions(mixture_model: FlowModel, guidance_scale: float) -> None:
+    steps, index = 4, torch.arange(3)
+    table = coefficients(mixture_model.sigmas(steps), [0.7, 0.0, 0.7, 0.7], "flow_sde")
+    trajectory = rollout(
+        mixture_model,
+        initial_noise(mixture_model, index, seed=0, epoch=0),
+        mixture_model.encode(["0", "1", "12"]),
+        table,
+        sample_index=index,
+        seed=0,
+        epoch=0,
+        guidance_scale=guidance_scale,
+    )
+    mixture_model.calls.clear()
+    tree: dict[tuple[int, path_tree.Path], Tensor] = {}
+    for state, path, clean in path_tree.completions(mixture_model, trajectory, max_nodes=3, guidance="cond_only"):
+        tree[state, path] = clean
+    # states 0, 2, 3 (state 1 shares state 2's): subsets of the nodes ahead, less the empty one, are evaluations
+    assert len(mixture_model.calls) == (2**3 - 1) + (2**1 - 1)
+    for nodes in path_tree.node_sets(steps, 3):
+        expected = Lookahead(mixture_model, plans.nodes(steps, nodes), guidance="cond_only").complete(trajectory)
+        for state in (0, 2, 3):
+            torch.testing.assert_close(tree[state, path_tree.path_after(nodes, state)], expected[state])
+
+
+def test_the_search_finds_what_measuring_finds(subject: Subject) -> None:
+    found = search(
+        subject, range(2), guidances=["full"], decoders=["full", "preview"], max_nodes=2, group_size=6, seed=1
+    )
+    # of the nodes 1..4: no one, one or two, with either decoder
+    assert len(found) == 2 * (1 + 4 + 6)
+    assert [candidate.forwards for candidate in found] == sorted(candidate.forwards for candidate in found)
+    picked = [candidate for candidate in found if candidate.variant.plan.name in ("nodes{2,3}", "one_step")]
+    rewards = measure(subject, [candidate.variant for candidate in picked], range(2), group_size=6, seed=1)
+    for candidate in picked:
+        direct = statistics.compare(rewards[reference(5)], rewards[candidate.variant])
+        assert candidate.agreement.spearman_gains_mean == pytest.approx(direct.spearman_gains_mean, abs=1e-6)
+
+
+def test_the_cheapest_plan_above_the_thresholds(subject: Subject) -> None:
+    found = search(subject, range(2), guidances=["full"], decoders=["full"], max_nodes=4, group_size=8, seed=0)
+    limits = Thresholds(0.9, 0.85, 0.5)
+    chosen = cheapest(found, limits)
+    assert chosen is not None and limits.met_by(chosen.agreement)
+    assert not any(limits.met_by(c.agreement) for c in found if c.forwards < chosen.forwards)
+    assert cheapest(found, Thresholds(1.0, 1.0, 1.0 + 1e-9)) is None
+
+
+def test_scores_are_by_group_and_state(subject: Subject) -> None:
+    """A reward that reads the prompt and the picture's value back."""
+    (batch,) = trajectories(subject, range(2), group_size=3, seed=0)
+    values = torch.arange(2 * 6.0).view(2, 6) / 100
+
+    def read(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        first = torch.tensor([float(prompt == batch.rows[0]) for prompt in prompts])
+        return images[:, 0, 0, 0] + first
+
+    images = values[..., None, None, None].expand(2, 6, 3, 4, 4)
+    mixture = type(subject.reward)({"read": (read, 1.0)})
+    found = score(replace(subject, reward=mixture), batch, images)
+    # [P, G, S]: group 0 holds rows 0..2 (and the first prompt), group 1 rows 3..5; states are 6 apart
+    expected = torch.tensor([[[1.00, 1.06], [1.01, 1.07], [1.02, 1.08]], [[0.03, 0.09], [0.04, 0.10], [0.05, 0.11]]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_pareto_front_by_hand() -> None:
+    points = [(5.0, 0.7), (0.0, 0.5), (3.0, 0.4), (5.0, 0.8), (9.0, 0.8), (12.0, 0.9)]
+    assert pareto_front(points) == [(0.0, 0.5), (5.0, 0.8), (12.0, 0.9)]
+
+
+def test_a_table_is_aligned() -> None:
+    assert table(["plan", "cost"], [["a", "1"], ["longer", "10"]]) == "plan    cost\na          1\nlonger    10"
+
+
+def test_an_analytic_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "fidelity.json", tmp_path / "fidelity.png"
+    arguments = ["--analytic", "--groups", "4", "--group-size", "6", "--plans", "exact", "nodes:4,7", "one_step"]
+    arguments += ["--guidance", "full", "cond_only", "--decoder", "full", "preview"]
+    assert fidelity.main([*arguments, "--json", str(out), "--plot", str(picture)]) == 0
+    document = json.loads(out.read_text())
+    assert set(document) == {"plans", "search", "settings", "command", "commit", "hardware", "versions"}
+    assert document["settings"]["group_size"] == 6 and document["search"] is None
+    found = document["plans"]
+    # exact and nodes with both guidances, one_step with one (it never evaluates), each with both decoders
+    assert len(found) == 2 * (2 + 2 + 1)
+    cheap = found["nodes{4,7}/cond_only/preview"]
+    assert (cheap["nfe_guided"], cheap["nfe_unguided"], cheap["forwards"]) == (0, 11, 11)
+    assert cheap["cost_ratio"] == pytest.approx(11 / 90)
+    assert found["exact/full/full"]["spearman_gains_mean"] == pytest.approx(1.0)
+    assert found["exact/full/preview"]["spearman_gains_mean"] > 0.9
+    assert found["one_step/full/full"]["spearman_gains_mean"] < found["nodes{4,7}/full/full"]["spearman_gains_mean"]
+    assert len(cheap["spearman_gains"]) == 9
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "nodes{4,7}/cond_only/preview" in shown and str(tmp_path) not in out.read_text()
+
+
+def test_an_analytic_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "search.json"
+    arguments = ["--analytic", "--search", "--groups", "4", "--group-size", "6", "--max-nodes", "1", "--plans", "exact"]
+    low = ["--threshold-rewards", "0.5", "--threshold-gains", "0.3", "--threshold-worst", "-1"]
+    assert fidelity.main([*arguments, *low, "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    chosen = document["search"]["chosen"]
+    assert chosen in document["search"]["candidates"] and len(document["search"]["candidates"]) == 10
+    assert document["search"]["in_sample"]["spearman_rewards_mean"] >= 0.5
+    # the held-out half judges the chosen plan beside the ones asked for
+    assert set(document["plans"]) == {"exact/full/full", chosen}
+    assert document["settings"]["groups_measured"] == 2
+    assert "held out" in capsys.readouterr().out
+
+
+def test_a_search_without_a_find_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--analytic", "--search", "--groups", "2", "--group-size", "4", "--max-nodes", "0"]
+    assert fidelity.main([*arguments, "--plans", "one_step", "--threshold-gains", "1"]) == 0
+    assert "none of 1 candidates reaches" in capsys.readouterr().out
+
+
+def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fidelity.json"
+    arguments = ["--groups", "2", "--group-size", "3", "--plans", "nodes:2", "--json", str(out)]
+    arguments += ["--model.path", str(pipeline_directory), "--sampler.num_steps", "4", "--sampler.guidance_scale", "3"]
+    assert fidelity.main([*arguments, "--reward.terms", "{jpeg_compressibility: 1.0}"]) == 0
+    document = json.loads(out.read_text())
+    # the preset's preview decoder, so the ceiling stands beside the plan
+    assert list(document["plans"]) == ["exact/full/preview", "nodes{2}/full/preview"]
+    record = document["plans"]["nodes{2}/full/preview"]
+    assert (record["nfe_guided"], record["nfe_unguided"]) == (2, 0)
+    assert record["cost_ratio"] == pytest.approx(2 / 6)
+    assert 1.0 < record["iteration_flops_ratio"] < document["plans"]["exact/full/preview"]["iteration_flops_ratio"]
+    assert document["settings"]["model"] == pipeline_directory.name
+    assert str(pipeline_directory.parent) not in out.read_text()
+
+
+def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path) -> None:
+    from densegrpo_fast.config_cli import load_config
+    from densegrpo_fast.fidelity.subject import pipeline_subject
+    from densegrpo_fast.models.load import load_sd3
+    from densegrpo_fast.runtime.lora import add_lora, save_lora
+
+    model = load_sd3(str(pipeline_directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)
+    add_lora(model.network, rank=2, alpha=4, targets=["attn.to_q", "attn.to_out.0"], seed=0)
+    for parameter in model.trainable_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_lora(model.network, tmp_path, rank=2, alpha=4)
+    config, _ = load_config(["--config", "embedded_dense", "--model.path", str(pipeline_directory)])
+    latents, sigma = torch.randn(1, *model.latent_shape), torch.full((1,), 0.5)
+    velocities = [
+        subject.model.velocity(latents, sigma, subject.model.encode(["a red circle"])).cond.detach()
+        for subject in (pipeline_subject(config, tmp_path, 1), pipeline_subject(config, None, 1))
+    ]
+    expected = model.velocity(latents, sigma, model.encode(["a red circle"])).cond.detach()
+    torch.testing.assert_close(velocities[0], expected, rtol=1e-4, atol=1e-5)
+    assert (velocities[1] - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plans", "nodes"], "expected exact, exact_but_last, one_step, nodes:3,6 or n_step:2"),
+        (["--plans", "nodes:3,x"], "got 'nodes:3,x'"),
+        (["--plans", "n_step:0"], "got 'n_step:0'"),
+        (["--analytic", "--plans", "nodes:12"], "--plans: lookahead nodes must increase within 1..9 for 10 steps"),
+        (["--plans", "nodes:9"], "--plans: lookahead nodes must increase within 1..7 for 8 steps"),
+        (["--guidance", "half"], "invalid choice: 'half'"),
+        (["--groups", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--group-size", "1"], "expected a whole number of at least 2, got '1'"),
+        (["--threshold-gains", "2"], "expected a number in [-1, 1], got '2'"),
+        (["--search", "--groups", "1"], "--search needs --groups of at least 2"),
+        (["--cost", "--analytic"], "--cost and --analytic exclude each other"),
+        (["--analytic", "--config", "embedded_dense"], "--analytic and --config exclude each other"),
+        (["--analytic", "--sampler.num_steps", "4"], "--analytic takes no configuration"),
+        (["--sampler.steps", "4"], 'unknown option "sampler.steps"'),
+        (["--dry-run"], "options of training"),
+        (["--groups", "100000"], "--groups: expected at most the"),
+    ],
+)
+def test_bad_options_exit_with_2_and_say_why(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fidelity.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--analytic", "--json", "nowhere/at/all.json"], 7, "there is no directory nowhere/at"),
+        (["--model.path", "./nowhere"], 3, "is no directory"),
+    ],
+)
+def test_other_failures_have_their_exit_codes(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fidelity.main(arguments)
+    assert stopped.value.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_not_there(
+    pipeline_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fidelity.main(["--groups", "1", "--adapter", str(tmp_path), "--model.path", str(pipeline_directory)])
+    assert stopped.value.code == 3
+    assert "holds no pytorch_lora_weights.safetensors" in capsys.readouterr().err
+
+
+def test_an_analytic_run_needs_nothing_but_torch() -> None:
+    """In a fresh process in which every other package of ours is out of reach."""
+    program = (
+        "import sys\n"
+        "for name in ('numpy', 'scipy', 'pydantic', 'yaml', 'diffusers', 'transformers', 'peft', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "from densegrpo_fast.fidelity import __main__ as fidelity\n"
+        "fidelity.parse(['--analytic'])\n"
+        "assert 'torch' not in sys.modules\n"
+        "arguments = ['--analytic', '--groups', '1', '--group-size', '3', '--plans', 'one_step']\n"
+        "sys.exit(fidelity.main(arguments))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "one_step/full/full" in done.stdout

@@ -1,0 +1,118 @@
+"""Rank statistics against scipy, and agreement figures worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from densegrpo_fast.fidelity import statistics
+
+FEW_VALUES = st.lists(st.integers(-2, 2).map(float), min_size=2, max_size=12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(FEW_VALUES)
+def test_ranks_are_scipys_average_ranks(values: list[float]) -> None:
+    assert statistics.average_ranks(torch.tensor(values)).tolist() == stats.rankdata(values).tolist()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_spearman_is_scipys(data: st.DataObject) -> None:
+    first = data.draw(FEW_VALUES)
+    second = data.draw(st.lists(st.integers(-2, 2).map(float), min_size=len(first), max_size=len(first)))
+    found = statistics.spearman(torch.tensor(first), torch.tensor(second)).item()
+    if len(set(first)) == 1:
+        assert math.isnan(found)
+    elif len(set(second)) == 1:
+        assert found == 0.0
+    else:
+        assert found == pytest.approx(stats.spearmanr(first, second).statistic, abs=1e-12)
+
+
+def test_spearman_is_over_the_last_dimension_without_missing_samples() -> None:
+    values = torch.randn(3, 4, 9)
+    other = values + torch.randn(3, 4, 9)
+    values[0, 1, 2] = other[0, 1, 5] = math.nan
+    found = statistics.spearman(values, other)
+    kept = [i for i in range(9) if i not in (2, 5)]
+    assert found[0, 1].item() == pytest.approx(stats.spearmanr(values[0, 1, kept], other[0, 1, kept]).statistic)
+    assert found[2, 3].item() == pytest.approx(stats.spearmanr(values[2, 3], other[2, 3]).statistic)
+
+
+def test_a_large_offset_does_not_pass_for_variation() -> None:
+    constant = torch.full((7,), 0.1, dtype=torch.float64)
+    assert math.isnan(statistics.pearson(constant, torch.arange(7.0)).item())
+    assert statistics.pearson(torch.arange(7.0), constant).item() == 0.0
+
+
+def test_sign_agreement_by_hand() -> None:
+    """Of five pairs, (0, 0) says nothing and NaN is missing; of the other three, (1, 2) alone agrees."""
+    exact, cheap = torch.tensor([0.0, 1, -1, 0, math.nan]), torch.tensor([0.0, 2, 1, 3, 1])
+    assert statistics.sign_agreement(exact, cheap) == pytest.approx(1 / 3)
+
+
+def test_rewards_agree_with_themselves() -> None:
+    rewards = torch.rand(5, 8, 6)
+    found = statistics.compare(rewards, rewards)
+    assert found.spearman_rewards_mean == found.spearman_gains_mean == pytest.approx(1.0)
+    assert found.spearman_gains_worst_step == found.spearman_advantages == pytest.approx(1.0)
+    assert found.sign_agreement == found.sign_agreement_advantages == found.remaining_gains == 1.0
+    assert found.pooled_gains == pytest.approx(1.0)
+    assert found.spearman_gains_error == pytest.approx(0.0, abs=1e-12)
+
+
+def test_agreement_of_one_group_by_hand() -> None:
+    """T = 2, G = 3: only state 0 and step 0 count.
+
+    Rewards of state 0: exact 1, 2, 3 and cheap 1, 3, 2: ranks differ by 0, 1, 1, so rho = 1 - 6*2/(3*8) = .5.
+    Gains of step 0: exact 4-1, 4-2, 4-3 = 3, 2, 1 and cheap 4-1, 4-3, 4-2 = 3, 1, 2: again .5, all of one sign.
+    """
+    exact = torch.tensor([[[1.0, 4, 9], [2, 4, 0], [3, 4, 5]]])
+    cheap = torch.tensor([[[1.0, 4, 0], [3, 4, 9], [2, 4, 5]]])
+    found = statistics.compare(exact, cheap)
+    assert found.spearman_rewards == pytest.approx((0.5,))
+    assert found.spearman_gains == pytest.approx((0.5,))
+    assert found.sign_agreement == 1.0
+    # advantages: exact 1, 0, -1 and cheap 1, -1, 0 (times a constant), so one sign of three is right
+    assert found.sign_agreement_advantages == pytest.approx(1 / 3)
+    assert math.isnan(found.spearman_gains_error)
+
+
+def test_flat_groups_are_left_out_and_counted() -> None:
+    exact, noise = torch.rand(4, 6, 5), torch.rand(4, 6, 5)
+    exact[1, :, 0] = 0.3
+    exact[2, :, :2] = 0.5
+    found = statistics.compare(exact, noise)
+    # of 4 groups x 3 states: group 1 at state 0, group 2 at states 0 and 1; of the gains group 2's at step 0
+    assert (found.excluded_rewards, found.excluded_gains) == (3, 1)
+    assert found.remaining_rewards == pytest.approx(9 / 12)
+    kept = [stats.spearmanr(exact[p, :, 0], noise[p, :, 0]).statistic for p in (0, 3)]
+    assert found.spearman_rewards[0] == pytest.approx(sum(kept) / 2)
+
+
+def test_the_worst_step_is_the_lowest_mean_over_groups() -> None:
+    exact = torch.rand(20, 8, 6)
+    found = statistics.compare(exact, exact + 0.1 * torch.rand(20, 8, 6))
+    assert found.spearman_gains_worst_step == min(found.spearman_gains)
+    assert found.spearman_gains_mean == pytest.approx(sum(found.spearman_gains) / 4)
+
+
+def test_missing_rewards_are_missing_on_both_sides() -> None:
+    exact = torch.rand(2, 6, 5)
+    cheap = exact.clone()
+    cheap[0, 3, 1] = math.nan
+    found = statistics.compare(exact, cheap)
+    assert found.missing == pytest.approx(1 / 60)
+    assert found.spearman_gains_mean == found.spearman_advantages == pytest.approx(1.0)
+    assert found.sign_agreement_advantages == 1.0
+
+
+def test_rewards_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must both be \[P, G, T\+1\] with G, T >= 2, got \[1, 3, 2\]"):
+        statistics.compare(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2))
