@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from _record import NOISY_SPREAD, RESULTS, interleaved, load_average, pairwise_ratio, provenance, spread, write_json
+from _stock import eager_step
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
@@ -38,42 +39,6 @@ BYTES = 3 * 4 * math.prod(SHAPE)
 """Least memory traffic of a step: latents and velocity read, next latents written."""
 
 Step = Callable[[], tuple[Tensor, Tensor]]
-
-
-def eager_step(
-    scheduler: Any,
-    model_output: Tensor,
-    timestep: Tensor,
-    sample: Tensor,
-    noise_level: float,
-    prev_sample: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Flow-GRPO's step (arXiv 2505.05470, eq. 9 and 11) in the form its users call it, one PyTorch op at a time.
-
-    The schedule is searched for every timestep, everything is lifted to float32, noise comes from torch's generator.
-
-    Returns:
-        next state, and its log-probability per sample, mean over the elements; of `prev_sample` if that is given.
-    """
-    model_output, sample = model_output.float(), sample.float()
-    index = [scheduler.index_for_timestep(t) for t in timestep]
-    per_row = (-1, *[1] * (sample.ndim - 1))
-    sigma = scheduler.sigmas[index].view(per_row)
-    next_sigma = scheduler.sigmas[[i + 1 for i in index]].view(per_row)
-    largest = scheduler.sigmas[1].item()
-    dt = next_sigma - sigma
-    std_dev = torch.sqrt(sigma / (1 - torch.where(sigma == 1, largest, sigma))) * noise_level
-    drift = std_dev**2 / (2 * sigma)
-    mean = sample * (1 + drift * dt) + model_output * (1 + drift * (1 - sigma)) * dt
-    scale = std_dev * torch.sqrt(-dt)
-    if prev_sample is None:
-        prev_sample = mean + scale * torch.randn(model_output.shape)
-    log_prob = (
-        -((prev_sample.float().detach() - mean) ** 2) / (2 * scale**2)
-        - torch.log(scale)
-        - torch.log(torch.sqrt(2 * torch.as_tensor(math.pi)))
-    )
-    return prev_sample, log_prob.mean(dim=tuple(range(1, log_prob.ndim)))
 
 
 def steps() -> dict[str, Step]:
@@ -95,12 +60,12 @@ def steps() -> dict[str, Step]:
     found = {
         **compiled,
         "reference": ours("reference"),
-        "eager": lambda: eager_step(scheduler, velocity, timestep, latents, NOISE_LEVEL),
+        "eager": lambda: eager_step(scheduler, velocity, timestep, latents, NOISE_LEVEL)[:2],
     }
     next_latents, log_prob = found["reference"]()
     for step in compiled.values():
         torch.testing.assert_close(step(), (next_latents, log_prob), rtol=1e-6, atol=1e-6)
-    scored = eager_step(scheduler, velocity, timestep, latents, NOISE_LEVEL, prev_sample=next_latents)[1]
+    scored = eager_step(scheduler, velocity, timestep, latents, NOISE_LEVEL, prev_sample=next_latents).log_prob
     torch.testing.assert_close(scored, log_prob, rtol=1e-6, atol=1e-6)
     return found
 

@@ -1,0 +1,152 @@
+"""The settings under which iterations and lookaheads are compared, most of them pinned, and the options that remain."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import EMBEDDED_RANDOM, SD35_RANDOM, model_options
+from _record import RESULTS, pairwise_ratio
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.runtime.build import trained_steps
+
+SPARSE, DENSE_FAST, DENSE_EXACT = "sparse", "dense_fast", "dense_exact"
+STOCK_SPARSE, STOCK_DENSE = "stock_sparse", "stock_dense"
+NAMES = (SPARSE, DENSE_FAST, DENSE_EXACT, STOCK_SPARSE, STOCK_DENSE)
+
+KL_COEF = 0.01
+PINNED: dict[str, Any] = {
+    "sampler.num_steps": 10,
+    "sampler.guidance_scale": 4.5,
+    "sampler.dynamics": "flow_sde",
+    "trained_steps": 9,
+    "optimizer.updates_per_iteration": 1,
+}
+"""What must hold in every variant, whatever was asked for; with the KL term, or without it in all of them."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is chosen for a measurement; everything else is pinned.
+
+    Attributes:
+        model: "embedded", a pipeline directory, or a name of `_models`.
+        prompts: P.
+        group_size: G.
+        plan: of dense_fast, as "nodes:4,7", "n_step:2" or a plan's name.
+        guidance, decoder: of dense_fast's lookahead.
+        overrides: further options of all variants, as `key=value`, such as a micro-batch that fits the memory.
+    """
+
+    model: str = "embedded"
+    prompts: int = 2
+    group_size: int = 8
+    plan: str = "nodes:4,7"
+    guidance: str = "cond_only"
+    decoder: str = "preview"
+    overrides: tuple[str, ...] = ()
+
+    def config(self, name: str, *, kl: bool) -> Config:
+        """The resolved configuration of a variant.
+
+        Raises:
+            UserError: an option is wrong, or differs from what the protocol pins.
+        """
+        if name == DENSE_FAST:
+            lookahead = _plan(self.plan) | {"lookahead.guidance": self.guidance, "lookahead.decoder": self.decoder}
+        else:
+            lookahead = _plan("exact") | {"lookahead.guidance": "full", "lookahead.decoder": "full"}
+        dense = name in (DENSE_FAST, DENSE_EXACT, STOCK_DENSE)
+        fixed = lookahead | {
+            "data.num_prompts": self.prompts,
+            "sampler.group_size": self.group_size,
+            "credit.method": "dense" if dense else "sparse",
+            "objective.kl_coef": KL_COEF if kl else 0.0,
+            # the policy stays what it was, so that every round scores pictures of the same kind
+            "optimizer.lr": 1e-6,
+            "ema.every": 0,
+        }
+        chosen = model_options(self.model) | {"sampler.micro_batch": self.prompts * self.group_size}
+        for text in self.overrides:
+            key, equals, value = text.removeprefix("--").partition("=")
+            if not equals or key in fixed:
+                problem = "is set by the protocol" if equals else "must be KEY=VALUE"
+                raise UserError(f"--override: {text} {problem}", ExitCode.USAGE)
+            chosen[key] = value
+        arguments = [f"{key}={value}" for key, value in (chosen | fixed).items()]
+        config = load_config(["--config", "embedded_paper", *arguments])[0]
+        expected = PINNED | {"objective.kl_coef": fixed["objective.kl_coef"]}
+        wrong = [
+            f"{key} is {value}, not {expected[key]}" for key, value in pinned(config).items() if value != expected[key]
+        ]
+        if wrong:
+            raise UserError(f"the protocol pins other settings: {'; '.join(wrong)}", ExitCode.USAGE)
+        return config
+
+
+def pinned(config: Config) -> dict[str, Any]:
+    """The settings that the protocol pins, as a configuration resolved them."""
+    return {
+        "sampler.num_steps": config.sampler.num_steps,
+        "sampler.guidance_scale": config.sampler.guidance_scale,
+        "sampler.dynamics": config.sampler.dynamics,
+        "trained_steps": len(trained_steps(config, 0)),
+        "optimizer.updates_per_iteration": config.optimizer.updates_per_iteration,
+        "objective.kl_coef": config.objective.kl_coef,
+    }
+
+
+def _plan(text: str) -> dict[str, Any]:
+    kind, _, argument = text.partition(":")
+    nodes, n = (argument, "") if kind == "nodes" else ("", argument)
+    return {"lookahead.plan": kind, "lookahead.nodes": f"[{nodes}]", "lookahead.n": n or "null"}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with the options of `Protocol`, `--rounds`, `--warmup` and `--output`."""
+    made = argparse.ArgumentParser(description=(description or "").partition("\n")[0], allow_abbrev=False)
+    default, add = Protocol(), made.add_argument
+    add(
+        "--model",
+        default=default.model,
+        help=f"embedded, a pipeline directory, {EMBEDDED_RANDOM}, or {SD35_RANDOM} (needs CUDA)",
+    )
+    add("--prompts", type=int, default=default.prompts, help="prompts per iteration; default: 2")
+    add("--group-size", type=int, default=default.group_size, help="samples per prompt; default: 8")
+    add("--plan", default=default.plan, help="of dense_fast: nodes:4,7, n_step:2, one_step, ...; default: nodes:4,7")
+    add("--guidance", choices=("full", "cond_only"), default=default.guidance, help="of dense_fast's lookahead")
+    add("--decoder", choices=("preview", "full"), default=default.decoder, help="of dense_fast's lookahead")
+    add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further options of all variants")
+    add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: 5")
+    add("--warmup", type=int, default=1, choices=range(1001), metavar="N", help="rounds before them; default: 1")
+    add("--output", type=Path, help="JSON file; default: results/<bench>_<cpu or gpu>.json")
+    return made
+
+
+def protocol_of(options: argparse.Namespace) -> Protocol:
+    """The protocol that a command line asks for.
+
+    Raises:
+        UserError: the model needs a GPU.
+    """
+    if options.model == SD35_RANDOM and not torch.cuda.is_available():
+        raise UserError(f"--model {SD35_RANDOM} needs a CUDA device", ExitCode.ENVIRONMENT)
+    chosen = (options.model, options.prompts, options.group_size, options.plan, options.guidance, options.decoder)
+    return Protocol(*chosen, tuple(options.override))
+
+
+def default_output(stem: str) -> Path:
+    """Where a bench's result lies for this machine's device."""
+    return RESULTS / f"{stem}_{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], pairs: Sequence[str]) -> dict[str, float]:
+    """For every "a/b" the median over rounds of a's time over b's."""
+    return {pair: pairwise_ratio(*(seconds[name] for name in pair.split("/"))) for pair in pairs}

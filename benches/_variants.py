@@ -1,0 +1,175 @@
+"""The iterations that are compared: ours with sparse and dense rewards, and the baseline's, under the same settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from _protocol import SPARSE, STOCK_DENSE
+from _stock import Stock
+from torch import Tensor
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime.experience import Judge, sample
+from densegrpo_fast.runtime.learner import Learner
+from densegrpo_fast.runtime.metrics import PhaseTimer
+from densegrpo_fast.sampling.cost import Evaluations, IterationCost, dense_iteration, sparse_iteration
+
+
+class Variant:
+    """One way to run an iteration; calling it runs the next one.
+
+    Attributes:
+        config: its resolved configuration.
+        cost: what it asks of the model per trajectory, by the closed forms.
+        phases: seconds by phase of every call so far.
+    """
+
+    def __init__(self, name: str, config: Config, model: SD3, reward: RewardMixture):
+        self.name, self.config, self.cost = name, config, _cost(name, config)
+        self.phases: list[dict[str, float]] = []
+        self._iterations = 0
+        self._prompts = build.build_prompts(config)
+        self._timer = PhaseTimer(build.synchronizer(model.device))
+        self._step = _stock(name, config, model, reward) if name.startswith("stock") else _ours(config, model, reward)
+
+    @property
+    def rows(self) -> int:
+        """Trajectories per iteration, B."""
+        return self.config.data.num_prompts * self.config.sampler.group_size
+
+    def __call__(self) -> None:
+        rows, metadata = self._prompts.rows(self._iterations, self.config.sampler.group_size)
+        self._timer.reset()
+        self._step(rows, metadata, self._timer, self._iterations)
+        self.phases.append(self._timer.seconds())
+        self._iterations += 1
+
+
+_Step = Callable[[list[str], list[dict[str, Any]], PhaseTimer, int], None]
+
+
+def _ours(config: Config, model: SD3, reward: RewardMixture) -> _Step:
+    learner = Learner(model, build.learner_options(config))
+    judge = Judge(config, model, reward, build.build_lookahead(config, model))
+    coefficients, steps = build.build_coefficients(config, model), build.trained_steps(config, 0)
+
+    def step(rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer, iteration: int) -> None:
+        with timer("rollout"):
+            trajectory = sample(config, model, rows, coefficients, iteration)
+        outcome = judge.judge(trajectory, rows, metadata, timer)
+        with timer("update"):
+            learner.update(trajectory, outcome.advantages.values.flatten(0, 1).to(model.device), steps)
+
+    return step
+
+
+def _stock(name: str, config: Config, model: SD3, reward: RewardMixture) -> _Step:
+    stock = Stock(model, config, reward)
+
+    def step(rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer, iteration: int) -> None:
+        stock.iteration(rows, metadata, timer, dense=name == STOCK_DENSE)
+
+    return step
+
+
+def _cost(name: str, config: Config) -> IterationCost:
+    options: dict[str, Any] = {
+        "trained_steps": len(build.trained_steps(config, 0)),
+        "guided": config.sampler.guidance_scale != 1.0,
+        "kl": config.objective.kl_coef > 0,
+    }
+    steps, ahead = config.sampler.num_steps, config.lookahead
+    if name.startswith("stock"):
+        return stock_cost(steps, dense=name == STOCK_DENSE, **options)
+    if name == SPARSE:
+        return sparse_iteration(steps, **options)
+    plan = build.make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1)
+    return dense_iteration(plan, guidance=ahead.guidance, decoder=ahead.decoder, **options)
+
+
+def stock_cost(num_steps: int, *, trained_steps: int, guided: bool, kl: bool, dense: bool) -> IterationCost:
+    """What an iteration of the baseline evaluates, decodes and scores per trajectory.
+
+    Sparse it is that of `sparse_iteration`. Dense adds T + (T-1) + ... + 1 = T (T+1) / 2 evaluations, T decodes, and
+    T + 1 rewards: one per completion and the final image's second.
+    """
+    cost = sparse_iteration(num_steps, trained_steps=trained_steps, guided=guided, kl=kl)
+    if not dense:
+        return cost
+    return IterationCost(
+        rollout=cost.rollout,
+        lookahead=Evaluations.of(num_steps * (num_steps + 1) // 2, guided),
+        policy=cost.policy,
+        reference=cost.reference,
+        full_decodes=num_steps + 1,
+        preview_decodes=0,
+        rewards=num_steps + 2,
+    )
+
+
+@dataclass
+class Work:
+    """Rows that went through each part of the model.
+
+    Attributes:
+        forwards: through the transformer.
+        full_decodes, preview_decodes: through the decoders.
+        rewards: images scored.
+    """
+
+    forwards: int = 0
+    full_decodes: int = 0
+    preview_decodes: int = 0
+    rewards: int = 0
+
+    def per_trajectory(self, rows: int) -> dict[str, float]:
+        """The same for one of `rows` trajectories."""
+        return {name: value / rows for name, value in asdict(self).items()}
+
+
+class Tally:
+    """A reward that only counts the pictures; it goes into a mixture with weight 0."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        self.images += len(images)
+        return torch.zeros(len(images))
+
+
+def reward_with_tally(terms: dict[str, float]) -> tuple[RewardMixture, Tally]:
+    """The named rewards, and a counter of the pictures that they score."""
+    tally = Tally()
+    return RewardMixture(build.build_reward(terms).terms | {"tally": (tally, 0.0)}), tally
+
+
+@contextmanager
+def counted(model: SD3, tally: Tally) -> Iterator[Work]:
+    """Within the context, everything that goes through the model is counted; complete at its end."""
+    work, before = Work(), tally.images
+
+    def count(field: str) -> Callable[..., None]:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows = kwargs["hidden_states"] if field == "forwards" else args[0]
+            setattr(work, field, getattr(work, field) + len(rows))
+
+        return hook
+
+    parts = {"forwards": model.transformer, "full_decodes": model.pipeline.vae.decoder}
+    if model.preview_decoder is not None:
+        parts["preview_decodes"] = model.preview_decoder.decoder
+    handles = [part.register_forward_pre_hook(count(name), with_kwargs=True) for name, part in parts.items()]
+    try:
+        yield work
+    finally:
+        for handle in handles:
+            handle.remove()
+        work.rewards = tally.images - before

@@ -1,0 +1,228 @@
+"""A whole training iteration: sparse and dense rewards, ours and as the published codebases run them.
+
+    python benches/bench_iteration.py                                       writes results/iteration_cpu.json
+    python benches/bench_iteration.py --model sd35_medium_random --group-size 24 --override sampler.micro_batch=8
+    pytest benches/bench_iteration.py --benchmark-only                      untrained, each variant by itself
+
+Ten steps, guidance 4.5, nine trained steps, one update per sample, with a KL term (the headline) and without:
+
+    sparse          one reward per image; every exact optimisation that dense has, one decode
+    dense_fast      a reward per state by the plan, guidance and decoder that are asked for
+    dense_exact     a reward per state by the exact plan, full guidance, full decoder
+    stock_sparse    Flow-GRPO          } `_stock.py` lists where they are slow
+    stock_dense     n = t, serially    }
+
+What each asks of the model is counted and must be what `sampling/cost.py` says before anything is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# advice about optional packages is none of a bench's business
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# what is measured is the checkout around this file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from _models import EMBEDDED_RANDOM, load
+from _protocol import NAMES, SPARSE, Protocol, default_output, parser, pinned, protocol_of, ratios
+from _record import (
+    NOISY_SPREAD,
+    interleaved,
+    load_average,
+    portable,
+    provenance,
+    spread,
+    write_json,
+)
+from _stock import Stock
+from _variants import Tally, Variant, counted, reward_with_tally
+
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.flow.noise import Stream, gaussian
+from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime.experience import sample
+from densegrpo_fast.sampling.cost import IterationCost
+
+RATIOS = (
+    "dense_fast/sparse",
+    "dense_fast/stock_sparse",
+    "dense_exact/sparse",
+    "dense_exact/stock_dense",
+    "stock_dense/stock_sparse",
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The five variants on one model.
+
+    Attributes:
+        protocol: what was asked for.
+        model: with its adapter; all variants train the same one.
+        variants: by name.
+        tally: counts the pictures that their rewards score.
+    """
+
+    protocol: Protocol
+    model: SD3
+    variants: dict[str, Variant]
+    tally: Tally
+
+
+def prepare(protocol: Protocol, *, kl: bool, model: SD3 | None = None) -> Bench:
+    """Make the variants, on a model that is loaded unless given, and check that they agree and cost what they should.
+
+    Raises:
+        UserError: an option is wrong, or the model cannot be loaded.
+        AssertionError: a variant's work is not its closed form's, or ours and the baseline's states differ.
+    """
+    configs = {name: protocol.config(name, kl=kl) for name in NAMES}
+    config = configs[SPARSE]
+    model = load(config, build.default_device()) if model is None else model
+    reward, tally = reward_with_tally(config.reward.terms)
+    variants = {name: Variant(name, configs[name], model, reward) for name in NAMES}
+    bench = Bench(protocol, model, variants, tally)
+    check_states(bench)
+    return bench
+
+
+def check_states(bench: Bench) -> None:
+    """Ours and the baseline's rollout reach the same states under equal noise, to float32 rounding.
+
+    A narrower base rounds with the batch shape, which the two do not share, so there is nothing to compare there.
+    """
+    model, config = bench.model, bench.variants[SPARSE].config
+    if model.transformer.dtype != torch.float32:
+        return
+    rows, _ = build.build_prompts(config).rows(0, config.sampler.group_size)
+    size = config.sampler.micro_batch
+    ours = sample(config, model, rows, build.build_coefficients(config, model), iteration=0).latents[:, :size]
+    index = torch.arange(size, device=model.device)
+    steps = [
+        gaussian(model.latent_shape, seed=config.seed, sample_index=index, step=step, stream=Stream.STEP)
+        for step in range(len(ours) - 1)
+    ]
+    stock = Stock(model, config, build.build_reward(config.reward.terms))
+    theirs, _ = stock.rollout(stock.encode(rows[:size]), size, ours[0], torch.stack(steps))
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item())
+
+
+def check_work(bench: Bench) -> dict[str, int]:
+    """Run every variant once, assert that it does the work of its closed form; peak memory in bytes.
+
+    The peak is each variant's own on a GPU; a CPU process only knows its highest so far, of all of them.
+    """
+    peaks = {}
+    for name, variant in bench.variants.items():
+        if bench.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with counted(bench.model, bench.tally) as work:
+            variant()
+        found, cost = work.per_trajectory(variant.rows), variant.cost
+        expected = {key: float(getattr(cost, key)) for key in found}
+        assert found == expected, f"{name} did {found} per trajectory, expected {expected}"
+        if bench.model.device.type == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated()
+    # kilobytes, except on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return peaks or {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def timed(bench: Bench, *, rounds: int, warmup: int) -> dict[str, Any]:
+    """Time the variants in turns: `ratios`, `seconds`, `nfe`, `peak_memory_bytes`, `noisy`."""
+    peaks = check_work(bench)
+    calls: Mapping[str, Callable[[], object]] = bench.variants
+    seconds = interleaved(calls, rounds=rounds, warmup=warmup)
+    summary = {}
+    for name, own in seconds.items():
+        phases = bench.variants[name].phases[-rounds:]
+        summary[name] = {
+            "median": median(own),
+            "spread": spread(own),
+            "rounds": own,
+            "phases": {phase: median(each[phase] for each in phases) for phase in phases[0]},
+        }
+    return {
+        "ratios": ratios(seconds, RATIOS),
+        "seconds": summary,
+        "nfe": {name: evaluations(variant.cost) for name, variant in bench.variants.items()},
+        "peak_memory_bytes": peaks,
+        "noisy": any(own["spread"] > NOISY_SPREAD for own in summary.values()),
+    }
+
+
+def evaluations(cost: IterationCost) -> dict[str, int]:
+    """Network forwards by phase, decodes and rewards per trajectory."""
+    phases = ("rollout", "lookahead", "policy", "reference")
+    found = {phase: getattr(cost, phase).forwards for phase in phases} | {"total": cost.forwards}
+    return found | {key: getattr(cost, key) for key in ("full_decodes", "preview_decodes", "rewards")}
+
+
+def measure(protocol: Protocol, *, rounds: int, warmup: int) -> dict[str, Any]:
+    """The whole document: with the KL term at the top, without it under `no_kl`."""
+    started = load_average()
+    bench = prepare(protocol, kl=True)
+    headline = timed(bench, rounds=rounds, warmup=warmup)
+    without = timed(prepare(protocol, kl=False, model=bench.model), rounds=rounds, warmup=warmup)
+    configs = {name: variant.config.model_dump(mode="json") for name, variant in bench.variants.items()}
+    settings = {
+        "rounds": rounds,
+        "warmup": warmup,
+        "pinned": pinned(bench.variants[SPARSE].config),
+        "variants": configs,
+    }
+    return (
+        headline
+        | provenance()
+        | {
+            "load_average": {"start": started, "end": load_average()},
+            "settings": portable(settings),
+            "noisy": headline["noisy"] or without["noisy"],
+            "no_kl": without | {"settings": {"objective.kl_coef": 0.0}},
+        }
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def bench_iteration(benchmark: Any, name: str) -> None:
+    bench = prepare(Protocol(model=EMBEDDED_RANDOM, prompts=1, group_size=2), kl=True)
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "load_average": load_average()}
+    benchmark.extra_info["nfe"] = evaluations(bench.variants[name].cost)
+    benchmark.pedantic(bench.variants[name], rounds=3, warmup_rounds=1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    options = parser(__doc__).parse_args(arguments)
+    with user_errors_exit():
+        document = measure(protocol_of(options), rounds=options.rounds, warmup=options.warmup)
+        write_json(options.output or default_output("iteration"), document)
+    for title, part in (("with KL", document), ("without KL", document["no_kl"])):
+        print(title)
+        for name, own in part["seconds"].items():
+            phases = ", ".join(f"{phase} {value:.3f}" for phase, value in own["phases"].items())
+            total = part["nfe"][name]["total"]
+            print(f"  {name:13} {own['median']:8.3f} s  spread {own['spread']:4.0%}  {total:4d} NFE  {phases}")
+        for pair, value in part["ratios"].items():
+            print(f"  {pair:26} {value:6.3f}")
+    if document["noisy"]:
+        print("noisy: repeat on a quieter machine before quoting")
+    return int(ExitCode.OK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The lookahead alone: completing every state of the same trajectories, serially, exactly in batches, and cheaply.
+
+    python benches/bench_lookahead.py                                       writes results/lookahead_cpu.json
+    pytest benches/bench_lookahead.py --benchmark-only                      untrained, each way by itself
+
+    serial      every state by itself over all remaining steps, as TurningPoint-GRPO runs it (`_stock.py`)
+    exact       the same completions: states at one sigma together, the rollout's velocities reused
+    nodes       the plan and guidance that are asked for
+    one_step    no evaluation: the clean estimates from the rollout's velocities
+
+Decoding and scoring are not in it. Before anything is timed, serial and exact are asserted to agree to float32
+rounding, and every way to evaluate what `sampling/cost.py` says.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# advice about optional packages is none of a bench's business
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# what is measured is the checkout around this file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from _models import EMBEDDED_RANDOM, load
+from _protocol import DENSE_EXACT, DENSE_FAST, Protocol, default_output, parser, protocol_of, ratios
+from _record import NOISY_SPREAD, interleaved, load_average, portable, provenance, spread, write_json
+from _stock import Stock
+from _variants import counted, reward_with_tally, stock_cost
+from torch import Tensor
+
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime.experience import sample
+from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
+from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.plan import one_step
+
+NAMES = ("serial", "exact", "nodes", "one_step")
+RATIOS = ("serial/exact", "nodes/exact", "nodes/serial", "one_step/exact")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to complete the trajectories.
+
+    Attributes:
+        complete: returns the clean latents [T+1, B, ...], all work done.
+        evaluations: that it asks of the model per trajectory.
+    """
+
+    complete: Callable[[], Tensor]
+    evaluations: Evaluations
+
+
+def ways(protocol: Protocol) -> dict[str, Way]:
+    """The ways, ready to call; first it is asserted that they are what they should be.
+
+    Raises:
+        UserError: an option is wrong, or the model cannot be loaded.
+        AssertionError: serial and exact differ, or a way evaluates another number of rows.
+    """
+    exact, fast = (protocol.config(name, kl=True) for name in (DENSE_EXACT, DENSE_FAST))
+    model = load(exact, build.default_device())
+    rows, _ = build.build_prompts(exact).rows(0, exact.sampler.group_size)
+    trajectory = sample(exact, model, rows, build.build_coefficients(exact, model), iteration=0)
+    synchronize = build.synchronizer(model.device)
+
+    def ours(lookahead: Lookahead | None) -> Way:
+        assert lookahead is not None
+
+        def complete() -> Tensor:
+            clean = lookahead.complete(trajectory)
+            synchronize()
+            return clean
+
+        return Way(complete, lookahead_evaluations(lookahead.plan, guided=True, guidance=lookahead.guidance))
+
+    stock = Stock(model, exact, build.build_reward(exact.reward.terms))
+    text, steps = stock.encode(rows), trajectory.num_steps
+    stock.set_timesteps()
+
+    def serial() -> Tensor:
+        clean = [stock.complete(trajectory.latents[state], state, text) for state in range(steps)]
+        synchronize()
+        return torch.stack([*clean, trajectory.latents[steps]])
+
+    cost = stock_cost(steps, trained_steps=0, guided=True, kl=False, dense=True)
+    found = {
+        "serial": Way(serial, cost.lookahead),
+        "exact": ours(build.build_lookahead(exact, model)),
+        "nodes": ours(build.build_lookahead(fast, model)),
+        "one_step": ours(Lookahead(model, one_step(steps), chunk=exact.lookahead.chunk)),
+    }
+    check(found, model, len(rows))
+    return found
+
+
+def check(found: dict[str, Way], model: SD3, rows: int) -> None:
+    """Assert the work of every way, and that serial and exact agree where the base is float32."""
+    clean = {}
+    _, tally = reward_with_tally({"jpeg_compressibility": 1.0})
+    for name, way in found.items():
+        with counted(model, tally) as work:
+            clean[name] = way.complete()
+        expected = rows * way.evaluations.forwards
+        assert work.forwards == expected, f"{name} took {work.forwards} forwards, expected {expected}"
+    if model.transformer.dtype == torch.float32:
+        scale = clean["exact"].abs().max().item()
+        torch.testing.assert_close(clean["serial"], clean["exact"], rtol=1e-3, atol=1e-3 * scale)
+
+
+def measure(protocol: Protocol, *, rounds: int, warmup: int) -> dict[str, Any]:
+    """The whole document."""
+    started = load_average()
+    found = ways(protocol)
+    seconds = interleaved({name: way.complete for name, way in found.items()}, rounds=rounds, warmup=warmup)
+    summary = {name: {"median": median(own), "spread": spread(own), "rounds": own} for name, own in seconds.items()}
+    settings = {name: protocol.config(name, kl=True).model_dump(mode="json") for name in (DENSE_EXACT, DENSE_FAST)}
+    return provenance() | {
+        "ratios": ratios(seconds, RATIOS),
+        "seconds": summary,
+        "nfe": {name: way.evaluations.forwards for name, way in found.items()},
+        "load_average": {"start": started, "end": load_average()},
+        "settings": portable({"rounds": rounds, "warmup": warmup, **settings}),
+        "noisy": any(own["spread"] > NOISY_SPREAD for own in summary.values()),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def bench_lookahead(benchmark: Any, name: str) -> None:
+    way = ways(Protocol(model=EMBEDDED_RANDOM, prompts=1, group_size=2))[name]
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "load_average": load_average()}
+    benchmark.extra_info["nfe"] = way.evaluations.forwards
+    benchmark.pedantic(way.complete, rounds=3, warmup_rounds=1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    options = parser(__doc__).parse_args(arguments)
+    with user_errors_exit():
+        document = measure(protocol_of(options), rounds=options.rounds, warmup=options.warmup)
+        write_json(options.output or default_output("lookahead"), document)
+    for name, own in document["seconds"].items():
+        nfe = document["nfe"][name]
+        print(f"  {name:13} {own['median']:8.3f} s  spread {own['spread']:4.0%}  {nfe:4d} NFE per trajectory")
+    for pair, value in document["ratios"].items():
+        print(f"  {pair:26} {value:6.3f}")
+    if document["noisy"]:
+        print("noisy: repeat on a quieter machine before quoting")
+    return int(ExitCode.OK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The benches' baseline: under equal noise it computes what the package computes, by its own slow way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benches"))
+
+import bench_iteration  # noqa: E402
+from _protocol import NAMES, Protocol  # noqa: E402
+from _stock import Stock, StockIteration  # noqa: E402
+from _variants import stock_cost  # noqa: E402
+from bench_iteration import check_work, evaluations  # noqa: E402
+
+from densegrpo_fast.config import Config  # noqa: E402
+from densegrpo_fast.config_cli import load_config  # noqa: E402
+from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
+from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
+from densegrpo_fast.models.base import FlowModel  # noqa: E402
+from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
+from densegrpo_fast.runtime import build  # noqa: E402
+from densegrpo_fast.runtime.experience import Judge, Outcome, sample  # noqa: E402
+from densegrpo_fast.runtime.learner import Learner  # noqa: E402
+from densegrpo_fast.runtime.metrics import PhaseTimer  # noqa: E402
+from densegrpo_fast.sampling.rollout import initial_noise  # noqa: E402
+from densegrpo_fast.sampling.trajectory import Trajectory  # noqa: E402
+
+STEPS, ROWS = 4, ["a cat"] * 3 + ["the moon"] * 3
+METADATA: list[dict[str, Any]] = [{} for _ in ROWS]
+Policy = Callable[..., FlowModel]
+
+
+def graded(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """A smooth reward with a spread that rounding cannot reach."""
+    weight = torch.linspace(-1.0, 1.0, images[0].numel())
+    return (images.flatten(1) * weight).sum(1) + torch.tensor([0.1 * len(prompt) for prompt in prompts])
+
+
+REWARD = RewardMixture({"graded": (graded, 1.0)})
+
+
+def settings(method: str, **options: object) -> Config:
+    chosen = {
+        "data.num_prompts": 2,
+        "sampler.group_size": 3,
+        "sampler.num_steps": STEPS,
+        "sampler.micro_batch": len(ROWS),
+        "lookahead.plan": "exact",
+        "lookahead.decoder": "full",
+        "credit.method": method,
+        "objective.kl_coef": 0.04,
+        # a norm that nothing reaches: gradients are compared unclipped
+        "optimizer.max_grad_norm": 1e6,
+        "ema.every": 0,
+        **options,
+    }
+    return load_config(["--config", "embedded_paper", *(f"{key}={value}" for key, value in chosen.items())])[0]
+
+
+@dataclass
+class Both:
+    """One iteration done twice from the same start, and the adapter gradients that each left."""
+
+    config: Config
+    trajectory: Trajectory
+    outcome: Outcome
+    loss: float
+    gradients: dict[str, Tensor]
+    stock: StockIteration
+    stock_gradients: dict[str, Tensor]
+
+
+def run_both(policy: Policy, config: Config) -> Both:
+    model = policy(spread=0.2)
+    coefficients = build.build_coefficients(config, model)
+    trajectory = sample(config, model, ROWS, coefficients, iteration=3)
+    judge = Judge(config, model, REWARD, build.build_lookahead(config, model))
+    outcome = judge.judge(trajectory, ROWS, METADATA, PhaseTimer())
+    learner = Learner(model, build.learner_options(config))
+    steps = build.trained_steps(config, 0)
+    update = learner.update(trajectory, outcome.advantages.values.flatten(0, 1), steps)
+
+    index = torch.arange(len(ROWS))
+    draws = [
+        gaussian(model.latent_shape, seed=config.seed, sample_index=index, step=step, stream=Stream.STEP, epoch=3)
+        for step in range(STEPS)
+    ]
+    again = policy(spread=0.2)
+    result = Stock(again, config, REWARD).iteration(
+        ROWS,
+        METADATA,
+        PhaseTimer(),
+        dense=config.credit.method == "dense",
+        noise=initial_noise(again, index, seed=config.seed, epoch=3),
+        step_noise=torch.stack(draws),
+    )
+    return Both(config, trajectory, outcome, update["loss"], gradients(model), result, gradients(again))
+
+
+def gradients(model: FlowModel) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.trainable_parameters().items():
+        assert parameter.grad is not None
+        found[name] = parameter.grad.clone()
+    return found
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal to rounding, measured against the largest of the values."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.fixture(params=["sparse", "dense"])
+def both(request: pytest.FixtureRequest, tiny_policy: Policy) -> Both:
+    return run_both(tiny_policy, settings(request.param))
+
+
+def check_equal(both: Both) -> None:
+    close(both.stock.latents, both.trajectory.latents)
+    close(both.stock.log_probs, both.trajectory.log_probs)
+    close(both.stock.rewards[:, -1], both.outcome.rewards.flatten())
+    if both.outcome.gains is not None:
+        close(both.stock.rewards.diff(dim=1), both.outcome.gains.flatten(0, 1))
+    advantages = both.outcome.advantages.values.flatten(0, 1)
+    trained = build.trained_steps(both.config, 0)
+    close(both.stock.advantages[:, trained], advantages[:, trained])
+    # the last step, which is not trained, gains so little that the rewards' rounding shows in it
+    torch.testing.assert_close(both.stock.advantages[:, -1], advantages[:, -1], rtol=0, atol=1e-2)
+    assert advantages.abs().max() > 0.5
+    assert both.stock.loss == pytest.approx(both.loss, rel=1e-4, abs=1e-6)
+    largest = max(gradient.abs().max().item() for gradient in both.gradients.values())
+    assert largest > 0
+    for name, gradient in both.gradients.items():
+        torch.testing.assert_close(both.stock_gradients[name], gradient, rtol=1e-4, atol=1e-4 * largest)
+
+
+def test_it_computes_what_the_package_computes(both: Both) -> None:
+    assert both.config.sampler.guidance_scale == 4.5
+    check_equal(both)
+
+
+@pytest.mark.parametrize("method", ["sparse", "dense"])
+def test_without_guidance_and_kl_too(tiny_policy: Policy, method: str) -> None:
+    options = {"sampler.guidance_scale": 1.0, "objective.kl_coef": 0.0}
+    check_equal(run_both(tiny_policy, settings(method, **options)))
+
+
+def test_micro_batches_give_the_same(tiny_policy: Policy) -> None:
+    check_equal(run_both(tiny_policy, settings("dense", **{"sampler.micro_batch": 2})))
+
+
+def test_the_kl_term_counts(tiny_policy: Policy) -> None:
+    # the first update's policy loss does not depend on the coefficient, so the losses differ by 0.04 times the KL
+    losses = [run_both(tiny_policy, settings("sparse", **{"objective.kl_coef": c})).stock.loss for c in (0.0, 0.04)]
+    assert losses[1] > losses[0] + 1e-6
+
+
+def test_a_serial_completion_is_the_exact_plan(tiny_policy: Policy) -> None:
+    config, model = settings("dense"), tiny_policy(spread=0.2)
+    trajectory = sample(config, model, ROWS, build.build_coefficients(config, model), iteration=0)
+    lookahead = build.build_lookahead(config, model)
+    assert lookahead is not None
+    stock = Stock(model, config, REWARD)
+    stock.set_timesteps()
+    text = stock.encode(ROWS)
+    for state, expected in enumerate(lookahead.complete(trajectory)[:-1]):
+        close(stock.complete(trajectory.latents[state], state, text), expected)
+
+
+def test_its_own_noise_is_torchs(tiny_policy: Policy) -> None:
+    config = settings("sparse")
+    stock = Stock(tiny_policy(), config, REWARD)
+    latents = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        latents.append(stock.iteration(ROWS, METADATA, PhaseTimer(), dense=False).latents)
+    # the update in between changes the policy, but not the numbers that were drawn
+    assert torch.equal(latents[0][0], latents[1][0])
+    assert latents[0][0].std().item() == pytest.approx(1.0, abs=0.1)
+    assert not torch.equal(latents[0][1:], latents[1][1:])
+
+
+def test_phases_are_timed(tiny_policy: Policy) -> None:
+    timer = PhaseTimer()
+    Stock(tiny_policy(), settings("dense"), REWARD).iteration(ROWS, METADATA, timer, dense=True)
+    assert set(timer.seconds()) == {"rollout", "lookahead", "reward", "update"}
+
+
+def test_costs_by_hand() -> None:
+    # T = 10 with guidance: the rollout takes 2*10 forwards, 9 trained steps 2*9 for the policy and as many for the
+    # reference; the completions 2*(10+9+...+1) = 110
+    sparse = stock_cost(10, trained_steps=9, guided=True, kl=True, dense=False)
+    assert (sparse.forwards, sparse.full_decodes, sparse.rewards) == (20 + 18 + 18, 1, 1)
+    dense = stock_cost(10, trained_steps=9, guided=True, kl=False, dense=True)
+    assert (dense.forwards, dense.full_decodes, dense.rewards) == (20 + 110 + 18, 11, 12)
+
+
+@pytest.mark.parametrize("options", [{"sampler.dynamics": "dance"}, {"sampler.noise_level": "[0.7, 0.7, 0.7, 0.5]"}])
+def test_other_dynamics_are_refused(tiny_policy: Policy, options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="needs flow_sde with one noise level"):
+        Stock(tiny_policy(), settings("sparse", **options), REWARD)
+
+
+@pytest.mark.parametrize("kl", [True, False])
+def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl: bool) -> None:
+    bench = bench_iteration.prepare(Protocol(prompts=1, group_size=2), kl=kl, model=tiny_policy())
+    assert check_work(bench)["process"] > 0
+    found = {name: evaluations(variant.cost) for name, variant in bench.variants.items()}
+    # nodes {4, 7}: four states meet at 4 and seven at 7, without guidance
+    lookahead = {"sparse": 0, "dense_fast": 4 + 7, "dense_exact": 2 * 45, "stock_sparse": 0, "stock_dense": 2 * 55}
+    assert {name: cost["lookahead"] for name, cost in found.items()} == lookahead
+    for name, cost in found.items():
+        assert cost["total"] == 20 + 18 + (18 if kl else 0) + lookahead[name]
+    assert found["dense_fast"]["preview_decodes"] == 11
+    assert set(bench.variants["stock_dense"].phases[0]) == {"rollout", "lookahead", "reward", "update"}
+
+
+def test_work_that_is_not_the_closed_forms_is_noticed(tiny_policy: Policy) -> None:
+    bench = bench_iteration.prepare(Protocol(prompts=1, group_size=2), kl=False, model=tiny_policy())
+    sparse = bench.variants["sparse"]
+    sparse.cost = bench.variants["dense_exact"].cost
+    with pytest.raises(AssertionError, match="sparse did"):
+        check_work(replace(bench, variants={"sparse": sparse}))
+
+
+def test_variants_differ_in_rewards_and_lookahead_alone() -> None:
+    protocol = Protocol(plan="n_step:2", guidance="full", overrides=("sampler.micro_batch=4", "lookahead.chunk=3"))
+    configs = {name: protocol.config(name, kl=True) for name in NAMES}
+    shared = [config.model_dump(exclude={"lookahead": True, "credit": {"method"}}) for config in configs.values()]
+    assert all(settings == shared[0] for settings in shared)
+    fast, exact = configs["dense_fast"].lookahead, configs["dense_exact"].lookahead
+    assert (fast.plan, fast.n, fast.guidance, fast.decoder, fast.chunk) == ("n_step", 2, "full", "preview", 3)
+    assert (exact.plan, exact.n, exact.guidance, exact.decoder, exact.chunk) == ("exact", None, "full", "full", 3)
+    assert [name for name, config in configs.items() if config.credit.method == "sparse"] == ["sparse", "stock_sparse"]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("sampler.num_steps=8", "num_steps is 8, not 10"),
+        ("objective.trained_steps=3", "trained_steps is 3, not 9"),
+        ("optimizer.updates_per_iteration=2", "updates_per_iteration is 2, not 1"),
+        ("lookahead.decoder=preview", "is set by the protocol"),
+        ("sampler.micro_batch", "must be KEY=VALUE"),
+    ],
+)
+def test_pinned_settings_cannot_be_moved(override: str, problem: str) -> None:
+    overrides = (override,) if "micro" in override else (override, "sampler.micro_batch=8")
+    with pytest.raises(UserError, match=problem) as caught:
+        Protocol(overrides=overrides).config("sparse", kl=True)
+    assert caught.value.exit_code == ExitCode.USAGE
