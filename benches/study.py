@@ -189,7 +189,8 @@ def _opened(output: Path, plan: Plan) -> dict[str, Any]:
         ) from None
     both = known.keys() & settings.keys()
     differing = [f"{name}.{key}" for name in both for key in _differing(known[name], settings[name])]
-    differing += [f"hardware.{key}" for key, value in hardware().items() if machine.get(key) != value]
+    fixed = {key: value for key, value in hardware().items() if key != "load_average"}
+    differing += [f"hardware.{key}" for key, value in fixed.items() if machine.get(key) != value]
     if differing:
         raise UserError(
             f"{output} holds runs with another {', '.join(sorted(differing))}; give another --output", ExitCode.OUTPUT

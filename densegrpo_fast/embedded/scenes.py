@@ -185,14 +185,14 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
             slant = (abs(x) * 1.8 - (y + radius)) / np.hypot(1.8, 1.0)
             return np.maximum(slant, y - 0.8 * radius)
         case "cross":
-            arm = 0.34 * radius
+            arm = 0.36 * radius
             flat = np.maximum(abs(x) - radius, abs(y) - arm)
             upright = np.maximum(abs(x) - arm, abs(y) - radius)
             return np.minimum(flat, upright)
     raise ValueError(f"unknown shape {shape!r}, expected one of {', '.join(SHAPES)}")
 
 
-_RADII = {1: (8.0, 14.0), 2: (7.0, 11.0), 3: (6.5, 9.0)}
+_RADII = {1: (10.0, 16.0), 2: (9.0, 12.0), 3: (8.0, 9.5)}
 _GAP = 3.0
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+_AVERAGE, _STATE = "average::", "optimizer::"
 
 
 @dataclass
@@ -51,11 +53,29 @@ class Stages:
 
 
 class Loop:
-    """Iterates optimiser steps: AdamW, warm-up then cosine to zero, clipped gradients, a loss curve, a progress bar."""
+    """Iterates optimiser steps: warm-up then cosine to zero, clipped gradients, a loss curve, a progress bar.
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], steps: int, lr: float):
-        self.name, self.parameters, self.steps, self.lr = name, parameters, steps, lr
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    AdamW trains every parameter but `matrices`, which Muon (torch's, its updates scaled to AdamW's size) trains with
+    twice the learning rate.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: list[nn.Parameter],
+        steps: int,
+        lr: float,
+        matrices: Sequence[nn.Parameter] = (),
+    ):
+        self.name, self.parameters, self.steps = name, parameters, steps
+        taken = {id(p) for p in matrices}
+        others = [p for p in parameters if id(p) not in taken]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True), lr)
+        ]
+        if matrices:
+            muon = torch.optim.Muon(list(matrices), weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append((muon, 2 * lr))
         self.curve: list[tuple[int, float]] = []
         self._start = 0
         self._recent: list[Tensor] = []
@@ -70,13 +90,14 @@ class Loop:
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step on `loss`."""
-        warm = min(1.0, (self._step + 1) / 200)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * warm * 0.5 * (1 + math.cos(math.pi * self._step / self.steps))
-        self.optimizer.zero_grad(set_to_none=True)
+        share = min(1.0, (self._step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self._step / self.steps))
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        for optimizer, lr in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * share
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self._recent.append(loss.detach())
         if (self._step + 1) % 50 == 0:
             self.curve.append((self._step + 1, float(torch.stack(self._recent).mean())))
@@ -87,8 +108,8 @@ class Loop:
         """Write a partial checkpoint: weights, average, optimiser moments, curve."""
         tensors = _module_tensors(modules)
         for i, (parameter, shadow) in enumerate(zip(self.parameters, average.shadow_params, strict=True)):
-            state = self.optimizer.state[parameter]
-            tensors |= {f"ema::{i}": shadow, f"m::{i}": state["exp_avg"], f"v::{i}": state["exp_avg_sq"]}
+            tensors[f"{_AVERAGE}{i}"] = shadow
+            tensors |= {f"{_STATE}{i}::{key}": value for key, value in self._state(parameter).items()}
         tensors["step"] = torch.tensor(self._step + 1)
         tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64)
         write_tensors(path, tensors)
@@ -102,12 +123,15 @@ class Loop:
         self._start = average.optimization_step = int(tensors["step"])
         self.curve = [(int(step), loss) for step, loss in tensors["curve"].tolist()]
         for i, parameter in enumerate(self.parameters):
-            average.shadow_params[i].copy_(tensors[f"ema::{i}"])
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self._start)),
-                "exp_avg": tensors[f"m::{i}"],
-                "exp_avg_sq": tensors[f"v::{i}"],
-            }
+            average.shadow_params[i].copy_(tensors[f"{_AVERAGE}{i}"])
+            prefix = f"{_STATE}{i}::"
+            kept = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            self._state(parameter).update(kept)
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimiser's tensors for a parameter."""
+        owner = next(o for o, _ in self.optimizers if any(p is parameter for g in o.param_groups for p in g["params"]))
+        return owner.state[parameter]
 
 
 def save(pipeline: Any, preview: Any, target: Path) -> None:

@@ -201,11 +201,14 @@ def _borders(coloured: np.ndarray, colour: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _ideal_shapes() -> np.ndarray:
-    """[4, 144] the ideal figures on a grid over their bounding box, the triangle standing on its base."""
+    """[4, 144] the ideal figures on a grid over their bounding box, the triangle standing on its base.
+
+    The triangle is a little blunt: soft edges shorten its tip first, and with it the bounding box.
+    """
     y, x = (np.mgrid[0:_GRID, 0:_GRID] + 0.5) / _GRID
     circle = np.hypot(x - 0.5, y - 0.5) <= 0.5
     square = np.ones_like(circle)
-    triangle = abs(x - 0.5) <= y / 2
+    triangle = abs(x - 0.5) <= 0.05 + 0.48 * y
     cross = (abs(x - 0.5) <= 1 / 6) | (abs(y - 0.5) <= 1 / 6)
     return np.stack([circle, square, triangle, cross]).reshape(4, -1)
 
