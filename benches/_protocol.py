@@ -121,7 +121,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--prompts", type=int, default=default.prompts, help="prompts per iteration; default: 2")
     add("--group-size", type=int, default=default.group_size, help="samples per prompt; default: 8")
     add("--plan", default=default.plan, help="of dense_fast: nodes:4,7, n_step:2, one_step, ...; default: nodes:4,7")
-    add("--guidance", choices=("full", "cond_only"), default=default.guidance, help="of dense_fast's lookahead")
+    add(
+        "--guidance", choices=("full", "cond_only", "reuse"), default=default.guidance, help="of dense_fast's lookahead"
+    )
     add("--decoder", choices=("preview", "full"), default=default.decoder, help="of dense_fast's lookahead")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further options of all variants")
     add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: 5")

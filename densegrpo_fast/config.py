@@ -92,7 +92,9 @@ class LookaheadOptions(Section):
     )
     nodes: list[PositiveInt] = Field(description="with plan nodes: increasing step indices in 1..T-1; else []")
     n: PositiveInt | None = Field(description="with plan n_step: Euler steps of a completion (1..T); else null")
-    guidance: Literal["full", "cond_only"] = Field(description="guidance after a completion's first velocity")
+    guidance: Literal["full", "cond_only", "reuse"] = Field(
+        description="guidance after a completion's first velocity; reuse = the rollout's at the same step"
+    )
     decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
     chunk: PositiveInt = Field(description="rows per decode")
 

@@ -61,6 +61,39 @@ def test_without_guidance_after_the_first_velocity(mixture_model: FlowModel) -> 
     assert lookahead.guidance_scale(3.0) == 1.0
 
 
+def test_guidance_is_reused_from_the_rollout_at_the_same_step(mixture_model: FlowModel) -> None:
+    # noise of step 0 alone: state 0's completion differs from the trajectory, which gives the guidance at points 1..4
+    index = torch.arange(len(PROMPTS))
+    noise = initial_noise(mixture_model, index, seed=3, epoch=0)
+    table = coefficients(mixture_model.sigmas(T), 0.7, "flow_sde")
+    conditioning = mixture_model.encode(PROMPTS)
+    trajectory = rollout(
+        mixture_model,
+        noise,
+        conditioning,
+        table,
+        sample_index=index,
+        seed=3,
+        epoch=0,
+        guidance_scale=3.0,
+        keep_guidance=True,
+    )
+    mixture_model.calls.clear()
+    clean = Lookahead(mixture_model, plans.exact(T), guidance="reuse").complete(trajectory)
+    assert {scale for _, _, scale in mixture_model.calls} == {1.0}
+    sigmas, latents = mixture_model.sigmas(T), trajectory.latents[0]
+    velocity = trajectory.velocities[0]
+    for k in range(T):
+        if k:
+            sigma = sigmas[k].expand(len(PROMPTS))
+            there = mixture_model.velocity(trajectory.latents[k], sigma, conditioning, 3.0)
+            velocity = mixture_model.velocity(latents, sigma, conditioning).cond + 2.0 * (there.cond - there.uncond)
+        latents = latents + (sigmas[k + 1] - sigmas[k]) * velocity
+    torch.testing.assert_close(clean[0], latents, rtol=5e-6, atol=5e-6)
+    with pytest.raises(ValueError, match="keep_guidance"):
+        Lookahead(mixture_model, plans.exact(T), guidance="reuse").complete(replace(trajectory, guidance_terms=None))
+
+
 def test_one_step_is_the_clean_estimate(mixture_model: FlowModel) -> None:
     trajectory = sampled(mixture_model)
     clean = Lookahead(mixture_model, plans.one_step(T)).complete(trajectory)

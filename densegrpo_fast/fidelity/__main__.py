@@ -310,7 +310,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PLAN",
         help=f"exact, exact_but_last, one_step, nodes:3,6, n_step:2; default: {' '.join(_DEFAULT_PLANS)}",
     )
-    add("--guidance", nargs="+", choices=("full", "cond_only"), help="after the first velocity; default: the preset's")
+    add(
+        "--guidance",
+        nargs="+",
+        choices=("full", "cond_only", "reuse"),
+        help="after the first velocity; default: the preset's",
+    )
     add("--decoder", nargs="+", choices=("preview", "full"), help="of all images; default: the preset's")
     add("--groups", type=partial(_integer, 1), default=64, help="held-out prompts; default: 64")
     add("--group-size", type=partial(_integer, 2), default=16, help="trajectories per prompt; default: 16")

@@ -107,6 +107,7 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
             seed=seed,
             epoch=0,
             guidance_scale=subject.guidance_scale,
+            keep_guidance=True,
             # a group that is larger than the chunk is split evenly
             micro_batch=None if len(rows) <= subject.chunk else math.gcd(len(rows), subject.chunk),
         )

@@ -143,7 +143,7 @@ def save_plot(path: Path, records: Mapping[str, dict[str, Any]], search: dict[st
         front = pareto_front(list(zip(*_points(records, key), strict=True)))
         if front:
             axis.plot(*zip(*front, strict=True), drawstyle="steps-post", color="#d55e00", label="Pareto front")
-        for guidance, marker in (("full", "o"), ("cond_only", "^")):
+        for guidance, marker in (("full", "o"), ("cond_only", "^"), ("reuse", "s")):
             own = {name: record for name, record in records.items() if record["guidance"] == guidance}
             if own:
                 axis.plot(*_points(own, key), marker, color="#0072b2", label=f"measured, guidance {guidance}")

@@ -57,6 +57,13 @@ class Velocity:
     uncond: Tensor | None
     guidance_scale: float
 
+    @property
+    def guidance_term(self) -> Tensor:
+        """What guidance adds to the conditional velocity, (scale - 1) * (cond - uncond); zeros without guidance."""
+        if self.uncond is None:
+            return torch.zeros_like(self.cond)
+        return (self.guidance_scale - 1) * (self.cond - self.uncond)
+
     def combined(self) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598): uncond + scale * (cond - uncond). [B, ...] float32."""
         if self.uncond is None:

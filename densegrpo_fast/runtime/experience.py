@@ -59,6 +59,7 @@ def sample(
         epoch=iteration,
         guidance_scale=options.guidance_scale,
         micro_batch=options.micro_batch,
+        keep_guidance=config.credit.method == "dense" and config.lookahead.guidance == "reuse",
     )
 
 

@@ -16,7 +16,7 @@ from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.trajectory import Trajectory
 
-Guidance = Literal["full", "cond_only"]
+Guidance = Literal["full", "cond_only", "reuse"]
 
 
 class Lookahead:
@@ -26,7 +26,8 @@ class Lookahead:
         model: the policy.
         plan: for the trajectories' number of steps.
         guidance: after a state's first velocity, which is the rollout's: "full" = the trajectory's guidance again;
-            "cond_only" = none, half the cost and an approximation.
+            "cond_only" = none, half the cost and an approximation; "reuse" = what guidance added to the sample's own
+            velocity at the same grid index during the rollout, at the same half cost.
         chunk: rows per forward and per decode, a memory budget.
 
     Raises:
@@ -46,9 +47,11 @@ class Lookahead:
         of such a step is exactly 0.
 
         Raises:
-            ValueError: the plan is for another number of steps.
+            ValueError: the plan is for another number of steps, or guidance is to be reused and was not kept.
         """
         steps, batch = trajectory.num_steps, trajectory.batch
+        if self.guidance == "reuse" and trajectory.guidance_scale != 1.0 and trajectory.guidance_terms is None:
+            raise ValueError('lookahead guidance "reuse" needs a rollout with keep_guidance=True')
         if self.plan.num_steps != steps:
             raise ValueError(f"the lookahead plan is for {self.plan.num_steps} steps, the trajectory has {steps}")
         owners = self.owners(trajectory.coefficients.noisy)
@@ -61,6 +64,8 @@ class Lookahead:
                 continue
             arrived = self._jump([pending[j] for j in here], node, trajectory)
             velocity = self._evaluate(arrived, node, trajectory, trajectory.conditioning.repeat(len(here)))
+            if self.guidance == "reuse" and trajectory.guidance_terms is not None:
+                velocity.unflatten(0, (len(here), batch)).add_(trajectory.guidance_terms[node])
             for j, x, v in zip(here, arrived.split(batch), velocity.split(batch), strict=True):
                 pending[j] = (x, v, node)
         ends = {steps: trajectory.latents[steps]}

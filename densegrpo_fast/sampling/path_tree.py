@@ -54,6 +54,8 @@ def completions(
                 arrived = jump(latents, velocity, here, node)
                 sigma = sigmas[node].expand(len(arrived))
                 onward = model.velocity(arrived, sigma, conditioning, scale).combined()
+                if guidance == "reuse" and trajectory.guidance_terms is not None:
+                    onward = onward + trajectory.guidance_terms[node]
                 pending.append(((*path, node), arrived, onward))
 
 

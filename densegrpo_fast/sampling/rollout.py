@@ -39,6 +39,7 @@ def rollout(
     epoch: int,
     guidance_scale: float = 1.0,
     micro_batch: int | None = None,
+    keep_guidance: bool = False,
 ) -> Trajectory:
     """Run the SDE sampler of Flow-GRPO (arXiv 2505.05470, Eq 9) in whatever family `coefficients` hold.
 
@@ -51,6 +52,7 @@ def rollout(
         guidance_scale: 1 is off.
         micro_batch: rows per forward. The replay in training must use the same split: a forward's rounding may depend
             on its batch shape, and the importance ratio of an unchanged policy shall be 1. None means all rows.
+        keep_guidance: keep the guidance terms for a lookahead that reuses them.
 
     Raises:
         ValueError: B is not a multiple of `micro_batch`.
@@ -63,13 +65,17 @@ def rollout(
     latents = noise.new_empty(steps + 1, *noise.shape)
     velocities = noise.new_empty(steps, *noise.shape)
     log_probs = noise.new_empty(steps, batch)
+    terms = torch.empty_like(velocities) if keep_guidance and guidance_scale != 1.0 else None
     latents[0] = noise
     for step in range(steps):
         for start in range(0, batch, size):
             rows = slice(start, start + size)
-            velocities[step, rows] = model.velocity(
+            velocity = model.velocity(
                 latents[step, rows], sigmas[step].expand(size), conditioning.select(rows), guidance_scale
-            ).combined()
+            )
+            velocities[step, rows] = velocity.combined()
+            if terms is not None:
+                terms[step, rows] = velocity.guidance_term
         latents[step + 1], log_probs[step] = ops.sde_step(
             latents[step],
             velocities[step],
@@ -79,7 +85,7 @@ def rollout(
             sample_index=sample_index,
             epoch=epoch,
         )
-    return Trajectory(latents, velocities, log_probs, coefficients, conditioning, guidance_scale)
+    return Trajectory(latents, velocities, log_probs, coefficients, conditioning, guidance_scale, terms)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ class Trajectory:
         coefficients: the steps' coefficients and sigmas.
         conditioning: the prompts of the B rows.
         guidance_scale: of `velocities`.
+        guidance_terms: [T, B, ...] float32, `velocities` minus the conditional ones; None if they were not kept.
     """
 
     latents: Tensor
@@ -29,6 +30,7 @@ class Trajectory:
     coefficients: StepCoefficients
     conditioning: Conditioning
     guidance_scale: float
+    guidance_terms: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
