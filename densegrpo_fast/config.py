@@ -95,6 +95,9 @@ class LookaheadOptions(Section):
     guidance: Literal["full", "cond_only", "reuse"] = Field(
         description="guidance after a completion's first velocity; reuse = the rollout's at the same step"
     )
+    head: Text | None = Field(
+        description="completion head for this plan (a file of densegrpo_fast.completion); null = plain last jumps"
+    )
     decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
     chunk: PositiveInt = Field(description="rows per decode")
 

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Parts that need nothing but torch and the standard library to be imported (kernels: and Triton).
 TORCH_ONLY = ("flow", "kernels", "sampling", "credit", "objective", "compat")
-COMMANDS = ("train", "calibrate", "fidelity", "sample", "evaluate", "doctor", "launch")
+COMMANDS = ("train", "completion", "calibrate", "fidelity", "sample", "evaluate", "doctor", "launch")
 
 
 class Import(NamedTuple):

@@ -105,6 +105,16 @@ class SD3(FlowModel):
         return output.float()
 
     @contextmanager
+    def tap(self) -> Iterator[list[Tensor]]:
+        tokens: list[Tensor] = []
+        # what enters the final modulation and projection
+        handle = self.transformer.norm_out.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
+        try:
+            yield tokens
+        finally:
+            handle.remove()
+
+    @contextmanager
     def reference(self) -> Iterator[None]:
         self.transformer.disable_adapters()
         try:

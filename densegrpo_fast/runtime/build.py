@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from densegrpo_fast.embedded import scenes
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.completion_head import CompletionHead, load_head
 from densegrpo_fast.models.load import load_sd3, resolve_dtype
 from densegrpo_fast.rewards.base import RewardMixture, create
 from densegrpo_fast.runtime.data import PromptSampler, PromptSet, load_prompts
@@ -20,7 +22,7 @@ from densegrpo_fast.runtime.evaluation import HeldOut
 from densegrpo_fast.runtime.learner import LearnerOptions
 from densegrpo_fast.runtime.lora import add_lora
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.plan import make_plan
+from densegrpo_fast.sampling.plan import Plan, make_plan
 
 _SENTENCES = 600
 """Built-in training (and at most held-out) sentences; the six categories take turns until each runs out."""
@@ -89,7 +91,28 @@ def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
         return None
     options = config.lookahead
     plan = make_plan(options.plan, config.sampler.num_steps, options.nodes, options.n or 1)
-    return Lookahead(model, plan, guidance=options.guidance, chunk=options.chunk)
+    head = None if options.head is None else build_head(Path(options.head), plan, model)
+    return Lookahead(model, plan, guidance=options.guidance, chunk=options.chunk, head=head)
+
+
+def build_head(path: Path, plan: Plan, model: FlowModel) -> CompletionHead:
+    """A completion head from its file, if it was made for this plan and model.
+
+    Raises:
+        UserError: (usage) it cannot be read, or was made for another plan or model.
+    """
+    try:
+        head = load_head(path)
+    except ValueError as error:
+        raise UserError(f"lookahead.head: {error}", ExitCode.USAGE) from None
+    made = head.config
+    if made.paths != plan.paths or made.latent_shape != model.latent_shape:
+        raise UserError(
+            f"lookahead.head: {path} was made for another plan or latent size than {plan.name} and "
+            f"{list(model.latent_shape)}; make one with python -m densegrpo_fast.completion",
+            ExitCode.USAGE,
+        )
+    return head.to(model.device)
 
 
 def synchronizer(device: torch.device) -> Callable[[], object]:

@@ -43,10 +43,19 @@ class Outcome:
 
 
 def sample(
-    config: Config, model: FlowModel, rows: list[str], coefficients: StepCoefficients, iteration: int
+    config: Config,
+    model: FlowModel,
+    rows: list[str],
+    coefficients: StepCoefficients,
+    iteration: int,
+    *,
+    keep_hidden: bool = False,
 ) -> Trajectory:
-    """Roll the policy out on the B = P*G rows of an iteration; all noise is a function of (seed, iteration, row)."""
-    options = config.sampler
+    """Roll the policy out on the B = P*G rows of an iteration; all noise is a function of (seed, iteration, row).
+
+    What the configured lookahead needs is kept; `keep_hidden` keeps the hidden tokens in any case.
+    """
+    options, dense = config.sampler, config.credit.method == "dense"
     index = torch.arange(len(rows), device=model.device)
     first = index - index % options.group_size if options.shared_noise else index
     return rollout(
@@ -59,7 +68,8 @@ def sample(
         epoch=iteration,
         guidance_scale=options.guidance_scale,
         micro_batch=options.micro_batch,
-        keep_guidance=config.credit.method == "dense" and config.lookahead.guidance == "reuse",
+        keep_guidance=dense and config.lookahead.guidance == "reuse",
+        keep_hidden=keep_hidden or (dense and config.lookahead.head is not None),
     )
 
 

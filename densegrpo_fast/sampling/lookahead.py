@@ -6,17 +6,29 @@ in a row, whatever the number of states; the first velocity of every state is th
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from densegrpo_fast.flow import ops
-from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel
+from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Head
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.trajectory import Trajectory
 
 Guidance = Literal["full", "cond_only", "reuse"]
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """Where a state's completion stands: the grid index of its last evaluation, and what that saw and gave."""
+
+    index: int
+    latents: Tensor
+    velocity: Tensor
+    hidden: Tensor | None
 
 
 class Lookahead:
@@ -29,15 +41,24 @@ class Lookahead:
             "cond_only" = none, half the cost and an approximation; "reuse" = what guidance added to the sample's own
             velocity at the same grid index during the rollout, at the same half cost.
         chunk: rows per forward and per decode, a memory budget.
+        head: corrects the last jump of the completions that leave steps out; None = Euler's jump as it is.
 
     Raises:
         ValueError: `chunk` is below 1.
     """
 
-    def __init__(self, model: FlowModel, plan: Plan, *, guidance: Guidance = "full", chunk: int = 64):
+    def __init__(
+        self,
+        model: FlowModel,
+        plan: Plan,
+        *,
+        guidance: Guidance = "full",
+        chunk: int = 64,
+        head: Head | None = None,
+    ):
         if chunk < 1:
             raise ValueError(f"lookahead chunk must be at least 1 row, got {chunk}")
-        self.model, self.plan, self.guidance, self.chunk = model, plan, guidance, chunk
+        self.model, self.plan, self.guidance, self.chunk, self.head = model, plan, guidance, chunk, head
 
     @torch.no_grad()
     def complete(self, trajectory: Trajectory) -> Tensor:
@@ -54,25 +75,36 @@ class Lookahead:
             raise ValueError('lookahead guidance "reuse" needs a rollout with keep_guidance=True')
         if self.plan.num_steps != steps:
             raise ValueError(f"the lookahead plan is for {self.plan.num_steps} steps, the trajectory has {steps}")
+        if self.head is not None and trajectory.hidden is None:
+            raise ValueError("a completion head needs a rollout with keep_hidden=True")
         owners = self.owners(trajectory.coefficients.noisy)
-        states = sorted(set(owners) - {steps})
-        # pending[j] = (latents, velocity, grid index): where state j's completion stands
-        pending = {j: (trajectory.latents[j], trajectory.velocities[j], j) for j in states}
+        ends = {steps: trajectory.latents[steps]}
+        standing = self.evaluate(trajectory)
+        if standing:
+            sigmas = trajectory.coefficients.sigmas
+            done = self._jump(list(standing.values()), steps, sigmas).split(batch)
+            ends |= {j: self._correct(j, standing[j], end) for j, end in zip(standing, done, strict=True)}
+        return torch.stack([ends[owner] for owner in owners])
+
+    @torch.no_grad()
+    def evaluate(self, trajectory: Trajectory) -> dict[int, _Standing]:
+        """Bring every state that needs a completion of its own to its last evaluation, in the order of the states."""
+        batch, sigmas = trajectory.batch, trajectory.coefficients.sigmas
+        states = sorted(set(self.owners(trajectory.coefficients.noisy)) - {trajectory.num_steps})
+        hidden = [None] * trajectory.num_steps if trajectory.hidden is None else trajectory.hidden
+        standing = {j: _Standing(j, trajectory.latents[j], trajectory.velocities[j], hidden[j]) for j in states}
         for node in self.plan.nodes():
             here = [j for j in states if node in self.plan.paths[j]]
             if not here:
                 continue
-            arrived = self._jump([pending[j] for j in here], node, trajectory)
-            velocity = self._evaluate(arrived, node, trajectory, trajectory.conditioning.repeat(len(here)))
+            arrived = self._jump([standing[j] for j in here], node, sigmas)
+            velocity, tokens = self._velocity(arrived, node, trajectory, trajectory.conditioning.repeat(len(here)))
             if self.guidance == "reuse" and trajectory.guidance_terms is not None:
                 velocity.unflatten(0, (len(here), batch)).add_(trajectory.guidance_terms[node])
-            for j, x, v in zip(here, arrived.split(batch), velocity.split(batch), strict=True):
-                pending[j] = (x, v, node)
-        ends = {steps: trajectory.latents[steps]}
-        if states:
-            done = self._jump([pending[j] for j in states], steps, trajectory)
-            ends |= zip(states, done.split(batch), strict=True)
-        return torch.stack([ends[owner] for owner in owners])
+            parts = [None] * len(here) if tokens is None else tokens.split(batch)
+            for j, x, v, h in zip(here, arrived.split(batch), velocity.split(batch), parts, strict=True):
+                standing[j] = _Standing(node, x, v, h)
+        return standing
 
     @torch.no_grad()
     def images(self, clean: Tensor, noisy: tuple[bool, ...], decoder: Decoder) -> Tensor:
@@ -101,21 +133,34 @@ class Lookahead:
         """Model evaluations per trajectory, shared states counted once."""
         return sum(len(self.plan.paths[j]) for j in set(self.owners(noisy)) - {len(noisy)})
 
-    def _jump(self, states: list[tuple[Tensor, Tensor, int]], node: int, trajectory: Trajectory) -> Tensor:
-        sigmas, batch = trajectory.coefficients.sigmas, trajectory.batch
-        sigma = torch.cat([sigmas[index].expand(batch) for _, _, index in states])
-        latents = torch.cat([latents for latents, _, _ in states])
-        velocity = torch.cat([velocity for _, velocity, _ in states])
+    def _jump(self, states: list[_Standing], node: int, sigmas: Tensor) -> Tensor:
+        batch = len(states[0].latents)
+        sigma = torch.cat([sigmas[state.index].expand(batch) for state in states])
+        latents = torch.cat([state.latents for state in states])
+        velocity = torch.cat([state.velocity for state in states])
         return ops.euler_jump(latents, velocity, sigma, sigmas[node].expand_as(sigma))
 
-    def _evaluate(self, latents: Tensor, node: int, trajectory: Trajectory, conditioning: Conditioning) -> Tensor:
+    def _correct(self, state: int, standing: _Standing, estimate: Tensor) -> Tensor:
+        if self.head is None or standing.hidden is None or not self.head.applies(state):
+            return estimate
+        index = torch.full((len(estimate),), state, device=estimate.device)
+        parts = zip(*(x.split(self.chunk) for x in (standing.hidden, standing.latents, estimate, index)), strict=True)
+        return estimate + torch.cat([self.head(*part) for part in parts])
+
+    def _velocity(
+        self, latents: Tensor, node: int, trajectory: Trajectory, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor | None]:
+        """Velocities of rows that meet at a node and, for the head, the hidden tokens behind them."""
         sigma = trajectory.coefficients.sigmas[node]
         scale = self.guidance_scale(trajectory.guidance_scale)
-        velocity = torch.empty_like(latents)
-        for start in range(0, len(latents), self.chunk):
-            rows = slice(start, min(start + self.chunk, len(latents)))
-            part = latents[rows]
-            velocity[rows] = self.model.velocity(
-                part, sigma.expand(len(part)), conditioning.select(rows), scale
-            ).combined()
-        return velocity
+        velocity, hidden = torch.empty_like(latents), []
+        with nullcontext([]) if self.head is None else self.model.tap() as tokens:
+            for start in range(0, len(latents), self.chunk):
+                rows = slice(start, min(start + self.chunk, len(latents)))
+                part = latents[rows]
+                velocity[rows] = self.model.velocity(
+                    part, sigma.expand(len(part)), conditioning.select(rows), scale
+                ).combined()
+                hidden += tokens[:1]
+                tokens.clear()
+        return velocity, torch.cat(hidden) if hidden else None

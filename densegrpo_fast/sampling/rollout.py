@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ def rollout(
     guidance_scale: float = 1.0,
     micro_batch: int | None = None,
     keep_guidance: bool = False,
+    keep_hidden: bool = False,
 ) -> Trajectory:
     """Run the SDE sampler of Flow-GRPO (arXiv 2505.05470, Eq 9) in whatever family `coefficients` hold.
 
@@ -53,6 +56,7 @@ def rollout(
         micro_batch: rows per forward. The replay in training must use the same split: a forward's rounding may depend
             on its batch shape, and the importance ratio of an unchanged policy shall be 1. None means all rows.
         keep_guidance: keep the guidance terms for a lookahead that reuses them.
+        keep_hidden: keep the network's last hidden tokens for a lookahead with a completion head.
 
     Raises:
         ValueError: B is not a multiple of `micro_batch`.
@@ -67,25 +71,32 @@ def rollout(
     log_probs = noise.new_empty(steps, batch)
     terms = torch.empty_like(velocities) if keep_guidance and guidance_scale != 1.0 else None
     latents[0] = noise
-    for step in range(steps):
-        for start in range(0, batch, size):
-            rows = slice(start, start + size)
-            velocity = model.velocity(
-                latents[step, rows], sigmas[step].expand(size), conditioning.select(rows), guidance_scale
+    hidden = None
+    with model.tap() if keep_hidden else nullcontext([]) as tokens:
+        for step in range(steps):
+            for start in range(0, batch, size):
+                rows = slice(start, start + size)
+                velocity = model.velocity(
+                    latents[step, rows], sigmas[step].expand(size), conditioning.select(rows), guidance_scale
+                )
+                velocities[step, rows] = velocity.combined()
+                if terms is not None:
+                    terms[step, rows] = velocity.guidance_term
+                if keep_hidden:
+                    if hidden is None:
+                        hidden = tokens[0].new_empty(steps, batch, *tokens[0].shape[1:])
+                    hidden[step, rows] = tokens[0]
+                    tokens.clear()
+            latents[step + 1], log_probs[step] = ops.sde_step(
+                latents[step],
+                velocities[step],
+                coefficients.table,
+                step,
+                seed=seed,
+                sample_index=sample_index,
+                epoch=epoch,
             )
-            velocities[step, rows] = velocity.combined()
-            if terms is not None:
-                terms[step, rows] = velocity.guidance_term
-        latents[step + 1], log_probs[step] = ops.sde_step(
-            latents[step],
-            velocities[step],
-            coefficients.table,
-            step,
-            seed=seed,
-            sample_index=sample_index,
-            epoch=epoch,
-        )
-    return Trajectory(latents, velocities, log_probs, coefficients, conditioning, guidance_scale, terms)
+    return Trajectory(latents, velocities, log_probs, coefficients, conditioning, guidance_scale, terms, hidden)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ class Trajectory:
         conditioning: the prompts of the B rows.
         guidance_scale: of `velocities`.
         guidance_terms: [T, B, ...] float32, `velocities` minus the conditional ones; None if they were not kept.
+        hidden: [T, B, N, D] the network's last hidden tokens at each state, in its dtype; None if they were not kept.
     """
 
     latents: Tensor
@@ -31,6 +32,7 @@ class Trajectory:
     conditioning: Conditioning
     guidance_scale: float
     guidance_terms: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
