@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,27 @@ def test_the_command_makes_a_head_that_helps(made: tuple[Path, str]) -> None:
     assert [int(state) for state, _, _ in rows] == [0, 1]
     assert all(float(share) > 0.2 for _, _, share in rows), shown
     assert load_head(path).config.paths == ((1,), (), ())
+
+
+def test_fidelity_measures_the_head_beside_its_plan(
+    made: tuple[Path, str], train: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from densegrpo_fast.fidelity.__main__ import main as fidelity
+
+    own = ["--plans", "nodes:1", "--head", str(made[0]), "--groups", "2", "--group-size", "4"]
+    common = [f"--model.path={train.model}", "--sampler.num_steps=3", "--lookahead.plan=exact", "--lora.rank=2"]
+    common += ["--reward.terms={jpeg_incompressibility: 1.0}", "--objective.trained_steps=1"]
+    out = tmp_path / "fidelity.json"
+    assert fidelity([*own, "--json", str(out), *common]) == 0
+    plans_found = json.loads(out.read_text())["plans"]
+    plain, helped = plans_found["nodes{1}/full/preview"], plans_found["nodes{1}+head/full/preview"]
+    assert plain["forwards"] == helped["forwards"]
+    # states 0 and 1 go through the head
+    assert helped["iteration_flops_ratio"] > plain["iteration_flops_ratio"]
+    assert helped["spearman_rewards"] != plain["spearman_rewards"]
+    with pytest.raises(SystemExit):
+        fidelity(["--plans", "exact", *own[2:], *common])
+    assert "--head" in capsys.readouterr().err
 
 
 def test_training_takes_the_head(made: tuple[Path, str], train: object, tmp_path: Path) -> None:

@@ -30,6 +30,27 @@ class Unit:
     full_decode: float = 1e7
     preview_decode: float = 1e9
     reward: float = 1e11
+    head: float = 1e14
+
+
+class HeadOfEarlyStates:
+    """A completion head that applies to states 0 and 1 alone."""
+
+    def applies(self, state: int) -> bool:
+        return state < 2
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        raise AssertionError("costs are counted without running anything")
+
+
+def test_a_head_costs_a_row_for_each_state_that_it_corrects() -> None:
+    shape = {"trained_steps": 9, "guided": False, "kl": False}
+    plain = dense_iteration(plans.one_step(10), **shape)
+    helped = dense_iteration(plans.one_step(10), **shape, head=HeadOfEarlyStates())
+    assert helped.flops(Unit()) - plain.flops(Unit()) == 2e14
+    # state 0 shares the completion of state 1, which alone is computed
+    noisy = (False, *(True,) * 9)
+    assert dense_iteration(plans.one_step(10), **shape, noisy=noisy, head=HeadOfEarlyStates()).corrections == 1
 
 
 @pytest.mark.parametrize(

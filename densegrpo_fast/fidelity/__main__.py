@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 MakePlan = Callable[[int], Plan]
 """From the number of steps to a plan."""
 
-_EXCLUDED = {"cost": ("analytic", "search", "config", "adapter", "plot"), "analytic": ("config", "adapter")}
+_EXCLUDED = {
+    "cost": ("analytic", "search", "config", "adapter", "head", "plot"),
+    "analytic": ("config", "adapter", "head"),
+}
 _DEFAULT_PLANS = ("exact_but_last", "n_step:2", "one_step")
 
 
@@ -148,7 +152,7 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
     else:
         for make in make_plans:
             _made(make, config.sampler.num_steps)
-        subject = pipeline_subject(config, options.adapter, options.groups)
+        subject = pipeline_subject(config, options.adapter, options.groups, options.head)
         guidances = options.guidance or [config.lookahead.guidance]
         decoders = options.decoder or [config.lookahead.decoder]
     if not set(decoders) <= set(subject.decoders):
@@ -164,6 +168,10 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
         for guidance in (guidances if plan.evaluations else guidances[:1])
         for decoder in decoders
     ]
+    if subject.head is not None:
+        wanted += [replace(variant, head=True) for variant in wanted if variant.plan.paths == subject.head.config.paths]
+        if not wanted[-1].head:
+            raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)
     if "preview" in decoders:
         ceiling = Variant(make_plan("exact", subject.coefficients.num_steps), "full", "preview")
         wanted = [ceiling, *wanted]
@@ -301,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", help="preset or configuration file; default: embedded_dense")
     add("--adapter", type=Path, metavar="DIR", help="a run's adapter directory; default: the model as it comes")
+    add("--head", type=Path, metavar="FILE", help="completion head to measure too, on the plan it was made for")
     add("--analytic", action="store_true", help="a Gaussian-mixture flow with exact velocities instead of a pipeline")
     add("--cost", action="store_true", help="print costs for the embedded model, SD3.5-Medium and FLUX.1-dev, and stop")
     add(

@@ -29,16 +29,18 @@ class Variant:
         plan: where completions evaluate the model.
         guidance: of completions after their first velocity.
         decoder: of all images.
+        head: whether the subject's completion head corrects the last jumps.
     """
 
     plan: Plan
     guidance: Guidance
     decoder: Decoder
+    head: bool = False
 
     @property
     def name(self) -> str:
-        """Plan, guidance and decoder, such as "nodes{3,6}/cond_only/preview"."""
-        return f"{self.plan.name}/{self.guidance}/{self.decoder}"
+        """Plan, guidance and decoder, such as "nodes{3,6}/cond_only/preview" or "nodes{3,6}+head/full/preview"."""
+        return f"{self.plan.name}{'+head' if self.head else ''}/{self.guidance}/{self.decoder}"
 
 
 def reference(num_steps: int) -> Variant:
@@ -56,6 +58,7 @@ def cost_of(variant: Variant, subject: Subject) -> IterationCost:
         guidance=variant.guidance,
         decoder=variant.decoder,
         noisy=subject.coefficients.noisy,
+        head=subject.head if variant.head else None,
     )
 
 
@@ -108,6 +111,7 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
             epoch=0,
             guidance_scale=subject.guidance_scale,
             keep_guidance=True,
+            keep_hidden=subject.head is not None,
             # a group that is larger than the chunk is split evenly
             micro_batch=None if len(rows) <= subject.chunk else math.gcd(len(rows), subject.chunk),
         )
@@ -154,10 +158,12 @@ def measure(
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
     done = 0
     for batch in trajectories(subject, groups, group_size=group_size, seed=seed):
-        for plan, guidance in dict.fromkeys((variant.plan, variant.guidance) for variant in wanted):
-            lookahead = Lookahead(subject.model, plan, guidance=guidance, chunk=subject.chunk)
+        for way in dict.fromkeys((variant.plan, variant.guidance, variant.head) for variant in wanted):
+            plan, guidance, with_head = way
+            head = subject.head if with_head else None
+            lookahead = Lookahead(subject.model, plan, guidance=guidance, chunk=subject.chunk, head=head)
             clean = lookahead.complete(batch.trajectory)
-            for variant in (v for v in wanted if (v.plan, v.guidance) == (plan, guidance)):
+            for variant in (v for v in wanted if (v.plan, v.guidance, v.head) == way):
                 images = lookahead.images(clean, subject.coefficients.noisy, variant.decoder)
                 parts[variant].append(score(subject, batch, images))
         done += len(batch.rows) // group_size

@@ -52,6 +52,7 @@ def plan_record(variant: Variant, agreement: Agreement, subject: Subject) -> dic
         "plan": variant.plan.name,
         "guidance": variant.guidance,
         "decoder": variant.decoder,
+        "head": variant.head,
         "nfe_guided": cost.lookahead.guided,
         "nfe_unguided": cost.lookahead.unguided,
         "forwards": cost.lookahead.forwards,

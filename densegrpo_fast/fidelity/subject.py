@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from densegrpo_fast.sampling.cost import UnitFlops
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
+    from densegrpo_fast.models.completion_head import CompletionHead
 
 _STEPS, _GUIDANCE, _NOISE = 10, 4.5, 0.7
 _COMPONENTS, _ALLOWED, _SHAPE = 48, 12, (3, 4, 4)
@@ -40,6 +41,7 @@ class Subject:
         trained_steps: steps that a training iteration replays.
         kl: whether its loss has a KL term.
         flops: of each part of the model; None where that means nothing.
+        head: for the variants with one, or None.
         settings: what a reader must know to repeat the measurement; plain JSON data.
     """
 
@@ -54,6 +56,7 @@ class Subject:
     kl: bool
     flops: UnitFlops | None
     settings: dict[str, Any]
+    head: CompletionHead | None = None
 
     @property
     def guided(self) -> bool:
@@ -61,18 +64,19 @@ class Subject:
         return self.guidance_scale != 1.0
 
 
-def pipeline_subject(config: Config, adapter: Path | None, groups: int) -> Subject:
+def pipeline_subject(config: Config, adapter: Path | None, groups: int, head: Path | None = None) -> Subject:
     """The model, sampler, held-out prompts and reward of a configuration.
 
     Args:
         config: a run's; its batch sizes are not used.
         adapter: directory with `pytorch_lora_weights.safetensors`, or None for the model as it comes.
         groups: how many held-out prompts to use.
+        head: file of a completion head, or None.
 
     Raises:
         UserError: something cannot be loaded, or there are too few prompts.
     """
-    from densegrpo_fast.models.flops import architecture_of, clip_h_image, count
+    from densegrpo_fast.models.flops import architecture_of, clip_h_image, completion_head, count
     from densegrpo_fast.models.load import load_sd3, resolve_dtype
     from densegrpo_fast.runtime import build
 
@@ -91,7 +95,8 @@ def pipeline_subject(config: Config, adapter: Path | None, groups: int) -> Subje
     if adapter is not None:
         _load_adapter(model.pipeline, adapter)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
-    lora = config.lora
+    lora, corrector = config.lora, None if head is None else build.read_head(head, model)
+    unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
     return Subject(
         model=model,
         coefficients=build.build_coefficients(config, model),
@@ -102,12 +107,14 @@ def pipeline_subject(config: Config, adapter: Path | None, groups: int) -> Subje
         chunk=config.lookahead.chunk,
         trained_steps=len(build.trained_steps(config, 0)),
         kl=config.objective.kl_coef > 0,
-        flops=count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored),
+        flops=unit if corrector is None else replace(unit, head=completion_head(corrector.config)),
+        head=corrector,
         settings={
             "subject": config.preset,
             # the directory of this machine is nobody else's business
             "model": Path(options.path).name if Path(options.path).is_dir() else options.path,
             "adapter": None if adapter is None else adapter.name,
+            "head": None if head is None else head.name,
             "sampler": config.sampler.model_dump(mode="json", exclude={"group_size", "micro_batch", "shared_noise"}),
             "reward": config.reward.terms,
         },

@@ -101,15 +101,30 @@ def build_head(path: Path, plan: Plan, model: FlowModel) -> CompletionHead:
     Raises:
         UserError: (usage) it cannot be read, or was made for another plan or model.
     """
+    head = read_head(path, model)
+    if head.config.paths != plan.paths:
+        raise UserError(
+            f"lookahead.head: {path} was made for another plan than {plan.name}; "
+            "make one with python -m densegrpo_fast.completion",
+            ExitCode.USAGE,
+        )
+    return head
+
+
+def read_head(path: Path, model: FlowModel) -> CompletionHead:
+    """A completion head from its file, on the model's device.
+
+    Raises:
+        UserError: (usage) it cannot be read, or was made for a model of another shape.
+    """
     try:
         head = load_head(path)
     except ValueError as error:
-        raise UserError(f"lookahead.head: {error}", ExitCode.USAGE) from None
-    made = head.config
-    if made.paths != plan.paths or made.latent_shape != model.latent_shape:
+        raise UserError(f"completion head: {error}", ExitCode.USAGE) from None
+    made, own = (head.config.latent_shape, head.config.hidden), (model.latent_shape, model.network.inner_dim)
+    if made != own:
         raise UserError(
-            f"lookahead.head: {path} was made for another plan or latent size than {plan.name} and "
-            f"{list(model.latent_shape)}; make one with python -m densegrpo_fast.completion",
+            f"completion head: {path} was made for latents and hidden width {made}, this model has {own}",
             ExitCode.USAGE,
         )
     return head.to(model.device)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from densegrpo_fast.models.base import Decoder
+from densegrpo_fast.models.base import Decoder, Head
 from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.plan import Plan
 
@@ -45,6 +45,10 @@ class UnitFlops(Protocol):
     @property
     def reward(self) -> float:
         """One image through the reward model."""
+
+    @property
+    def head(self) -> float:
+        """One row through the completion head; NaN without one."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class IterationCost:
         full_decodes: images through the pipeline's autoencoder.
         preview_decodes: images through the preview decoder.
         rewards: images scored.
+        corrections: rows through the completion head.
     """
 
     rollout: Evaluations
@@ -96,6 +101,7 @@ class IterationCost:
     full_decodes: int
     preview_decodes: int
     rewards: int
+    corrections: int
 
     @property
     def backwards(self) -> int:
@@ -115,6 +121,8 @@ class IterationCost:
             total += self.full_decodes * unit.full_decode
         if self.preview_decodes:
             total += self.preview_decodes * unit.preview_decode
+        if self.corrections:
+            total += self.corrections * unit.head
         return total
 
 
@@ -154,6 +162,7 @@ def sparse_iteration(num_steps: int, *, trained_steps: int, guided: bool, kl: bo
         full_decodes=1,
         preview_decodes=0,
         rewards=1,
+        corrections=0,
     )
 
 
@@ -166,6 +175,7 @@ def dense_iteration(
     guidance: Guidance = "full",
     decoder: Decoder = "full",
     noisy: tuple[bool, ...] | None = None,
+    head: Head | None = None,
 ) -> IterationCost:
     """Cost of an iteration with a reward per state (DenseGRPO): the lookahead, and T+1 decodes and rewards.
 
@@ -177,17 +187,20 @@ def dense_iteration(
         trained_steps, guided, kl: as in `sparse_iteration`.
         guidance, noisy: as in `lookahead_evaluations`.
         decoder: of the images.
+        head: corrects the last jumps of the states that it applies to.
 
     Raises:
         ValueError: `trained_steps` or `noisy` does not fit the plan's number of steps.
     """
-    decodes = len(set(_owners(plan.num_steps, noisy)))
+    owners = set(_owners(plan.num_steps, noisy))
+    completed = owners - {plan.num_steps}
     return IterationCost(
         **_policy_path(plan.num_steps, trained_steps, guided, kl),
         lookahead=lookahead_evaluations(plan, guided=guided, guidance=guidance, noisy=noisy),
-        full_decodes=decodes if decoder == "full" else 0,
-        preview_decodes=decodes if decoder == "preview" else 0,
+        full_decodes=len(owners) if decoder == "full" else 0,
+        preview_decodes=len(owners) if decoder == "preview" else 0,
         rewards=plan.num_steps + 1,
+        corrections=0 if head is None else sum(head.applies(state) for state in completed),
     )
 
 
