@@ -111,6 +111,7 @@ def stock_cost(num_steps: int, *, trained_steps: int, guided: bool, kl: bool, de
         full_decodes=num_steps + 1,
         preview_decodes=0,
         rewards=num_steps + 2,
+        corrections=0,
     )
 
 

@@ -99,7 +99,14 @@ class LookaheadOptions(Section):
         description="completion head for this plan (a file of densegrpo_fast.completion); null = plain last jumps"
     )
     decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
-    chunk: PositiveInt = Field(description="rows per decode")
+    chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode")
+    guard_every: int = Field(
+        ge=0,
+        description="iterations between exact re-scorings of one prompt's trajectories, logged as guard/*; 0 = never",
+    )
+    guard_alarm: float = Field(
+        ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which a warning is logged"
+    )
 
     @model_validator(mode="after")
     def _plan_and_its_arguments(self) -> LookaheadOptions:

@@ -41,6 +41,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     """
     from densegrpo_fast.runtime import build
     from densegrpo_fast.runtime.experience import Judge, sample
+    from densegrpo_fast.runtime.guard import DriftGuard
     from densegrpo_fast.runtime.learner import Learner
     from densegrpo_fast.runtime.metrics import MetricsLog, PhaseTimer, Progress
     from densegrpo_fast.runtime.records import RunRecords, iteration_record
@@ -53,6 +54,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         model = build.build_model(config, build.default_device())
         learner = Learner(model, build.learner_options(config))
         judge = Judge(config, model, reward, build.build_lookahead(config, model))
+        guard = DriftGuard(config, model, reward)
         coefficients, forwards = (
             build.build_coefficients(config, model),
             model.forwards(config.sampler.guidance_scale),
@@ -74,12 +76,16 @@ def train(config: Config, resume: bool = False) -> ExitCode:
                     with timer("rollout"):
                         trajectory = sample(config, model, rows, coefficients, iteration)
                     outcome = judge.judge(trajectory, rows, metadata, timer)
+                    guarded = {}
+                    if guard.due(iteration):
+                        with timer("guard"):
+                            guarded = guard.check(trajectory, rows, metadata, outcome, iteration)
                     with timer("update"):
                         advantages = outcome.advantages.values.flatten(0, 1).to(model.device)
                         update = learner.update(trajectory, advantages, build.trained_steps(config, iteration))
 
                     done = iteration + 1
-                    record = iteration_record(done, trajectory, outcome, update, forwards, timer.seconds())
+                    record = iteration_record(done, trajectory, outcome, update, forwards, timer.seconds()) | guarded
                     if records.due(config.evaluation.every, done):
                         with learner.averaged():
                             evaluation = held_out.evaluate(model, observed)

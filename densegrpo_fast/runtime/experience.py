@@ -29,17 +29,22 @@ class Outcome:
 
     Attributes:
         rewards: [P, G] float32 of the final images; NaN = missing.
-        gains: [P, G, T] float32, the reward gain of each step; None with sparse credit.
+        lookahead_rewards: [P, G, T+1] float32, of every state's completion; None with sparse credit.
         advantages: [P, G, T].
         scores: of every image that was scored, for the metrics.
         forwards: network forwards per trajectory that the lookahead took (NFE).
     """
 
     rewards: Tensor
-    gains: Tensor | None
+    lookahead_rewards: Tensor | None
     advantages: Advantages
     scores: Scores
     forwards: int
+
+    @property
+    def gains(self) -> Tensor | None:
+        """[P, G, T] the reward gain of each step; None with sparse credit."""
+        return None if self.lookahead_rewards is None else reward_gains(self.lookahead_rewards)
 
 
 def sample(
@@ -125,7 +130,7 @@ class Judge:
         advantages = dense_advantages(rewards, normalize=credit.normalize, **_spread(credit))
         scale = lookahead.guidance_scale(trajectory.guidance_scale)
         forwards = lookahead.evaluations(noisy) * self.model.forwards(scale)
-        return Outcome(rewards[..., -1], reward_gains(rewards), advantages, scores, forwards)
+        return Outcome(rewards[..., -1], rewards, advantages, scores, forwards)
 
     def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         scores = score(self.reward, images, prompts, metadata)

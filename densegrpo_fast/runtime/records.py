@@ -26,7 +26,7 @@ from densegrpo_fast.runtime.metrics import MetricsLog, read_metrics
 from densegrpo_fast.runtime.report import write_report
 from densegrpo_fast.sampling.trajectory import Trajectory
 
-PHASES = ("rollout", "lookahead", "reward", "update")
+PHASES = ("rollout", "lookahead", "reward", "guard", "update")
 _GRID = 24
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -33,6 +33,18 @@ class Trajectory:
     guidance_scale: float
     guidance_terms: Tensor | None = None
     hidden: Tensor | None = None
+
+    def select(self, rows: slice) -> Trajectory:
+        """The trajectories of some rows; tensors are shared, not copied."""
+        return replace(
+            self,
+            latents=self.latents[:, rows],
+            velocities=self.velocities[:, rows],
+            log_probs=self.log_probs[:, rows],
+            conditioning=self.conditioning.select(rows),
+            guidance_terms=None if self.guidance_terms is None else self.guidance_terms[:, rows],
+            hidden=None if self.hidden is None else self.hidden[:, rows],
+        )
 
     @property
     def num_steps(self) -> int:

@@ -1,0 +1,54 @@
+"""The drift guard in whole runs: silent when there is nothing to say, loud when the lookahead drifts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from densegrpo_fast.runtime.metrics import read_metrics
+
+Train = Callable[..., int]
+GROUPS = {"sampler.group_size": 6, "sampler.micro_batch": 6, "run.iterations": 3, "evaluation.every": 0}
+KEYS = {"guard/spearman_rewards", "guard/spearman_gains", "guard/sign_agreement"}
+
+
+def test_the_exact_lookahead_agrees_with_itself(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"lookahead.plan": "exact", "lookahead.decoder": "full", "lookahead.guard_every": 2}
+    with caplog.at_level(logging.WARNING):
+        assert train(tmp_path / "run", **GROUPS, **options) == 0
+    first, second, third = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert KEYS <= first.keys() and not KEYS & second.keys() and KEYS <= third.keys()
+    assert all(record[key] == pytest.approx(1.0) for record in (first, third) for key in KEYS)
+    assert first["time/guard"] > 0 and second["time/guard"] == 0
+    assert "agree with exact ones" not in caplog.text
+
+
+def test_a_lookahead_below_the_alarm_is_named(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"lookahead.plan": "one_step", "lookahead.guard_every": 1, "lookahead.guard_alarm": 1.0}
+    with caplog.at_level(logging.WARNING):
+        assert train(tmp_path / "run", **GROUPS, **options) == 0
+    gains = [record["guard/spearman_gains"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    drifted = [number for number, value in enumerate(gains, 1) if value < 1]
+    assert drifted
+    for number in drifted:
+        assert f"iteration {number}: gains of" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"lookahead.guard_every": 0}, {"credit.method": "sparse"}])
+def test_no_guard_where_there_is_nothing_to_guard(train: Train, tmp_path: Path, options: dict[str, object]) -> None:
+    assert train(tmp_path / "run", **{**GROUPS, "run.iterations": 1}, **options) == 0
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert not KEYS & record.keys()
+
+
+def test_watching_does_not_touch(train: Train, tmp_path: Path) -> None:
+    for every in (0, 1):
+        assert train(tmp_path / str(every), **GROUPS, **{"lookahead.guard_every": every}) == 0
+    watched, alone = (read_metrics(tmp_path / str(every) / "metrics.jsonl") for every in (1, 0))
+    for one, other in zip(watched, alone, strict=True):
+        assert {k: v for k, v in one.items() if k not in KEYS and not k.startswith("time/")} == {
+            k: v for k, v in other.items() if not k.startswith("time/")
+        }
