@@ -104,6 +104,7 @@ def test_metrics(whole_run: Path) -> None:
         "time/rollout",
         "time/lookahead",
         "time/reward",
+        "time/guard",
         "time/update",
     }
     for line in lines:
