@@ -42,6 +42,7 @@ class Protocol:
         group_size: G.
         plan: of dense_fast, as "nodes:4,7", "n_step:2" or a plan's name.
         guidance, decoder: of dense_fast's lookahead.
+        head: file of its completion head, or "" for none.
         overrides: further options of all variants, as `key=value`, such as a micro-batch that fits the memory.
     """
 
@@ -51,6 +52,7 @@ class Protocol:
     plan: str = "nodes:4,7"
     guidance: str = "cond_only"
     decoder: str = "preview"
+    head: str = ""
     overrides: tuple[str, ...] = ()
 
     def config(self, name: str, *, kl: bool) -> Config:
@@ -60,7 +62,11 @@ class Protocol:
             UserError: an option is wrong, or differs from what the protocol pins.
         """
         if name == DENSE_FAST:
-            lookahead = _plan(self.plan) | {"lookahead.guidance": self.guidance, "lookahead.decoder": self.decoder}
+            lookahead = _plan(self.plan) | {
+                "lookahead.guidance": self.guidance,
+                "lookahead.decoder": self.decoder,
+                "lookahead.head": self.head or "null",
+            }
         else:
             lookahead = _plan("exact") | {"lookahead.guidance": "full", "lookahead.decoder": "full"}
         dense = name in (DENSE_FAST, DENSE_EXACT, STOCK_DENSE)
@@ -125,6 +131,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--guidance", choices=("full", "cond_only", "reuse"), default=default.guidance, help="of dense_fast's lookahead"
     )
     add("--decoder", choices=("preview", "full"), default=default.decoder, help="of dense_fast's lookahead")
+    add("--head", default=default.head, metavar="FILE", help="completion head of dense_fast's lookahead")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further options of all variants")
     add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: 5")
     add("--warmup", type=int, default=1, choices=range(1001), metavar="N", help="rounds before them; default: 1")
@@ -140,8 +147,8 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
     """
     if options.model == SD35_RANDOM and not torch.cuda.is_available():
         raise UserError(f"--model {SD35_RANDOM} needs a CUDA device", ExitCode.ENVIRONMENT)
-    chosen = (options.model, options.prompts, options.group_size, options.plan, options.guidance, options.decoder)
-    return Protocol(*chosen, tuple(options.override))
+    names = ("model", "prompts", "group_size", "plan", "guidance", "decoder", "head")
+    return Protocol(**{name: getattr(options, name) for name in names}, overrides=tuple(options.override))
 
 
 def default_output(stem: str) -> Path:

@@ -74,7 +74,8 @@ def ways(protocol: Protocol) -> dict[str, Way]:
     exact, fast = (protocol.config(name, kl=True) for name in (DENSE_EXACT, DENSE_FAST))
     model = load(exact, build.default_device())
     rows, _ = build.build_prompts(exact).rows(0, exact.sampler.group_size)
-    trajectory = sample(exact, model, rows, build.build_coefficients(exact, model), iteration=0)
+    # what the fast lookahead needs is kept
+    trajectory = sample(fast, model, rows, build.build_coefficients(fast, model), iteration=0)
     synchronize = build.synchronizer(model.device)
 
     def ours(lookahead: Lookahead | None) -> Way:
