@@ -1,9 +1,10 @@
-"""Build: package list, mapping of kernels/, compiled CPU library. Metadata is in pyproject.toml."""
+"""Build: package list, mapping of kernels/, compiled CPU and CUDA libraries. Metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,17 +13,30 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
-NATIVE = "densegrpo_fast._native"
+NATIVE, CUDA = "densegrpo_fast._native", "densegrpo_fast._native_cuda"
+
+# No contraction and no -march: every machine and every variant computes the same bits.
+CPU_FLAGS = [
+    *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-uninitialized"),
+]
+# The last one is for GPUs to come; it is compiled for them when first used. -v reports registers and spills.
+CUDA_FLAGS = [
+    *("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"),
+    *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"),
+    *("-gencode", "arch=compute_90,code=compute_90"),
+]
 
 
 class BuildNative(build_ext):
-    """Compile csrc/ into a plain shared object: no Python or torch headers, so no ABI but C."""
+    """Compile csrc/ into plain shared objects: no Python or torch headers, so no ABI but C."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Name the file after the platform alone, since it does not depend on the Python version."""
-        if not fullname.endswith("_native"):
+        *folders, stem = fullname.split(".")
+        if stem not in ("_native", "_native_cuda"):
             return super().get_ext_filename(fullname)
-        return str(Path(*fullname.split(".")[:-1], f"_native.{sys.platform}-{platform.machine()}.so"))
+        return str(Path(*folders, f"{stem}.{sys.platform}-{platform.machine()}.so"))
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """None to add: there is no Python module initialiser."""
@@ -31,11 +45,17 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile, or go on without: every op also has a PyTorch implementation."""
         try:
-            super().build_extension(ext)
+            if ext.name == CUDA:
+                output = Path(self.get_ext_fullpath(ext.name))
+                output.parent.mkdir(parents=True, exist_ok=True)
+                self.spawn([find_nvcc() or "nvcc", *CUDA_FLAGS, "-o", str(output), *ext.sources])
+            else:
+                super().build_extension(ext)
         except (CCompilerError, ExecError, PlatformError) as error:
+            library, compiler = ("CUDA", "CUDA compiler") if ext.name == CUDA else ("CPU", "C++ compiler")
             print(
-                f"note: the compiled CPU library was not built ({error}); PyTorch will serve instead. "
-                "Install a C++ compiler and run pip install again to get it.",
+                f"note: the compiled {library} library was not built ({error}); PyTorch will serve instead. "
+                f"Install a {compiler} and run pip install again to get it.",
                 file=sys.stderr,
             )
 
@@ -48,25 +68,45 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler: of CUDA_HOME, else on the path; None if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    return (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
+
+
+def wants_cuda() -> bool:
+    """What DENSEGRPO_CUDA says (1 or 0); unset, whether nvcc and a PyTorch with CUDA are here."""
+    asked = os.environ.get("DENSEGRPO_CUDA", "")
+    if asked in ("0", "1"):
+        return asked == "1"
+    if find_nvcc() is None:
+        return False
+    try:
+        from torch.version import cuda
+    except ImportError:
+        return False
+    return cuda is not None
+
+
 def native_extensions() -> list[Extension]:
-    """The CPU library, unless DENSEGRPO_NO_NATIVE=1."""
+    """The CPU library, and the CUDA library where it is wanted; none if DENSEGRPO_NO_NATIVE=1."""
     if os.environ.get("DENSEGRPO_NO_NATIVE") == "1" or sys.platform == "win32":
         return []
-    return [
-        Extension(
-            NATIVE,
-            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
-            language="c++",
-            # No contraction and no -march: every machine and every clone computes the same bits.
-            extra_compile_args=[
-                *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"),
-                *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-            ],
-            extra_link_args=["-pthread"],
-            optional=True,
-        )
-    ]
+
+    def sources(*patterns: str) -> list[str]:
+        return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+
+    cpu = Extension(
+        NATIVE,
+        sources=sources("*.cpp"),
+        depends=sources("*.h"),
+        language="c++",
+        extra_compile_args=CPU_FLAGS,
+        extra_link_args=["-pthread"],
+        optional=True,
+    )
+    cuda = Extension(CUDA, sources=sources("*.cu"), depends=sources("*.h", "*.cuh"), optional=True)
+    return [cpu, cuda] if wants_cuda() else [cpu]
 
 
 setup(

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from densegrpo_fast.flow import backends, native
+from densegrpo_fast.flow import backends, native, native_cuda
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    for name in (backends.ENVIRONMENT_VARIABLE, "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -86,6 +89,52 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             backends.choose("sde_log_prob", "auto", torch.zeros(1))
     assert [record.getMessage() for record in caplog.records] == ["sde_log_prob on cpu: implementation reference"]
+
+
+def on(device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """What `choose` looks at of a tensor, for devices that are not here."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_triton_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(native_cuda, "why_not", lambda *tensors: "it was left out of this test")
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize("op", sorted(backends.OPS))
+def test_triton_serves_a_gpu(op: str) -> None:
+    assert backends.choose(op, "auto", on("cuda"), on("cuda", torch.bfloat16)) == "triton"
+    assert backends.choose(op, "auto", on("cuda"), on("cuda", torch.float64)) == "reference"
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_triton_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="'triton' cannot serve this call: it needs tensors on a CUDA device"):
+        backends.choose("sde_step", "triton", on("cpu"))
+    with pytest.raises(RuntimeError, match="it computes in float32, got torch.float64"):
+        backends.choose("sde_step", "triton", on("cuda", torch.float64))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(RuntimeError, match="it needs compute capability 8.0 or newer, got 7.5"):
+        backends.choose("sde_step", "triton", on("cuda"))
+    monkeypatch.setattr(backends, "_triton_installed", lambda: False)
+    with pytest.raises(RuntimeError, match="Triton is not installed; run pip install triton"):
+        backends.choose("sde_step", "triton", on("cuda"))
+    assert backends.choose("sde_step", "auto", on("cuda")) == "reference"
+
+
+@pytest.mark.usefixtures("with_triton", "without_library")
+def test_the_interpreter_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.choose("sde_step", "auto", on("cpu")) == "reference"
+    assert backends.choose("sde_step", "auto", on("cuda")) == "reference"
+    assert backends.choose("sde_step", "triton", on("cpu")) == "triton"
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "triton")
+    assert backends.choose("sde_step", "auto", on("cpu")) == "triton"
+    with pytest.raises(RuntimeError, match="it needs tensors on a CUDA device, got meta"):
+        backends.choose("sde_step", "triton", on("meta"))
 
 
 def test_describe_is_plain_and_complete() -> None:

@@ -113,7 +113,7 @@ def test_noise_level_zero_is_euler_bit_for_bit(family: str) -> None:
 def test_noise_level_may_vary_by_step() -> None:
     levels = [0.0, 0.5, 0.7, 0.0]
     steps = coefficients(sd3_sigmas(4), levels, "flow_sde")
-    assert steps.stochastic.tolist() == [False, True, True, False]
+    assert list(steps.noisy) == [False, True, True, False]
     assert steps.noise_level == tuple(levels)
     assert torch.equal(steps.table[1], coefficients(sd3_sigmas(4), 0.5, "flow_sde").table[1])
     assert torch.equal(steps.table[2], coefficients(sd3_sigmas(4), 0.7, "flow_sde").table[2])
@@ -153,7 +153,7 @@ def test_cps_log_prob_has_no_constants() -> None:
 
 def test_to_moves_every_tensor() -> None:
     steps = coefficients(sd3_sigmas(3), 0.7, "flow_sde").to("meta")
-    assert {steps.table.device.type, steps.sigmas.device.type, steps.stochastic.device.type} == {"meta"}
+    assert {steps.table.device.type, steps.sigmas.device.type} == {"meta"}
     assert steps.num_steps == 3
 
 

@@ -5,28 +5,73 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from densegrpo_fast.flow import native
 from densegrpo_fast.flow.ops import euler_jump
+from densegrpo_fast.flow.reference import euler_jump_ref
 from densegrpo_fast.flow.schedule import sd3_sigmas
 
 SIGMA = torch.tensor([1.0, 0.75, 0.5])
 NEXT = torch.tensor([0.5, 0.0, 0.25])
 
+needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
+IMPLEMENTATIONS = ["reference", pytest.param("cpu", marks=needs_native)]
 
-def test_rows_move_between_their_own_noise_levels() -> None:
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_move_between_their_own_noise_levels(implementation: str) -> None:
     # dt = -.5, -.75, -.25; with latents 1 and velocity 2 the rows end at 0, -.5 and .5.
-    moved = euler_jump(torch.ones(3, 2, 2), torch.full((3, 2, 2), 2.0), SIGMA, NEXT)
+    moved = euler_jump(torch.ones(3, 2, 2), torch.full((3, 2, 2), 2.0), SIGMA, NEXT, implementation=implementation)
     assert torch.equal(moved[:, 0, 0], torch.tensor([0.0, -0.5, 0.5]))
     assert torch.equal(moved, moved[:, :1, :1].expand(3, 2, 2))
 
 
-def test_it_is_the_diffusers_step_bit_for_bit() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_it_is_the_diffusers_step_bit_for_bit(implementation: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(10)
     sigmas = sd3_sigmas(10)
     latents, velocity = torch.randn(2, 3, 4, 8, 8)
     for step, timestep in enumerate(scheduler.timesteps):
         expected = scheduler.step(velocity, timestep, latents).prev_sample
-        assert torch.equal(euler_jump(latents, velocity, sigmas[step], sigmas[step + 1]), expected)
+        moved = euler_jump(latents, velocity, sigmas[step], sigmas[step + 1], implementation=implementation)
+        assert torch.equal(moved, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(1,), (5,), (1021,), (4096,), (33, 65), (4, 33, 65), (16, 32, 32)], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_compiled_jump_is_the_reference_bit_for_bit(shape: tuple[int, ...]) -> None:
+    latents, velocity = torch.randn(2, 3, *shape)
+    expected = euler_jump_ref(latents, velocity, SIGMA, NEXT)
+    for _ in range(2):
+        assert torch.equal(euler_jump(latents, velocity, SIGMA, NEXT, implementation="cpu"), expected)
+    exact = euler_jump_ref(latents.double(), velocity.double(), SIGMA, NEXT)
+    torch.testing.assert_close(expected.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@needs_native
+def test_compiled_jump_does_not_depend_on_the_number_of_threads() -> None:
+    latents, velocity = torch.randn(2, 3, 16, 64, 64)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(euler_jump(latents, velocity, SIGMA, NEXT, implementation="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_strided_states_and_half_precision_levels(implementation: str, batch: int) -> None:
+    latents, velocity = torch.randn(2, batch, 7, 5).transpose(2, 3)
+    levels = torch.rand(2, 2 * batch).half()[:, ::2]
+    moved = euler_jump(latents, velocity, *levels, implementation=implementation)
+    assert moved.is_contiguous()
+    dt = (levels[1] - levels[0]).float()[:, None, None]
+    assert torch.equal(moved, latents + dt * velocity)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -43,6 +88,17 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, v: euler_jump(x, v, SIGMA, NEXT), (latents, velocity))
 
 
+@needs_native
+def test_gradients_of_the_compiled_jump() -> None:
+    latents, velocity = torch.randn(2, 3, 40).unbind()
+    latents.requires_grad_()
+    velocity.requires_grad_()
+    upstream = torch.randn(3, 40)
+    euler_jump(latents, velocity, SIGMA, NEXT, implementation="cpu").backward(upstream)
+    assert torch.equal(latents.grad, upstream)
+    torch.testing.assert_close(velocity.grad, (NEXT - SIGMA)[:, None] * upstream, rtol=1e-6, atol=1e-6)
+
+
 def test_gradients_keep_their_dtypes() -> None:
     latents = torch.randn(3, 4, requires_grad=True)
     velocity = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
@@ -51,9 +107,22 @@ def test_gradients_keep_their_dtypes() -> None:
     assert torch.equal(velocity.grad.float(), (NEXT - SIGMA)[:, None].expand(3, 4))
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
+def test_opcheck(implementation: str) -> None:
     latents, velocity = (torch.randn(3, 2, 4, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(torch.ops.densegrpo_fast.euler_jump.default, (latents, velocity, SIGMA, NEXT, "auto"))
+    arguments = (latents, velocity, SIGMA, NEXT, implementation)
+    torch.library.opcheck(torch.ops.densegrpo_fast.euler_jump.default, arguments)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_it_is_one_node_of_a_compiled_graph(implementation: str) -> None:
+    latents, velocity = torch.randn(2, 3, 4, 5)
+
+    def run(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return euler_jump(x + 1, v, SIGMA, NEXT, implementation=implementation)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(latents, velocity), run(latents, velocity))
 
 
 def test_fake_tensors() -> None:

@@ -16,6 +16,10 @@ LEVELS = [0.7, 0.7, 0.0, 0.5, 0.7, 0.7, 0.9, 0.0, 0.7, 0.7]
 TABLE = coefficients(sd3_sigmas(10), LEVELS, "flow_sde").table
 STEPS = torch.tensor([0, 2, 8, 4])
 
+needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
+IMPLEMENTATIONS = ["reference", pytest.param("cpu", marks=needs_native)]
+SHAPES = [(1,), (3,), (5,), (1021,), (4096,), (33, 65), (4, 33, 65), (16, 32, 32)]
+
 
 def transition(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     latents, velocity, noise = torch.randn(3, 4, *shape, dtype=torch.float64)
@@ -40,13 +44,28 @@ def test_it_is_the_mean_gaussian_log_density() -> None:
     assert log_prob[1] == 0
 
 
-@pytest.mark.parametrize(
-    "implementation",
-    [
-        "reference",
-        pytest.param("cpu", marks=pytest.mark.skipif(not native.available(), reason=native.why_not())),
-    ],
-)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_value_and_gradient_against_float64(implementation: str, shape: tuple[int, ...]) -> None:
+    latents, velocity, next_latents = transition(*shape)
+    upstream = torch.tensor([0.3, -1.0, 2.0, 0.5])
+    leaf, double_leaf = velocity.clone().requires_grad_(), velocity.double().requires_grad_()
+    log_prob = sde_log_prob(latents, leaf, next_latents, TABLE, STEPS, implementation=implementation)
+    expected = sde_log_prob_ref(latents.double(), double_leaf, next_latents.double(), TABLE, STEPS)
+    (gradient,) = torch.autograd.grad(log_prob, leaf, upstream)
+    (expected_gradient,) = torch.autograd.grad(expected, double_leaf, upstream.double())
+    # A residual is known to about one rounding of the state, 2e-7, and counts in units of C, here at least .02.
+    tolerance = 1e-6 if math.prod(shape) > 1000 else 5e-4
+    torch.testing.assert_close(log_prob.double(), expected, rtol=tolerance, atol=tolerance)
+    slope = expected_gradient.flatten(1).abs().amax(1).reshape(-1, *[1] * len(shape))
+    assert ((gradient - expected_gradient).abs() <= 1e-4 * slope).all()
+    assert gradient.shape == velocity.shape
+    assert log_prob[1] == 0
+    assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rescoring_a_rollout_gives_ratio_one(implementation: str) -> None:
     latents, velocity = torch.randn(2, 6, 16, 32, 32)
     steps = torch.tensor([0, 1, 4, 6, 8, 9])
@@ -60,8 +79,10 @@ def test_rescoring_a_rollout_gives_ratio_one(implementation: str) -> None:
         epoch=0,
         implementation=implementation,
     )
-    log_prob = sde_log_prob(latents, velocity, next_latents, TABLE, steps)
+    log_prob = sde_log_prob(latents, velocity, next_latents, TABLE, steps, implementation=implementation)
     assert ((log_prob - old_log_prob).exp() - 1).abs().max() <= 1e-6
+    if implementation == "cpu":
+        assert torch.equal(log_prob, old_log_prob)
 
 
 def test_gradient_equals_autograd_through_the_reference() -> None:
@@ -110,29 +131,84 @@ def test_half_precision_velocity(dtype: torch.dtype) -> None:
     torch.testing.assert_close(velocity.grad.double(), leaf.grad, rtol=tolerance, atol=1e-7)
 
 
-def test_strided_velocity() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_strided_velocity(implementation: str) -> None:
     latents, velocity, next_latents = (tensor.transpose(1, 2) for tensor in transition(6, 5))
     strided = velocity.detach().requires_grad_()
     packed = velocity.contiguous().requires_grad_()
     for leaf in (strided, packed):
-        sde_log_prob(latents, leaf, next_latents, TABLE, STEPS).sum().backward()
+        sde_log_prob(latents, leaf, next_latents, TABLE, STEPS, implementation=implementation).sum().backward()
     torch.testing.assert_close(strided.grad, packed.grad)
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_opcheck(implementation: str) -> None:
     latents, velocity, next_latents = transition(3, 4)
     velocity.requires_grad_()
-    arguments = (latents, velocity, next_latents, TABLE, STEPS, "reference")
+    arguments = (latents, velocity, next_latents, TABLE, STEPS, implementation)
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_log_prob.default, arguments)
-    backward = (torch.ones(4), latents, velocity.detach(), next_latents, TABLE, STEPS, "reference")
+    backward = (torch.ones(4), latents, velocity.detach(), next_latents, TABLE, STEPS, implementation)
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_log_prob_backward.default, backward)
 
 
-def test_two_runs_are_bit_equal() -> None:
-    inputs = transition(16, 32, 32)
-    first = sde_log_prob(*inputs, TABLE, STEPS)
-    assert torch.equal(first, sde_log_prob(*inputs, TABLE, STEPS))
-    assert all(math.isfinite(value) for value in first.tolist())
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_two_runs_are_bit_equal(implementation: str) -> None:
+    latents, velocity, next_latents = transition(16, 32, 32)
+    runs = []
+    for _ in range(2):
+        leaf = velocity.clone().requires_grad_()
+        log_prob = sde_log_prob(latents, leaf, next_latents, TABLE, STEPS, implementation=implementation)
+        log_prob.sum().backward()
+        runs.append((log_prob, leaf.grad))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert all(math.isfinite(value) for value in runs[0][0].tolist())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_a_row_does_not_depend_on_its_batch(implementation: str, batch: int) -> None:
+    latents, velocity, next_latents = torch.randn(3, batch, 4, 17, 5)
+    steps = torch.arange(batch) % len(TABLE)
+    whole = sde_log_prob(latents, velocity, next_latents, TABLE, steps, implementation=implementation)
+    last = [tensor[-1:] for tensor in (latents, velocity, next_latents)]
+    alone = sde_log_prob(*last, TABLE, steps[-1:], implementation=implementation)
+    if implementation == "cpu":
+        assert torch.equal(alone, whole[-1:])
+    torch.testing.assert_close(alone, whole[-1:], rtol=1e-6, atol=1e-6)
+
+
+@needs_native
+def test_compiled_gradient_does_not_depend_on_the_number_of_threads() -> None:
+    latents, velocity, next_latents = transition(16, 64, 64)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            leaf = velocity.clone().requires_grad_()
+            log_prob = sde_log_prob(latents, leaf, next_latents, TABLE, STEPS, implementation="cpu")
+            log_prob.sum().backward()
+            results.append((log_prob, leaf.grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_it_is_one_node_of_a_compiled_graph(implementation: str) -> None:
+    latents, velocity, next_latents = transition(3, 7)
+
+    def run(v: Tensor) -> Tensor:
+        return sde_log_prob(latents, 2 * v, next_latents, TABLE, STEPS, implementation=implementation)
+
+    gradients = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaf = velocity.clone().requires_grad_()
+        function(leaf).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 def test_bad_arguments_are_named() -> None:
@@ -141,5 +217,10 @@ def test_bad_arguments_are_named() -> None:
         sde_log_prob(latents, velocity, next_latents[:, :2], TABLE, STEPS)
     with pytest.raises(ValueError, match="sde_log_prob: step_index must have shape"):
         sde_log_prob(latents, velocity, next_latents, TABLE, STEPS[:2])
-    with pytest.raises(RuntimeError, match="sde_log_prob: implementation 'cpu' cannot serve this call"):
-        sde_log_prob(latents, velocity, next_latents, TABLE, STEPS, implementation="cpu")
+    with pytest.raises(
+        RuntimeError, match="sde_log_prob: implementation 'cpu' cannot serve this call: it needs float32"
+    ):
+        sde_log_prob(latents, velocity.half(), next_latents, TABLE, STEPS, implementation="cpu")
+    for implementation in ("reference", *(["cpu"] if native.available() else [])):
+        with pytest.raises(IndexError, match="out of range"):
+            sde_log_prob(latents, velocity, next_latents, TABLE, STEPS + 2, implementation=implementation)

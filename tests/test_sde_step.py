@@ -42,7 +42,7 @@ def step(latents: Tensor, velocity: Tensor, implementation: str = "reference", *
 
 
 @needs_native
-@pytest.mark.parametrize("shape", [(1,), (3,), (5,), (1021,), (4096,), (4, 33, 65), (16, 32, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3,), (5,), (1021,), (4096,), (33, 65), (4, 33, 65), (16, 32, 32)], ids=str)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_compiled_step_equals_the_reference(shape: tuple[int, ...]) -> None:
     latents, velocity = states(*shape)
@@ -61,7 +61,7 @@ def test_compiled_step_does_not_depend_on_the_number_of_threads() -> None:
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 3, 7):
+        for count in (1, 1, 2, 3, 7):
             torch.set_num_threads(count)
             results.append(step(latents, velocity, "cpu"))
     finally:
@@ -107,7 +107,24 @@ def test_a_row_does_not_depend_on_its_batch(implementation: str) -> None:
     for part in (order[:2], order[2:]):
         rows = step(latents[part], velocity[part], implementation, step_index=STEPS[part], sample_index=SAMPLES[part])
         assert torch.equal(rows[0], whole[0][part])
+        assert implementation != "cpu" or torch.equal(rows[1], whole[1][part])
         torch.testing.assert_close(rows[1], whole[1][part], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("batch", [1, 64])
+def test_batches_of_any_size(implementation: str, batch: int) -> None:
+    latents, velocity = torch.randn(2, batch, 4, 9, 7)
+    steps, samples = torch.arange(batch) % len(TABLE), 1000 + torch.arange(batch)
+    options = {"step_index": steps, "sample_index": samples}
+    next_latents, log_prob = step(latents, velocity, implementation, **options)
+    again = step(latents, velocity, implementation, **options)
+    assert torch.equal(next_latents, again[0])
+    assert torch.equal(log_prob, again[1])
+    noise = gaussian((4, 9, 7), seed=1234, sample_index=samples, step=steps, stream=Stream.STEP, epoch=6)
+    expected, _ = sde_step_ref(latents.double(), velocity.double(), TABLE, steps, noise.double())
+    torch.testing.assert_close(next_latents.double(), expected, rtol=1e-6, atol=1e-6)
+    assert (log_prob == 0).nonzero().flatten().tolist() == [i for i in range(batch) if i % 10 in (2, 7)]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -202,6 +219,19 @@ def test_opcheck(implementation: str) -> None:
     seed, epoch = torch.tensor([5]), torch.tensor([2])
     arguments = (latents, velocity, TABLE, STEPS, seed, SAMPLES, epoch, int(Stream.STEP), implementation)
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_step.default, arguments)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_it_is_one_node_of_a_compiled_graph(implementation: str) -> None:
+    latents, velocity = states(3, 7)
+    seed, epoch = torch.tensor([5]), torch.tensor([2])
+
+    def run(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return step(2 * x, v, implementation, seed=seed, epoch=epoch)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for result, expected in zip(compiled(latents, velocity), run(latents, velocity), strict=True):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize(

@@ -2,38 +2,46 @@
 
     reference  plain PyTorch, any device, any floating dtype
     cpu        compiled C++ (csrc/), float32 on the CPU
-    triton     kernels/, on a CUDA device
+    triton     kernels/, on a CUDA device; in Triton's interpreter (TRITON_INTERPRET=1) also on the CPU, if named
     cuda       compiled CUDA (csrc/), on a CUDA device
 
 The choice is the op's `implementation` argument; when that is "auto", the environment variable
-DENSEGRPO_IMPLEMENTATION; when that is "auto" or unset, the fastest that can serve the call. A named
-implementation that cannot serve the call is an error, never a silent substitute.
+DENSEGRPO_IMPLEMENTATION; when that is "auto" or unset, the fastest that can serve the call; never the
+interpreter, which is for tests. A named implementation that cannot serve the call is an error, never a silent
+substitute.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.flow import native
+from densegrpo_fast.flow import native, native_cuda
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 
 OPS: dict[str, tuple[str, ...]] = {
-    "sde_step": ("cpu", "reference"),
-    "sde_log_prob": ("reference",),
-    "euler_jump": ("reference",),
-    "grpo_loss": ("reference",),
+    "sde_step": ("triton", "cuda", "cpu", "reference"),
+    "sde_log_prob": ("triton", "cuda", "cpu", "reference"),
+    "euler_jump": ("triton", "cpu", "reference"),
+    "grpo_loss": ("triton", "reference"),
+    "guided_sde_step": ("triton", "cpu", "reference"),
+    "guided_sde_log_prob": ("triton", "cpu", "reference"),
 }
 """Implementations that exist for an op, fastest first."""
 
 ENVIRONMENT_VARIABLE = "DENSEGRPO_IMPLEMENTATION"
+
+MINIMUM_CAPABILITY = (8, 0)
+"""Oldest CUDA compute capability that the Triton kernels are compiled and checked for."""
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +80,8 @@ def choose(op: str, implementation: str, *tensors: Tensor) -> str:
         implementation = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         check_name(implementation, ENVIRONMENT_VARIABLE)
     if implementation == "auto":
-        chosen = next(name for name in OPS[op] if not why_not(op, name, *tensors))
+        candidates = [name for name in OPS[op] if name != "triton" or not interpreted()]
+        chosen = next(name for name in candidates if not why_not(op, name, *tensors))
         _log_choice(op, chosen, tensors[0].device.type)
         return chosen
     reason = why_not(op, implementation, *tensors)
@@ -103,7 +112,51 @@ def why_not(op: str, implementation: str, *tensors: Tensor) -> str:
             if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
                 return f"it needs float32 tensors on the CPU, got {tensor.dtype} on {tensor.device}"
         return native.why_not()
+    if implementation == "cuda":
+        return native_cuda.why_not(*tensors)
+    if implementation == "triton":
+        return _why_not_triton(tensors)
     return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU. Fixed when Triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not_triton(tensors: tuple[Tensor, ...]) -> str:
+    if not _triton_installed():
+        return "Triton is not installed; run pip install triton"
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return f"it computes in float32, got {tensor.dtype}"
+        if interpreted() and tensor.device.type in ("cpu", "cuda"):
+            continue
+        if tensor.device.type != "cuda":
+            return f"it needs tensors on a CUDA device, got {tensor.device}"
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if capability < MINIMUM_CAPABILITY:
+            needed, found = (".".join(map(str, version)) for version in (MINIMUM_CAPABILITY, capability))
+            return f"it needs compute capability {needed} or newer, got {found}"
+    if not tensors and not interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return ""
+
+
+def compiled(implementation: str, function: str) -> Callable[..., Any]:
+    """The function behind an op in a compiled implementation; kernels/ is imported on its first use.
+
+    Args:
+        implementation: "triton", "cuda" or "cpu", as `choose` named it.
+        function: op, or op_backward; the guided forms of an op are in the file of the plain one.
+
+    Returns:
+        a function with the arguments and results of the registered op, without `implementation`.
+    """
+    if implementation in ("cpu", "cuda"):
+        return getattr(native if implementation == "cpu" else native_cuda, function)
+    stem = function.removeprefix("guided_").removesuffix("_backward")
+    return getattr(import_module(f"densegrpo_fast.kernels.{stem}"), function)
 
 
 def describe() -> dict[str, Any]:
@@ -118,10 +171,15 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "native_library": native.why_not() or "available",
-        "triton": find_spec("triton") is not None,
+        "triton": _triton_installed(),
         "override": os.environ.get(ENVIRONMENT_VARIABLE, "auto"),
         "ops": {op: {name: why_not(op, name) for name in IMPLEMENTATIONS} for op in OPS},
     }
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache

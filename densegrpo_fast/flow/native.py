@@ -1,21 +1,38 @@
-"""Binding of the compiled CPU library (csrc/) through ctypes: no Python or torch ABI is involved.
+"""Binding of the compiled CPU library (csrc/*.cpp) through ctypes: no Python or torch ABI is involved.
 
 The library is optional. It is looked for beside the package when first asked for, and its absence is a fact
-to report (`why_not`), not an error.
+to report (`why_not`), not an error. All ops take and give float32 CPU tensors, work on
+`torch.get_num_threads()` threads, and compute the same bits on any number of them and in every variant.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+
+_pointer, _integer, _size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_SHAPE_AND_THREADS = (_size, _size, _integer)
+_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "densegrpo_philox4x32": (None, (_pointer,) * 3),
+    "densegrpo_box_muller": (None, (_pointer, _pointer, _size, _pointer, _pointer)),
+    "densegrpo_variant_name": (ctypes.c_char_p, (_integer,)),
+    "densegrpo_variant": (_integer, ()),
+    "densegrpo_use_variant": (_integer, (_integer,)),
+    "densegrpo_sde_step_f32": (_integer, (*(_pointer,) * 7, _integer, *_SHAPE_AND_THREADS, *(_pointer,) * 2)),
+    "densegrpo_sde_log_prob_f32": (_integer, (*(_pointer,) * 4, *_SHAPE_AND_THREADS, _pointer)),
+    "densegrpo_sde_log_prob_backward_f32": (_integer, (*(_pointer,) * 5, *_SHAPE_AND_THREADS, _pointer)),
+    "densegrpo_euler_jump_f32": (_integer, (*(_pointer,) * 3, *_SHAPE_AND_THREADS, _pointer)),
+}
 
 
 def available() -> bool:
@@ -38,7 +55,7 @@ def sde_step(
     epoch: Tensor,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.sde_step` on float32 CPU tensors, on `torch.get_num_threads()` threads.
+    """`ops.sde_step` on the CPU.
 
     Args:
         latents, velocity: [B, ...] float32.
@@ -54,31 +71,72 @@ def sde_step(
         IndexError: a step index outside the table.
         RuntimeError: the library is missing, or out of memory.
     """
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(f"the compiled CPU library is not available: {reason}")
+    next_latents = torch.empty_like(latents, memory_format=torch.contiguous_format)
+    log_prob = torch.empty(len(latents), dtype=torch.float32)
     rows = table.index_select(0, step_index)
-    latents, velocity = latents.contiguous(), velocity.contiguous()
-    # Named, so that the contiguous copies outlive the call that holds only their addresses.
-    integers = [tensor.contiguous() for tensor in (step_index, sample_index, seed, epoch)]
-    batch = latents.shape[0]
-    next_latents = torch.empty_like(latents)
-    log_prob = torch.empty(batch, dtype=torch.float32)
-    failed = library.densegrpo_sde_step_f32(
-        latents.data_ptr(),
-        velocity.data_ptr(),
-        rows.data_ptr(),
-        *(tensor.data_ptr() for tensor in integers),
-        stream,
-        batch,
-        latents[0].numel() if batch else 0,
-        torch.get_num_threads(),
-        next_latents.data_ptr(),
-        log_prob.data_ptr(),
-    )
-    if failed:
-        raise RuntimeError("sde_step: the compiled CPU library could not allocate memory")
+    inputs = (latents, velocity, rows, step_index, sample_index, seed, epoch)
+    _run("sde_step", inputs, (next_latents, log_prob), latents, stream)
     return next_latents, log_prob
+
+
+def sde_log_prob(latents: Tensor, velocity: Tensor, next_latents: Tensor, table: Tensor, step_index: Tensor) -> Tensor:
+    """`ops.sde_log_prob` on the CPU: of a transition that `sde_step` stored, the very log_prob that it returned.
+
+    Args:
+        latents, velocity, next_latents: [B, ...] float32.
+        table: [T, 6] float32.
+        step_index: [B] int64.
+
+    Returns:
+        log_prob, [B] float32.
+
+    Raises:
+        IndexError: a step index outside the table.
+        RuntimeError: the library is missing, or out of memory.
+    """
+    log_prob = torch.empty(len(latents), dtype=torch.float32)
+    rows = table.index_select(0, step_index)
+    _run("sde_log_prob", (latents, velocity, next_latents, rows), (log_prob,), latents)
+    return log_prob
+
+
+def sde_log_prob_backward(
+    grad: Tensor, latents: Tensor, velocity: Tensor, next_latents: Tensor, table: Tensor, step_index: Tensor
+) -> Tensor:
+    """Gradient of `sde_log_prob` with respect to `velocity`.
+
+    Args:
+        grad: gradient arriving at log_prob, [B] float32.
+        latents, velocity, next_latents, table, step_index: as there.
+
+    Returns:
+        gradient, shape of `velocity`, float32.
+
+    Raises:
+        IndexError, RuntimeError: as there.
+    """
+    grad_velocity = torch.empty_like(velocity, memory_format=torch.contiguous_format)
+    rows = table.index_select(0, step_index)
+    _run("sde_log_prob_backward", (grad.float(), latents, velocity, next_latents, rows), (grad_velocity,), latents)
+    return grad_velocity
+
+
+def euler_jump(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """`ops.euler_jump` on the CPU.
+
+    Args:
+        latents, velocity: [B, ...] float32.
+        sigma, next_sigma: [B] floating.
+
+    Returns:
+        states at `next_sigma`, [B, ...] float32.
+
+    Raises:
+        RuntimeError: the library is missing, or out of memory.
+    """
+    next_latents = torch.empty_like(latents, memory_format=torch.contiguous_format)
+    _run("euler_jump", (latents, velocity, (next_sigma - sigma).float()), (next_latents,), latents)
+    return next_latents
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -94,21 +152,94 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     Raises:
         RuntimeError: the library is missing.
     """
+    out = (ctypes.c_uint32 * 4)()
+    _library().densegrpo_philox4x32((ctypes.c_uint32 * 4)(*counter), (ctypes.c_uint32 * 2)(*key), out)
+    return out[0], out[1], out[2], out[3]
+
+
+def box_muller(radius_words: Tensor, turn_words: Tensor) -> tuple[Tensor, Tensor]:
+    """The library's own normals of given random words, for the tests of their accuracy.
+
+    Args:
+        radius_words, turn_words: [N] int64, values in [0, 2^32).
+
+    Returns:
+        radius * cosine and radius * sine, each [N] float32.
+
+    Raises:
+        RuntimeError: the library is missing.
+    """
+    # The low halves of the words, as the bits of int32.
+    words = [tensor.contiguous().view(torch.int32)[::2].contiguous() for tensor in (radius_words, turn_words)]
+    cosine, sine = (torch.empty(len(radius_words)) for _ in range(2))
+    pointers = [tensor.data_ptr() for tensor in (*words, cosine, sine)]
+    _library().densegrpo_box_muller(*pointers[:2], len(radius_words), *pointers[2:])
+    return cosine, sine
+
+
+def variants() -> tuple[str, ...]:
+    """Instruction sets for which the library has code that runs here, narrowest first; the last is the default.
+
+    Raises:
+        RuntimeError: the library is missing.
+    """
+    names = map(_library().densegrpo_variant_name, range(8))
+    return tuple(name.decode() for name in names if name is not None)
+
+
+@contextmanager
+def using_variant(name: str) -> Iterator[None]:
+    """Make all threads use one instruction set, for tests and benches.
+
+    Args:
+        name: one of `variants()`.
+
+    Raises:
+        RuntimeError: the library is missing.
+        ValueError: not one of them.
+    """
+    library = _library()
+    numbers = {library.densegrpo_variant_name(number): number for number in range(8)}
+    if name.encode() not in numbers:
+        raise ValueError(f"variant must be one of {', '.join(variants())}, got {name!r}")
+    before = library.densegrpo_variant()
+    library.densegrpo_use_variant(numbers[name.encode()])
+    try:
+        yield
+    finally:
+        library.densegrpo_use_variant(before)
+
+
+def _run(op: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], latents: Tensor, *options: int) -> None:
+    """Call densegrpo_<op>_f32(inputs, options, batch, elements, threads, outputs)."""
+    # Named, so that the contiguous copies outlive the call that holds only their addresses.
+    packed = [tensor.contiguous() for tensor in inputs]
+    failed = getattr(_library(), f"densegrpo_{op}_f32")(
+        *(tensor.data_ptr() for tensor in packed),
+        *options,
+        len(latents),
+        latents[0].numel() if len(latents) else 0,
+        torch.get_num_threads(),
+        *(tensor.data_ptr() for tensor in outputs),
+    )
+    if failed:
+        raise RuntimeError(f"{op}: the compiled CPU library could not allocate memory")
+
+
+def _library() -> ctypes.CDLL:
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"the compiled CPU library is not available: {reason}")
-    out = (ctypes.c_uint32 * 4)()
-    library.densegrpo_philox4x32((ctypes.c_uint32 * 4)(*counter), (ctypes.c_uint32 * 2)(*key), out)
-    return out[0], out[1], out[2], out[3]
+    return library
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    candidates = sorted(_PACKAGE.glob("_native*.so"))
+    candidates = sorted(_PACKAGE.glob("_native.*.so"))
     if not candidates:
         return (
             None,
-            "densegrpo_fast/_native*.so was not built; install a C++ compiler and run pip install again",
+            "densegrpo_fast/_native.*.so was not built; install a C++ compiler and run pip install again",
         )
     try:
         library = ctypes.CDLL(str(candidates[-1]))
@@ -120,8 +251,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             None,
             f"{candidates[-1].name} has interface {version}, expected {ABI_VERSION}; run pip install again",
         )
-    pointer, integer, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    library.densegrpo_sde_step_f32.argtypes = [*[pointer] * 7, integer, size, size, integer, pointer, pointer]
-    library.densegrpo_sde_step_f32.restype = integer
-    library.densegrpo_philox4x32.restype = None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library, ""

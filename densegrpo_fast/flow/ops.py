@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from densegrpo_fast.flow import backends, checks, native, noise, reference
+from densegrpo_fast.flow import backends, checks, noise, reference
 from densegrpo_fast.flow.noise import Stream
 
 
@@ -58,7 +58,7 @@ def sde_step(
     checks.check_table("sde_step", table, latents)
     noise.check_stream(stream)
     device, batch = latents.device, latents.shape[0]
-    step_index = _row_index("sde_step: step_index", step_index, latents)
+    step_index = row_index("sde_step: step_index", step_index, latents)
     sample_index = noise.integer_tensor("sde_step: sample_index", sample_index, 32, (batch,), device)
     seed = noise.integer_tensor("sde_step: seed", seed, 63, (1,), device)
     epoch = noise.integer_tensor("sde_step: epoch", epoch, 32, (1,), device)
@@ -94,7 +94,7 @@ def sde_log_prob(
     """
     checks.check_latents("sde_log_prob", latents, velocity=velocity, next_latents=next_latents)
     checks.check_table("sde_log_prob", table, latents)
-    step_index = _row_index("sde_log_prob: step_index", step_index, latents)
+    step_index = row_index("sde_log_prob: step_index", step_index, latents)
     backends.check_name(implementation)
     return _sde_log_prob(latents, velocity, next_latents, table, step_index, implementation)
 
@@ -201,7 +201,8 @@ def grpo_loss(
     return loss, metrics.detach()
 
 
-def _row_index(name: str, index: int | Tensor, latents: Tensor) -> Tensor:
+def row_index(name: str, index: int | Tensor, latents: Tensor) -> Tensor:
+    """Step of every row as [B] int64; one number serves all rows."""
     batch = latents.shape[0]
     sizes = (batch,) if isinstance(index, Tensor) else (1,)
     return noise.integer_tensor(name, index, 16, sizes, latents.device).expand(batch)
@@ -214,8 +215,10 @@ def _row_index(name: str, index: int | Tensor, latents: Tensor) -> Tensor:
     "Tensor sample_index, Tensor epoch, int stream, str implementation) -> (Tensor, Tensor)",
 )
 def _sde_step(latents, velocity, table, step_index, seed, sample_index, epoch, stream, implementation):
-    if backends.choose("sde_step", implementation, latents, velocity) == "cpu":
-        return native.sde_step(latents, velocity, table, step_index, seed, sample_index, epoch, stream)
+    chosen = backends.choose("sde_step", implementation, latents, velocity)
+    if chosen != "reference":
+        launch = backends.compiled(chosen, "sde_step")
+        return launch(latents, velocity, table, step_index, seed, sample_index, epoch, stream)
     shape = latents.shape[1:]
     draw = noise.gaussian(shape, seed=seed, sample_index=sample_index, step=step_index, stream=stream, epoch=epoch)
     next_latents, log_prob = reference.sde_step_ref(latents, velocity, table, step_index, draw)
@@ -235,7 +238,9 @@ def _(latents, velocity, table, step_index, seed, sample_index, epoch, stream, i
     "Tensor step_index, str implementation) -> Tensor",
 )
 def _sde_log_prob(latents, velocity, next_latents, table, step_index, implementation):
-    backends.choose("sde_log_prob", implementation, latents, velocity, next_latents)
+    chosen = backends.choose("sde_log_prob", implementation, latents, velocity, next_latents)
+    if chosen != "reference":
+        return backends.compiled(chosen, "sde_log_prob")(latents, velocity, next_latents, table, step_index)
     return reference.sde_log_prob_ref(latents, velocity, next_latents, table, step_index)
 
 
@@ -251,7 +256,10 @@ def _(latents, velocity, next_latents, table, step_index, implementation):
     "Tensor step_index, str implementation) -> Tensor",
 )
 def _sde_log_prob_backward(grad, latents, velocity, next_latents, table, step_index, implementation):
-    backends.choose("sde_log_prob", implementation, latents, velocity, next_latents)
+    chosen = backends.choose("sde_log_prob", implementation, latents, velocity, next_latents)
+    if chosen != "reference":
+        launch = backends.compiled(chosen, "sde_log_prob_backward")
+        return launch(grad, latents, velocity, next_latents, table, step_index)
     grad_velocity = reference.sde_log_prob_grad_ref(grad, latents, velocity, next_latents, table, step_index)
     return grad_velocity.contiguous()
 
@@ -279,7 +287,9 @@ _sde_log_prob.register_autograd(_sde_log_prob_grad, setup_context=_sde_log_prob_
     schema="(Tensor latents, Tensor velocity, Tensor sigma, Tensor next_sigma, str implementation) -> Tensor",
 )
 def _euler_jump(latents, velocity, sigma, next_sigma, implementation):
-    backends.choose("euler_jump", implementation, latents, velocity)
+    chosen = backends.choose("euler_jump", implementation, latents, velocity)
+    if chosen != "reference":
+        return backends.compiled(chosen, "euler_jump")(latents, velocity, sigma, next_sigma)
     return reference.euler_jump_ref(latents, velocity, sigma, next_sigma).contiguous()
 
 
@@ -312,17 +322,16 @@ _euler_jump.register_autograd(_euler_jump_grad, setup_context=_euler_jump_setup)
     "-> (Tensor, Tensor, Tensor)",
 )
 def _grpo_loss(log_prob, old_log_prob, advantages, kl, scale, bias, weight, clip_range, kl_coef, implementation):
-    backends.choose("grpo_loss", implementation, log_prob)
+    chosen = backends.choose("grpo_loss", implementation, log_prob)
+    if chosen != "reference":
+        launch = backends.compiled(chosen, "grpo_loss")
+        return launch(log_prob, old_log_prob, advantages, kl, scale, bias, weight, clip_range, kl_coef)
     loss, metrics = reference.grpo_loss_ref(
         log_prob, old_log_prob, advantages, kl, scale, bias, weight, clip_range, kl_coef
     )
-    # The third output is the gradient, made in the forward pass: a fused kernel has every number for it at
-    # hand.
-    return (
-        loss,
-        metrics,
-        reference.grpo_loss_grad_ref(log_prob, old_log_prob, advantages, scale, bias, weight, clip_range),
-    )
+    # Made in the forward pass: a fused kernel has every number of the gradient at hand.
+    grad = reference.grpo_loss_grad_ref(log_prob, old_log_prob, advantages, scale, bias, weight, clip_range)
+    return loss, metrics, grad
 
 
 @_grpo_loss.register_fake

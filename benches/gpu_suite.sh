@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: the GPU tests, the kernels' speed, and dense against sparse on a model of
+# SD3.5-Medium's shape with random weights. Results are written to the directory given (default: benches/results).
+#
+#     bash benches/gpu_suite.sh [DIRECTORY]
+#
+# Every part runs even if one before it failed; the exit status says whether all of them succeeded. PARTS chooses some
+# of them by name: PARTS="tests step" bash benches/gpu_suite.sh
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_WAIT_POLICY=PASSIVE TRANSFORMERS_VERBOSITY=error PYTHONUNBUFFERED=1
+
+results="${1:-benches/results}"
+parts="${PARTS:-tests step iteration lookahead}"
+mkdir -p "$results"
+python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device" >&2; exit 2; }
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw,memory.used --format=csv || true
+
+failed=()
+part() {
+  local name="$1"
+  shift
+  [[ " $parts " == *" $name "* ]] || return 0
+  echo "== $name: $*"
+  local start=$SECONDS
+  "$@" || failed+=("$name")
+  echo "== $name: $((SECONDS - start)) s"
+}
+
+model=(--model sd35_medium_random --prompts 1 --group-size 24 --override sampler.micro_batch=8)
+part tests python -m pytest -q -m gpu
+part step python benches/bench_sde_step.py --output "$results/sde_step_gpu.json"
+part iteration python benches/bench_iteration.py "${model[@]}" --rounds 3 --output "$results/iteration_gpu.json"
+part lookahead python benches/bench_lookahead.py "${model[@]}" --rounds 3 --output "$results/lookahead_gpu.json"
+
+if ((${#failed[@]})); then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi

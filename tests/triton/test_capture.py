@@ -1,0 +1,67 @@
+"""On a GPU only: no synchronisation in a step, and CUDA graphs whose replays follow the tensors they were given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from densegrpo_fast.flow.guided import guided_sde_step
+from densegrpo_fast.flow.ops import euler_jump, grpo_loss, sde_log_prob, sde_step
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_replayed_step_draws_new_noise(device, batch) -> None:
+    latents, velocity = torch.randn(2, 5, 16, 32, 32, device=device)
+    seed, epoch = torch.tensor([3], device=device), torch.tensor([0], device=device)
+    steps, samples = batch.steps.clone(), batch.samples.clone()
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        counters = {"seed": seed, "sample_index": samples, "epoch": epoch, "implementation": "triton"}
+        return sde_step(latents, velocity, batch.table, steps, **counters)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for turn in range(3):
+        seed.fill_(3 + turn)
+        epoch.fill_(turn)
+        steps.copy_(batch.steps.roll(turn))
+        samples.copy_(batch.samples.roll(turn))
+        latents.normal_()
+        graph.replay()
+        for replayed, expected in zip(captured, run(), strict=True):
+            assert torch.equal(replayed, expected)
+
+
+def test_nothing_waits_for_the_device(device, batch) -> None:
+    latents, velocity, uncond = torch.randn(3, 5, 16, 32, 32, device=device)
+    leaf = velocity.clone().requires_grad_()
+    counters = {"seed": 3, "sample_index": batch.samples, "epoch": 0, "implementation": "triton"}
+    sigma, next_sigma = batch.sigmas[batch.steps], batch.sigmas[batch.steps + 1]
+
+    def iteration() -> None:
+        next_latents, old = sde_step(latents, velocity, batch.table, batch.steps, **counters)
+        guided_sde_step(latents, velocity, uncond, 4.5, batch.table, batch.steps, **counters)
+        euler_jump(latents, velocity, sigma, next_sigma, implementation="triton")
+        log_prob = sde_log_prob(latents, leaf, next_latents, batch.table, batch.steps, implementation="triton")
+        options = {"clip_range": 1e-4, "kl_coef": 0.0, "implementation": "triton"}
+        grpo_loss(log_prob, old, torch.ones_like(old), None, **options)[0].backward()
+
+    iteration()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        iteration()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_auto_is_triton(device, batch) -> None:
+    latents, velocity = torch.randn(2, 5, 4096, device=device)
+    counters = {"seed": 3, "sample_index": batch.samples, "epoch": 0}
+    chosen = sde_step(latents, velocity, batch.table, batch.steps, **counters)
+    named = sde_step(latents, velocity, batch.table, batch.steps, implementation="triton", **counters)
+    assert torch.equal(chosen[0], named[0])
