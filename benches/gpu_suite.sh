@@ -5,13 +5,13 @@
 #     bash benches/gpu_suite.sh [DIRECTORY]
 #
 # Every part runs even if one before it failed; the exit status says whether all of them succeeded. PARTS chooses some
-# of them by name: PARTS="tests step" bash benches/gpu_suite.sh
+# of them by name: PARTS="tests steps" bash benches/gpu_suite.sh
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_WAIT_POLICY=PASSIVE TRANSFORMERS_VERBOSITY=error PYTHONUNBUFFERED=1
 
 results="${1:-benches/results}"
-parts="${PARTS:-tests step iteration lookahead}"
+parts="${PARTS:-tests steps iteration lookahead}"
 mkdir -p "$results"
 python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device" >&2; exit 2; }
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw,memory.used --format=csv || true
@@ -29,7 +29,9 @@ part() {
 
 model=(--model sd35_medium_random --prompts 1 --group-size 24 --override sampler.micro_batch=8)
 part tests python -m pytest -q -m gpu
-part step python benches/bench_sde_step.py --output "$results/sde_step_gpu.json"
+for op in sde_step sde_log_prob euler_jump; do
+  part steps python "benches/bench_$op.py" --batch 24 --output "$results/${op}_gpu.json"
+done
 part iteration python benches/bench_iteration.py "${model[@]}" --rounds 3 --output "$results/iteration_gpu.json"
 part lookahead python benches/bench_lookahead.py "${model[@]}" --rounds 3 --output "$results/lookahead_gpu.json"
 
