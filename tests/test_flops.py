@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from densegrpo_fast.models import flops
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.cache_spec import CacheSpec
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +105,30 @@ def test_a_loaded_model_is_counted_at_its_own_size(tiny_policy: Callable[..., Fl
         assert found.reference_forward == flops.counted(lambda: model.velocity(latents, sigma, conditioning))
         assert found.full_decode == flops.counted(lambda: model.decode(latents, "full"))
         assert found.preview_decode == flops.counted(lambda: model.decode(latents, "preview"))
+
+
+def test_reused_text_by_hand(sd35: flops.ModelFlops) -> None:
+    """Saved: the text stream's products (the last block's keys, values and queries only), its modulation, and what
+    1229 tokens' answers to its 205 tokens cost; the embedding of 4096 values a token; all without an adapter."""
+    d, image, text = 1536, 1024, 205
+    linear = 2 * text * ((23 * 12 + 3) * d**2 + 4096 * d)
+    modulation = 2 * (23 * 6 + 2) * d**2
+    attention = 24 * 4 * d * text * (image + text)
+    found = flops.cached_forward(flops.sd35_medium(), CacheSpec(text=True), lora_rank=0)
+    assert found == sd35.reference_forward - linear - modulation - attention
+
+
+def test_reused_and_skipped_blocks_by_hand(embedded: flops.ModelFlops) -> None:
+    """A middle block of the embedded model: 12 d^2 weights for each token of both streams, 12 d^2 of modulation,
+    attention among all tokens, and rank 16 on the eight projections."""
+    d, tokens, rank = 128, 64 + 16, 16
+    block = 2 * tokens * 12 * d**2 + 2 * 12 * d**2 + 4 * d * tokens**2
+    adapter = 2 * tokens * 4 * 2 * d * rank
+    model, spec = flops.embedded(), CacheSpec(reuse_blocks=(1, 3), skip_blocks=(4,))
+    assert flops.cached_forward(model, spec, lora_rank=0) == embedded.reference_forward - 3 * block
+    assert flops.cached_forward(model, spec, lora_rank=rank) == embedded.forward - 3 * (block + adapter)
+
+
+def test_features_are_reused_in_sd3_alone() -> None:
+    with pytest.raises(ValueError, match="got FluxTransformer2DModel; leave lookahead.cache out"):
+        flops.cached_forward(flops.flux(), CacheSpec(text=True))

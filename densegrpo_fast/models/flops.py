@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
+from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.sd3 import SD3
 
 ATTENTION_TARGETS = (
@@ -95,6 +98,7 @@ class ModelFlops:
         full_decode: one image through the pipeline's autoencoder.
         preview_decode: one image through the preview decoder; NaN without one.
         reward: one image through the reward model.
+        head: one row through the completion head; NaN without one.
     """
 
     forward: float
@@ -103,6 +107,7 @@ class ModelFlops:
     full_decode: float
     preview_decode: float
     reward: float
+    head: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,37 @@ def count(
     return ModelFlops(forward, reference, backward, full_decode, preview_decode, reward)
 
 
+def cached_forward(
+    architecture: Architecture,
+    spec: CacheSpec,
+    *,
+    lora_rank: int = 32,
+    lora_targets: tuple[str, ...] = ATTENTION_TARGETS,
+) -> float:
+    """Operations of one network forward that reuses features as `spec` says; counted like `count`'s `forward`.
+
+    Args:
+        architecture, lora_targets: as for `count`.
+        spec: what is reused.
+        lora_rank: of the adapter; 0 = merged into the weights, or none.
+
+    Raises:
+        ValueError: the spec does not fit the architecture.
+    """
+    from peft import LoraConfig
+
+    with torch.device("meta"), torch.no_grad():
+        network = architecture.network().requires_grad_(False)
+        inputs = architecture.inputs(network.config)
+        if lora_rank:
+            network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+        cache, row = FeatureCache(network, spec, nodes=(1,), rows=1), slice(0, 1)
+        with cache.record(1, row):
+            network(**inputs)
+        with cache.reuse(1, row):
+            return counted(lambda: network(**inputs))
+
+
 def clip_h_image() -> float:
     """Operations of one 224-pixel image through CLIP ViT-H/14, as PickScore scores it."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -251,6 +287,16 @@ def clip_h_image() -> float:
         tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_H))
         pixels = torch.empty(1, 3, CLIP_H["image_size"], CLIP_H["image_size"])
         return counted(lambda: tower(pixel_values=pixels))
+
+
+def completion_head(config: HeadConfig) -> float:
+    """Operations of one row through a completion head."""
+    with torch.device("meta"), torch.no_grad():
+        head = CompletionHead(config)
+        latents = torch.empty(1, *config.latent_shape)
+        hidden = torch.empty(1, len(head.position), config.hidden)
+        # in training mode the blocks run operation by operation, so that the counter sees them
+        return counted(lambda: head(hidden, latents, latents, torch.zeros(1, dtype=torch.int64)))
 
 
 def counted(call: Callable[[], object]) -> float:

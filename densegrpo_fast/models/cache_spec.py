@@ -1,0 +1,124 @@
+"""What a lookahead forward may take over from another forward for the same prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Which parts of a joint-attention transformer are reused or left out; static, so it can be part of a CUDA graph.
+
+    Features are recorded in one evaluation and taken over in another one, which has the same prompt but other image
+    tokens: the rollout's at the same sigma, with another history of noise, or the completion's own last one, at another
+    sigma. Hence everything here is an **approximation**, exact only for the very latents that were recorded:
+
+    text          The text stream's keys and values of every block are the recorded ones, so no block projects the text
+                  or runs its MLP, and only image tokens ask. In a joint-attention transformer the text tokens attend to
+                  the image tokens, so from the second block on their keys and values depend on the latents, and in
+                  every block on sigma; at the same sigma those of the first block are exact.
+    reuse_blocks  The blocks [first, last) are replaced by what they added to each stream when they were recorded.
+    skip_blocks   The blocks are left out; nothing replaces them. Not even exact for the same latents.
+
+    Attributes:
+        text: reuse the text stream.
+        reuse_blocks: (first, last) of a half-open range of blocks, or None.
+        skip_blocks: increasing block indices outside that range.
+
+    Raises:
+        ValueError: the spec asks for nothing, or contradicts itself.
+    """
+
+    text: bool = False
+    reuse_blocks: tuple[int, int] | None = None
+    skip_blocks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.text or self.reuse_blocks or self.skip_blocks):
+            raise ValueError(
+                "lookahead.cache: nothing to reuse; set text, reuse_blocks or skip_blocks, or leave lookahead.cache out"
+            )
+        if self.reuse_blocks is not None and not 0 <= self.reuse_blocks[0] < self.reuse_blocks[1]:
+            raise ValueError(
+                "lookahead.cache.reuse_blocks: expected a first block and a later end (not included), "
+                f"got {list(self.reuse_blocks)}"
+            )
+        if any(block < 0 for block in self.skip_blocks) or list(self.skip_blocks) != sorted(set(self.skip_blocks)):
+            raise ValueError(
+                f"lookahead.cache.skip_blocks: expected increasing block numbers from 0, got {list(self.skip_blocks)}"
+            )
+        both = [block for block in self.skip_blocks if block in self.reused]
+        if both:
+            raise ValueError(
+                f"lookahead.cache.skip_blocks: {both} already lie in reuse_blocks {list(self.reuse_blocks or ())}; "
+                "name them once"
+            )
+
+    @property
+    def name(self) -> str:
+        """Such as "text+reuse[2,5)+skip{0,6}"."""
+        parts = ["text"] if self.text else []
+        if self.reuse_blocks is not None:
+            parts.append(f"reuse[{self.reuse_blocks[0]},{self.reuse_blocks[1]})")
+        if self.skip_blocks:
+            parts.append(f"skip{{{','.join(map(str, self.skip_blocks))}}}")
+        return "+".join(parts)
+
+    @property
+    def reused(self) -> range:
+        """Blocks that a recorded residual replaces."""
+        return range(*(self.reuse_blocks or (0, 0)))
+
+    @property
+    def records(self) -> bool:
+        """Whether anything has to be recorded."""
+        return self.text or self.reuse_blocks is not None
+
+    def computed(self, num_blocks: int) -> list[int]:
+        """Blocks that a lookahead row still runs through."""
+        return [block for block in range(num_blocks) if block not in self.reused and block not in self.skip_blocks]
+
+    def text_blocks(self, num_blocks: int) -> list[int]:
+        """Blocks whose text keys and values are kept."""
+        return self.computed(num_blocks) if self.text else []
+
+    def keeps_text_residual(self, num_blocks: int) -> bool:
+        """Whether the text stream's residual is needed too: a later block still computes with it."""
+        return not self.text and bool(self.reused) and any(b >= self.reused.stop for b in self.computed(num_blocks))
+
+    def check(self, network: Any) -> None:
+        """Refuse a network that this spec does not fit.
+
+        Raises:
+            ValueError: it is no SD3 transformer with its own attention, or has too few blocks.
+        """
+        from diffusers import SD3Transformer2DModel
+        from diffusers.models.attention import JointTransformerBlock
+        from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+        way_out = "; leave lookahead.cache out for this model"
+        if not isinstance(network, SD3Transformer2DModel):
+            raise ValueError(
+                f"lookahead.cache: only SD3's transformer (SD3Transformer2DModel) is supported, got "
+                f"{type(network).__name__}{way_out}"
+            )
+        for number, block in enumerate(network.transformer_blocks):
+            processor = type(block.attn.processor) if isinstance(block, JointTransformerBlock) else type(block)
+            if processor is not JointAttnProcessor2_0:
+                raise ValueError(
+                    f"lookahead.cache: block {number} has {processor.__name__} where plain joint attention "
+                    f"(JointAttnProcessor2_0) is needed{way_out}"
+                )
+        count = len(network.transformer_blocks)
+        if self.reused.stop > count:
+            raise ValueError(
+                f"lookahead.cache.reuse_blocks: this model has blocks 0..{count - 1}, so the end is at most {count}, "
+                f"got {list(self.reuse_blocks or ())}"
+            )
+        if self.skip_blocks and self.skip_blocks[-1] >= count:
+            raise ValueError(
+                f"lookahead.cache.skip_blocks: this model has blocks 0..{count - 1}, got {list(self.skip_blocks)}"
+            )
+        if len(self.skip_blocks) == count:
+            raise ValueError("lookahead.cache.skip_blocks: every block of the model is skipped; keep at least one")

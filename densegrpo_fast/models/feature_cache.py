@@ -1,0 +1,189 @@
+"""Features of one forward, reused by the lookahead's forwards for the same prompt.
+
+Recording only reads: the policy's numbers are the same to the bit. Reusing replaces the forwards of some blocks for as
+long as its context lasts. What each option approximates is said at `CacheSpec`, what it saves is counted by
+`flops.cached_forward`. The policy's gradient never sees any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.models.cached_blocks import recording, reusing, streams
+from densegrpo_fast.models.features import Features, Rows
+
+
+class FeatureCache:
+    """Records features of the policy's forwards and lends them to the lookahead's.
+
+    A `record` or `reuse` context holds one velocity. Its forwards are told apart by their order: with guidance the
+    conditional half comes first and the unconditional one second, as in `FlowModel.velocity`. Buffers are allocated
+    when a node is first recorded and written in place from then on, so a captured graph stays valid. The host never
+    looks at a tensor's values.
+
+    Two uses. *Same noise level*: `rows` = B, `node` = grid index; the rollout records, and a completion that comes to
+    the node takes over what its own sample left there. *Own path*: one node, `rows` = T*B with row j*B + b for state j
+    of sample b; the rollout records each state's first evaluation, a completion's full evaluations overwrite it, and
+    its cheap ones in between take over the latest, which saw the same picture at another noise level.
+
+    Args:
+        network: the policy's transformer, with or without an adapter.
+        spec: what to reuse.
+        nodes: what is kept apart, as a rule the grid indices at which the lookahead evaluates; others are not recorded.
+        rows: how many rows each node has.
+        halves: forwards per velocity that the lookahead asks for: 2 if its own evaluations are guided, else 1.
+        reader: the transformer that reuses, of the same architecture; None = `network`. Features are kept in its dtype.
+
+    Raises:
+        ValueError: the spec does not fit the network, or a number is below 1.
+    """
+
+    def __init__(
+        self, network: Any, spec: CacheSpec, *, nodes: Sequence[int], rows: int, halves: int = 1, reader: Any = None
+    ):
+        reader = network if reader is None else reader
+        for transformer in (network, reader):
+            spec.check(transformer)
+        if rows < 1 or halves < 1:
+            raise ValueError(f"feature cache: expected at least 1 row and 1 half, got {rows} and {halves}")
+        self.reader, self.spec = reader, spec
+        self._networks = (network,) if reader is network else (network, reader)
+        self.nodes, self.rows, self.halves = tuple(nodes), rows, halves
+        self._kept: dict[tuple[int, int], Features] = {}
+        self._now: Features | None = None
+        self._busy = False
+
+    @contextmanager
+    def record(self, node: int, rows: slice) -> Iterator[None]:
+        """Within the context, a velocity of either network leaves its features in the rows `rows` of `node`.
+
+        At a node that the lookahead does not visit, nothing happens.
+
+        Raises:
+            ValueError: (by the forward) the batch is not that of `rows`, or the number of tokens has changed.
+            RuntimeError: the network is compiled, or another context of this cache is open.
+        """
+        if node not in self.nodes or not self.spec.records:
+            yield
+            return
+        count, half = len(range(self.rows)[rows]), -1
+
+        def before(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+            nonlocal half
+            half += 1
+            image, text = streams(args, inputs)
+            _check_batch(len(image), count)
+            if half < self.halves:
+                tokens = image.shape[-2] * image.shape[-1] // self.reader.config.patch_size**2
+                self._now = self._buffers(node, half, tokens, text.shape[1])
+
+        def after(*_: Any) -> None:
+            if self._now is not None:
+                self._now.recorded[rows] = [True] * count
+            self._now = None
+
+        def current() -> tuple[Features, slice] | None:
+            return None if self._now is None else (self._now, rows)
+
+        with self._opened(*self._networks), ExitStack() as hooks:
+            for network in self._networks:
+                hooks.enter_context(network.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.enter_context(network.register_forward_hook(after))
+                hooks.enter_context(recording(network, self.spec, current))
+            yield
+
+    @contextmanager
+    def reuse(self, node: int, rows: Rows) -> Iterator[None]:
+        """Within the context, a velocity of `reader` takes over what the rows `rows` of `node` hold.
+
+        Row i of its forwards takes over row `rows[i]`; the same row may be named any number of times.
+
+        Raises:
+            ValueError: (by the forward) the batch is not that of `rows`.
+            RuntimeError: the network is compiled, another context of this cache is open, or (by the forward) features
+                are missing or a gradient is asked for.
+        """
+        count = len(range(self.rows)[rows]) if isinstance(rows, slice) else len(rows)
+        half = -1
+
+        def before(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+            nonlocal half
+            half += 1
+            if torch.is_grad_enabled():
+                raise RuntimeError("feature cache: reused features are approximate, so only under torch.no_grad()")
+            _check_batch(len(streams(args, inputs)[0]), count)
+            if self.spec.records:
+                self._now = self._recorded(node, half, rows)
+
+        def current() -> tuple[Features, Rows]:
+            if self._now is None:
+                raise RuntimeError("feature cache: a block was called outside of its transformer")
+            return self._now, rows
+
+        with self._opened(self.reader), ExitStack() as hooks:
+            hooks.enter_context(self.reader.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(reusing(self.reader, self.spec, current))
+            yield
+
+    def clear(self) -> None:
+        """Forget what was recorded, before a new rollout; the buffers stay where they are."""
+        for features in self._kept.values():
+            features.forget()
+
+    def bytes(self) -> int:
+        """Memory held.
+
+        Per node, half and row it is, in elements: 2 L D for each block that is computed with kept text; N D if blocks
+        are reused, and L D more if a later block still computes the text stream (N image tokens, L text tokens, width
+        D).
+        """
+        return sum(features.bytes() for features in self._kept.values())
+
+    @contextmanager
+    def _opened(self, *networks: Any) -> Iterator[None]:
+        if self._busy:
+            raise RuntimeError("feature cache: a record or reuse context is open already")
+        modules = [module for network in networks for module in (network, *network.transformer_blocks)]
+        if any(module._compiled_call_impl for module in modules):
+            # a compiled forward does not see hooks that come later, and traced anew it may round differently
+            raise RuntimeError("lookahead.cache: a compiled network hides its blocks; leave the cache or compiling out")
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy, self._now = False, None
+
+    def _buffers(self, node: int, half: int, image_tokens: int, text_tokens: int) -> Features:
+        features = self._kept.get((node, half))
+        if features is None:
+            features = Features(self.reader, self.spec, self.rows, image_tokens, text_tokens)
+            self._kept[node, half] = features
+        if features.shape != (image_tokens, text_tokens):
+            raise ValueError(
+                f"feature cache: made for {features.shape} image and text tokens, got {(image_tokens, text_tokens)}"
+            )
+        return features
+
+    def _recorded(self, node: int, half: int, rows: Rows) -> Features:
+        if half >= self.halves:
+            raise RuntimeError(
+                f"feature cache: forward {half + 1} of a velocity, but features of {self.halves} are kept; "
+                "build it with halves=2 for a guided lookahead"
+            )
+        features = self._kept.get((node, half))
+        if features is None or not features.has(rows):
+            raise RuntimeError(
+                f"feature cache: not every row asked for is recorded at node {node}; record the rollout first "
+                f"(nodes of this cache: {', '.join(map(str, self.nodes))})"
+            )
+        return features
+
+
+def _check_batch(found: int, expected: int) -> None:
+    if found != expected:
+        raise ValueError(f"feature cache: the forward has {found} rows, its context names {expected}")

@@ -1,0 +1,74 @@
+"""What a cache specification means, and which ones and which networks are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
+
+from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.models.tiny import tiny_sd3
+
+
+def test_what_is_left_to_compute() -> None:
+    spec = CacheSpec(text=True, reuse_blocks=(2, 5), skip_blocks=(0, 6))
+    assert spec.name == "text+reuse[2,5)+skip{0,6}"
+    assert spec.computed(8) == spec.text_blocks(8) == [1, 5, 7]
+    assert spec.records
+    assert not CacheSpec(skip_blocks=(1,)).records
+
+
+@pytest.mark.parametrize(
+    ("spec", "needed"),
+    [
+        (CacheSpec(reuse_blocks=(2, 5)), True),
+        # nobody reads the text stream after the last block, after blocks that are skipped, or when it is kept itself
+        (CacheSpec(reuse_blocks=(2, 8)), False),
+        (CacheSpec(reuse_blocks=(2, 6), skip_blocks=(6, 7)), False),
+        (CacheSpec(reuse_blocks=(2, 5), text=True), False),
+        (CacheSpec(skip_blocks=(2,)), False),
+    ],
+)
+def test_when_the_residual_of_the_text_is_needed(spec: CacheSpec, needed: bool) -> None:
+    assert spec.keeps_text_residual(8) == needed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "lookahead.cache: nothing to reuse"),
+        ({"reuse_blocks": (2, 2)}, r"reuse_blocks: expected a first block and a later end .* got \[2, 2\]"),
+        ({"reuse_blocks": (-1, 2)}, "reuse_blocks"),
+        ({"skip_blocks": (2, 1)}, r"skip_blocks: expected increasing block numbers from 0, got \[2, 1\]"),
+        ({"skip_blocks": (-1,)}, "skip_blocks"),
+        ({"skip_blocks": (0, 2), "reuse_blocks": (1, 3)}, r"\[2\] already lie in reuse_blocks \[1, 3\]"),
+    ],
+)
+def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CacheSpec(**options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (CacheSpec(reuse_blocks=(1, 3)), "reuse_blocks: this model has blocks 0..1, so the end is at most 2"),
+        (CacheSpec(skip_blocks=(2,)), r"skip_blocks: this model has blocks 0..1, got \[2\]"),
+        (CacheSpec(skip_blocks=(0, 1)), "every block of the model is skipped"),
+    ],
+)
+def test_blocks_that_a_network_lacks(spec: CacheSpec, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec.check(tiny_sd3().network)
+
+
+def test_networks_that_are_not_supported() -> None:
+    spec, network = CacheSpec(text=True), tiny_sd3().network
+    spec.check(network)
+    with pytest.raises(ValueError, match=r"only SD3's transformer .* got Linear; leave lookahead.cache out"):
+        spec.check(torch.nn.Linear(1, 1))
+    network.transformer_blocks[1].attn.set_processor(FusedJointAttnProcessor2_0())
+    with pytest.raises(ValueError, match="block 1 has FusedJointAttnProcessor2_0 where plain joint attention"):
+        spec.check(network)
