@@ -42,7 +42,7 @@ class Protocol:
         group_size: G.
         plan: of dense_fast, as "nodes:4,7", "n_step:2" or a plan's name.
         guidance, decoder: of dense_fast's lookahead.
-        head: file of its completion head, or "" for none.
+        head, copy_dtype, cache: of its lookahead, as in the configuration; "null" for none.
         overrides: further options of all variants, as `key=value`, such as a micro-batch that fits the memory.
     """
 
@@ -52,7 +52,9 @@ class Protocol:
     plan: str = "nodes:4,7"
     guidance: str = "cond_only"
     decoder: str = "preview"
-    head: str = ""
+    head: str = "null"
+    copy_dtype: str = "null"
+    cache: str = "null"
     overrides: tuple[str, ...] = ()
 
     def config(self, name: str, *, kl: bool) -> Config:
@@ -65,7 +67,9 @@ class Protocol:
             lookahead = _plan(self.plan) | {
                 "lookahead.guidance": self.guidance,
                 "lookahead.decoder": self.decoder,
-                "lookahead.head": self.head or "null",
+                "lookahead.head": self.head,
+                "lookahead.copy_dtype": self.copy_dtype,
+                "lookahead.cache": self.cache,
             }
         else:
             lookahead = _plan("exact") | {"lookahead.guidance": "full", "lookahead.decoder": "full"}
@@ -132,6 +136,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--decoder", choices=("preview", "full"), default=default.decoder, help="of dense_fast's lookahead")
     add("--head", default=default.head, metavar="FILE", help="completion head of dense_fast's lookahead")
+    add("--copy-dtype", default=default.copy_dtype, metavar="DTYPE", help="precision of a copy that it evaluates")
+    add("--cache", default=default.cache, metavar="SPEC", help="features that it takes over from the rollout")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further options of all variants")
     add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: 5")
     add("--warmup", type=int, default=1, choices=range(1001), metavar="N", help="rounds before them; default: 1")
@@ -147,7 +153,7 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
     """
     if options.model == SD35_RANDOM and not torch.cuda.is_available():
         raise UserError(f"--model {SD35_RANDOM} needs a CUDA device", ExitCode.ENVIRONMENT)
-    names = ("model", "prompts", "group_size", "plan", "guidance", "decoder", "head")
+    names = ("model", "prompts", "group_size", "plan", "guidance", "decoder", "head", "copy_dtype", "cache")
     return Protocol(**{name: getattr(options, name) for name in names}, overrides=tuple(options.override))
 
 

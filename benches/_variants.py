@@ -62,7 +62,7 @@ def _ours(config: Config, model: SD3, reward: RewardMixture) -> _Step:
 
     def step(rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer, iteration: int) -> None:
         with timer("rollout"):
-            trajectory = sample(config, model, rows, coefficients, iteration)
+            trajectory = sample(config, model, rows, coefficients, iteration, cache=judge.cache)
         outcome = judge.judge(trajectory, rows, metadata, timer)
         with timer("update"):
             learner.update(trajectory, outcome.advantages.values.flatten(0, 1).to(model.device), steps)

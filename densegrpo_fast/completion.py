@@ -130,7 +130,8 @@ def collect(config: Config, model: FlowModel, head: CompletionHead, trajectories
     for number in tqdm(range(count), desc="trajectories", disable=None):
         rows, _ = prompts.rows(number, config.sampler.group_size)
         # iterations of training count up from 0, these down from the largest epoch
-        trajectory = sample(config, model, rows, coefficients, 2**31 - 1 - number, keep_hidden=True)
+        epoch = 2**31 - 1 - number
+        trajectory = sample(config, model, rows, coefficients, epoch, keep_hidden=True, cache=lookahead.cache)
         ends, standing = exact.complete(trajectory), lookahead.evaluate(trajectory)
         sigmas = coefficients.sigmas
         for state, last in standing.items():

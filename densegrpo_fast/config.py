@@ -98,6 +98,13 @@ class LookaheadOptions(Section):
     head: Text | None = Field(
         description="completion head for this plan (a file of densegrpo_fast.completion); null = plain last jumps"
     )
+    copy_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        description="evaluate a copy of the model with the adapter merged, in this precision; null = the policy itself"
+    )
+    cache: Text | None = Field(
+        description="features taken over from the rollout at the same step: text, reuse:2-5, skip:0,6, joined by +; "
+        "null = none"
+    )
     decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
     chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode")
     guard_every: int = Field(

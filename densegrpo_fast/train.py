@@ -74,7 +74,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
                     timer.reset()
                     rows, metadata = prompts.rows(iteration, config.sampler.group_size)
                     with timer("rollout"):
-                        trajectory = sample(config, model, rows, coefficients, iteration)
+                        trajectory = sample(config, model, rows, coefficients, iteration, cache=judge.cache)
                     outcome = judge.judge(trajectory, rows, metadata, timer)
                     guarded = {}
                     if guard.due(iteration):
@@ -127,7 +127,7 @@ def dry_run(config: Config) -> ExitCode:
     )
     rows, metadata = build.build_prompts(small).rows(0, small.sampler.group_size)
     with timer("rollout"):
-        trajectory = sample(small, model, rows, build.build_coefficients(small, model), 0)
+        trajectory = sample(small, model, rows, build.build_coefficients(small, model), 0, cache=judge.cache)
     outcome = judge.judge(trajectory, rows, metadata, timer)
     with timer("update"):
         advantages = outcome.advantages.values.flatten(0, 1).to(model.device)

@@ -43,6 +43,12 @@ class HeadOfEarlyStates:
         raise AssertionError("costs are counted without running anything")
 
 
+def test_forwards_of_the_lookahead_may_cost_less() -> None:
+    cost = dense_iteration(plans.exact(10), trained_steps=9, guided=False, kl=False)
+    # 45 forwards at half the price
+    assert cost.flops(Unit()) - cost.flops(Unit(), lookahead_forward=0.5) == pytest.approx(22.5)
+
+
 def test_a_head_costs_a_row_for_each_state_that_it_corrects() -> None:
     shape = {"trained_steps": 9, "guided": False, "kl": False}
     plain = dense_iteration(plans.one_step(10), **shape)

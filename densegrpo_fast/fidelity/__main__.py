@@ -38,8 +38,8 @@ MakePlan = Callable[[int], Plan]
 """From the number of steps to a plan."""
 
 _EXCLUDED = {
-    "cost": ("analytic", "search", "config", "adapter", "head", "plot"),
-    "analytic": ("config", "adapter", "head"),
+    "cost": ("analytic", "search", "config", "adapter", "head", "copy_dtype", "cache", "plot"),
+    "analytic": ("config", "adapter", "head", "copy_dtype", "cache"),
 }
 _DEFAULT_PLANS = ("exact_but_last", "n_step:2", "one_step")
 
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             continue
         for name in excluded:
             if getattr(options, name):
-                parser.error(f"--{mode} and --{name} exclude each other")
+                parser.error(f"--{mode} and --{name.replace('_', '-')} exclude each other")
         if overrides:
             parser.error(f"--{mode} takes no configuration, got {' '.join(overrides)}")
     if options.search and options.groups < 2:
@@ -152,7 +152,14 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
     else:
         for make in make_plans:
             _made(make, config.sampler.num_steps)
-        subject = pipeline_subject(config, options.adapter, options.groups, options.head)
+        subject = pipeline_subject(
+            config,
+            options.adapter,
+            options.groups,
+            head=options.head,
+            copy_dtype=options.copy_dtype,
+            cache=options.cache,
+        )
         guidances = options.guidance or [config.lookahead.guidance]
         decoders = options.decoder or [config.lookahead.decoder]
     if not set(decoders) <= set(subject.decoders):
@@ -172,6 +179,12 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
         wanted += [replace(variant, head=True) for variant in wanted if variant.plan.paths == subject.head.config.paths]
         if not wanted[-1].head:
             raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)
+    if subject.copy is not None:
+        wanted += [replace(variant, copy=True) for variant in wanted if variant.plan.evaluations]
+    if subject.cache is not None:
+        # with a copy, it is the copy that takes features over
+        copied = subject.copy is not None
+        wanted += [replace(v, cache=True) for v in wanted if v.plan.evaluations and v.copy == copied]
     if "preview" in decoders:
         ceiling = Variant(make_plan("exact", subject.coefficients.num_steps), "full", "preview")
         wanted = [ceiling, *wanted]
@@ -310,6 +323,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", help="preset or configuration file; default: embedded_dense")
     add("--adapter", type=Path, metavar="DIR", help="a run's adapter directory; default: the model as it comes")
     add("--head", type=Path, metavar="FILE", help="completion head to measure too, on the plan it was made for")
+    add(
+        "--copy-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="measure every plan also on a copy of the model with the adapter merged, in this precision",
+    )
+    add(
+        "--cache",
+        metavar="SPEC",
+        help="measure every plan also with features of the rollout: text, reuse:2-5, skip:0,6",
+    )
     add("--analytic", action="store_true", help="a Gaussian-mixture flow with exact velocities instead of a pipeline")
     add("--cost", action="store_true", help="print costs for the embedded model, SD3.5-Medium and FLUX.1-dev, and stop")
     add(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from densegrpo_fast.fidelity.subject import Subject
-from densegrpo_fast.models.base import Decoder
+from densegrpo_fast.models.base import Cache, Decoder
 from densegrpo_fast.runtime import scoring
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import IterationCost, dense_iteration, sparse_iteration
@@ -30,17 +30,22 @@ class Variant:
         guidance: of completions after their first velocity.
         decoder: of all images.
         head: whether the subject's completion head corrects the last jumps.
+        copy: whether the subject's copy is evaluated instead of the policy.
+        cache: whether its forwards take features over from the rollout.
     """
 
     plan: Plan
     guidance: Guidance
     decoder: Decoder
     head: bool = False
+    copy: bool = False
+    cache: bool = False
 
     @property
     def name(self) -> str:
-        """Plan, guidance and decoder, such as "nodes{3,6}/cond_only/preview" or "nodes{3,6}+head/full/preview"."""
-        return f"{self.plan.name}{'+head' if self.head else ''}/{self.guidance}/{self.decoder}"
+        """Plan, guidance and decoder, such as "nodes{3,6}/cond_only/preview" or "nodes{3,6}+head+copy/full/preview"."""
+        extras = "".join(f"+{extra}" for extra in ("head", "copy", "cache") if getattr(self, extra))
+        return f"{self.plan.name}{extras}/{self.guidance}/{self.decoder}"
 
 
 def reference(num_steps: int) -> Variant:
@@ -69,7 +74,21 @@ def flops_ratio(variant: Variant, subject: Subject) -> float | None:
     sparse = sparse_iteration(
         subject.coefficients.num_steps, trained_steps=subject.trained_steps, guided=subject.guided, kl=subject.kl
     )
-    return cost_of(variant, subject).flops(subject.flops) / sparse.flops(subject.flops)
+    cheap = subject.cheap_flops.get((variant.copy, variant.cache))
+    return cost_of(variant, subject).flops(subject.flops, cheap) / sparse.flops(subject.flops)
+
+
+def _lookahead(subject: Subject, variant: Variant, cache: Cache | None) -> Lookahead:
+    model = subject.copy if variant.copy else subject.model
+    assert model is not None
+    return Lookahead(
+        model,
+        variant.plan,
+        guidance=variant.guidance,
+        chunk=subject.chunk,
+        head=subject.head if variant.head else None,
+        cache=cache if variant.cache else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -81,12 +100,14 @@ class Batch:
         rows: prompt of each row.
         metadata: of each row.
         group_size: G.
+        cache: what the rollout recorded, if the subject has a cache.
     """
 
     trajectory: Trajectory
     rows: list[str]
     metadata: list[dict[str, Any]]
     group_size: int
+    cache: Cache | None = None
 
 
 def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int) -> Iterator[Batch]:
@@ -101,6 +122,7 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
         rows = [subject.prompts.prompts[group] for group in chosen for _ in range(group_size)]
         metadata = [subject.prompts.metadata[group] for group in chosen for _ in range(group_size)]
         index = torch.arange(chosen.start * group_size, chosen.stop * group_size, device=model.device)
+        cache = None if subject.cache is None else subject.cache(len(rows))
         trajectory = rollout(
             model,
             initial_noise(model, index, seed=seed, epoch=0),
@@ -112,10 +134,11 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
             guidance_scale=subject.guidance_scale,
             keep_guidance=True,
             keep_hidden=subject.head is not None,
+            cache=cache,
             # a group that is larger than the chunk is split evenly
             micro_batch=None if len(rows) <= subject.chunk else math.gcd(len(rows), subject.chunk),
         )
-        yield Batch(trajectory, rows, metadata, group_size)
+        yield Batch(trajectory, rows, metadata, group_size, cache)
 
 
 def score(subject: Subject, batch: Batch, images: Tensor) -> Tensor:
@@ -158,12 +181,11 @@ def measure(
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
     done = 0
     for batch in trajectories(subject, groups, group_size=group_size, seed=seed):
-        for way in dict.fromkeys((variant.plan, variant.guidance, variant.head) for variant in wanted):
-            plan, guidance, with_head = way
-            head = subject.head if with_head else None
-            lookahead = Lookahead(subject.model, plan, guidance=guidance, chunk=subject.chunk, head=head)
+        # what differs in the decoder alone shares its completions
+        for way in dict.fromkeys(replace(variant, decoder="full") for variant in wanted):
+            lookahead = _lookahead(subject, way, batch.cache)
             clean = lookahead.complete(batch.trajectory)
-            for variant in (v for v in wanted if (v.plan, v.guidance, v.head) == way):
+            for variant in (v for v in wanted if replace(v, decoder="full") == way):
                 images = lookahead.images(clean, subject.coefficients.noisy, variant.decoder)
                 parts[variant].append(score(subject, batch, images))
         done += len(batch.rows) // group_size

@@ -53,6 +53,8 @@ def plan_record(variant: Variant, agreement: Agreement, subject: Subject) -> dic
         "guidance": variant.guidance,
         "decoder": variant.decoder,
         "head": variant.head,
+        "copy": variant.copy,
+        "cache": variant.cache,
         "nfe_guided": cost.lookahead.guided,
         "nfe_unguided": cost.lookahead.unguided,
         "forwards": cost.lookahead.forwards,

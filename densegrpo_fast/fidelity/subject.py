@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +15,16 @@ from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.analytic import AnalyticModel
-from densegrpo_fast.models.base import Decoder, FlowModel
+from densegrpo_fast.models.base import Cache, Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.data import PromptSet
+from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import UnitFlops
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
     from densegrpo_fast.models.completion_head import CompletionHead
+    from densegrpo_fast.models.feature_cache import FeatureCache
 
 _STEPS, _GUIDANCE, _NOISE = 10, 4.5, 0.7
 _COMPONENTS, _ALLOWED, _SHAPE = 48, 12, (3, 4, 4)
@@ -42,6 +46,10 @@ class Subject:
         kl: whether its loss has a KL term.
         flops: of each part of the model; None where that means nothing.
         head: for the variants with one, or None.
+        copy: for the variants that evaluate a copy of the model, or None.
+        cache: makes a feature cache for so many rows, for the variants that take features over from the rollout, or
+            None; read by the copy if there is one.
+        cheap_flops: of one lookahead forward of those variants, by (copy, cache).
         settings: what a reader must know to repeat the measurement; plain JSON data.
     """
 
@@ -57,6 +65,9 @@ class Subject:
     flops: UnitFlops | None
     settings: dict[str, Any]
     head: CompletionHead | None = None
+    copy: FlowModel | None = None
+    cache: Callable[[int], Cache] | None = None
+    cheap_flops: Mapping[tuple[bool, bool], float] = field(default_factory=dict)
 
     @property
     def guided(self) -> bool:
@@ -64,7 +75,15 @@ class Subject:
         return self.guidance_scale != 1.0
 
 
-def pipeline_subject(config: Config, adapter: Path | None, groups: int, head: Path | None = None) -> Subject:
+def pipeline_subject(
+    config: Config,
+    adapter: Path | None,
+    groups: int,
+    *,
+    head: Path | None = None,
+    copy_dtype: str | None = None,
+    cache: str | None = None,
+) -> Subject:
     """The model, sampler, held-out prompts and reward of a configuration.
 
     Args:
@@ -72,11 +91,13 @@ def pipeline_subject(config: Config, adapter: Path | None, groups: int, head: Pa
         adapter: directory with `pytorch_lora_weights.safetensors`, or None for the model as it comes.
         groups: how many held-out prompts to use.
         head: file of a completion head, or None.
+        copy_dtype: precision of a copy with the adapter merged, or None.
+        cache: features to take over from the rollout, as in the configuration, or None.
 
     Raises:
         UserError: something cannot be loaded, or there are too few prompts.
     """
-    from densegrpo_fast.models.flops import architecture_of, clip_h_image, completion_head, count
+    from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, completion_head, count
     from densegrpo_fast.models.load import load_sd3, resolve_dtype
     from densegrpo_fast.runtime import build
 
@@ -97,9 +118,26 @@ def pipeline_subject(config: Config, adapter: Path | None, groups: int, head: Pa
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
     lora, corrector = config.lora, None if head is None else build.read_head(head, model)
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
+    copy = None if copy_dtype is None else build.build_copy(model, copy_dtype)
+    coefficients, costs = build.build_coefficients(config, model), {}
+    if copy is not None:
+        costs[True, False] = unit.reference_forward
+    if cache is not None:
+        everywhere = plans.exact(config.sampler.num_steps)
+        halves = model.forwards(config.sampler.guidance_scale)
+
+        def features(rows: int) -> FeatureCache:
+            return build.build_cache(cache, model, copy or model, everywhere, rows=rows, halves=halves)
+
+        costs[copy is not None, True] = cached_forward(
+            architecture_of(model),
+            features(1).spec,
+            lora_rank=0 if copy else lora.rank,
+            lora_targets=tuple(lora.targets),
+        )
     return Subject(
         model=model,
-        coefficients=build.build_coefficients(config, model),
+        coefficients=coefficients,
         prompts=prompts,
         reward=reward,
         guidance_scale=config.sampler.guidance_scale,
@@ -109,12 +147,17 @@ def pipeline_subject(config: Config, adapter: Path | None, groups: int, head: Pa
         kl=config.objective.kl_coef > 0,
         flops=unit if corrector is None else replace(unit, head=completion_head(corrector.config)),
         head=corrector,
+        copy=copy,
+        cache=None if cache is None else lru_cache(maxsize=2)(features),
+        cheap_flops=costs,
         settings={
             "subject": config.preset,
             # the directory of this machine is nobody else's business
             "model": Path(options.path).name if Path(options.path).is_dir() else options.path,
             "adapter": None if adapter is None else adapter.name,
             "head": None if head is None else head.name,
+            "copy_dtype": copy_dtype,
+            "cache": cache,
             "sampler": config.sampler.model_dump(mode="json", exclude={"group_size", "micro_batch", "shared_noise"}),
             "reward": config.reward.terms,
         },

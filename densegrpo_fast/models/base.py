@@ -81,6 +81,19 @@ class Head(Protocol):
         """What to add to the one-step estimates [B, ...] of the states [B]."""
 
 
+class Cache(Protocol):
+    """Features of the rollout's forwards that lookahead forwards take over: `models/feature_cache.py`."""
+
+    def clear(self) -> None:
+        """Forget the last rollout's."""
+
+    def record(self, node: int, rows: slice) -> AbstractContextManager[None]:
+        """Within the context, one velocity leaves its features for these rows of a grid index."""
+
+    def reuse(self, node: int, rows: Tensor) -> AbstractContextManager[None]:
+        """Within the context, one velocity takes over what the rows [B] of a grid index hold."""
+
+
 class FlowModel(ABC):
     """A rectified-flow image model with a trainable adapter.
 
@@ -131,6 +144,9 @@ class FlowModel(ABC):
             ValueError: the model has no such tokens.
         """
         raise ValueError(f"{type(self).__name__} has no hidden tokens to tap")
+
+    def refresh(self) -> None:  # noqa: B027 - most models have nothing to do
+        """Take over what has changed in the model that this one follows; a model of its own follows none."""
 
     def forwards(self, guidance_scale: float) -> int:
         """Network forwards that one evaluated row costs (NFE)."""

@@ -55,6 +55,28 @@ class CacheSpec:
                 "name them once"
             )
 
+    @classmethod
+    def parse(cls, text: str) -> CacheSpec:
+        """A spec as it is written in a configuration: "text", "reuse:2-5" (blocks 2, 3, 4), "skip:0,6", joined by "+".
+
+        Raises:
+            ValueError: the text is none, or the spec contradicts itself.
+        """
+        found: dict[str, Any] = {}
+        for part in text.split("+"):
+            kind, _, numbers = part.partition(":")
+            separator = "-" if kind == "reuse" else ","
+            values = tuple(int(n) for n in numbers.split(separator) if n.isascii() and n.isdecimal())
+            complete = len(values) == len(numbers.split(separator)) and (kind != "reuse" or len(values) == 2)
+            key = {"text": "text", "reuse": "reuse_blocks", "skip": "skip_blocks"}.get(kind)
+            if key is None or key in found or not (part == "text" or (kind != "text" and complete)):
+                raise ValueError(
+                    "lookahead.cache: expected text, reuse:2-5 or skip:0,6, joined by + and each at most once, "
+                    f"got {text!r}"
+                )
+            found[key] = True if kind == "text" else values
+        return cls(**found)
+
     @property
     def name(self) -> str:
         """Such as "text+reuse[2,5)+skip{0,6}"."""

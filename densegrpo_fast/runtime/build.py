@@ -14,8 +14,12 @@ from densegrpo_fast.embedded import scenes
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.completion_head import CompletionHead, load_head
+from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.load import load_sd3, resolve_dtype
+from densegrpo_fast.models.lookahead_copy import LookaheadCopy
+from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture, create
 from densegrpo_fast.runtime.data import PromptSampler, PromptSet, load_prompts
 from densegrpo_fast.runtime.evaluation import HeldOut
@@ -92,7 +96,45 @@ def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
     options = config.lookahead
     plan = make_plan(options.plan, config.sampler.num_steps, options.nodes, options.n or 1)
     head = None if options.head is None else build_head(Path(options.head), plan, model)
-    return Lookahead(model, plan, guidance=options.guidance, chunk=options.chunk, head=head)
+    evaluated = model if options.copy_dtype is None else build_copy(model, options.copy_dtype)
+    cache = None
+    if options.cache is not None:
+        guided = options.guidance == "full" and config.sampler.guidance_scale != 1.0
+        rows = config.data.num_prompts * config.sampler.group_size
+        cache = build_cache(options.cache, model, evaluated, plan, rows=rows, halves=2 if guided else 1)
+    return Lookahead(evaluated, plan, guidance=options.guidance, chunk=options.chunk, head=head, cache=cache)
+
+
+def build_copy(model: FlowModel, dtype: str) -> LookaheadCopy:
+    """A copy of the model with the adapter merged, in another precision.
+
+    Raises:
+        UserError: (usage) the model cannot be copied so.
+    """
+    assert isinstance(model, SD3)
+    try:
+        return LookaheadCopy(model, resolve_dtype(dtype, model.device))
+    except ValueError as error:
+        raise UserError(str(error), ExitCode.USAGE) from None
+
+
+def build_cache(text: str, model: FlowModel, reader: FlowModel, plan: Plan, *, rows: int, halves: int) -> FeatureCache:
+    """The cache that a configuration's text asks for, between the policy and the model that the lookahead evaluates.
+
+    Raises:
+        UserError: (usage) the text is wrong, or does not fit the model.
+    """
+    try:
+        return FeatureCache(
+            model.network,
+            CacheSpec.parse(text),
+            nodes=plan.nodes(),
+            rows=rows,
+            halves=halves,
+            reader=reader.network,
+        )
+    except ValueError as error:
+        raise UserError(str(error), ExitCode.USAGE) from None
 
 
 def build_head(path: Path, plan: Plan, model: FlowModel) -> CompletionHead:

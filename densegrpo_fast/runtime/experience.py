@@ -14,7 +14,7 @@ from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.credit.sparse import sparse_advantages
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.dynamics import StepCoefficients
-from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.base import Cache, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture, Scores
 from densegrpo_fast.runtime.metrics import PhaseTimer
 from densegrpo_fast.runtime.scoring import score
@@ -55,10 +55,12 @@ def sample(
     iteration: int,
     *,
     keep_hidden: bool = False,
+    cache: Cache | None = None,
 ) -> Trajectory:
     """Roll the policy out on the B = P*G rows of an iteration; all noise is a function of (seed, iteration, row).
 
-    What the configured lookahead needs is kept; `keep_hidden` keeps the hidden tokens in any case.
+    What the configured lookahead needs is kept, features in its `cache`; `keep_hidden` keeps the hidden tokens in any
+    case.
     """
     options, dense = config.sampler, config.credit.method == "dense"
     index = torch.arange(len(rows), device=model.device)
@@ -75,6 +77,7 @@ def sample(
         micro_batch=options.micro_batch,
         keep_guidance=dense and config.lookahead.guidance == "reuse",
         keep_hidden=keep_hidden or (dense and config.lookahead.head is not None),
+        cache=cache,
     )
 
 
@@ -87,6 +90,7 @@ class Judge:
 
     def __init__(self, config: Config, model: FlowModel, reward: RewardMixture, lookahead: Lookahead | None):
         self.config, self.model, self.reward, self.lookahead = config, model, reward, lookahead
+        self.cache = None if lookahead is None else lookahead.cache
 
     def judge(
         self, trajectory: Trajectory, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer
@@ -121,6 +125,7 @@ class Judge:
     ) -> Outcome:
         states, noisy = trajectory.num_steps + 1, trajectory.coefficients.noisy
         with timer("lookahead"):
+            lookahead.model.refresh()
             clean = lookahead.complete(trajectory)
         with timer("reward"):
             images = lookahead.images(clean, noisy, self.config.lookahead.decoder)

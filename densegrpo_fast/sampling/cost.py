@@ -113,9 +113,15 @@ class IterationCost:
         """Network forwards of all phases (NFE)."""
         return sum(part.forwards for part in (self.rollout, self.lookahead, self.policy, self.reference))
 
-    def flops(self, unit: UnitFlops) -> float:
-        """Floating-point operations, given those of each part of the model."""
-        total = (self.forwards - self.reference.forwards) * unit.forward + self.backwards * unit.backward
+    def flops(self, unit: UnitFlops, lookahead_forward: float | None = None) -> float:
+        """Floating-point operations, given those of each part of the model.
+
+        Args:
+            unit: operations of each part.
+            lookahead_forward: of one network forward of the lookahead, if it is not `unit.forward`.
+        """
+        total = (self.rollout.forwards + self.policy.forwards) * unit.forward + self.backwards * unit.backward
+        total += self.lookahead.forwards * (unit.forward if lookahead_forward is None else lookahead_forward)
         total += self.reference.forwards * unit.reference_forward + self.rewards * unit.reward
         if self.full_decodes:
             total += self.full_decodes * unit.full_decode

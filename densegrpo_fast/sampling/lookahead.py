@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.flow import ops
-from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Head
+from densegrpo_fast.models.base import Cache, Conditioning, Decoder, FlowModel, Head
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.trajectory import Trajectory
 
@@ -35,13 +35,14 @@ class Lookahead:
     """Completes trajectories by a plan.
 
     Args:
-        model: the policy.
+        model: the policy, or a copy of it.
         plan: for the trajectories' number of steps.
         guidance: after a state's first velocity, which is the rollout's: "full" = the trajectory's guidance again;
             "cond_only" = none, half the cost and an approximation; "reuse" = what guidance added to the sample's own
             velocity at the same grid index during the rollout, at the same half cost.
         chunk: rows per forward and per decode, a memory budget.
         head: corrects the last jump of the completions that leave steps out; None = Euler's jump as it is.
+        cache: what the rollout recorded, for the completions' own forwards to take over; None = they compute it all.
 
     Raises:
         ValueError: `chunk` is below 1.
@@ -55,10 +56,12 @@ class Lookahead:
         guidance: Guidance = "full",
         chunk: int = 64,
         head: Head | None = None,
+        cache: Cache | None = None,
     ):
         if chunk < 1:
             raise ValueError(f"lookahead chunk must be at least 1 row, got {chunk}")
-        self.model, self.plan, self.guidance, self.chunk, self.head = model, plan, guidance, chunk, head
+        self.model, self.plan, self.guidance, self.chunk = model, plan, guidance, chunk
+        self.head, self.cache = head, cache
 
     @torch.no_grad()
     def complete(self, trajectory: Trajectory) -> Tensor:
@@ -158,9 +161,12 @@ class Lookahead:
             for start in range(0, len(latents), self.chunk):
                 rows = slice(start, min(start + self.chunk, len(latents)))
                 part = latents[rows]
-                velocity[rows] = self.model.velocity(
-                    part, sigma.expand(len(part)), conditioning.select(rows), scale
-                ).combined()
+                # rows are ordered state by state, and each state has the samples of the batch
+                samples = torch.arange(rows.start, rows.stop, device=latents.device) % trajectory.batch
+                with nullcontext() if self.cache is None else self.cache.reuse(node, samples):
+                    velocity[rows] = self.model.velocity(
+                        part, sigma.expand(len(part)), conditioning.select(rows), scale
+                    ).combined()
                 hidden += tokens[:1]
                 tokens.clear()
         return velocity, torch.cat(hidden) if hidden else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.noise import Stream, gaussian
-from densegrpo_fast.models.base import Conditioning, FlowModel
+from densegrpo_fast.models.base import Cache, Conditioning, FlowModel
 from densegrpo_fast.sampling.trajectory import Trajectory
 
 
@@ -43,6 +43,7 @@ def rollout(
     micro_batch: int | None = None,
     keep_guidance: bool = False,
     keep_hidden: bool = False,
+    cache: Cache | None = None,
 ) -> Trajectory:
     """Run the SDE sampler of Flow-GRPO (arXiv 2505.05470, Eq 9) in whatever family `coefficients` hold.
 
@@ -57,6 +58,7 @@ def rollout(
             on its batch shape, and the importance ratio of an unchanged policy shall be 1. None means all rows.
         keep_guidance: keep the guidance terms for a lookahead that reuses them.
         keep_hidden: keep the network's last hidden tokens for a lookahead with a completion head.
+        cache: where the forwards leave features for the lookahead; their numbers stay the same to the bit.
 
     Raises:
         ValueError: B is not a multiple of `micro_batch`.
@@ -72,13 +74,16 @@ def rollout(
     terms = torch.empty_like(velocities) if keep_guidance and guidance_scale != 1.0 else None
     latents[0] = noise
     hidden = None
+    if cache is not None:
+        cache.clear()
     with model.tap() if keep_hidden else nullcontext([]) as tokens:
         for step in range(steps):
             for start in range(0, batch, size):
                 rows = slice(start, start + size)
-                velocity = model.velocity(
-                    latents[step, rows], sigmas[step].expand(size), conditioning.select(rows), guidance_scale
-                )
+                with nullcontext() if cache is None else cache.record(step, rows):
+                    velocity = model.velocity(
+                        latents[step, rows], sigmas[step].expand(size), conditioning.select(rows), guidance_scale
+                    )
                 velocities[step, rows] = velocity.combined()
                 if terms is not None:
                     terms[step, rows] = velocity.guidance_term

@@ -1,0 +1,72 @@
+"""The lookahead's cheaper forwards in use: a copy of the model, features of the rollout; in training and fidelity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from densegrpo_fast.fidelity.__main__ import main as fidelity
+from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.runtime.metrics import read_metrics
+
+RUN = {"run.iterations": 2, "evaluation.every": 0, "sampler.num_steps": 4}
+NODES = {"lookahead.plan": "nodes", "lookahead.nodes": "[2]"}
+
+
+def rewards(run: Path) -> list[float]:
+    """Every gain of a run, iteration by iteration."""
+    return [
+        v for record in read_metrics(run / "metrics.jsonl") for k, v in record.items() if k.startswith("gain/step_")
+    ]
+
+
+def test_a_copy_in_the_policys_precision_changes_rounding_alone(train: Any, tmp_path: Path) -> None:
+    assert train(tmp_path / "policy", **RUN, **NODES) == 0
+    assert train(tmp_path / "copy", **RUN, **NODES, **{"lookahead.copy_dtype": "float32"}) == 0
+    # the second iteration's copy follows an adapter that has moved
+    assert rewards(tmp_path / "copy") == pytest.approx(rewards(tmp_path / "policy"), abs=2e-3)
+
+
+def test_a_cache_changes_the_lookahead_and_nothing_else(train: Any, tmp_path: Path) -> None:
+    assert train(tmp_path / "plain", **RUN, **NODES) == 0
+    assert train(tmp_path / "cached", **RUN, **NODES, **{"lookahead.cache": "text+reuse:2-5"}) == 0
+    plain, cached = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("plain", "cached"))
+    assert rewards(tmp_path / "cached") != rewards(tmp_path / "plain")
+    # what the policy draws and what its images score is the same to the bit
+    assert cached["reward/mean"] == plain["reward/mean"] and cached["nfe/lookahead"] == plain["nfe/lookahead"]
+
+
+@pytest.mark.parametrize("guidance", ["full", "cond_only"])
+def test_copy_and_cache_together_under_guidance(train: Any, tmp_path: Path, guidance: str) -> None:
+    options = {"lookahead.copy_dtype": "bfloat16", "lookahead.cache": "text", "lookahead.guidance": guidance}
+    assert train(tmp_path / "run", **RUN, **NODES, **options, **{"sampler.guidance_scale": 2.0}) == 0
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("text", ["", "none", "text+text", "reuse:3", "reuse:5-2", "skip:", "skip:1,x", "reuse:0-99"])
+def test_a_cache_that_cannot_be_is_refused(
+    train: Any, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "run", **NODES, **{"sampler.num_steps": 4, "lookahead.cache": f'"{text}"'}) == 2
+    assert "lookahead.cache" in capsys.readouterr().err
+
+
+def test_specs_as_text() -> None:
+    assert CacheSpec.parse("text") == CacheSpec(text=True)
+    assert CacheSpec.parse("text+reuse:2-5+skip:0,6") == CacheSpec(True, (2, 5), (0, 6))
+
+
+def test_fidelity_measures_them_beside_their_plan(train: Any, tmp_path: Path) -> None:
+    out = tmp_path / "fidelity.json"
+    arguments = ["--plans", "nodes:2", "--copy-dtype", "bfloat16", "--cache", "text", "--groups", "2"]
+    arguments += ["--group-size", "4", "--json", str(out), f"--model.path={train.model}", "--sampler.num_steps=4"]
+    arguments += ["--lookahead.plan=exact", "--lora.rank=2", "--reward.terms={jpeg_incompressibility: 1.0}"]
+    assert fidelity(arguments) == 0
+    found = json.loads(out.read_text())["plans"]
+    names = ("nodes{2}/full/preview", "nodes{2}+copy/full/preview", "nodes{2}+copy+cache/full/preview")
+    policy, copied, cached = (found[name] for name in names)
+    assert policy["iteration_flops_ratio"] > copied["iteration_flops_ratio"] > cached["iteration_flops_ratio"]
+    assert len({record["pooled_gains"] for record in (policy, copied, cached)}) == 3
