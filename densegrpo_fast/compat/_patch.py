@@ -1,0 +1,190 @@
+"""Replace functions of another codebase, whether it has been imported already or will be later.
+
+A function that was bound by `from host.module import function` lives on under the importer's name, so replacing the
+host's attribute alone would leave old bindings in use. `Patch.install` therefore looks through every imported module,
+`__main__` included, and replaces each module-level name that is the original. Modules of the host that are not
+imported yet are patched the moment they have run, before their importer sees them.
+
+Bindings that are not module-level names are out of reach: default arguments, closures, attributes of objects.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+_logger = logging.getLogger(__name__)
+
+
+class CompatError(RuntimeError):
+    """A host that cannot be patched safely; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One name to replace.
+
+    Attributes:
+        module: full name of the host's module that defines it.
+        name: the name there.
+        build: takes the original, returns its replacement and a few words on it; raises `CompatError` when the
+            original is not what the replacement stands for.
+    """
+
+    module: str
+    name: str
+    build: Callable[[Any], tuple[Any, str]]
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    target: Target
+    original: Any
+    replacement: Any
+    note: str
+
+
+class Patch:
+    """Replacements in one host; also a context manager that undoes them at its end.
+
+    Attributes:
+        package: top-level package of the host.
+        messages: what is replaced now, one line per target, in order; empty again after `uninstall`.
+    """
+
+    def __init__(self, package: str, targets: Sequence[Target], say: Callable[[str], None] | None = None) -> None:
+        """Describe a patch; `install` applies it.
+
+        Args:
+            package: top-level package of the host.
+            targets: what to replace.
+            say: receives each line of `messages` as it is made; default: this module's logger, at level INFO.
+        """
+        self.package = package
+        self.messages: list[str] = []
+        self._targets: dict[str, list[Target]] = {}
+        for target in targets:
+            self._targets.setdefault(target.module, []).append(target)
+        self._say = say or _logger.info
+        self._replaced: list[_Replaced] = []
+        self._finder = _AfterImport(set(self._targets), self._patch_module)
+
+    @property
+    def installed(self) -> bool:
+        """Whether the patch is in force."""
+        return self._finder in sys.meta_path
+
+    def install(self) -> Patch:
+        """Replace what is imported now and wait for the rest. Nothing happens if it is in force already.
+
+        Raises:
+            CompatError: the host is not installed, or one of its originals is unknown; then nothing was replaced.
+        """
+        if self.installed:
+            return self
+        if self.package not in sys.modules and find_spec(self.package) is None:
+            raise CompatError(
+                f"the package {self.package} cannot be imported here; install it into this environment, or add the "
+                "folder that holds it to PYTHONPATH"
+            )
+        present = [sys.modules[name] for name in self._targets if isinstance(sys.modules.get(name), ModuleType)]
+        prepared = [entry for module in present for entry in self._prepare(module)]
+        for entry in prepared:
+            self._apply(entry)
+        sys.meta_path.insert(0, self._finder)
+        return self
+
+    def uninstall(self) -> None:
+        """Put every original back, also where a later import has bound a replacement."""
+        if self.installed:
+            sys.meta_path.remove(self._finder)
+        while self._replaced:
+            entry = self._replaced.pop()
+            _rebind(entry.replacement, entry.original)
+        self.messages.clear()
+
+    def __enter__(self) -> Patch:
+        return self.install()
+
+    def __exit__(self, *exception: object) -> None:
+        self.uninstall()
+
+    def _patch_module(self, module: ModuleType) -> None:
+        for entry in self._prepare(module):
+            self._apply(entry)
+
+    def _prepare(self, module: ModuleType) -> list[_Replaced]:
+        entries = []
+        for target in self._targets[module.__name__]:
+            if target.name not in vars(module):
+                raise CompatError(
+                    f"{target.module} has no {target.name}: this is no version of {self.package} that is known here; "
+                    "nothing was replaced"
+                )
+            original = vars(module)[target.name]
+            replacement, note = target.build(original)
+            entries.append(_Replaced(target, original, replacement, note))
+        return entries
+
+    def _apply(self, entry: _Replaced) -> None:
+        self._replaced.append(entry)
+        places = _rebind(entry.original, entry.replacement)
+        names = sorted(place for place in places if place != f"{entry.target.module}.{entry.target.name}")
+        also = f"; also bound as {', '.join(names)}" if names else ""
+        message = f"replaced {entry.target.module}.{entry.target.name} ({entry.note}){also}"
+        self.messages.append(message)
+        self._say(message)
+
+
+def _rebind(old: Any, new: Any) -> list[str]:
+    """Replace `old` in every imported module's namespace; return the full names that were changed."""
+    changed = []
+    for module_name, module in list(sys.modules.items()):
+        # The dictionary itself, because asking a lazy module for an attribute may import half a library.
+        namespace = getattr(module, "__dict__", None)
+        if not isinstance(namespace, dict):
+            continue
+        for name in [name for name, value in list(namespace.items()) if value is old]:
+            namespace[name] = new
+            changed.append(f"{module_name}.{name}")
+    return changed
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls back when one of some modules has been executed; finding it is left to the other finders."""
+
+    def __init__(self, names: set[str], callback: Callable[[ModuleType], None]) -> None:
+        self._names = names
+        self._callback = callback
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self._names:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find is not None and finder is not self else None
+            if spec is not None:
+                if spec.loader is not None:
+                    self._watch(spec.loader)
+                return spec
+        return None
+
+    def _watch(self, loader: Loader) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                self._callback(module)
+
+        # On the instance: a loader of another class would lose what inspect and linecache ask of it.
+        loader.exec_module = exec_module  # type: ignore[method-assign]

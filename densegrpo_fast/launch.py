@@ -1,0 +1,137 @@
+"""python -m densegrpo_fast.launch [--host flow_grpo] script.py args...: another codebase's script on our ops.
+
+The script runs unchanged, as `python script.py args...` would run it: same arguments, `__main__`, search path, exit
+status and tracebacks. It also works below a launcher of processes: `torchrun ... -m densegrpo_fast.launch script.py`,
+`accelerate launch -m densegrpo_fast.launch script.py`.
+
+The script is executed here rather than by `runpy.run_path`, which rewrites `sys.argv[0]` and takes `__main__` away
+before exit handlers run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING
+
+from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from densegrpo_fast.compat._patch import Patch
+
+HOSTS = ("flow_grpo",)
+"""Names of `densegrpo_fast.compat` modules that can be installed."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Patch the host, then run the script in this process; returns when it has run to its end.
+
+    Args:
+        argv: arguments; default: those of the command line.
+
+    Raises:
+        SystemExit: a wrong option, a missing script or host; or the script's own.
+    """
+    options = _parser().parse_args(argv)
+    with user_errors_exit():
+        script = _readable(options.script)
+        if options.host not in HOSTS:
+            known = ", ".join(HOSTS)
+            raise UserError(
+                f"--host: unknown host {options.host!r}, known are: {known}{did_you_mean(options.host, HOSTS)}",
+                ExitCode.USAGE,
+            )
+        if not getattr(sys.flags, "safe_path", False):
+            # python -m has put the working directory there; python script.py puts the script's folder.
+            sys.path[0] = str(script.parent)
+        patch = _install(options)
+    sys.argv = [options.script, *options.args]
+    try:
+        _run(script)
+    finally:
+        if not patch.messages and _is_first_rank():
+            _say(f"nothing was replaced: the script imported none of the functions of {options.host}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m densegrpo_fast.launch",
+        description="Run another codebase's training script with its sampler steps replaced by this package's ops.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--host", default="flow_grpo", help=f"the codebase: {', '.join(HOSTS)} (default: %(default)s)")
+    parser.add_argument("--signature", metavar="VERSION", help="signature generation of its step (default: detect it)")
+    parser.add_argument(
+        "--rng",
+        default="host",
+        help="host: the script's own random numbers; philox: counters that do not depend on the device "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, help="of --rng philox (default: torch's seed)")
+    parser.add_argument("--tracker", action="store_true", help="replace the advantage statistics, too")
+    parser.add_argument("script", help="the Python file to run; everything after it belongs to the script")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
+    return parser
+
+
+def _readable(script: str) -> Path:
+    path = Path(os.path.abspath(script))
+    if not path.exists():
+        raise UserError(f"can't open file {str(path)!r}: there is no such file", ExitCode.USAGE)
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is not a file; name the Python file to run", ExitCode.USAGE)
+    return path
+
+
+def _install(options: argparse.Namespace) -> Patch:
+    host = import_module(f"densegrpo_fast.compat.{options.host}")
+    try:
+        return host.install(
+            version=options.signature,
+            rng=options.rng,
+            seed=options.seed,
+            tracker=options.tracker,
+            say=_say if _is_first_rank() else lambda line: None,
+        )
+    except ValueError as error:
+        raise UserError(str(error), ExitCode.USAGE) from error
+    except host.CompatError as error:
+        raise UserError(str(error), ExitCode.ENVIRONMENT) from error
+
+
+def _is_first_rank() -> bool:
+    """Whether this process speaks for all of a run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str) -> None:
+    print(f"densegrpo_fast: {line}", file=sys.stderr, flush=True)
+
+
+def _run(script: Path) -> None:
+    """Execute a file as `__main__`."""
+    module = ModuleType("__main__")
+    loader = SourceFileLoader("__main__", str(script))
+    vars(module).update(__file__=str(script), __loader__=loader, __builtins__=__builtins__, __cached__=None)
+    sys.modules["__main__"] = module
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        while trace is not None and trace.tb_frame.f_code.co_filename != str(script):
+            trace = trace.tb_next
+        usual(kind, error.with_traceback(trace), trace)
+
+    sys.excepthook = hook
+    code = compile(loader.get_data(str(script)), str(script), "exec", dont_inherit=True)
+    exec(code, vars(module))
+
+
+if __name__ == "__main__":
+    main()
