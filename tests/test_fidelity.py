@@ -217,7 +217,10 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
         (["--plans", "nodes:3,x"], "got 'nodes:3,x'"),
         (["--plans", "n_step:0"], "got 'n_step:0'"),
         (["--analytic", "--plans", "nodes:12"], "--plans: lookahead nodes must increase within 1..9 for 10 steps"),
-        (["--plans", "nodes:9"], "--plans: lookahead nodes must increase within 1..7 for 8 steps"),
+        (
+            ["--plans", "nodes:12", "--config", "embedded_paper"],
+            "--plans: lookahead nodes must increase within 1..9 for 10 steps",
+        ),
         (["--guidance", "half"], "invalid choice: 'half'"),
         (["--groups", "0"], "expected a whole number of at least 1, got '0'"),
         (["--group-size", "1"], "expected a whole number of at least 2, got '1'"),

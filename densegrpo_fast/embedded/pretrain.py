@@ -42,9 +42,9 @@ class Recipe:
     num_scenes: int = 50_000
     vae_steps: int = 3_500
     vae_batch: int = 32
-    preview_steps: int = 1_500
+    preview_steps: int = 2_000
     preview_batch: int = 32
-    flow_steps: int = 6_000
+    flow_steps: int = 4_500
     flow_batch: int = 64
     flow_lr: float = 1e-3
     drop_prompt: float = 0.1
@@ -82,7 +82,7 @@ def pretrain(output: Path, recipe: Recipe, device: torch.device) -> StableDiffus
         "text_encoder_2": pipeline.text_encoder_2,
     }
     stages.run("flow", modules, lambda: train_flow(pipeline, modules, latents, drawn, recipe, device, stages))
-    stages.run("preview", {"preview": preview}, lambda: train_preview(preview, latents, images, recipe, device))
+    stages.run("preview", {"preview": preview}, lambda: train_preview(preview, pipeline.vae, latents, recipe, device))
     target = output / "pipeline"
     save(pipeline, preview, target)
     scores = card.evaluate(pipeline, preview)
@@ -139,17 +139,26 @@ def _recolour(images: Tensor, generator: torch.Generator) -> Tensor:
     return (mixed * gain.sign() * (0.5 + 0.5 * gain.abs()) + 0.5 + shift).clamp(0, 1)
 
 
+@torch.no_grad()
+def _blurred(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents with noise up to .4, for each its own: what a sampler makes is never quite a picture's latent."""
+    spread = 0.4 * torch.rand(len(latents), 1, 1, 1, generator=generator)
+    return latents + spread * torch.randn(latents.shape, generator=generator)
+
+
 def train_preview(
-    preview: AutoencoderTiny, latents: Tensor, images: Tensor, recipe: Recipe, device: torch.device
+    preview: AutoencoderTiny, vae: AutoencoderKL, latents: Tensor, recipe: Recipe, device: torch.device
 ) -> list[tuple[int, float]]:
-    """Fit the small decoder to the pixels behind the same latents."""
+    """Fit the small decoder to what the full one makes of the same latents, some of them noisy."""
     generator = torch.Generator().manual_seed(recipe.seed + 2)
     preview.decoder.to(memory_format=torch.channels_last).train()
     loop = Loop("preview", list(preview.decoder.parameters()), recipe.preview_steps, lr=3e-3)
     for _ in loop:
         index = torch.randint(len(latents), (recipe.preview_batch,), generator=generator)
-        target = images[index].to(device).float().div(127.5).sub(1)
-        loop.update(pixel_loss(preview.decode(latents[index].to(device).float()).sample, target))
+        chosen = _blurred(latents[index].float(), generator).to(device)
+        with torch.no_grad():
+            target = vae.decode(chosen / vae.config.scaling_factor + vae.config.shift_factor).sample
+        loop.update(pixel_loss(preview.decode(chosen).sample, target))
     preview.eval()
     return loop.curve
 
