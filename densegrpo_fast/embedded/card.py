@@ -125,6 +125,7 @@ of a blue square". It exists so that densegrpo-fast trains, tests and measures o
 
 ```python
 from diffusers import StableDiffusion3Pipeline
+
 pipe = StableDiffusion3Pipeline.from_pretrained(path, text_encoder_3=None, tokenizer_3=None)
 pipe("a red circle to the left of a blue square", num_inference_steps=10, guidance_scale=2.0).images[0]
 ```
