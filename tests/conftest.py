@@ -150,6 +150,7 @@ class TrainCommand:
         "sampler.num_steps": 3,
         "sampler.micro_batch": 2,
         "lookahead.plan": "exact",
+        "lookahead.decoder": "preview",
         "lookahead.guard_every": 0,
         # a random model draws no scenes, but pictures of different file sizes
         "reward.terms": "{jpeg_incompressibility: 1.0}",

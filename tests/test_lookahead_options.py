@@ -63,7 +63,12 @@ def test_fidelity_measures_them_beside_their_plan(train: Any, tmp_path: Path) ->
     out = tmp_path / "fidelity.json"
     arguments = ["--plans", "nodes:2", "--copy-dtype", "bfloat16", "--cache", "text", "--groups", "2"]
     arguments += ["--group-size", "4", "--json", str(out), f"--model.path={train.model}", "--sampler.num_steps=4"]
-    arguments += ["--lookahead.plan=exact", "--lora.rank=2", "--reward.terms={jpeg_incompressibility: 1.0}"]
+    arguments += [
+        "--lookahead.decoder=preview",
+        "--lookahead.plan=exact",
+        "--lora.rank=2",
+        "--reward.terms={jpeg_incompressibility: 1.0}",
+    ]
     assert fidelity(arguments) == 0
     found = json.loads(out.read_text())["plans"]
     names = ("nodes{2}/full/preview", "nodes{2}+copy/full/preview", "nodes{2}+copy+cache/full/preview")
