@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from densegrpo_fast.models.base import FlowModel
     from densegrpo_fast.models.completion_head import CompletionHead
+    from densegrpo_fast.sampling.lookahead import Lookahead
 
 _HELD_OUT = 8
 """One batch of trajectories in so many is kept from training and judges the head."""
@@ -60,19 +61,19 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
 
     from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, save_head
     from densegrpo_fast.runtime import build
-    from densegrpo_fast.sampling.plan import make_plan
 
     if config.credit.method == "sparse":
         raise UserError("credit.method: sparse has no lookahead that a head could help", ExitCode.USAGE)
-    steps, lookahead = config.sampler.num_steps, config.lookahead
-    plan = make_plan(lookahead.plan, steps, lookahead.nodes, lookahead.n or 1)
     model = build.build_model(config, build.default_device())
+    lookahead = build.build_lookahead(config, model)
+    assert lookahead is not None
+    steps, plan = config.sampler.num_steps, lookahead.plan
     torch.manual_seed(config.seed)
     head = CompletionHead(
         HeadConfig(
             num_steps=steps,
             paths=plan.paths,
-            latent_shape=_three(model.latent_shape),
+            latent_shape=model.latent_shape,
             patch=model.network.config.patch_size,
             hidden=model.network.inner_dim,
             width=options.width,
@@ -83,7 +84,8 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
         raise UserError(
             f"lookahead.plan: {plan.name} leaves no step out, so there is nothing to predict", ExitCode.USAGE
         )
-    training, held_out = collect(config, model, head, options.trajectories)
+    lookahead.head = head
+    training, held_out = collect(config, model, lookahead, head, options.trajectories)
     train_head(head, training, options.steps, config.seed)
     save_head(head, options.output)
     print(f"{'state':>5} {'examples':>9}  share of the completion error that is gone, on held-out trajectories")
@@ -110,8 +112,11 @@ class Examples:
     state: Tensor
 
 
-def collect(config: Config, model: FlowModel, head: CompletionHead, trajectories: int) -> tuple[Examples, Examples]:
+def collect(
+    config: Config, model: FlowModel, lookahead: Lookahead, head: CompletionHead, trajectories: int
+) -> tuple[Examples, Examples]:
     """Examples of `trajectories` rollouts, rounded up to whole batches, for training; and some more, held out."""
+    import torch
     from tqdm import tqdm
 
     from densegrpo_fast.runtime import build
@@ -120,9 +125,6 @@ def collect(config: Config, model: FlowModel, head: CompletionHead, trajectories
     from densegrpo_fast.sampling.lookahead import Lookahead
 
     prompts, coefficients = build.build_prompts(config), build.build_coefficients(config, model)
-    lookahead = build.build_lookahead(config, model)
-    assert lookahead is not None
-    lookahead.head = head
     exact = Lookahead(model, plans.exact(config.sampler.num_steps), chunk=config.lookahead.chunk)
     batch = config.data.num_prompts * config.sampler.group_size
     count = max(2, math.ceil(trajectories / batch * _HELD_OUT / (_HELD_OUT - 1)))
@@ -146,14 +148,14 @@ def collect(config: Config, model: FlowModel, head: CompletionHead, trajectories
                     last.latents.cpu(),
                     estimate.cpu(),
                     (ends[state] - estimate).cpu(),
-                    _full(state, len(estimate)),
+                    torch.full((len(estimate),), state),
                 )
             )
     return _joined(parts[False]), _joined(parts[True])
 
 
-def train_head(head: CompletionHead, examples: Examples, steps: int, seed: int, batch: int = 128) -> list[float]:
-    """Fit the head in place, every state's errors in units of their own size; returns the loss of every step."""
+def train_head(head: CompletionHead, examples: Examples, steps: int, seed: int, batch: int = 128) -> None:
+    """Fit the head in place, every state's errors in units of their own size."""
     import torch
     from tqdm import tqdm
 
@@ -165,7 +167,6 @@ def train_head(head: CompletionHead, examples: Examples, steps: int, seed: int, 
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     head.train()
-    losses = []
     for step in tqdm(range(steps), desc="head", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -176,9 +177,7 @@ def train_head(head: CompletionHead, examples: Examples, steps: int, seed: int, 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
     head.eval()
-    return losses
 
 
 def explained(head: CompletionHead, examples: Examples) -> dict[int, tuple[int, float]]:
@@ -209,17 +208,6 @@ def _joined(parts: list[Examples]) -> Examples:
 
     names = ("hidden", "latents", "estimate", "target", "state")
     return Examples(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
-
-def _full(value: int, count: int) -> Tensor:
-    import torch
-
-    return torch.full((count,), value)
-
-
-def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    channels, height, width = shape
-    return channels, height, width
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from densegrpo_fast.flow import native_cuda
+from densegrpo_fast.flow import native_cuda, shared_library
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -86,7 +86,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.fixture
 def installed(build: Build, monkeypatch: pytest.MonkeyPatch):
     """The library that was just built, in place of the installed one."""
-    monkeypatch.setattr(native_cuda, "_PACKAGE", build.library.parent)
+    monkeypatch.setattr(shared_library, "PACKAGE", build.library.parent)
     native_cuda._load.cache_clear()
     yield
     native_cuda._load.cache_clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.flow import native
+from densegrpo_fast.flow import native, shared_library
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.noise import gaussian
 from densegrpo_fast.flow.ops import sde_step
@@ -26,7 +26,7 @@ BARE_NOISE = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.5, 0.0]])
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder in which the library is looked for."""
-    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(shared_library, "PACKAGE", tmp_path)
     native._load.cache_clear()
     yield tmp_path
     native._load.cache_clear()

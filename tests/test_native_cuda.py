@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.flow import backends, native_cuda
+from densegrpo_fast.flow import backends, native_cuda, shared_library
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.noise import gaussian
 from densegrpo_fast.flow.ops import sde_log_prob, sde_step
@@ -21,7 +21,7 @@ PAIRS = [(FLOAT, FLOAT), (FLOAT, HALF), (FLOAT, BFLOAT), (HALF, HALF), (BFLOAT, 
 
 
 def test_a_missing_library_is_an_error_that_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_cuda, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(shared_library, "PACKAGE", tmp_path)
     native_cuda._load.cache_clear()
     assert "was not built; install the CUDA toolkit" in native_cuda.why_not()
     (tmp_path / "_native_cuda.broken.so").write_bytes(b"not a library")

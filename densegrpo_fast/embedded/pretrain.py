@@ -36,7 +36,11 @@ _ANCHOR = 2.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result; the defaults made the weights in the package."""
+    """Everything that decides the result.
+
+    The defaults made the weights in the package, but for one thing: their autoencoder was fitted to scenes of any place
+    and size, before `scenes.py` had its lattice.
+    """
 
     seed: int = 0
     num_scenes: int = 50_000

@@ -11,14 +11,13 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+from densegrpo_fast.flow import shared_library
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+ABI_VERSION = 2
 
 _pointer, _integer, _size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _SHAPE_AND_THREADS = (_size, _size, _integer)
@@ -235,23 +234,5 @@ def _library() -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    candidates = sorted(_PACKAGE.glob("_native.*.so"))
-    if not candidates:
-        return (
-            None,
-            "densegrpo_fast/_native.*.so was not built; install a C++ compiler and run pip install again",
-        )
-    try:
-        library = ctypes.CDLL(str(candidates[-1]))
-        version = library.densegrpo_abi_version()
-    except (OSError, AttributeError) as error:
-        return None, f"{candidates[-1].name} cannot be loaded: {error}"
-    if version != ABI_VERSION:
-        return (
-            None,
-            f"{candidates[-1].name} has interface {version}, expected {ABI_VERSION}; run pip install again",
-        )
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library, ""
+    remedy = "install a C++ compiler and run pip install again"
+    return shared_library.load("_native", "densegrpo_abi_version", ABI_VERSION, _SIGNATURES, remedy)

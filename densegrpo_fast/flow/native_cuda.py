@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from densegrpo_fast.flow import shared_library
 
 ABI_VERSION = 1
 
@@ -21,8 +22,6 @@ MINIMUM_CAPABILITY = (8, 0)
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Storage types, with the numbers that the library has for them."""
-
-_PACKAGE = Path(__file__).resolve().parent.parent
 
 _pointer, _integer, _size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _WHERE_AND_DTYPES, _SHAPE = (_integer, _pointer, _integer, _integer), (_size, _size, _size)
@@ -195,24 +194,5 @@ def _library() -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    candidates = sorted(_PACKAGE.glob("_native_cuda.*.so"))
-    if not candidates:
-        return (
-            None,
-            "densegrpo_fast/_native_cuda.*.so was not built; install the CUDA toolkit and run pip install again with "
-            "DENSEGRPO_CUDA=1",
-        )
-    try:
-        library = ctypes.CDLL(str(candidates[-1]))
-        version = library.densegrpo_cuda_abi_version()
-    except (OSError, AttributeError) as error:
-        return None, f"{candidates[-1].name} cannot be loaded: {error}"
-    if version != ABI_VERSION:
-        return (
-            None,
-            f"{candidates[-1].name} has interface {version}, expected {ABI_VERSION}; run pip install again",
-        )
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library, ""
+    remedy = "install the CUDA toolkit and run pip install again with DENSEGRPO_CUDA=1"
+    return shared_library.load("_native_cuda", "densegrpo_cuda_abi_version", ABI_VERSION, _SIGNATURES, remedy)

@@ -35,7 +35,7 @@ class HeadConfig:
 
     num_steps: int
     paths: tuple[tuple[int, ...], ...]
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     patch: int
     hidden: int
     width: int = 128

@@ -6,7 +6,7 @@ in a row, whatever the number of states; the first velocity of every state is th
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -161,12 +161,17 @@ class Lookahead:
             for start in range(0, len(latents), self.chunk):
                 rows = slice(start, min(start + self.chunk, len(latents)))
                 part = latents[rows]
-                # rows are ordered state by state, and each state has the samples of the batch
-                samples = torch.arange(rows.start, rows.stop, device=latents.device) % trajectory.batch
-                with nullcontext() if self.cache is None else self.cache.reuse(node, samples):
+                with self._reusing(node, rows, trajectory):
                     velocity[rows] = self.model.velocity(
                         part, sigma.expand(len(part)), conditioning.select(rows), scale
                     ).combined()
                 hidden += tokens[:1]
                 tokens.clear()
         return velocity, torch.cat(hidden) if hidden else None
+
+    def _reusing(self, node: int, rows: slice, trajectory: Trajectory) -> AbstractContextManager[None]:
+        if self.cache is None:
+            return nullcontext()
+        # rows are ordered state by state, and each state has the samples of the batch
+        samples = torch.arange(rows.start, rows.stop, device=trajectory.latents.device) % trajectory.batch
+        return self.cache.reuse(node, samples)
