@@ -81,15 +81,14 @@ def test_our_short_path_draws_what_plain_diffusers_draws(model: SD3) -> None:
 def test_single_objects_are_drawn(model: SD3) -> None:
     prompts = [scene.prompt for scene in scenes.split(held_out=True)["single"]]
     prompts = prompts * (-(-40 // len(prompts)))
-    # the aim is 90%; these weights are at two thirds, and two standard errors of 40 pictures are 15 points
-    assert strict(model.decode(draw(model, prompts, num_steps=10, guidance_scale=4.5)), prompts).mean() >= 0.5
+    # the aim is 90%; these weights are at four fifths, and two standard errors of 40 pictures are 13 points
+    assert strict(model.decode(draw(model, prompts, num_steps=10, guidance_scale=4.5)), prompts).mean() >= 0.65
 
 
 def test_it_can_draw_and_can_improve(model: SD3) -> None:
     prompts = scenes.prompts(held_out=True, count=90)
     share = strict(model.decode(draw(model, prompts, num_steps=10, guidance_scale=4.5)), prompts).mean()
-    # 35-70% is the aim; these weights are at a quarter, and two standard errors of 90 pictures are 10 points
-    assert 0.15 <= share <= 0.80
+    assert 0.35 <= share <= 0.70
 
 
 def test_guidance_works(model: SD3) -> None:
@@ -121,10 +120,10 @@ def test_the_preview_decoder_agrees_with_the_full_one(model: SD3) -> None:
     prompts = scenes.prompts(held_out=True, count=90)
     latents = draw(model, prompts, num_steps=10)
     full, preview = model.decode(latents), model.decode(latents, "preview")
-    # 95% is the aim; two standard errors of 90 pictures are 6 points
-    assert (strict(full, prompts) == strict(preview, prompts)).mean() >= 0.88
+    # these weights are at 95%; two standard errors of 90 pictures are 5 points
+    assert (strict(full, prompts) == strict(preview, prompts)).mean() >= 0.9
     graded = [np.array(REWARD(images, prompts)) for images in (full, preview)]
-    assert np.corrcoef(*graded)[0, 1] >= 0.9
+    assert np.corrcoef(*graded)[0, 1] >= 0.95
 
 
 def test_the_card_reports_what_is_drawn(model: SD3) -> None:

@@ -84,10 +84,14 @@ def preview_decode(preview: AutoencoderTiny, latents: Tensor) -> Tensor:
     return (preview.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
-def write_card(directory: Path, recipe: Any, log: Any, scores: dict[str, Any]) -> None:
-    """Write `README.md` (the model card) and `pretraining.json` (its evidence) into the pipeline directory."""
+def write_card(directory: Path, recipe: Any, log: Any, scores: dict[str, Any], note: str = "") -> None:
+    """Write `README.md` (the model card) and `pretraining.json` (its evidence) into the pipeline directory.
+
+    `note` says in what these weights differ from a plain run of the command.
+    """
     evidence = {
         "recipe": asdict(recipe),
+        "note": note,
         "seconds": log.seconds,
         "losses": log.losses,
         "scores": scores,
@@ -113,6 +117,7 @@ def _card(evidence: dict[str, Any]) -> str:
         for name in evidence["losses"]
     )
     header = " | ".join(f"guidance {scale}" for scale in scores["strict"])
+    note = f"\n{evidence['note']}\n" if evidence["note"] else ""
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -136,7 +141,7 @@ pipe("a red circle to the left of a blue square", num_inference_steps=10, guidan
 `python -m densegrpo_fast.embedded.pretrain --output DIR`, deterministic for a given machine and library version:
 {recipe["num_scenes"]} rendered scenes (anti-aliased; random sizes, places, shades, backgrounds), none of them for a
 held-out sentence; one in five sentences is held out by meaning. Torch {evidence["versions"]["torch"]}.
-
+{note}
 | stage | loss at start | half way | at 90% | end | minutes |
 |---|---|---|---|---|---|
 {stages}

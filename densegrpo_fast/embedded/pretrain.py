@@ -36,11 +36,7 @@ _ANCHOR = 2.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result.
-
-    The defaults made the weights in the package, but for one thing: their autoencoder was fitted to scenes of any place
-    and size, before `scenes.py` had its lattice.
-    """
+    """Everything that decides the result. The card of the weights in the package says in what they differ from it."""
 
     seed: int = 0
     num_scenes: int = 50_000
@@ -48,7 +44,7 @@ class Recipe:
     vae_batch: int = 32
     preview_steps: int = 2_000
     preview_batch: int = 32
-    flow_steps: int = 4_500
+    flow_steps: int = 9_000
     flow_batch: int = 64
     flow_lr: float = 1e-3
     drop_prompt: float = 0.1
@@ -61,12 +57,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory for the stages and the pipeline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--flow-steps", type=int, default=Recipe.flow_steps, help="optimiser steps of the flow stage")
+    parser.add_argument("--note", default="", help="a remark for the model card")
     options = parser.parse_args(arguments)
-    pretrain(options.output, Recipe(flow_steps=options.flow_steps), torch.device(options.device))
+    recipe = Recipe(flow_steps=options.flow_steps)
+    pretrain(options.output, recipe, torch.device(options.device), options.note)
 
 
-def pretrain(output: Path, recipe: Recipe, device: torch.device) -> StableDiffusion3Pipeline:
-    """Run the stages that `output` does not hold yet, then write pipeline and card."""
+def pretrain(output: Path, recipe: Recipe, device: torch.device, note: str = "") -> StableDiffusion3Pipeline:
+    """Run the stages that `output` does not hold yet, then write pipeline and card (with `note`)."""
     torch.manual_seed(recipe.seed)
     stages = Stages(output / "stages", device)
     sentences = [scene.prompt for name in scenes.CATEGORIES for scene in scenes.all_scenes(name)]
@@ -90,7 +88,7 @@ def pretrain(output: Path, recipe: Recipe, device: torch.device) -> StableDiffus
     target = output / "pipeline"
     save(pipeline, preview, target)
     scores = card.evaluate(pipeline, preview)
-    card.write_card(target, recipe, stages.log, scores)
+    card.write_card(target, recipe, stages.log, scores, note)
     return pipeline
 
 
