@@ -98,7 +98,7 @@ def rows_of(
         "eager_compiled": lambda: eager(compiled),
         "copy": lambda: destination.copy_(source),
     }
-    return {name: _repeated(function) if DEVICE.type == "cuda" else function for name, function in found.items()}
+    return {name: repeated(function) if DEVICE.type == "cuda" else function for name, function in found.items()}
 
 
 def bench(benchmark: Any, rows: dict[str, Function], name: str, moved_bytes: int) -> None:
@@ -121,7 +121,7 @@ def record(stem: str, rows_of_batch: Callable[[int], dict[str, Function]], moved
         rows_of_batch: makes the rows of a batch size.
         moved_bytes: least memory traffic of a batch size.
     """
-    options = _options(stem)
+    options = options_of(stem)
     rows, traffic = rows_of_batch(options.batch), moved_bytes(options.batch)
     started = load_average()
     turns = interleaved(rows, rounds=options.rounds, warmup=5)
@@ -159,7 +159,8 @@ def record(stem: str, rows_of_batch: Callable[[int], dict[str, Function]], moved
         )
 
 
-def _options(stem: str) -> argparse.Namespace:
+def options_of(stem: str) -> argparse.Namespace:
+    """The command line of a bench: batch, rounds, output."""
     parser = argparse.ArgumentParser(description=f"Time the implementations of {stem}.", allow_abbrev=False)
     default = RESULTS / f"{stem}_{'gpu' if DEVICE.type == 'cuda' else 'cpu'}.json"
     parser.add_argument("--batch", type=_count, default=BATCH, help=f"latents in a batch; default: {BATCH}")
@@ -174,7 +175,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _repeated(function: Function) -> Function:
+def repeated(function: Function) -> Function:
+    """`CALLS` calls, and one synchronisation at their end: what is timed on a CUDA device."""
+
     def call() -> Any:
         for _ in range(CALLS):
             result = function()

@@ -1,5 +1,7 @@
 """python -m densegrpo_fast.launch [--host flow_grpo] script.py args...: another codebase's script on our ops.
 
+A host whose step is a function of the script itself (dance_grpo) has it replaced the moment it is defined.
+
 The script runs unchanged, as `python script.py args...` would run it: same arguments, `__main__`, search path, exit
 status and tracebacks. It also works below a launcher of processes: `torchrun ... -m densegrpo_fast.launch script.py`,
 `accelerate launch -m densegrpo_fast.launch script.py`.
@@ -11,6 +13,8 @@ before exit handlers run.
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +30,7 @@ from densegrpo_fast.suggest import did_you_mean
 if TYPE_CHECKING:
     from densegrpo_fast.compat._patch import Patch
 
-HOSTS = ("flow_grpo",)
+HOSTS = ("flow_grpo", "turning_point", "dance_grpo", "mix_grpo", "flow_factory")
 """Names of `densegrpo_fast.compat` modules that can be installed."""
 
 
@@ -54,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         patch = _install(options)
     sys.argv = [options.script, *options.args]
     try:
-        _run(script)
+        _run(script, patch)
     finally:
         if not patch.messages and _is_first_rank():
             _say(f"nothing was replaced: the script imported none of the functions of {options.host}")
@@ -76,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, help="of --rng philox (default: torch's seed)")
     parser.add_argument("--tracker", action="store_true", help="replace the advantage statistics, too")
+    parser.add_argument(
+        "--fix",
+        metavar="NAME",
+        action="append",
+        help="take away a flaw of the host, which is kept otherwise; can be repeated; an unknown name lists all",
+    )
     parser.add_argument("script", help="the Python file to run; everything after it belongs to the script")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
     return parser
@@ -92,13 +102,18 @@ def _readable(script: str) -> Path:
 
 def _install(options: argparse.Namespace) -> Patch:
     host = import_module(f"densegrpo_fast.compat.{options.host}")
+    wanted = {"version": options.signature, "tracker": options.tracker, "fixes": options.fix}
+    given = {name: value for name, value in wanted.items() if value}
+    unknown = [name for name in given if name not in inspect.signature(host.install).parameters]
+    if unknown:
+        option = {"version": "--signature", "tracker": "--tracker", "fixes": "--fix"}[unknown[0]]
+        raise UserError(f"{option} is no option of --host {options.host}", ExitCode.USAGE)
     try:
         return host.install(
-            version=options.signature,
             rng=options.rng,
             seed=options.seed,
-            tracker=options.tracker,
             say=_say if _is_first_rank() else lambda line: None,
+            **given,
         )
     except ValueError as error:
         raise UserError(str(error), ExitCode.USAGE) from error
@@ -115,8 +130,8 @@ def _say(line: str) -> None:
     print(f"densegrpo_fast: {line}", file=sys.stderr, flush=True)
 
 
-def _run(script: Path) -> None:
-    """Execute a file as `__main__`."""
+def _run(script: Path, patch: Patch) -> None:
+    """Execute a file as `__main__`; a function that the patch knows by name is replaced where the file defines it."""
     module = ModuleType("__main__")
     loader = SourceFileLoader("__main__", str(script))
     vars(module).update(__file__=str(script), __loader__=loader, __builtins__=__builtins__, __cached__=None)
@@ -129,8 +144,23 @@ def _run(script: Path) -> None:
         usual(kind, error.with_traceback(trace), trace)
 
     sys.excepthook = hook
-    code = compile(loader.get_data(str(script)), str(script), "exec", dont_inherit=True)
+    source: bytes | ast.Module = loader.get_data(str(script))
+    if patch.script_names:
+        vars(module)[_HOOK] = patch.on_definition
+        source = _decorated(ast.parse(source, str(script)), patch.script_names)
+    code = compile(source, str(script), "exec", dont_inherit=True)
     exec(code, vars(module))
+
+
+_HOOK = "__densegrpo_fast_on_definition__"
+
+
+def _decorated(tree: ast.Module, names: frozenset[str]) -> ast.Module:
+    """Decorate a script's own functions of some names with the hook; lines stay as they are."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            node.decorator_list.insert(0, ast.copy_location(ast.Name(_HOOK, ast.Load()), node))
+    return tree
 
 
 if __name__ == "__main__":

@@ -179,3 +179,13 @@ def test_bad_arguments_are_named(noise_level: float | list[float], family: str, 
 def test_a_grid_that_rises_is_refused() -> None:
     with pytest.raises(ValueError, match="strictly decreasing"):
         coefficients(sd3_sigmas(10).flip(0), 0.7, "flow_sde")
+
+
+def test_sigma_max_is_the_inner_sigma_at_pure_noise() -> None:
+    # a / sqrt(1 - 0.9) at sigma 1; elsewhere it changes nothing.
+    sigmas = sd3_sigmas(10)
+    given, plain = coefficients(sigmas, 0.7, "flow_sde", sigma_max=0.9), coefficients(sigmas, 0.7, "flow_sde")
+    assert given.table[0, STD_DEV].item() == pytest.approx(0.7 / math.sqrt(0.1), rel=1e-6)
+    assert torch.equal(given.table[1:], plain.table[1:]) and not torch.equal(given.table[0], plain.table[0])
+    with pytest.raises(ValueError, match=r"sigma_max must be in \[0, 1\), got 1.0"):
+        coefficients(sigmas, 0.7, "flow_sde", sigma_max=1.0)

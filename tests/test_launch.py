@@ -151,7 +151,7 @@ def test_bad_input(project: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     for arguments, status, message in [
         ([str(project / "no.py")], 2, "no.py': there is no such file"),
         ([str(project)], 2, "is not a file; name the Python file to run"),
-        (["--host", "flowgrpo", script], 2, "unknown host 'flowgrpo', known are: flow_grpo; did you mean"),
+        (["--host", "flowgrpo", script], 2, "unknown host 'flowgrpo', known are: flow_grpo, turning_point, "),
         (["--signature", "V9", script], 2, "version must be one of V1, V2, V3, V3g"),
         (["--rng", "dice", script], 2, "rng must be one of host, philox, got 'dice'"),
         (["--seed", "3", script], 2, "seed is for rng"),

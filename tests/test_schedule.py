@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegrpo_fast.flow.schedule import check_sigmas, dance_sigmas, flux_sigmas, sd3_sigmas, timesteps
+from densegrpo_fast.flow.schedule import check_sigmas, dance_sigmas, flux_sigmas, sd3_sigmas, shift_sigmas, timesteps
 
 
 @pytest.mark.parametrize("shift", [1.0, 1.7, 3.0, 6.0])
@@ -130,3 +130,10 @@ def test_bad_arguments_are_named(call, message: str) -> None:
 def test_an_integer_grid_is_refused() -> None:
     with pytest.raises(TypeError, match="floating point tensor, got torch.int64"):
         check_sigmas(torch.tensor([1, 0]))
+
+
+def test_shift_by_hand() -> None:
+    # 3 * 0.5 / (1 + 2 * 0.5) = 0.75; the ends stay.
+    assert shift_sigmas(torch.tensor([1.0, 0.5, 0.0]), 3.0).tolist() == [1.0, 0.75, 0.0]
+    with pytest.raises(ValueError, match="shift must be finite and positive, got 0"):
+        shift_sigmas(torch.ones(1), 0)

@@ -32,15 +32,17 @@ class Target:
     """One name to replace.
 
     Attributes:
-        module: full name of the host's module that defines it.
-        name: the name there.
+        module: full name of the host's module that defines it; `__main__` for a function of the user's script.
+        name: the name there, or `Class.name` for an attribute of a class.
         build: takes the original, returns its replacement and a few words on it; raises `CompatError` when the
-            original is not what the replacement stands for.
+            original is not what the replacement stands for. It may return the original itself, to leave it as it is.
+        required: whether a module without the name is an error.
     """
 
     module: str
     name: str
     build: Callable[[Any], tuple[Any, str]]
+    required: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class _Replaced:
     original: Any
     replacement: Any
     note: str
+    owner: type | None
 
 
 class Patch:
@@ -56,7 +59,7 @@ class Patch:
 
     Attributes:
         package: top-level package of the host.
-        messages: what is replaced now, one line per target, in order; empty again after `uninstall`.
+        messages: what is replaced now or left as it is, one line per target, in order; empty again after `uninstall`.
     """
 
     def __init__(self, package: str, targets: Sequence[Target], say: Callable[[str], None] | None = None) -> None:
@@ -107,8 +110,29 @@ class Patch:
             sys.meta_path.remove(self._finder)
         while self._replaced:
             entry = self._replaced.pop()
-            _rebind(entry.replacement, entry.original)
+            if entry.owner is None:
+                _rebind(entry.replacement, entry.original)
+            else:
+                setattr(entry.owner, entry.target.name.rpartition(".")[2], entry.original)
         self.messages.clear()
+
+    @property
+    def script_names(self) -> frozenset[str]:
+        """Names to replace where a script defines them itself; `on_definition` has to be told of each."""
+        return frozenset(target.name for target in self._targets.get("__main__", ()))
+
+    def on_definition(self, function: Any) -> Any:
+        """Replacement of a function that the running script has just defined; usable as a decorator.
+
+        Raises:
+            CompatError: the function is not what the replacement stands for.
+        """
+        for target in self._targets["__main__"]:
+            if target.name == function.__name__:
+                replacement, note = target.build(function)
+                self._apply(_Replaced(target, function, replacement, note, None))
+                return replacement
+        return function
 
     def __enter__(self) -> Patch:
         return self.install()
@@ -123,24 +147,42 @@ class Patch:
     def _prepare(self, module: ModuleType) -> list[_Replaced]:
         entries = []
         for target in self._targets[module.__name__]:
-            if target.name not in vars(module):
+            owner, name = _owner(module, target.name)
+            if owner is None or name not in vars(owner):
+                if not target.required:
+                    continue
                 raise CompatError(
                     f"{target.module} has no {target.name}: this is no version of {self.package} that is known here; "
                     "nothing was replaced"
                 )
-            original = vars(module)[target.name]
+            original = vars(owner)[name]
             replacement, note = target.build(original)
-            entries.append(_Replaced(target, original, replacement, note))
+            entries.append(_Replaced(target, original, replacement, note, owner if isinstance(owner, type) else None))
         return entries
 
     def _apply(self, entry: _Replaced) -> None:
+        if entry.replacement is entry.original:
+            self._note(f"{entry.target.module}.{entry.target.name} is {entry.note}")
+            return
         self._replaced.append(entry)
-        places = _rebind(entry.original, entry.replacement)
+        if entry.owner is None:
+            places = _rebind(entry.original, entry.replacement)
+        else:
+            setattr(entry.owner, entry.target.name.rpartition(".")[2], entry.replacement)
+            places = []
         names = sorted(place for place in places if place != f"{entry.target.module}.{entry.target.name}")
         also = f"; also bound as {', '.join(names)}" if names else ""
-        message = f"replaced {entry.target.module}.{entry.target.name} ({entry.note}){also}"
+        self._note(f"replaced {entry.target.module}.{entry.target.name} ({entry.note}){also}")
+
+    def _note(self, message: str) -> None:
         self.messages.append(message)
         self._say(message)
+
+
+def _owner(module: ModuleType, name: str) -> tuple[Any, str]:
+    """What holds a name, the module or a class in it (None if there is none), and the last part of the name."""
+    path, _, last = name.rpartition(".")
+    return (vars(module).get(path) if path else module), last
 
 
 def _rebind(old: Any, new: Any) -> list[str]:

@@ -27,7 +27,7 @@ every constant, 1/(2 s^2) included, so its log_prob is the plain negative mean s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -80,8 +80,32 @@ class StepCoefficients:
             sigmas=self.sigmas.to(device),
         )
 
+    def only(self, steps: Collection[int]) -> StepCoefficients:
+        """The same sampler with noise in `steps` alone; every other step is the exact Euler row of `coefficients`.
 
-def coefficients(sigmas: Tensor, noise_level: float | Sequence[float], family: Family) -> StepCoefficients:
+        Raises:
+            ValueError: a step is outside 0..T-1.
+        """
+        if any(not 0 <= step < self.num_steps for step in steps):
+            raise ValueError(f"only: steps must lie in 0..{self.num_steps - 1}, got {sorted(steps)}")
+        kept = [step in steps for step in range(self.num_steps)]
+        if all(kept):
+            return self
+        euler = torch.zeros_like(self.table)
+        euler[:, A] = 1.0
+        euler[:, B] = self.sigmas.diff()
+        mask = torch.tensor(kept, device=self.table.device)[:, None]
+        return replace(
+            self,
+            table=torch.where(mask, self.table, euler),
+            noise_level=tuple(level if keep else 0.0 for level, keep in zip(self.noise_level, kept, strict=True)),
+            noisy=tuple(noisy and keep for noisy, keep in zip(self.noisy, kept, strict=True)),
+        )
+
+
+def coefficients(
+    sigmas: Tensor, noise_level: float | Sequence[float], family: Family, *, sigma_max: float | None = None
+) -> StepCoefficients:
     """Tabulate the affine map of every step, in float64 on the host, from the grid's float32 values.
 
     A step of noise level 0, or whose standard deviation is 0, becomes an exact Euler row: A = 1, B = dt, the
@@ -93,27 +117,43 @@ def coefficients(sigmas: Tensor, noise_level: float | Sequence[float], family: F
         noise_level: strength a of the noise, dimensionless, at least 0 (cps: at most 1); one value or one per
             step.
         family: one of `FAMILIES`. "ode" takes noise level 0 only.
+        sigma_max: what flow_sde takes for the inner sigma at sigma 1, in [0, 1); None takes sigmas[1].
 
     Returns:
         coefficients on the CPU; move them with `.to(device)`.
 
     Raises:
         TypeError: `sigmas` is not a floating point tensor.
-        ValueError: unknown family, bad grid, a noise level of wrong length or range, or one so small that the
-            log-probability scale 1/(2 C^2) overflows float32.
+        ValueError: unknown family, bad grid or `sigma_max`, a noise level of wrong length or range, or one so small
+            that the log-probability scale 1/(2 C^2) overflows float32.
     """
+    if sigma_max is not None and not 0 <= sigma_max < 1:
+        raise ValueError(f"sigma_max must be in [0, 1), got {sigma_max!r}")
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     check_sigmas(sigmas)
     sigmas = sigmas.detach().to("cpu", torch.float32)
     grid = sigmas.tolist()
     levels = _levels(noise_level, len(grid) - 1, family)
-    rows = [_row(grid, step, level, family) for step, level in enumerate(levels)]
+    rows = [_row(grid, step, level, family, sigma_max) for step, level in enumerate(levels)]
     table = torch.tensor(rows, dtype=torch.float64).to(torch.float32)
     if not table.isfinite().all():
         step = int((~table.isfinite()).any(dim=1).nonzero()[0])
         raise ValueError(f"noise_level {levels[step]!r} of step {step} is too small: 1/(2 C^2) overflows float32")
     return StepCoefficients(table, sigmas, family, levels, tuple((table[:, C] > 0).tolist()))
+
+
+def gaussian_constants(std: float) -> tuple[float, float]:
+    """LOG_PROB_SCALE and LOG_PROB_CONST of a normal distribution.
+
+    Args:
+        std: its standard deviation, positive.
+
+    Returns:
+        1/(2 std^2), infinite where that exceeds the range of floats; -ln(std) - ln(2 pi)/2.
+    """
+    variance = std * std
+    return (1 / (2 * variance) if variance > 0 else math.inf), -math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
 def _levels(noise_level: float | Sequence[float], num_steps: int, family: str) -> tuple[float, ...]:
@@ -128,10 +168,10 @@ def _levels(noise_level: float | Sequence[float], num_steps: int, family: str) -
     return levels
 
 
-def _row(grid: list[float], step: int, level: float, family: str) -> list[float]:
+def _row(grid: list[float], step: int, level: float, family: str, sigma_max: float | None) -> list[float]:
     sigma, next_sigma = grid[step], grid[step + 1]
     dt = next_sigma - sigma
-    std_dev = _std_dev(grid, step, level, family)
+    std_dev = _std_dev(grid, step, level, family, sigma_max)
     if std_dev == 0:
         return [1.0, dt, 0.0, 0.0, 0.0, 0.0]
     if family in ("cps", "precise"):
@@ -143,19 +183,18 @@ def _row(grid: list[float], step: int, level: float, family: str) -> list[float]
         a, b, c = 1 + drift * dt, (1 + drift * (1 - sigma)) * dt, std_dev * math.sqrt(-dt)
     if family == "cps":
         return [a, b, c, std_dev, 1.0, 0.0]
-    variance = c * c
-    scale = 1 / (2 * variance) if variance > 0 else math.inf
-    return [a, b, c, std_dev, scale, -math.log(c) - 0.5 * math.log(2 * math.pi)]
+    return [a, b, c, std_dev, *gaussian_constants(c)]
 
 
-def _std_dev(grid: list[float], step: int, level: float, family: str) -> float:
+def _std_dev(grid: list[float], step: int, level: float, family: str, sigma_max: float | None) -> float:
     sigma, next_sigma = grid[step], grid[step + 1]
     if level == 0:
         return 0.0
     if family == "flow_sde":
         # sqrt(sigma/(1-sigma)) diverges at pure noise; Flow-GRPO borrows the second sigma inside the root
         # only.
-        return level * math.sqrt(sigma / (1 - (grid[1] if sigma == 1 else sigma)))
+        inner = sigma if sigma != 1 else grid[1] if sigma_max is None else sigma_max
+        return level * math.sqrt(sigma / (1 - inner))
     if family == "dance":
         return level
     if family == "wan":

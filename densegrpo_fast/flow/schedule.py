@@ -34,10 +34,10 @@ def sd3_sigmas(num_steps: int, shift: float = 3.0, num_train_timesteps: int = 10
     _check_positive("shift", shift)
     _check_count("num_train_timesteps", num_train_timesteps)
     # The scheduler builds its training grid in float32 and the sampling grid in float64; so do we.
-    ends = _shift(torch.tensor([num_train_timesteps, 1.0]) / num_train_timesteps, shift)
+    ends = shift_sigmas(torch.tensor([num_train_timesteps, 1.0]) / num_train_timesteps, shift)
     start, stop = (end * num_train_timesteps for end in ends.tolist())
     grid = torch.tensor(_linspace(start, stop, num_steps), dtype=torch.float64) / num_train_timesteps
-    return _with_exact_ends(_shift(grid, shift))
+    return _with_exact_ends(shift_sigmas(grid, shift))
 
 
 def flux_sigmas(
@@ -90,7 +90,24 @@ def dance_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
     """
     _check_count("num_steps", num_steps)
     _check_positive("shift", shift)
-    return _with_exact_ends(_shift(torch.linspace(1, 0, num_steps + 1)[:-1], shift))
+    return _with_exact_ends(shift_sigmas(torch.linspace(1, 0, num_steps + 1)[:-1], shift))
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards 1: shift * sigma / (1 + (shift - 1) * sigma) (Esser et al. 2024, equation 23).
+
+    Args:
+        sigmas: noise levels in [0, 1], any shape, floating.
+        shift: positive; 1 changes nothing.
+
+    Returns:
+        shifted noise levels, same shape and dtype.
+
+    Raises:
+        ValueError: `shift` is out of range.
+    """
+    _check_positive("shift", shift)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def timesteps(sigmas: Tensor, num_train_timesteps: int = 1000) -> Tensor:
@@ -146,10 +163,6 @@ def _with_exact_ends(grid: Tensor) -> Tensor:
     # A shift leaves 1 where it is, but for some shifts float32 rounds it to 1 + 1e-7 or 1 - 6e-8. flow_sde
     # divides by 1 - sigma unless sigma is 1, so this one rounding of the hosts is not reproduced.
     return torch.cat([torch.ones(1), grid[1:].to(torch.float32), torch.zeros(1)])
-
-
-def _shift(sigmas: Tensor, shift: float) -> Tensor:
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def _check_count(name: str, value: int) -> None:

@@ -4,26 +4,40 @@
     fast.install()          # before or after the script's own imports
 
 or, without a change, `python -m densegrpo_fast.launch scripts/train_sd3.py ...`. The functions can also be imported
-and called by their own names. See `step` for signatures and numerics.
+and called by their own names. See `step` and `pipelines` for signatures and numerics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 
+from densegrpo_fast.compat._install import Installer, checked_fixes
 from densegrpo_fast.compat._patch import CompatError, Patch, Target
 from densegrpo_fast.compat.flow_grpo.detect import detect_version, replacement_of, tracker_replacement
+from densegrpo_fast.compat.flow_grpo.pipelines import (
+    Kept,
+    keep_velocities,
+    pipeline_with_logprob,
+    pipeline_with_logprob_fast,
+)
+from densegrpo_fast.compat.flow_grpo.probe import pipeline_replacement
 from densegrpo_fast.compat.flow_grpo.rng import make_noise, philox_samples
 from densegrpo_fast.compat.flow_grpo.step import VERSIONS, step_function
 from densegrpo_fast.compat.flow_grpo.tracker import PerPromptStatTracker
 
 __all__ = [
+    "FIXES",
     "VERSIONS",
     "CompatError",
+    "Kept",
     "PerPromptStatTracker",
     "detect_version",
     "install",
+    "keep_velocities",
     "philox_samples",
+    "pipeline_with_logprob",
+    "pipeline_with_logprob_fast",
     "sde_step_with_logprob",
     "step_function",
     "uninstall",
@@ -34,7 +48,11 @@ PACKAGE = "flow_grpo"
 sde_step_with_logprob = step_function("V3g")
 """The newest generation, whose arguments contain those of V2 and V3, with the host's random numbers."""
 
-_active: tuple[Patch, tuple[object, ...]] | None = None
+FIXES = {
+    "float32_states": "the states of SD3's trajectories stay float32 in a copy of the host that rounds each of them to "
+    "the prompts' dtype after scoring it; the importance ratio of an unchanged policy is then 1",
+}
+"""Flaws of the host that `install(fixes=...)` takes away, one by one; all are kept unless named."""
 
 
 def install(
@@ -43,6 +61,8 @@ def install(
     rng: str = "host",
     seed: int | None = None,
     tracker: bool = False,
+    pipelines: bool = True,
+    fixes: Collection[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Patch:
     """Replace Flow-GRPO's functions by ours, in modules that are imported already and in those that will be.
@@ -55,27 +75,49 @@ def install(
         rng: "host" keeps the host's random numbers; "philox" takes counters (`philox_samples`).
         seed: of "philox".
         tracker: replace `PerPromptStatTracker`, too.
+        pipelines: replace SD3's `pipeline_with_logprob`, too; a copy of it that is not known is left as it is.
+        fixes: names of `FIXES`.
         say: receives a line for each replacement; default: the log, at level INFO.
 
     Returns:
         the patch: `.messages` says what was replaced, `.uninstall()` or the end of a `with` block undoes it.
 
     Raises:
-        CompatError: the host is not installed, or its functions are not those that are known here.
+        CompatError: the host is not installed, or its step or tracker are not those that are known here.
         ValueError: an option is wrong.
     """
-    global _active
+    return INSTALLER.install(
+        say,
+        make=targets,
+        version=version,
+        rng=rng,
+        seed=seed,
+        tracker=tracker,
+        pipelines=pipelines,
+        fixes=checked_fixes(fixes, FIXES),
+    )
+
+
+def targets(
+    *,
+    version: str | None,
+    rng: str,
+    seed: int | None,
+    tracker: bool,
+    fixes: Collection[str],
+    pipelines: bool = True,
+) -> list[Target]:
+    """What `install` replaces, also in the other hosts that carry this one's package.
+
+    Raises:
+        ValueError: an option is wrong.
+    """
     if version is not None and (version not in VERSIONS or version == "Wan"):
         known = ", ".join(name for name in VERSIONS if name != "Wan")
         raise ValueError(f"version must be one of {known}, or None to detect it, got {version!r}")
     make_noise(rng, seed)
-    options = (version, rng, seed, tracker)
-    if _active is not None and _active[0].installed:
-        if _active[1] == options:
-            return _active[0]
-        _active[0].uninstall()
     folder = f"{PACKAGE}.diffusers_patch"
-    targets = [
+    found = [
         Target(
             f"{folder}.sd3_sde_with_logprob",
             "sde_step_with_logprob",
@@ -87,16 +129,19 @@ def install(
             lambda host: replacement_of(host, version="Wan", rng=rng, seed=seed),
         ),
     ]
+    if pipelines:
+        build = partial(pipeline_replacement, float32="float32_states" in fixes)
+        for name in ("sd3_pipeline_with_logprob", "sd3_pipeline_with_logprob_fast"):
+            found.append(Target(f"{folder}.{name}", "pipeline_with_logprob", build, required=False))
     if tracker:
-        targets.append(Target(f"{PACKAGE}.stat_tracking", "PerPromptStatTracker", tracker_replacement))
-    patch = Patch(PACKAGE, targets, say).install()
-    _active = patch, options
-    return patch
+        found.append(Target(f"{PACKAGE}.stat_tracking", "PerPromptStatTracker", tracker_replacement))
+    return found
+
+
+INSTALLER = Installer(PACKAGE, lambda make, **options: make(**options))
+"""The one patch of the package; of two hosts that carry it, the one installed last is in force."""
 
 
 def uninstall() -> None:
     """Put the host's own functions back; nothing happens if nothing is replaced."""
-    global _active
-    if _active is not None:
-        _active[0].uninstall()
-        _active = None
+    INSTALLER.uninstall()

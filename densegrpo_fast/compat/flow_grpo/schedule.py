@@ -73,6 +73,11 @@ class Schedule:
         self._tables: dict[tuple[str, float, torch.device], Tensor] = {}
         self._on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The T+1 noise levels, known on the host."""
+        return tuple(self._grid)
+
     def is_of(self, scheduler: Any) -> bool:
         """Whether the scheduler still holds the very tensors that were read, unchanged."""
         return (

@@ -1,0 +1,218 @@
+"""Steps of hosts that name them by their place in a grid of noise levels: coefficients, mean, sampling, scoring.
+
+All formulas are those of `flow.dynamics`; what a host does differently is data here: a mean without the score, a
+log-density without its constants, what it returns where there is no noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.compat._host_values import host_values
+from densegrpo_fast.compat.flow_grpo.rng import PhiloxNoise
+from densegrpo_fast.flow import ops, reference
+from densegrpo_fast.flow.dynamics import LOG_PROB_CONST, LOG_PROB_SCALE, A, B, C, Family, coefficients
+
+Row = tuple[float, ...]
+"""One row of `dynamics.coefficients`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that all rows of a batch take.
+
+    Attributes:
+        rows: coefficients of the steps of its grid, as they are in `table`; rows that no one asked for may be missing
+            or NaN.
+        index: its own place.
+        sigma, next_sigma: noise levels before and after it.
+    """
+
+    rows: tuple[Row, ...]
+    index: int
+    sigma: float
+    next_sigma: float
+
+    @property
+    def row(self) -> Row:
+        """Its coefficients."""
+        return self.rows[self.index]
+
+    @property
+    def dt(self) -> float:
+        """Change of the noise level, negative."""
+        return self.next_sigma - self.sigma
+
+    def table(self, device: torch.device) -> Tensor:
+        """[T, 6] float32 for the ops."""
+        return device_table(self.rows, device)
+
+
+def unit_grid(sigmas: Tensor) -> tuple[float, ...]:
+    """The float32 values of a grid; a first value that the host's shift has rounded to 1 +- 2e-7 is 1.
+
+    Raises:
+        TypeError: not a floating point tensor.
+        ValueError: not one-dimensional.
+    """
+    if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point():
+        raise TypeError(f"sigmas must be a floating point tensor, got {type(sigmas).__name__}")
+    if sigmas.ndim != 1:
+        raise ValueError(f"sigmas must have shape [T+1], got {list(sigmas.shape)}")
+    values = host_values(sigmas)
+    return (1.0, *values[1:]) if values and abs(values[0] - 1) < 2e-7 else values
+
+
+def grid_step(
+    sigmas: Tensor,
+    index: int,
+    family: Family,
+    noise_level: float,
+    *,
+    euler_mean: bool = False,
+    constants: bool = True,
+) -> Step:
+    """Coefficients of one step of a host's grid.
+
+    Args:
+        sigmas: the host's grid, [T+1], on any device.
+        index: step, in [0, T).
+        family: name of the sampler.
+        noise_level: its strength.
+        euler_mean: noise around Euler's mean instead of the sampler's.
+        constants: whether the log-density has its constants.
+
+    Raises:
+        IndexError: there is no such step.
+        TypeError, ValueError: grid or noise level are not usable.
+    """
+    grid = unit_grid(sigmas)
+    if not 0 <= index < len(grid) - 1:
+        raise IndexError(f"index must be in [0, {len(grid) - 1}), a step of the {len(grid)} sigmas, got {index}")
+    rows = host_rows(grid, family, float(noise_level), euler_mean, constants)
+    return Step(rows, index, grid[index], grid[index + 1])
+
+
+@lru_cache(maxsize=256)
+def host_rows(
+    grid: tuple[float, ...],
+    family: Family,
+    noise_level: float,
+    euler_mean: bool = False,
+    constants: bool = True,
+    sigma_max: float | None = None,
+) -> tuple[Row, ...]:
+    """Rows of a grid with the hosts' log-probabilities, also where there is no noise: see `grid_step`."""
+    table = coefficients(torch.tensor(grid, dtype=torch.float32), noise_level, family, sigma_max=sigma_max).table
+    rows = table.tolist()
+    for place, row in enumerate(rows):
+        if euler_mean:
+            row[A], row[B] = 1.0, grid[place + 1] - grid[place]
+        if not constants:
+            row[LOG_PROB_CONST] = 0.0
+        if row[C] == 0 and family == "cps":
+            row[LOG_PROB_SCALE] = 1.0
+        elif row[C] == 0 and family != "ode":
+            row[LOG_PROB_SCALE], row[LOG_PROB_CONST] = (math.nan, math.nan) if constants else (math.inf, 0.0)
+    return tuple(map(tuple, rows))
+
+
+@lru_cache(maxsize=256)
+def device_table(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Rows of numbers as a float32 tensor; kept, so that later steps copy nothing. Not to be changed in place."""
+    # Later calls may need gradients even if this one may not.
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.float32).to(device)
+
+
+def mean_of(latents: Tensor, velocity: Tensor, row: Row) -> Tensor:
+    """Mean of the next state, in the compute dtype; Euler's step to the bit where A is 1."""
+    dtype = reference.compute_dtype(latents, velocity)
+    return torch.add(velocity.to(dtype) * row[B], latents.to(dtype), alpha=row[A])
+
+
+def is_narrower(velocity: Tensor, latents: Tensor) -> bool:
+    """Whether the velocity has fewer bits than the state, so that a host rounds its products.
+
+    A host's sigmas are 0-dimensional and do not widen a product: with a 16-bit velocity each product is rounded to 16
+    bits before it is added to the state, and a sigma on an accelerator, or one in front on the CPU, before it is
+    multiplied. To round alike, products have to be written with the host's own tensors, in the host's order.
+    """
+    return torch.finfo(velocity.dtype).bits < torch.finfo(latents.dtype).bits
+
+
+def equivalent_velocity(products: Sequence[tuple[float, Tensor]], latents: Tensor, b: float) -> Tensor:
+    """Velocity whose product with B is a sum of rounded products.
+
+    Args:
+        products: (weight, product with the velocity, [B, ...]); weights are applied in the dtype of `latents`.
+        latents: state.
+        b: coefficient B of the step.
+    """
+    terms = [product.to(latents.dtype) * (weight / b) for weight, product in products]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def philox_normal(philox: PhiloxNoise, like: Tensor, step_index: int | Tensor, num_steps: int) -> Tensor:
+    """Standard normal numbers of some steps' counters, without a step around them.
+
+    Args:
+        philox: counters to draw from.
+        like: gives shape, dtype and device.
+        step_index: step of every row, in [0, T): one int, or [B] int64.
+        num_steps: T.
+    """
+    zero = torch.zeros_like(like)
+    table = device_table(((0.0, 0.0, 1.0, 1.0, 0.0, 0.0),) * num_steps, like.device)
+    return philox.step(zero, zero, table, step_index)[0]
+
+
+def score(latents: Tensor, velocity: Tensor, next_latents: Tensor, step: Step) -> Tensor:
+    """log_prob of a next state, [B], in the compute dtype; differentiable in `velocity`."""
+    dtype = reference.compute_dtype(latents, velocity)
+    tensors = latents.to(dtype), velocity.to(dtype), next_latents.detach().to(dtype)
+    return ops.sde_log_prob(*tensors, step.table(latents.device), step.index)
+
+
+def sample(
+    latents: Tensor,
+    velocity: Tensor,
+    step: Step,
+    philox: PhiloxNoise | None,
+    draw: Callable[[Tensor], Tensor],
+    mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw a next state.
+
+    Args:
+        latents, velocity: as for `mean_of`.
+        step: where the noise has its strength from.
+        philox: counters to draw from; None takes `draw`.
+        draw: makes the host's noise for a mean; noise that is narrower than the mean is multiplied in its own dtype.
+        mean: `mean_of` these, if it is known.
+
+    Returns:
+        next state, with the gradient of the mean if the noise is the host's; its log_prob.
+    """
+    dtype = reference.compute_dtype(latents, velocity)
+    if philox is not None:
+        with torch.no_grad():
+            next_latents, log_prob = philox.step(
+                latents.to(dtype), velocity.to(dtype), step.table(latents.device), step.index
+            )
+        if not (torch.is_grad_enabled() and velocity.requires_grad):
+            return next_latents, log_prob
+        return next_latents, score(latents, velocity, next_latents, step)
+    mean = mean_of(latents, velocity, step.row) if mean is None else mean
+    noise = draw(mean)
+    if is_narrower(noise, mean):
+        next_latents = mean + step.table(mean.device)[step.index, C] * noise
+    else:
+        next_latents = torch.add(mean, noise, alpha=step.row[C])
+    return next_latents, score(latents, velocity, next_latents, step)
