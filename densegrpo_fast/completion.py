@@ -62,8 +62,11 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
     from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, save_head
     from densegrpo_fast.runtime import build
 
-    if config.credit.method == "sparse":
-        raise UserError("credit.method: sparse has no lookahead that a head could help", ExitCode.USAGE)
+    if not config.uses_lookahead:
+        name = config.credit.method
+        raise UserError(f"credit.method: {name} has no lookahead that a head could help", ExitCode.USAGE)
+    if config.model.compile is not None:
+        raise UserError("model.compile: a compiled network hides what a head sees; set it to null", ExitCode.USAGE)
     model = build.build_model(config, build.default_device())
     lookahead = build.build_lookahead(config, model)
     assert lookahead is not None
@@ -124,7 +127,7 @@ def collect(
     from densegrpo_fast.sampling import plan as plans
     from densegrpo_fast.sampling.lookahead import Lookahead
 
-    prompts, coefficients = build.build_prompts(config), build.build_coefficients(config, model)
+    prompts, windows = build.build_prompts(config), build.build_windows(config).reached()
     exact = Lookahead(model, plans.exact(config.sampler.num_steps), chunk=config.lookahead.chunk)
     batch = config.data.num_prompts * config.sampler.group_size
     count = max(2, math.ceil(trajectories / batch * _HELD_OUT / (_HELD_OUT - 1)))
@@ -133,6 +136,10 @@ def collect(
         rows, _ = prompts.rows(number, config.sampler.group_size)
         # iterations of training count up from 0, these down from the largest epoch
         epoch = 2**31 - 1 - number
+        # in both parts the windows take turns
+        held_out = number // _HELD_OUT
+        turn = held_out if number % _HELD_OUT == 0 else number - held_out - 1
+        coefficients = build.build_coefficients(config, model, windows[turn % len(windows)])
         trajectory = sample(config, model, rows, coefficients, epoch, keep_hidden=True, cache=lookahead.cache)
         ends, standing = exact.complete(trajectory), lookahead.evaluate(trajectory)
         sigmas = coefficients.sigmas

@@ -7,20 +7,16 @@ imports torch.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from densegrpo_fast.config_methods import check_method, credit_names, credit_problem, objective_problem
+from densegrpo_fast.config_rewards import check_names, meaning
+from densegrpo_fast.credit import registry
 from densegrpo_fast.fingerprint import fingerprint
-from densegrpo_fast.suggest import did_you_mean
-
-REWARD_NAMES = ("scenes", "scenes_strict", "jpeg_compressibility", "jpeg_incompressibility", "pickscore")
-"""Rewards that come with the package. Any other must be written `module:function` or `path.py:function`."""
-
-_OWN_REWARD = re.compile(r"[^:\s][^:]*:[A-Za-z_]\w*")
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -44,6 +40,9 @@ class ModelOptions(Section):
     revision: Text | None = Field(description="hub revision (branch, tag or commit) to pin; null = the default one")
     height: int = Field(ge=0, le=4096, multiple_of=8, description="image height in pixels; 0 = the model's own")
     width: int = Field(ge=0, le=4096, multiple_of=8, description="image width in pixels; 0 = the model's own")
+    compile: Literal["default", "max-autotune-no-cudagraphs"] | None = Field(
+        description="torch.compile the network, in this mode; null = no. For CUDA graphs see lookahead.graphs"
+    )
 
 
 class LoraOptions(Section):
@@ -65,8 +64,12 @@ class LoraOptions(Section):
 class DataOptions(Section):
     """The prompts."""
 
-    prompts: Text = Field(description='training prompts: "scenes" (built in), or a .txt or .jsonl file')
-    eval_prompts: Text = Field(description='held-out prompts: "scenes" (built in), or a .txt or .jsonl file')
+    prompts: Text = Field(
+        description='training prompts: "scenes", "general", "ocr" or "geneval" (built in), or a .txt or .jsonl file'
+    )
+    eval_prompts: Text = Field(
+        description='held-out prompts: "scenes", "general", "ocr" or "geneval" (built in), or a .txt or .jsonl file'
+    )
     num_prompts: int = Field(ge=1, le=65536, description="prompts per iteration (P)")
 
 
@@ -79,13 +82,37 @@ class SamplerOptions(Section):
     noise_level: Annotated[float, Field(ge=0, le=3)] | list[Annotated[float, Field(ge=0, le=3)]] = Field(
         description="strength of the injected noise: one number, or one per step; 0 makes a step an ODE step"
     )
+    calibration: Text | None = Field(
+        description="a file of densegrpo_fast.calibrate, whose noise level per step replaces noise_level; null = none"
+    )
     guidance_scale: float = Field(ge=1, le=100, description="classifier-free guidance; 1 = off")
     shared_noise: bool = Field(description="start all samples of a prompt from the same initial noise")
     micro_batch: PositiveInt = Field(description="rows per forward pass, the same in rollout and replay")
 
 
+class WindowOptions(Section):
+    """Which steps of an iteration inject noise and are trained (Flow-GRPO-Fast, MixGRPO); the others are ODE steps."""
+
+    schedule: Literal["none", "fixed", "random", "progressive"] = Field(
+        description="none = all steps; a window for each iteration: always the first, drawn, or sliding on to the last"
+    )
+    size: PositiveInt | None = Field(description="steps of a window; null with schedule none")
+    first: StepIndex = Field(description="lowest step that a window may hold")
+    last: StepIndex | None = Field(description="highest step that a window may hold, at most T-2; null = T-2")
+    stride: PositiveInt = Field(description="with schedule progressive: steps by which the window moves on")
+    every: PositiveInt = Field(description="with schedule progressive: iterations between two moves")
+
+    @model_validator(mode="after")
+    def _schedule_and_its_size(self) -> WindowOptions:
+        if (self.schedule == "none") != (self.size is None):
+            expected = "null" if self.size is not None else "a number of steps"
+            received = "null" if self.size is None else self.size
+            raise ValueError(f'window.size: expected {expected} with schedule "{self.schedule}", got {received}')
+        return self
+
+
 class LookaheadOptions(Section):
-    """How each intermediate state is completed to an image. Not run when credit.method is sparse."""
+    """How each intermediate state is completed to an image. Not run for credit methods without (sparse, coca)."""
 
     plan: Literal["exact", "exact_but_last", "nodes", "n_step", "one_step"] = Field(
         description="later steps at which the velocity is evaluated; exact = all of them"
@@ -105,6 +132,7 @@ class LookaheadOptions(Section):
         description="features taken over from the rollout at the same step: text, reuse:2-5, skip:0,6, joined by +; "
         "null = none"
     )
+    graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")
     decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
     chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode")
     guard_every: int = Field(
@@ -136,45 +164,94 @@ class RewardOptions(Section):
         min_length=1, description="reward name -> weight; your own as module:function or path.py:function"
     )
     observed: list[Text] = Field(description="further rewards that only the held-out evaluation reports")
+    options: dict[Text, dict[str, JsonValue]] = Field(
+        description="reward name -> its options, such as {pickscore: {model: DIRECTORY}}; the option use: NAME gives a "
+        "name of your own to a reward, such as {hpsv2: {use: remote, url: http://...}}"
+    )
     max_missing: float = Field(ge=0, le=1, description="share of missing scores above which the run stops")
 
     @field_validator("terms")
     @classmethod
-    def _known_rewards(cls, terms: dict[str, float]) -> dict[str, float]:
-        for name in terms:
-            if name not in REWARD_NAMES and not _OWN_REWARD.fullmatch(name):
-                known = ", ".join(REWARD_NAMES)
-                raise ValueError(
-                    f'unknown reward "{name}"{did_you_mean(name, REWARD_NAMES)} '
-                    f"(known: {known}; your own: module:function or path.py:function)"
-                )
+    def _one_counts(cls, terms: dict[str, float]) -> dict[str, float]:
         if not any(terms.values()):
             raise ValueError("expected at least one weight other than 0")
         return terms
+
+    @model_validator(mode="after")
+    def _known_rewards(self) -> RewardOptions:
+        check_names(self.terms, self.observed, self.options)
+        return self
 
 
 class CreditOptions(Section):
     """How rewards become advantages."""
 
-    method: Literal["dense", "sparse"] = Field(description="dense = a reward gain per step; sparse = the end reward")
+    method: Text = Field(
+        description=f"{credit_names()}; or your own CreditMethod as module:NAME or path.py:NAME (densegrpo_fast/credit)"
+    )
     normalize: Literal["step", "joint"] = Field(
-        description="dense gains: normalised for each step, or over all steps of a group together"
+        description="of dense, return_to_go and mixture: normalise for each step, or over all steps of a group together"
     )
     std: Literal["group", "global"] = Field(description="spread that advantages are divided by")
     spread_floor: float = Field(ge=0, description="a group whose rewards spread less gets advantage 0")
     clip: float = Field(gt=0, description="largest absolute advantage")
+    discount: float = Field(
+        ge=0, le=1, description="of return_to_go, vgpo and mixture's return_to_go: what a step further ahead counts"
+    )
+    step_value: Literal["gain", "value", "return_to_go"] = Field(
+        description="of mixture: what judges a step beside the end reward"
+    )
+    terminal_coef: float = Field(ge=0, description="of mixture: weight of the end reward's advantage")
+    dense_coef: float = Field(ge=0, description="of mixture: weight of the step's advantage")
+    consistent: bool = Field(description="of turning_point: the consistency constraint")
+    balance: bool = Field(description="of turning_point: as many replacements above 0 as below")
+    absolute_coef: float = Field(ge=0, description="of vgpo: weight of a step's value itself beside its comparison")
+    absolute_steps: int = Field(ge=0, description="of vgpo: steps from the start that get the absolute term")
+    window: PositiveInt = Field(description="of coca: steps whose similarity is averaged; a divisor of the steps")
+    alpha: float = Field(ge=0, le=1, description="of coca: part of the image's advantage that every step gets alike")
+    similarity_floor: float = Field(
+        gt=0, description="of coca: a trajectory whose similarity rises by less credits its steps alike"
+    )
+    arguments: dict[Text, JsonValue] = Field(
+        description="further arguments of a method of your own, such as {sharpness: 2}; {} for the package's"
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        return check_method(method)
 
 
 class ObjectiveOptions(Section):
-    """The clipped policy loss."""
+    """The policy loss."""
 
-    clip_range: float = Field(gt=0, lt=1, description="the ratio is clipped to 1 - clip_range .. 1 + clip_range")
-    step_weight: Literal["none", "noise_aware"] = Field(
-        description="weight of each step's policy loss; noise_aware = its injected noise, so that early steps count"
+    policy: Literal["clip", "guard", "dppo"] = Field(
+        description="clip = PPO's clipped ratios; guard = GRPO-Guard's normalised ones; dppo = Flow-DPPO's mask"
+    )
+    clip_range: float = Field(
+        gt=0,
+        lt=1,
+        description="the ratio is clipped to 1 - clip_range .. 1 + clip_range; guard's (2e-6 at 512 px) are smaller by "
+        "the step's injected noise; of no effect with dppo",
+    )
+    guard_weight: Literal["paper", "jacobian", "none"] = Field(
+        description="of guard: weight of each step; paper = 1/|dt| (dynamics flow_sde and dance), jacobian = the same "
+        "idea for any dynamics"
+    )
+    dppo_threshold: float = Field(
+        ge=0, description="of dppo: KL of a step to the sampling policy from which samples that enlarge it are dropped"
+    )
+    step_weight: Literal["none", "noise_aware", "flash", "proportionate"] = Field(
+        description="weight of each step's policy loss, on top of guard's; noise_aware = its injected noise "
+        "(TempFlow), flash = undoes the log-probability's gain (Flash-GRPO), proportionate = flash times |dt| (PCPO)"
     )
     kl_coef: float = Field(ge=0, description="weight of the KL to the model without its adapter; 0 = off")
+    kl_scale: Literal["flow_grpo", "paper"] = Field(
+        description="flow_grpo = that code's, which leaves out the step's |dt|; paper = the true divergence of a step"
+    )
     trained_steps: Literal["all_but_last"] | list[StepIndex] | PositiveInt = Field(
-        description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration"
+        description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration; with windows "
+        "only their steps"
     )
 
 
@@ -218,6 +295,16 @@ class RunOptions(Section):
     keep_checkpoints: PositiveInt = Field(description="newest checkpoints kept")
     max_bad_steps: PositiveInt = Field(description="non-finite losses or gradients in a row before the run stops")
     overwrite: bool = Field(description="move a run that is already in output_dir aside (to NAME.old-K)")
+    loggers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        description="shown there too, beside metrics.jsonl; one that fails is left out with a warning"
+    )
+
+    @field_validator("loggers")
+    @classmethod
+    def _loggers_once(cls, loggers: list[str]) -> list[str]:
+        if len(set(loggers)) != len(loggers):
+            raise ValueError("expected every logger once")
+        return loggers
 
 
 class Config(Section):
@@ -231,6 +318,7 @@ class Config(Section):
     lora: LoraOptions
     data: DataOptions
     sampler: SamplerOptions
+    window: WindowOptions
     lookahead: LookaheadOptions
     reward: RewardOptions
     credit: CreditOptions
@@ -243,9 +331,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _options_agree(self) -> Config:
         steps = self.sampler.num_steps
-        for problem in (self._trained_steps_problem(), self._noise_problem(), self._lookahead_problem()):
+        problems = (self._window_problem, self._trained_steps_problem, self._noise_problem, self._lookahead_problem)
+        for find in problems:
+            problem = find()
             if problem:
                 raise ValueError(f"{problem} (sampler.num_steps is {steps})")
+        for check in (credit_problem, objective_problem):
+            problem = check(self)
+            if problem:
+                raise ValueError(problem)
         if bool(self.model.height) != bool(self.model.width):
             raise ValueError(
                 "model.height, model.width: expected both 0 or both set, "
@@ -270,15 +364,30 @@ class Config(Section):
             return f"sampler.noise_level: expected one number per step, got {len(given)}"
         if self.sampler.dynamics == "cps" and max(self.noise_levels) > 1:
             return f"sampler.noise_level: expected at most 1 with dynamics cps, got {max(self.noise_levels)}"
-        trained = self.objective.trained_steps
-        candidates = trained if isinstance(trained, list) else range(self.sampler.num_steps - 1)
-        levels = self.noise_levels
-        if not any(levels[step] > 0 for step in candidates):
-            return "sampler.noise_level: expected noise in at least one trained step, got 0 in all of them"
+        trained, levels = self.objective.trained_steps, self.noise_levels
+        for candidates in [trained] if isinstance(trained, list) else self.windows():
+            if not any(levels[step] > 0 for step in candidates):
+                where = "" if self.window.size is None else f" of the window {candidates[0]}..{candidates[-1]}"
+                return f"sampler.noise_level: expected noise in at least one trained step{where}, got 0 in all of them"
+        return None
+
+    def _window_problem(self) -> str | None:
+        size, first, steps = self.window.size, self.window.first, self.sampler.num_steps
+        if size is None:
+            return None
+        last = steps - 2 if self.window.last is None else self.window.last
+        if last > steps - 2:
+            return f"window.last: expected at most {steps - 2}, got {last}"
+        if first + size - 1 > last:
+            return f"window.size: expected a window that fits the steps {first}..{last}, got {size}"
         return None
 
     def _lookahead_problem(self) -> str | None:
         steps, nodes, n = self.sampler.num_steps, self.lookahead.nodes, self.lookahead.n
+        for name in ("head", "cache"):
+            if self.model.compile is not None and getattr(self.lookahead, name) is not None:
+                hides = "expected null with model.compile, which hides the network's blocks"
+                return f"lookahead.{name}: {hides}, got {getattr(self.lookahead, name)}"
         if nodes and nodes[-1] > steps - 1:
             return f"lookahead.nodes: expected steps in 1..{steps - 1}, got {nodes}"
         if n is not None and n > steps:
@@ -292,15 +401,34 @@ class Config(Section):
                 return f"objective.trained_steps: expected increasing step indices, got {trained}"
             if trained[-1] > steps - 1:
                 return f"objective.trained_steps: expected steps in 0..{steps - 1}, got {trained}"
-        elif isinstance(trained, int) and trained > steps - 1:
-            return f"objective.trained_steps: expected at most {steps - 1} steps to draw, got {trained}"
+            if self.window.size is not None:
+                return f"objective.trained_steps: expected all_but_last or a number with a window, got {trained}"
+        elif isinstance(trained, int) and trained > (most := self.window.size or steps - 1):
+            return f"objective.trained_steps: expected at most {most} steps to draw, got {trained}"
         return None
+
+    @property
+    def uses_lookahead(self) -> bool:
+        """Whether the credit method needs completions of intermediate states."""
+        return registry.find(self.credit.method).uses_lookahead
+
+    def windows(self) -> list[range]:
+        """Every window that an iteration may have; without windows the steps 0..T-2, which are all that is trained."""
+        last = self.sampler.num_steps - 2 if self.window.last is None else self.window.last
+        if self.window.size is None:
+            return [range(self.sampler.num_steps - 1)]
+        furthest = self.window.first if self.window.schedule == "fixed" else last - self.window.size + 1
+        return [range(start, start + self.window.size) for start in range(self.window.first, furthest + 1)]
 
     @property
     def noise_levels(self) -> tuple[float, ...]:
         """The noise level of every step. T numbers."""
         given = self.sampler.noise_level
         return tuple(given) if isinstance(given, list) else (given,) * self.sampler.num_steps
+
+    def self_contained(self) -> Config:
+        """The same settings without the file that the noise levels came from: `sampler.noise_level` holds them."""
+        return self.model_copy(update={"sampler": self.sampler.model_copy(update={"calibration": None})})
 
     @property
     def output_dir(self) -> Path:
@@ -317,10 +445,12 @@ class Config(Section):
         """The options that a run must keep to be continued, as nested JSON data.
 
         Left out is what changes neither the weights nor the meaning of a logged number: the preset's name,
-        where and how long the run goes on, and how often it evaluates, samples and saves.
+        where and how long the run goes on, how often it evaluates, samples and saves, which file the noise
+        levels came from, and where rewards are computed.
         """
         settings = self.model_dump(mode="json", exclude={"preset", "run"})
-        del settings["evaluation"]["every"]
+        settings["reward"]["options"] = meaning(self.reward.options)
+        del settings["evaluation"]["every"], settings["sampler"]["calibration"]
         return settings
 
     def fingerprint(self) -> str:

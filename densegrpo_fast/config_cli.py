@@ -7,6 +7,7 @@ Every mistake is reported by the key it is about, with a suggestion, before anyt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from densegrpo_fast.calibration.store import read_calibration
 from densegrpo_fast.config import Config, options
 from densegrpo_fast.config_errors import describe_errors
 from densegrpo_fast.config_help import help_text, takes_text
@@ -30,6 +32,7 @@ from densegrpo_fast.suggest import did_you_mean
 
 _PRINTING_FLAGS = ("--help", "-h", "--print-config", "--list-presets")
 _FLAGS = ("--config", "--resume", "--dry-run", *_PRINTING_FLAGS)
+_DOTTED = re.compile(r"--\w+\.\w+")
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,46 @@ def load_config(argv: Sequence[str]) -> tuple[Config, CliFlags]:
     return config, CliFlags(resume=arguments.resume, dry_run=arguments.dry_run)
 
 
-def validate(settings: dict[str, Any]) -> Config:
-    """Build the configuration from nested settings.
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell the arguments of a command apart from the options of the configuration among them.
+
+    Args:
+        argv: the arguments, without the program's name; what follows `--` is the command's.
+
+    Returns:
+        The command's own arguments, and the others for `load_config`, each written `section.key=VALUE`.
 
     Raises:
-        UserError: exit code 2, with one line per problem that names its key.
+        UserError: exit code 2, if a dotted option is unknown or lacks its value.
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = list(argv)
+    while rest and rest[0] != "--":
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if _DOTTED.fullmatch(name) or (equals and "." in name and name in options()):
+            overrides.append(f"{name.removeprefix('--')}={_take_override(name, value if equals else None, rest)}")
+        else:
+            own.append(word)
+    return own + rest, overrides
+
+
+def validate(settings: dict[str, Any]) -> Config:
+    """Build the configuration from nested settings; a calibration's noise levels take their place in it.
+
+    Raises:
+        UserError: exit code 2, with one line per problem that names its key, or if a calibration cannot be read or was
+            made for another number of steps or dynamics.
     """
     try:
-        return Config.model_validate(settings)
+        config = Config.model_validate(settings)
+        if config.sampler.calibration is None:
+            return config
+        made = read_calibration(Path(config.sampler.calibration))
+        made.check_sampler(config.sampler.num_steps, config.sampler.dynamics)
+        sampler = config.sampler.model_dump() | {"noise_level": list(made.noise_level)}
+        return Config.model_validate(config.model_dump() | {"sampler": sampler})
     except ValidationError as error:
         problems = describe_errors(error)
         separator = "\n  " if len(problems) > 1 else " "

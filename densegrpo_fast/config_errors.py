@@ -81,6 +81,9 @@ def _entry(option: str, location: tuple[int | str, ...]) -> str:
     parts = location[2:]
     if option == "reward.terms":
         return "".join(f".{part}" for part in parts)
+    if option == "reward.options":
+        # beyond the reward and its option come pydantic's names for kinds of JSON data
+        return "".join(f".{part}" for part in parts[:2])
     # Between the option and an index, pydantic names the alternative of the type; the user never wrote that.
     return "".join(f"[{part}]" for part in parts if isinstance(part, int))
 

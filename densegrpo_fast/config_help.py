@@ -83,7 +83,7 @@ def _name(annotation: Any) -> str:
     if get_origin(annotation) is list:
         return f"list of {_name(get_args(annotation)[0])}"
     if get_origin(annotation) is dict:
-        return "mapping of name to number"
+        return "mapping of name to number" if get_args(annotation)[1] is float else "mapping of name to options"
     return {str: "text", int: "integer", float: "number", bool: "true|false", type(None): "null"}[annotation]
 
 

@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
 
     OK = 0
     """The command did what was asked."""
+    PROBLEM = 1
+    """The doctor found something on this machine that will fail."""
     USAGE = 2
     """An option, a configuration file or a prompt file is wrong."""
     ENVIRONMENT = 3
@@ -29,6 +31,8 @@ class ExitCode(IntEnum):
     """Too many non-finite losses or gradients in a row."""
     OUTPUT = 7
     """The output cannot be written: full disk, no permission, or the directory of another run."""
+    RATIO = 8
+    """The doctor found that the importance ratio of an unchanged policy is not 1."""
     TERMINATED = 75
     """SIGTERM: everything was saved; run again with --resume (EX_TEMPFAIL, which schedulers requeue)."""
     INTERRUPTED = 130

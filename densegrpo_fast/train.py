@@ -40,9 +40,11 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         UserError: anything the user can act on, with its exit code; the checkpoints so far are kept.
     """
     from densegrpo_fast.runtime import build
+    from densegrpo_fast.runtime.alarms import Alarms, alarms_for
     from densegrpo_fast.runtime.experience import Judge, sample
     from densegrpo_fast.runtime.guard import DriftGuard
     from densegrpo_fast.runtime.learner import Learner
+    from densegrpo_fast.runtime.loggers import Loggers, RunFacts
     from densegrpo_fast.runtime.metrics import MetricsLog, PhaseTimer, Progress
     from densegrpo_fast.runtime.records import RunRecords, iteration_record
     from densegrpo_fast.runtime.run_directory import open_run_directory
@@ -50,15 +52,14 @@ def train(config: Config, resume: bool = False) -> ExitCode:
 
     with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
         prompts, held_out = build.build_prompts(config), build.build_held_out(config)
-        reward, observed = build.build_reward(config.reward.terms), build.build_observer(config)
+        reward = build.build_reward(config.reward.terms, config.reward.options)
+        observed = build.build_observer(config, reward)
         model = build.build_model(config, build.default_device())
         learner = Learner(model, build.learner_options(config))
         judge = Judge(config, model, reward, build.build_lookahead(config, model))
         guard = DriftGuard(config, model, reward)
-        coefficients, forwards = (
-            build.build_coefficients(config, model),
-            model.forwards(config.sampler.guidance_scale),
-        )
+        windows, forwards = build.build_windows(config), model.forwards(config.sampler.guidance_scale)
+        build.build_coefficients(config, model)  # so that a sampler that cannot be is refused before anything is drawn
         records = RunRecords(directory, config, model, learner)
         timer = PhaseTimer(build.synchronizer(model.device))
 
@@ -66,14 +67,19 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         print(f"{config.preset}: {config.run.iterations} iterations of {size}, into {directory}", flush=True)
         with MetricsLog(directory / "metrics.jsonl") as log, GracefulStop() as stop:
             start = records.restore(log) if resume else 0
+            log.also(Loggers(config.run.loggers, RunFacts(directory, config.model_dump(mode="json"), start)))
+            alarms = Alarms(alarms_for(config), past=log.records())
             if start == 0:
-                records.begin(dump_yaml(config))
-                records.evaluated("before", held_out.evaluate(model, observed), held_out)
+                records.begin(dump_yaml(config.self_contained()))
+                evaluation = held_out.evaluate(model, observed)
+                records.evaluated("before", evaluation, held_out)
+                log.show({"iteration": 0} | evaluation.metrics())
             with Progress(config.run.iterations, start) as progress:
                 for iteration in range(start, config.run.iterations):
                     timer.reset()
                     rows, metadata = prompts.rows(iteration, config.sampler.group_size)
                     with timer("rollout"):
+                        coefficients = build.build_coefficients(config, model, windows.steps(iteration))
                         trajectory = sample(config, model, rows, coefficients, iteration, cache=judge.cache)
                     outcome = judge.judge(trajectory, rows, metadata, timer)
                     guarded = {}
@@ -89,10 +95,12 @@ def train(config: Config, resume: bool = False) -> ExitCode:
                     if records.due(config.evaluation.every, done):
                         with learner.averaged():
                             evaluation = held_out.evaluate(model, observed)
-                        record |= {f"eval/{name}": value for name, value in evaluation.means().items()}
+                        record |= evaluation.metrics()
                         records.samples(f"iteration-{done:05d}", evaluation.images, held_out)
+                    if alarmed := alarms.check(record):
+                        record["alarms"] = alarmed
                     log.append(record)
-                    progress.update(done, reward=record["reward/mean"])
+                    progress.update(done, reward=record["reward"])
                     if stop.requested or records.due(config.run.checkpoint_every, done):
                         records.checkpoint(done, log)
                     if stop.requested:
@@ -100,7 +108,9 @@ def train(config: Config, resume: bool = False) -> ExitCode:
                         return stop.exit_code
             records.checkpoint(config.run.iterations, log)
             with learner.averaged():
-                records.evaluated("after", held_out.evaluate(model, observed), held_out)
+                evaluation = held_out.evaluate(model, observed)
+                records.evaluated("after", evaluation, held_out)
+                log.show({"iteration": config.run.iterations} | evaluation.metrics())
                 print(records.finish(log))
     return ExitCode.OK
 
@@ -119,7 +129,7 @@ def dry_run(config: Config) -> ExitCode:
 
     small = build.shrink(config)
     model = build.build_model(small, build.default_device(), dry_run=True)
-    reward = build.build_reward(small.reward.terms)
+    reward = build.build_reward(small.reward.terms, small.reward.options)
     judge = Judge(small, model, reward, build.build_lookahead(small, model))
     learner, timer = (
         Learner(model, build.learner_options(small)),

@@ -135,6 +135,35 @@ def pipeline_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+CLIP_PROMPTS = ["a red circle", "two blue squares", "a green cross"]
+"""What the tokenizer of `clip_directory` knows."""
+
+
+@pytest.fixture(scope="session")
+def clip_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP (pictures of 28 pixels, 8 features) with its tokenizer, saved as transformers does."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from densegrpo_fast.embedded.architecture import build_tokenizer
+
+    path = tmp_path_factory.mktemp("clip")
+    tokenizer = build_tokenizer(CLIP_PROMPTS)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = small | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = small | {"image_size": 28, "patch_size": 14}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 class TrainCommand:
     """The training command on a random pipeline, with settings that make an iteration a fraction of a second.
 

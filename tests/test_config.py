@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegrpo_fast.config import REWARD_NAMES, Config, options
-from densegrpo_fast.config_cli import CliFlags, load_config, validate
+from densegrpo_fast.config import Config, options
+from densegrpo_fast.config_cli import CliFlags, load_config, split_overrides, validate
+from densegrpo_fast.config_rewards import REWARD_NAMES
 from densegrpo_fast.config_yaml import dump_yaml, parse_yaml, preset_names, read_settings
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.fingerprint import differences
 
-PRESETS = ["embedded_dense", "embedded_paper", "embedded_sparse", "sd35_medium_pickscore"]
+PRESETS = ["embedded_dense", "embedded_fast", "embedded_paper", "embedded_sparse", "sd35_medium_pickscore"]
 EMBEDDED_DENSE = read_settings("embedded_dense")
 BASE = Path(__file__).parent / "data" / "base.yaml"
 
@@ -75,6 +76,13 @@ def test_the_paper_preset_has_the_pinned_settings() -> None:
     assert paper.lookahead.plan == "exact"
     assert paper.objective.trained_steps == "all_but_last"
     assert paper.optimizer.updates_per_iteration == 1
+
+
+def test_the_fast_preset_trains_a_window_of_the_first_half() -> None:
+    fast, sparse = config("--config=embedded_fast"), config("--config=embedded_sparse")
+    changed = differences(sparse.resume_settings(), fast.resume_settings())
+    assert sorted(line.partition(":")[0] for line in changed) == ["window.last", "window.schedule", "window.size"]
+    assert fast.windows() == [range(0, 2), range(1, 3)] and fast.sampler.num_steps == 6
 
 
 def test_the_sd35_preset_has_the_published_settings() -> None:
@@ -211,6 +219,15 @@ def test_refusals_name_the_key_and_the_reason(argument: str, expected: str) -> N
             ["sampler.dynamics=cps", "sampler.noise_level=1.2"],
             "expected at most 1 with dynamics cps, got 1.2",
         ),
+        (
+            ["model.compile=default", "lookahead.cache=text"],
+            "lookahead.cache: expected null with model.compile, which hides the network's blocks, got",
+        ),
+        (
+            ["model.compile=default", "lookahead.head=head.safetensors"],
+            "lookahead.head: expected null with model.compile, which hides the network's blocks, got",
+        ),
+        (["model.compile=reduce-overhead"], 'expected "default" or "max-autotune-no-cudagraphs"'),
         (["seed=1", "--seed", "1"], "option seed is given twice"),
         (["--dry-run", "--dry-run"], "option --dry-run is given twice"),
         (["--run.overwrite", "yes"], 'unexpected argument "yes"'),
@@ -223,7 +240,7 @@ def test_refusals_of_options_that_disagree(arguments: list[str], expected: str) 
 def test_every_reward_of_the_package_can_be_named() -> None:
     from densegrpo_fast.rewards.base import _BUILT_IN
 
-    assert set(_BUILT_IN) <= set(REWARD_NAMES)
+    assert set(_BUILT_IN) == set(REWARD_NAMES)
 
 
 def test_several_problems_are_reported_together() -> None:
@@ -394,3 +411,32 @@ def test_a_mistake_exits_with_2_and_no_traceback() -> None:
     assert result.stdout == ""
     expected = 'error: unknown option "sampler.group_sise"; did you mean "sampler.group_size"?\n'
     assert result.stderr == expected
+
+
+def test_a_command_tells_its_arguments_from_the_configurations() -> None:
+    own, overrides = split_overrides(
+        ["a prompt", "--seeds", "0-3", "--sampler.num_steps", "6", "model.path=x", "--run.overwrite", "a.b=c", "v1.5"]
+    )
+    assert own == ["a prompt", "--seeds", "0-3", "a.b=c", "v1.5"]
+    assert overrides == ["sampler.num_steps=6", "model.path=x", "run.overwrite=true"]
+    assert split_overrides(["x", "--", "--run.overwrite"]) == (["x", "--", "--run.overwrite"], [])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--sampler.num_stps", "6"], 'did you mean "sampler.num_steps"'),
+        (["--sampler.num_steps"], "--sampler.num_steps needs a value"),
+    ],
+)
+def test_a_command_refuses_wrong_options_of_the_configuration(argv: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        split_overrides(argv)
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_loggers_are_known_and_given_once() -> None:
+    assert config("--run.loggers", "[wandb, tensorboard]").run.loggers == ["wandb", "tensorboard"]
+    assert "run.loggers: expected every logger once" in refused("run.loggers=[wandb, wandb]")
+    assert "run.loggers[0]" in refused("run.loggers=[mlflow]")
+    assert config("run.loggers=[wandb]").fingerprint() == config().fingerprint()

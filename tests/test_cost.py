@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
+from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations, sparse_iteration
@@ -119,8 +120,28 @@ def test_states_that_a_noise_free_step_joins_count_once() -> None:
     cost = dense_iteration(plans.exact(4), trained_steps=2, guided=False, kl=False, noisy=noisy)
     # states 1 and 2 remain: paths (2, 3) and (3,)
     assert cost.lookahead == Evaluations(unguided=3)
-    # images of states 1, 2 and the end are decoded; all five states' are scored
-    assert (cost.full_decodes, cost.rewards) == (3, 5)
+    # images of states 1, 2 and the end are decoded and scored
+    assert (cost.full_decodes, cost.rewards) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "plan", "evaluations"),
+    [
+        # T = 10: states 2 and 3 go on by the nodes 3..9 and 4..9
+        (2, 2, plans.exact(10), 7 + 6),
+        # Flow-GRPO-Fast's single step: R(image) - R(completion of state 4), by the nodes 5..9
+        (4, 1, plans.exact(10), 5),
+        # states 3, 4, 5: nodes 4 and 7 lie ahead of the first, 7 of the others
+        (3, 3, plans.nodes(10, (4, 7)), 2 + 1 + 1),
+        (0, 4, plans.one_step(10), 0),
+    ],
+)
+def test_a_window_costs_its_own_states(start: int, size: int, plan: plans.Plan, evaluations: int) -> None:
+    noisy = tuple(start <= step < start + size for step in range(10))
+    cost = dense_iteration(plan, trained_steps=size, guided=True, kl=True, noisy=noisy)
+    assert cost.lookahead == Evaluations(guided=evaluations)
+    assert (cost.full_decodes, cost.rewards) == (size + 1, size + 1)
+    assert (cost.rollout.forwards, cost.policy.forwards, cost.reference.forwards) == (20, 2 * size, 2 * size)
 
 
 def test_bad_arguments() -> None:
@@ -204,7 +225,7 @@ def test_a_real_iteration_asks_for_what_is_counted(
     rollout_rows = evaluations(model.rows, "sampling", batch)
     model.rows.clear()
     lookahead = Lookahead(model, plan, guidance=guidance, chunk=3)
-    images = lookahead.images(lookahead.complete(trajectory), table.noisy, "preview")
+    images = lookahead.different_images(lookahead.complete(trajectory), table.noisy, "preview")
     lookahead_rows, decodes = evaluations(model.rows, "sampling", batch), model.rows["preview"]
     model.rows.clear()
     options = LearnerOptions(
@@ -217,9 +238,15 @@ def test_a_real_iteration_asks_for_what_is_counted(
         warmup=0,
         ema_decay=0.9,
         ema_every=0,
-        clip_range=0.1,
-        step_weight="none",
-        kl_coef=kl,
+        objective=ObjectiveSettings(
+            policy="clip",
+            clip_range=0.1,
+            guard_weight="none",
+            dppo_threshold=0.0,
+            step_weight="none",
+            kl_coef=kl,
+            kl_scale="paper",
+        ),
         micro_batch=2,
         max_bad_steps=1,
     )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime.data import PromptSampler, PromptSet, load_prompts
+from densegrpo_fast.runtime.data import BUILT_IN, PromptSampler, PromptSet, built_in_prompts, load_prompts
 
 
 def refused(path: Path, **options: int) -> str:
@@ -79,6 +79,8 @@ def test_bad_text_lines_are_reported_by_number(content: bytes, expected: str, tm
         (b'{"prompt": "a\\u0000"}', "holds a NUL"),
         (b'{"prompt": "\\ud800"}', "surrogate"),
         (b"[" * 200_000, "nested too deeply"),
+        (b'{"prompt": "a", "n": NaN}', "not JSON: NaN is no number"),
+        (b'\xef\xbb\xbf{"prompt": "a"}', "not JSON"),
     ],
 )
 def test_bad_jsonl_lines_are_reported_by_number(line: bytes, expected: str, tmp_path: Path) -> None:
@@ -98,6 +100,40 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
     assert "cannot read" in refused(tmp_path / "folder.txt")
     assert ".txt or .jsonl" in refused(write(tmp_path / "p.csv", b"a"))
+
+
+def test_a_misspelt_built_in_set_is_suggested() -> None:
+    assert 'or one of scenes, general, geneval, ocr; did you mean "general"?' in refused(Path("generl"))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_sets_hold_distinct_prompts_and_keep_some_out(name: str) -> None:
+    training, held_out = (built_in_prompts(name, held_out=flag) for flag in (False, True))
+    assert (len(training), len(held_out)) == (48, 16)
+    assert len({*training.prompts, *held_out.prompts}) == 64
+
+
+def test_built_in_ocr_prompts_quote_one_text_each() -> None:
+    for flag in (False, True):
+        for prompt in built_in_prompts("ocr", held_out=flag).prompts:
+            before, text, after = prompt.split('"')
+            assert text.strip() == text != "" and before
+
+
+def test_built_in_geneval_prompts_say_what_to_look_for() -> None:
+    numbers = {1: "", 2: "two ", 3: "three ", 4: "four "}
+    tags: Counter[str] = Counter()
+    for flag in (False, True):
+        prompts = built_in_prompts("geneval", held_out=flag)
+        for prompt, record in zip(prompts.prompts, prompts.metadata, strict=True):
+            tags[record["tag"]] += 1
+            for item in record["include"]:
+                stem = item["class"].removesuffix("h")
+                assert item["class"] in prompt or (item["count"] > 1 and stem in prompt)
+                assert numbers[item["count"]] in prompt and item.get("color", "") in prompt
+                if "position" in item:
+                    assert f"{item['class']} {item['position'][0]} a" in prompt
+    assert set(tags) == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
 
 
 def test_a_prompt_set_must_be_consistent() -> None:

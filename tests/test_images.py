@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from densegrpo_fast.runtime.images import read_captions, save_grid
+from densegrpo_fast.runtime.images import read_captions, read_picture, save_grid, save_picture
 
 COLOURS = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]])
 
@@ -62,3 +62,29 @@ def test_out_of_range_values_are_clamped_and_one_row_is_no_wider_than_its_pictur
 def test_bad_input_is_refused(pictures, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         save_grid(**({"images": pictures, "path": tmp_path / "grid.png", "columns": 2} | arguments))
+
+
+def test_a_picture_reads_back_with_its_texts(tmp_path):
+    image = torch.tensor([0.0, 51.2, 255.0]).div(255).view(3, 1, 1).expand(3, 4, 6)
+    save_picture(image * 1.0, tmp_path / "one.png", {"prompt": "ein Würfel, 日本", "seed": "7"})
+    again, texts = read_picture(tmp_path / "one.png")
+    assert texts == {"prompt": "ein Würfel, 日本", "seed": "7"}
+    # 51.2 is stored as 51
+    torch.testing.assert_close(again, torch.tensor([0.0, 51 / 255, 1.0]).view(3, 1, 1).expand(3, 4, 6))
+
+
+def test_other_kinds_of_pictures_are_read_as_colour_on_white(tmp_path):
+    Image.new("L", (2, 2), 51).save(tmp_path / "grey.jpg", quality=100)
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    grey, clear = (read_picture(tmp_path / name)[0] for name in ("grey.jpg", "clear.png"))
+    torch.testing.assert_close(grey, torch.full((3, 2, 2), 0.2), atol=0.01, rtol=0)
+    assert torch.equal(clear, torch.ones(3, 2, 2))
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    save_picture(torch.rand(3, 40, 40), tmp_path / "cut.png", {})
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
+    for name in ("text.png", "cut.png", "absent.png"):
+        with pytest.raises(OSError):
+            read_picture(tmp_path / name)

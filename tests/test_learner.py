@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.dynamics import C, coefficients
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling.replay import replay
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
@@ -29,13 +31,24 @@ OPTIONS = LearnerOptions(
     warmup=0,
     ema_decay=0.9,
     ema_every=1,
-    clip_range=0.5,
-    step_weight="none",
-    kl_coef=0.0,
+    objective=ObjectiveSettings(
+        policy="clip",
+        clip_range=0.5,
+        guard_weight="none",
+        dppo_threshold=1.0,
+        step_weight="none",
+        kl_coef=0.0,
+        kl_scale="flow_grpo",
+    ),
     micro_batch=B,
     max_bad_steps=2,
 )
 Policy = Callable[..., FlowModel]
+
+
+def objective(**changes: Any) -> LearnerOptions:
+    """`OPTIONS` with some of the objective's settings changed."""
+    return replace(OPTIONS, objective=replace(OPTIONS.objective, **changes))
 
 
 def sampled(model: FlowModel, guidance_scale: float = 1.0) -> Trajectory:
@@ -64,11 +77,15 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_good_steps_become_likelier_and_bad_ones_less_likely(tiny_policy: Policy, guidance_scale: float) -> None:
+@pytest.mark.parametrize(
+    ("guidance_scale", "policy"), [(1.0, "clip"), (3.0, "clip"), (1.0, "guard"), (3.0, "guard"), (1.0, "dppo")]
+)
+def test_good_steps_become_likelier_and_bad_ones_less_likely(
+    tiny_policy: Policy, guidance_scale: float, policy: str
+) -> None:
     model = tiny_policy()
     trajectory = sampled(model, guidance_scale)
-    learner = Learner(model, OPTIONS)
+    learner = Learner(model, objective(policy=policy))
     judged = torch.zeros(B, T)
     judged[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
     before = learner.update(trajectory, judged, steps=[0])
@@ -99,7 +116,7 @@ def test_only_the_named_steps_are_trained(tiny_policy: Policy) -> None:
 def test_metrics_by_hand(tiny_policy: Policy) -> None:
     model = tiny_policy()
     trajectory = sampled(model, guidance_scale=2.0)
-    metrics = Learner(model, replace(OPTIONS, kl_coef=0.1, lr=2e-3, warmup=4)).update(
+    metrics = Learner(model, replace(objective(kl_coef=0.1), lr=2e-3, warmup=4)).update(
         trajectory, advantages(1.0, 2.0, 3.0, 4.0), steps=[0, 1]
     )
     # ratio 1: the loss is -mean(advantages) = -2.5; a fresh adapter is its own reference
@@ -115,7 +132,7 @@ def test_metrics_by_hand(tiny_policy: Policy) -> None:
 
 def test_the_kl_term_pulls_towards_the_reference(tiny_policy: Policy) -> None:
     model = tiny_policy(spread=0.3)
-    learner = Learner(model, replace(OPTIONS, kl_coef=1.0, lr=1e-2))
+    learner = Learner(model, replace(objective(kl_coef=1.0), lr=1e-2))
     trajectory = sampled(model)
     history = [learner.update(trajectory, advantages(0.0, 0.0, 0.0, 0.0), steps=[0, 1])["kl"] for _ in range(4)]
     assert history[0] > 0
@@ -145,7 +162,7 @@ def test_steps_are_weighted(tiny_policy: Policy) -> None:
     model = tiny_policy()
     trajectory, judged = sampled(model), torch.zeros(B, T)
     judged[:, 0] = 1.0
-    learner = Learner(model, replace(OPTIONS, step_weight="noise_aware"))
+    learner = Learner(model, objective(step_weight="noise_aware"))
     first, second = trajectory.coefficients.table[:2, C].tolist()
     loss = learner.update(trajectory, judged, steps=[0, 1])["loss"]
     assert loss == pytest.approx(-first / (first + second), rel=1e-5)
@@ -230,7 +247,7 @@ def test_only_the_bad_part_of_an_iteration_is_skipped(tiny_policy: Policy) -> No
 
 @pytest.mark.parametrize("ema_every", [0, 1, 2])
 def test_a_restored_learner_goes_on_to_the_bit(tiny_policy: Policy, ema_every: int) -> None:
-    options = replace(OPTIONS, ema_every=ema_every, weight_decay=0.01, warmup=5, kl_coef=0.1)
+    options = replace(objective(kl_coef=0.1), ema_every=ema_every, weight_decay=0.01, warmup=5)
     judged = advantages(1.0, -1.0, 0.5, -0.5)
     model = tiny_policy()
     trajectory = sampled(model)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.tiny import tiny_sd3
-from densegrpo_fast.runtime.lora import add_lora, save_lora
+from densegrpo_fast.runtime.lora import add_lora, attached_lora, lora_layers, read_lora, save_lora
 
 Policy = Callable[..., FlowModel]
 TARGETS = ["attn.to_q", "attn.add_k_proj"]
@@ -104,3 +105,72 @@ def test_the_file_needs_no_alpha(tiny_policy: Policy, tmp_path: Path) -> None:
             factor = 2.0 if ".lora_B." in name else 1.0
             assert torch.equal(saved.get_tensor(names[name]), factor * parameter.detach())
             assert saved.get_tensor(names[name]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_adapter_is_attached_unrounded_and_leaves_no_trace(
+    tiny_policy: Policy, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    policy, plain = tiny_policy(spread=0.3), tiny_sd3()
+    for model in (policy, plain):
+        for name, parameter in model.network.named_parameters():
+            if ".lora_" not in name:
+                parameter.data = parameter.data.to(dtype)
+    file = save_lora(policy.network, tmp_path, rank=2, alpha=4)
+    before, names = output(plain), list(plain.network.state_dict())
+    generator = torch.get_rng_state()
+    for _ in range(2):
+        with attached_lora(plain.network, read_lora(file)):
+            parameters = [p for name, p in plain.network.named_parameters() if ".lora_" in name]
+            assert len(parameters) == len(policy.trainable_parameters())
+            assert {parameter.dtype for parameter in parameters} == {torch.float32}
+            torch.testing.assert_close(output(plain), output(policy), rtol=1e-5, atol=1e-5)
+        assert list(plain.network.state_dict()) == names and torch.equal(output(plain), before)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_layers_of_a_checkpoint_are_those_of_the_file(tiny_policy: Policy, tmp_path: Path) -> None:
+    policy = tiny_policy(spread=0.3, rank=2, alpha=6)
+    saved = read_lora(save_lora(policy.network, tmp_path, rank=2, alpha=6))
+    layers = lora_layers(policy.trainable_parameters(), rank=2, alpha=6)
+    assert layers.keys() == saved.keys() and all(torch.equal(layers[name], saved[name]) for name in saved)
+
+
+def test_ranks_may_differ_from_layer_to_layer() -> None:
+    model, modules = tiny_sd3(), ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_v")
+    layers = {}
+    for name, rank in zip(modules, (1, 3), strict=True):
+        layers[f"{name}.lora_A.weight"] = torch.randn(rank, 32)
+        layers[f"{name}.lora_B.weight"] = torch.randn(32, rank)
+    expected = tiny_sd3()
+    for name in modules:
+        expected.network.get_submodule(name).weight.data += (
+            layers[f"{name}.lora_B.weight"] @ layers[f"{name}.lora_A.weight"]
+        )
+    with attached_lora(model.network, layers):
+        torch.testing.assert_close(output(model), output(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_model() -> None:
+    model = tiny_sd3()
+    name = "transformer_blocks.0.attn.to_q"
+    down, up = torch.zeros(2, 32), torch.zeros(32, 2)
+    for layers, words in (
+        ({f"{name}.lora_A.weight": down}, "does not belong to this SD3Transformer2DModel"),
+        ({"blocks.0.lora_A.weight": down, "blocks.0.lora_B.weight": up}, "'blocks.0' does not belong"),
+        ({f"{name}.lora_A.weight": down[:, :9], f"{name}.lora_B.weight": up}, r"the model \[32, 32\]"),
+        ({f"{name}.lora_A.weight": down[:1], f"{name}.lora_B.weight": up}, r"has the shape \[32, 2\] x \[1, 32\]"),
+    ):
+        with pytest.raises(ValueError, match=words), attached_lora(model.network, layers):
+            pass
+        assert not [name for name in model.network.state_dict() if "lora" in name]
+
+
+def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
+    for number, content in enumerate(({"weight": torch.zeros(2, 2)}, {"a.lora_A.weight": torch.zeros(3)})):
+        save_file(content, tmp_path / f"{number}.safetensors")
+        with pytest.raises(ValueError, match="expected a LoRA of diffusers' transformer layers, got"):
+            read_lora(tmp_path / f"{number}.safetensors")
+    (tmp_path / "broken").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="broken cannot be read"):
+        read_lora(tmp_path / "broken")

@@ -24,7 +24,7 @@ class Clock:
 def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     records = [
-        {"iteration": 1, "reward/mean": 0.1 + 0.2},
+        {"iteration": 1, "reward": 0.1 + 0.2},
         {"iteration": 2, "note": "Würfel", "gain": [0.5, -1e-9]},
     ]
     with MetricsLog(path) as log:
@@ -85,6 +85,9 @@ def test_a_bad_line_is_reported_by_number(line: bytes, expected: str, tmp_path: 
     path.write_bytes(b"{}\n" + line + b"\n{}\n")
     with pytest.raises(ValueError, match=expected):
         read_metrics(path)
+    with MetricsLog(path) as log, pytest.raises(UserError, match=expected) as caught:
+        log.records()
+    assert caught.value.exit_code == ExitCode.OUTPUT
 
 
 def test_a_path_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:

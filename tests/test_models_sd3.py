@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -133,3 +135,27 @@ def test_the_tiny_model_is_the_same_every_time() -> None:
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert one.trainable_parameters() == {}
+
+
+def test_a_compiled_forward_is_the_same_with_and_without_gradient(tiny_policy: Callable[..., SD3]) -> None:
+    # traced and differentiated as torch.compile does it, without the minutes that its compiler takes
+    model = tiny_policy(spread=0.1)
+    conditioning, sigma = model.encode(PROMPTS[:2]), torch.tensor([0.7, 0.3])
+    latents, parameters = torch.randn(2, *model.latent_shape), list(model.trainable_parameters().values())
+
+    def velocity() -> torch.Tensor:
+        return model.velocity(latents, sigma, conditioning).cond
+
+    eager = velocity()
+    gradients = torch.autograd.grad(eager.square().mean(), parameters)
+    model.compile(None, backend="aot_eager")
+    with torch.no_grad():
+        sampled = velocity()
+    assert not sampled.requires_grad
+    replayed = velocity()
+    assert torch.equal(sampled, replayed)
+    torch.testing.assert_close(replayed, eager, rtol=1e-5, atol=1e-6)
+    for found, expected in zip(torch.autograd.grad(replayed.square().mean(), parameters), gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="set model.compile to null"), model.tap():
+        pass

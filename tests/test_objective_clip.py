@@ -24,9 +24,11 @@ def test_numbers_by_hand():
     loss, gradient, metrics = losses([1.5, 1.5, 0.5, 0.5], [1.0, -1.0, 1.0, -2.0])
     assert loss == pytest.approx((-1.2 + 1.5 - 0.5 + 1.6) / 4)
     torch.testing.assert_close(gradient, torch.tensor([0.0, 1.5, -0.5, 0.0]) / 4)
-    assert set(metrics) == set(METRICS)
+    assert set(metrics) == {*METRICS, *(f"clip_ratio/{name}_mean" for name in ("low", "high", "region"))}
     assert metrics["policy_loss"].item() == pytest.approx(loss)
     assert metrics["clip_fraction"].item() == 1.0
+    # the first and the last are clipped for good, the others are driven back
+    assert [metrics[f"clip_ratio/{name}_mean"].item() for name in ("low", "high", "region")] == [0.25, 0.25, 0.5]
     assert metrics["ratio_deviation"].item() == pytest.approx(0.5)
     # mean of ratio - 1 - log ratio: (.5 - log 1.5) and (-.5 + log 2), half each
     expected = (0.5 - math.log(1.5) - 0.5 + math.log(2.0)) / 2

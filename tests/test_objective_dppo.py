@@ -34,7 +34,9 @@ def test_numbers_by_hand():
     loss.backward()
     assert loss.item() == pytest.approx((1.5 - 1.0 - 1.5) / 4)
     torch.testing.assert_close(log_prob.grad, torch.tensor([0.0, 1.5, -1.0, -1.5]) / 4)
-    assert set(metrics) == set(METRICS) and metrics["clip_fraction"].item() == 0.25
+    assert set(metrics) >= set(METRICS) and metrics["clip_fraction"].item() == 0.25
+    # the dropped one has a positive advantage
+    assert [metrics[f"clip_ratio/{name}_mean"].item() for name in ("low", "high", "region")] == [0.0, 0.25, 0.25]
     assert metrics["ratio_deviation"].item() == pytest.approx(0.5)
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
 

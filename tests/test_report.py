@@ -57,7 +57,7 @@ class Page(HTMLParser):
 def record(iteration):
     return {
         "iteration": iteration,
-        "reward/mean": 0.5 + 0.01 * iteration,
+        "reward": 0.5 + 0.01 * iteration,
         "gain/step_0": 0.1,
         "gain/step_1": -0.02,
         "gain/step_10": 0.03,
@@ -202,3 +202,14 @@ def test_smoothing_keeps_a_straight_line_and_the_ends():
     jagged = [(x, float(x % 2)) for x in range(60)]
     assert [x for x, _ in smooth(jagged)] == list(range(60))
     assert all(abs(y - 0.5) <= 0.31 for _, y in smooth(jagged)), "the ends are smoothed as well"
+
+
+def test_alarms_are_listed_with_advice(tmp_path):
+    metrics = [record(n) | ({"alarms": ["zero_spread"]} if n in (3, 4) else {}) for n in range(1, 6)]
+    path = write_report(
+        tmp_path, config_yaml="seed: 1\n", metrics=metrics, before={}, after={}, images={}, phases={},
+        advice={"zero_spread": "no <spread>"},
+    )  # fmt: skip
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "Alarms" in page.texts("h2") and page.texts("b")[0] == "zero_spread"
+    assert page.texts("li") == [": 2 of 5 iterations, first in iteration 3. no <spread>"]

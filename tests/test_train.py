@@ -67,6 +67,7 @@ def test_a_run_writes_its_directory(whole_run: Path) -> None:
         "evaluation-before.json",
         "evaluation-after.json",
         "adapter/pytorch_lora_weights.safetensors",
+        "adapter/README.md",
         "samples/before.png",
         "samples/iteration-00002.png",
         "samples/after.png",
@@ -92,9 +93,12 @@ def test_metrics(whole_run: Path) -> None:
     lines = records(whole_run)
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     common = {
-        *("iteration", "reward/mean", "reward/std", "reward/missing", "reward/jpeg_incompressibility", "zero_spread"),
+        *("iteration", "reward", "reward_std", "reward_missing", "frac_reward_zero_std"),
+        *(f"rewards/jpeg_incompressibility/{name}" for name in ("mean", "std")),
         *(f"gain/step_{step}" for step in range(3)),
-        *("loss", "policy_loss", "kl", "clip_fraction", "approx_kl", "ratio_deviation", "grad_norm", "lr"),
+        *("loss", "policy_loss", "kl", "clip_fraction", "approx_kl", "ratio_deviation", "grad_norm"),
+        *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
+        *("first_ratio_deviation", "learning_rate"),
         *("skipped_updates", "nfe/rollout", "nfe/lookahead", "nfe/update"),
     }
     evaluated = {f"eval/{name}" for name in ("reward", "jpeg_incompressibility", "scenes")}
@@ -110,7 +114,8 @@ def test_metrics(whole_run: Path) -> None:
     for line in lines:
         # 4 samples x 3 steps; completions from states 0 and 1 evaluate 2 and 1 times; 4 samples x 1 trained step
         assert (line["nfe/rollout"], line["nfe/lookahead"], line["nfe/update"]) == (12, 12, 4)
-        assert line["reward/std"] > 0 and line["grad_norm"] > 0 and line["zero_spread"] < 0.5
+        assert line["reward_std"] > 0 and line["grad_norm"] > 0 and line["frac_reward_zero_std"] < 0.5
+        assert line["first_ratio_deviation"] < 1e-5 <= line["ratio_deviation"]
 
 
 def test_forwards_are_counted_with_guidance_and_reference(train: Train, tmp_path: Path) -> None:
@@ -244,14 +249,14 @@ def test_own_prompts_reach_the_reward_with_their_metadata(train: Train, tmp_path
         "run.iterations": 1,
     }
     assert train(tmp_path / "run", **options) == 0
-    assert records(tmp_path / "run")[0]["reward/std"] > 0
+    assert records(tmp_path / "run")[0]["reward_std"] > 0
 
 
 def test_a_reward_that_fails_later_leaves_the_checkpoints(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Training scores once per iteration, so the third iteration fails. The reward draws from torch's generator, which a
-    # continued run must find as it was.
+    # A run scores before its first iteration, once in each, and in an evaluation after the second, so the third
+    # iteration is the fifth time. The reward draws from torch's generator, which a continued run must find as it was.
     reward, broken = tmp_path / "own.py", tmp_path / "broken"
     reward.write_text(
         "from pathlib import Path\n"
@@ -259,7 +264,7 @@ def test_a_reward_that_fails_later_leaves_the_checkpoints(
         "calls = []\n"
         "def score(images, prompts, metadata):\n"
         "    calls.append(len(prompts))\n"
-        f"    if len(calls) > 2 and Path({str(broken)!r}).exists():\n"
+        f"    if len(calls) > 4 and Path({str(broken)!r}).exists():\n"
         "        raise OSError('out of order')\n"
         "    return images.std(dim=(1, 2, 3)) + torch.rand(len(images))\n"
     )

@@ -96,7 +96,7 @@ def test_an_unknown_reward_is_refused(train: Train, tmp_path: Path, capsys: pyte
         ("raise RuntimeError('no judge today')", "raised RuntimeError: no judge today"),
         ("return [0.5]", "must return 2 scores, one per image, got 1"),
         ("return ['good'] * len(prompts)", "must return a number or None per image, got 'good' for image 0"),
-        ("return [None] * len(prompts)", "100% of the scores are missing, reward.max_missing allows 10%"),
+        ("return [None] * len(prompts)", "evaluation before training has no score of 'reward': all are missing"),
     ],
 )
 def test_a_reward_that_fails_stops_the_run(

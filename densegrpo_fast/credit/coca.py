@@ -18,6 +18,7 @@ No network forward and no decode beyond Flow-GRPO's.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -88,6 +89,7 @@ def coca_advantages(
     rewards: Tensor,
     similarity: Tensor,
     *,
+    steps: Sequence[int] | None = None,
     window: int = 1,
     alpha: float = 0.0,
     similarity_floor: float = 1e-3,
@@ -104,6 +106,8 @@ def coca_advantages(
     Args:
         rewards: [P, G] float, of the final images; NaN = missing.
         similarity: [P, G, T] float; see `latent_similarity`, whose rows b = p*G + g.
+        steps: the K steps that are judged; None = all. What the others contribute counts among what is still to come,
+            but they take no part in the second normalisation.
         window: steps per window; must divide T. The source has 5 of 50 steps.
         alpha: part of the advantage that every step gets alike, in [0, 1]; 0 in the source.
         similarity_floor: see `contribution_weights`.
@@ -113,7 +117,7 @@ def coca_advantages(
         epsilon: added to the standard deviations.
 
     Returns:
-        values [P, G, T] float32.
+        values [P, G, T] float32, or [P, G, K] of the judged steps.
 
     Raises:
         ValueError: a shape or an option is out of range.
@@ -132,6 +136,8 @@ def coca_advantages(
     images = rewards.double().where(known, math.nan).unsqueeze(-1)
     image = normalize_groups(images, std=std, spread_floor=spread_floor, clip=clip, epsilon=epsilon).values
     values = image.double() * (alpha + (1 - alpha) * to_come)
+    if steps is not None:
+        values = values[..., list(steps)]
     return normalize_groups(
         values.where(known.unsqueeze(-1), math.nan), normalize="joint", std=std, clip=clip, epsilon=epsilon
     )

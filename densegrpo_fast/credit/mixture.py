@@ -10,11 +10,16 @@ clipped, as on the first update.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.normalize import Advantages, Normalize, Std, normalize_groups
+from densegrpo_fast.credit.return_to_go import returns_to_go
+from densegrpo_fast.credit.value import state_rewards
+
+StepValue = Literal["gain", "value", "return_to_go"]
 
 
 def mixed_advantages(
@@ -73,3 +78,37 @@ def mixed_advantages(
         values = values.clamp(-clip, clip)
     zero_spread = terminal_coef * terminal.zero_spread + dense_coef * dense.zero_spread
     return Advantages(values, zero_spread / (terminal_coef + dense_coef), dense.missing)
+
+
+def lookahead_mixture_advantages(
+    lookahead_rewards: Tensor, *, step_value: StepValue = "gain", discount: float = 1.0, **options: Any
+) -> Advantages:
+    """`mixed_advantages` of the final image and of a value that the lookahead gives each step.
+
+    Args:
+        lookahead_rewards: [P, G, T+1] float; index = steps done, the last is the real final image; NaN = missing.
+        step_value: "gain" = `dense.reward_gains`, "value" = `value.state_rewards`, "return_to_go" =
+            `return_to_go.returns_to_go`.
+        discount: of the return-to-go, in [0, 1].
+        **options: of `mixed_advantages`.
+
+    Returns:
+        values [P, G, T] float32.
+
+    Raises:
+        ValueError: the shape of lookahead_rewards, or an option is out of range.
+    """
+    exact = lookahead_rewards.double()
+    match step_value:
+        case "gain":
+            values = reward_gains(exact)
+        case "value":
+            values = state_rewards(exact)
+        case "return_to_go":
+            values = returns_to_go(exact, discount)
+        case _:
+            raise ValueError(
+                f"lookahead_mixture_advantages: step_value must be one of {', '.join(get_args(StepValue))}, "
+                f"got {step_value!r}"
+            )
+    return mixed_advantages(exact[..., -1], values, **options)

@@ -57,8 +57,9 @@ def turning_point_rewards(lookahead_rewards: Tensor, *, consistent: bool = True,
     Args:
         lookahead_rewards: [P, G, T+1] float; see `turning_points`.
         consistent: apply the consistency constraint.
-        balance: keep equally many replacements above and below 0 in the batch, the largest magnitudes first; of equal
-            magnitudes the first in memory order. A replacement of 0 is on neither side and is not made.
+        balance: keep equally many replacements above and below 0 in the batch, the largest magnitudes first. Equal
+            magnitudes of which only some can be kept are all made in part, by the same share (ours: the source does
+            not say, and equal samples must not differ). A replacement of 0 is on neither side and is not made.
 
     Returns:
         [P, G, T] float64; NaN where the step's own gain is missing.
@@ -68,10 +69,9 @@ def turning_point_rewards(lookahead_rewards: Tensor, *, consistent: bool = True,
     """
     turning = turning_points(lookahead_rewards, consistent=consistent)
     rewards = lookahead_rewards.double()
-    aggregated = rewards[..., -1:] - rewards[..., :-1]
-    if balance:
-        turning = _balanced(turning, aggregated)
-    return aggregated.where(turning, reward_gains(rewards))
+    gains, aggregated = reward_gains(rewards), rewards[..., -1:] - rewards[..., :-1]
+    share = _balanced(turning, aggregated) if balance else turning.double()
+    return torch.lerp(gains, aggregated, share).where(share > 0, gains)
 
 
 def turning_point_advantages(
@@ -111,11 +111,15 @@ def turning_point_advantages(
 
 
 def _balanced(turning: Tensor, aggregated: Tensor) -> Tensor:
+    """By which share each replacement is made, in [0, 1]; the shares of both signs have the same sum."""
     sides = (turning & (aggregated > 0), turning & (aggregated < 0))
     count = torch.minimum(sides[0].sum(), sides[1].sum())
-    kept = torch.zeros_like(turning)
+    share = torch.zeros_like(aggregated)
     for side in sides:
-        magnitude = aggregated.abs().where(side, -math.inf).flatten()
-        rank = magnitude.argsort(descending=True, stable=True).argsort().view_as(side)
-        kept |= side & (rank < count)
-    return kept
+        magnitude = aggregated.abs().where(side, -math.inf).contiguous()
+        rising = magnitude.flatten().sort().values
+        up_to = torch.searchsorted(rising, magnitude, right=True)
+        tied = up_to - torch.searchsorted(rising, magnitude)
+        part = (count - (rising.numel() - up_to)) / tied
+        share = part.clamp(0, 1).to(share.dtype).where(side, share)
+    return share

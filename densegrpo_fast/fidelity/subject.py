@@ -102,7 +102,7 @@ def pipeline_subject(
     from densegrpo_fast.runtime import build
 
     prompts = _held_out(config, groups)
-    reward = build.build_reward(config.reward.terms)
+    reward = build.build_reward(config.reward.terms, config.reward.options)
     options, device = config.model, build.default_device()
     model = load_sd3(
         options.path,
@@ -113,6 +113,7 @@ def pipeline_subject(
         width=options.width,
         revision=options.revision,
     )
+    build.check_calibration(config, model)
     if adapter is not None:
         _load_adapter(model.pipeline, adapter)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
@@ -158,7 +159,9 @@ def pipeline_subject(
             "head": None if head is None else head.name,
             "copy_dtype": copy_dtype,
             "cache": cache,
-            "sampler": config.sampler.model_dump(mode="json", exclude={"group_size", "micro_batch", "shared_noise"}),
+            "sampler": config.sampler.model_dump(
+                mode="json", exclude={"group_size", "micro_batch", "shared_noise", "calibration"}
+            ),
             "reward": config.reward.terms,
         },
     )

@@ -106,6 +106,9 @@ class FlowModel(ABC):
 
     device: torch.device
 
+    mode: str = "policy"
+    """Which weights a velocity is computed with: "policy", "reference" within `reference()`, or "copy"."""
+
     network: Any
     """The diffusers model that evaluates the velocity and carries the adapter."""
 
@@ -144,6 +147,14 @@ class FlowModel(ABC):
             ValueError: the model has no such tokens.
         """
         raise ValueError(f"{type(self).__name__} has no hidden tokens to tap")
+
+    def compile(self, mode: str | None, backend: str = "inductor") -> None:
+        """Compile the network's forward with `torch.compile`, of which `mode` and `backend` are options.
+
+        Raises:
+            ValueError: the model has no network that can be compiled.
+        """
+        raise ValueError(f"{type(self).__name__} has no network to compile")
 
     def refresh(self) -> None:  # noqa: B027 - most models have nothing to do
         """Take over what has changed in the model that this one follows; a model of its own follows none."""

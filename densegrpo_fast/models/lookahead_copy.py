@@ -30,7 +30,7 @@ class LookaheadCopy(SD3):
 
     def __init__(self, policy: SD3, dtype: torch.dtype | None = None):
         self.__dict__.update(policy.__dict__)
-        self.policy = policy
+        self.policy, self.mode, self._compiled = policy, "copy", False
         source = policy.transformer
         self._adapted = _lora_layers(source)
         with torch.device("meta"):

@@ -6,7 +6,7 @@ The embedded model is loaded by the same code as SD3.5: it *is* such a pipeline.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,8 @@ from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocit
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
+
+_RECOMPILE_LIMIT = 64
 
 
 class SD3(FlowModel):
@@ -55,6 +57,7 @@ class SD3(FlowModel):
         self.latent_shape = (self.transformer.config.in_channels, height // scale, width // scale)
         self.device = self.transformer.device
         self._negative: tuple[Tensor, Tensor] | None = None
+        self._compiled = False
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -95,17 +98,38 @@ class SD3(FlowModel):
         return Velocity(cond, uncond, guidance_scale)
 
     def _forward(self, latents: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
-        (output,) = self.transformer(
-            hidden_states=latents.to(self.transformer.dtype),
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            timestep=1000.0 * sigma,
-            return_dict=False,
-        )
-        return output.float()
+        # with and without gradient torch.compile makes two forwards that round differently: one serves both
+        with torch.enable_grad() if self._compiled else nullcontext():
+            (output,) = self.transformer(
+                hidden_states=latents.to(self.transformer.dtype),
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                timestep=1000.0 * sigma,
+                return_dict=False,
+            )
+        return output.float() if torch.is_grad_enabled() else output.detach().float()
+
+    def compile(self, mode: str | None, backend: str = "inductor") -> None:
+        """Compile the transformer's forward with `torch.compile`, at the first call of each batch size and mode.
+
+        An unchanged policy's importance ratio stays 1: rollout and replay run the same compiled forward, the one that
+        keeps what a backward needs, so a forward without gradient takes that memory for as long as it lasts.
+
+        Args:
+            mode, backend: of `torch.compile`; a mode that makes CUDA graphs of its own does not work here, as their
+                outputs are overwritten while the replay still needs them.
+        """
+        import torch._dynamo
+
+        # one for each batch size, with and without adapter; past the limit torch would run without compiling
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+        self.transformer.compile(mode=mode, backend=backend, dynamic=False)
+        self._compiled = True
 
     @contextmanager
     def tap(self) -> Iterator[list[Tensor]]:
+        if self._compiled:
+            raise ValueError("a compiled network hides its hidden tokens; set model.compile to null")
         tokens: list[Tensor] = []
         # what enters the final modulation and projection
         handle = self.transformer.norm_out.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
@@ -116,11 +140,13 @@ class SD3(FlowModel):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
+        before, self.mode = self.mode, "reference"
         self.transformer.disable_adapters()
         try:
             yield
         finally:
             self.transformer.enable_adapters()
+            self.mode = before
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}

@@ -40,7 +40,8 @@ def ppo_clip_loss(
     Returns:
         loss: 0-d, differentiable in log_prob and kl.
         metrics: detached 0-d tensors (no host sync): policy_loss; kl; clip_fraction, share of ratios outside
-            the trust interval; approx_kl, mean of ratio - 1 - log ratio; ratio_deviation, max |ratio - 1|.
+            the trust interval; approx_kl, mean of ratio - 1 - log ratio; ratio_deviation, max |ratio - 1|; and
+            those of `clip_ratios`.
 
     Raises:
         ValueError: kl_coef is not 0 but kl is None; or shapes disagree.
@@ -50,4 +51,23 @@ def ppo_clip_loss(
     loss, metrics = grpo_loss(
         log_prob, old_log_prob, advantages, kl, clip_range=clip_range, kl_coef=kl_coef, weight=weight
     )
-    return loss, dict(zip(METRICS, metrics.detach().unbind(), strict=True))
+    found = dict(zip(METRICS, metrics.detach().unbind(), strict=True))
+    return loss, found | clip_ratios(log_prob.detach() - old_log_prob, advantages, clip_range)
+
+
+def clip_ratios(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> dict[str, Tensor]:
+    """Shares of the pairs whose gradient the clip cuts off: the ratio is outside, where its advantage drives it.
+
+    Args:
+        log_ratio: [B] float32.
+        advantages: [B] float32.
+        clip_range: half-width of the ratio's trust interval.
+
+    Returns:
+        0-d tensors: clip_ratio/low_mean (ratio below, advantage negative), clip_ratio/high_mean (above, positive) and
+        their sum, clip_ratio/region_mean; at most clip_fraction, which counts both signs.
+    """
+    ratio = log_ratio.exp()
+    low = ((ratio < 1 - clip_range) & (advantages < 0)).float().mean()
+    high = ((ratio > 1 + clip_range) & (advantages > 0)).float().mean()
+    return {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}

@@ -62,7 +62,8 @@ def dppo_loss(
         weight: [B] float32, weight of each pair's policy loss; None = 1.
 
     Returns:
-        loss and metrics as `ppo_clip_loss`, whose clip_fraction is the share of dropped pairs here.
+        loss and metrics as `ppo_clip_loss`, whose clip_fraction is the share of dropped pairs here, and whose
+        clip_ratio/* split it by the sign of the advantage.
 
     Raises:
         ValueError: threshold is out of range; kl_coef is not 0 but kl is None; or shapes disagree.
@@ -72,7 +73,8 @@ def dppo_loss(
             f"dppo_loss: advantages and divergence must have shape {list(log_prob.shape)} like log_prob, "
             f"got {list(advantages.shape)} and {list(divergence.shape)}"
         )
-    keep = dppo_keep(log_prob - old_log_prob, advantages, divergence, threshold).to(log_prob.dtype)
+    kept = dppo_keep(log_prob - old_log_prob, advantages, divergence, threshold)
+    keep = kept.to(log_prob.dtype)
     loss, metrics = ppo_clip_loss(
         log_prob,
         old_log_prob,
@@ -82,4 +84,10 @@ def dppo_loss(
         kl_coef=kl_coef,
         weight=keep if weight is None else keep * weight,
     )
-    return loss, metrics | {"clip_fraction": 1 - torch.mean(keep)}
+    low, high = ((~kept & side).float().mean() for side in (advantages < 0, advantages > 0))
+    return loss, metrics | {
+        "clip_fraction": 1 - torch.mean(keep),
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+    }

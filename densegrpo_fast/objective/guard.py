@@ -20,7 +20,7 @@ from torch import Tensor
 
 from densegrpo_fast.flow.dynamics import B, C, StepCoefficients
 from densegrpo_fast.flow.ops import grpo_loss
-from densegrpo_fast.objective.clip import METRICS
+from densegrpo_fast.objective.clip import METRICS, clip_ratios
 from densegrpo_fast.objective.kl import gaussian_kl
 
 GuardWeight = Literal["paper", "jacobian", "none"]
@@ -133,7 +133,7 @@ def guard_loss(
         raise ValueError(f"guard_loss: kl_coef {kl_coef} needs kl, got None")
     centre = gaussian_kl(velocity, old_velocity.detach(), coefficients.table, step_index)
     log_ratio = log_prob - old_log_prob + centre.to(log_prob.dtype)
-    weights = guard.weight[step_index]
+    weights, scale = guard.weight[step_index], guard.log_ratio_scale[step_index]
     loss, metrics = grpo_loss(
         log_ratio,
         torch.zeros_like(old_log_prob),
@@ -141,7 +141,8 @@ def guard_loss(
         kl,
         clip_range=clip_range,
         kl_coef=kl_coef,
-        log_ratio_scale=guard.log_ratio_scale[step_index],
+        log_ratio_scale=scale,
         weight=weights if weight is None else weights * weight,
     )
-    return loss, dict(zip(METRICS, metrics.detach().unbind(), strict=True))
+    found = dict(zip(METRICS, metrics.detach().unbind(), strict=True))
+    return loss, found | clip_ratios(log_ratio.detach() * scale, advantages, clip_range)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from densegrpo_fast.flow.dynamics import STD_DEV, B, C
 
+KlScale = Literal["paper", "flow_grpo"]
+
 
 def gaussian_kl(
     velocity: Tensor,
@@ -20,7 +22,7 @@ def gaussian_kl(
     table: Tensor,
     step_index: Tensor,
     *,
-    scale: Literal["paper", "flow_grpo"] = "paper",
+    scale: KlScale = "paper",
 ) -> Tensor:
     """KL(policy || reference) of each row's step, **mean** over latent dims, in nats.
 

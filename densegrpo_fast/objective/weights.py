@@ -21,8 +21,9 @@ StepWeight = Literal["none", "noise_aware", "flash", "proportionate"]
 def step_weights(table: Tensor, steps: Sequence[int], kind: StepWeight, *, sigmas: Tensor | None = None) -> Tensor:
     """Weight of every step's policy loss.
 
-    All kinds but "none" are divided by their mean over the trained steps. With gain = 2 * LOG_PROB_SCALE * |B| * C, the
-    size of a log-probability's gradient per unit of noise (|B| / C for every family but cps):
+    All kinds but "none" are divided by their mean over the trained steps, and 0 if none of these has noise. With
+    gain = 2 * LOG_PROB_SCALE * |B| * C, the size of a log-probability's gradient per unit of noise (|B| / C for every
+    family but cps):
 
     * "none" = 1;
     * "noise_aware" = C, the step's injected standard deviation (TempFlow-GRPO, arXiv 2508.04324), which leaves a
@@ -59,4 +60,5 @@ def step_weights(table: Tensor, steps: Sequence[int], kind: StepWeight, *, sigma
             if sigmas is None or len(sigmas) != len(table) + 1:
                 raise ValueError(f"step_weights: proportionate needs the {len(table) + 1} sigmas of the table's grid")
             raw = raw * sigmas.diff().abs()
-    return raw / raw[list(steps)].mean()
+    mean = raw[list(steps)].mean()
+    return raw / mean.where(mean > 0, 1.0)

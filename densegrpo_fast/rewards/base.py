@@ -28,6 +28,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from densegrpo_fast.rewards.options import check_options
+
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 """`reward(images, prompts, metadata)`, returning scores as the module docstring says."""
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -208,6 +210,11 @@ _BUILT_IN = {
     "jpeg_compressibility": _BuiltIn(".jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": _BuiltIn(".jpeg", "JpegIncompressibility"),
     "pickscore": _BuiltIn(".pickscore", "PickScore"),
+    "clipscore": _BuiltIn(".clipscore", "ClipScore"),
+    "aesthetic": _BuiltIn(".aesthetic", "Aesthetic"),
+    "ocr": _BuiltIn(".ocr", "Ocr"),
+    "remote": _BuiltIn(".remote", "RemoteReward"),
+    "vlm_judge": _BuiltIn(".vlm_judge", "VlmJudge"),
 }
 _REGISTERED: dict[str, Callable[..., Reward]] = {}
 
@@ -244,14 +251,18 @@ def create(name: str, **options: Any) -> Reward:
         **options: keywords of the reward's factory; for one's own function they are bound to it.
 
     Raises:
-        ValueError: the name is unknown, or the file, module or function that it names does not exist.
+        ValueError: the name is unknown, or the file, module or function that it names does not exist; `OptionError` if
+            it has no such option, needs another, or takes no such value.
+        OSError, ImportError: what the reward needs is not here.
     """
     if ":" in name:
         target = _own(name)
+        check_options(name, target, options, skip=0 if isinstance(target, type) else 3)
         if isinstance(target, type):
             return target(**options)
         return partial(target, **options) if options else target
     if name in _REGISTERED:
+        check_options(name, _REGISTERED[name], options)
         return _REGISTERED[name](**options)
     if name not in _BUILT_IN:
         close = difflib.get_close_matches(name, names(), n=1)
@@ -260,7 +271,10 @@ def create(name: str, **options: Any) -> Reward:
             f"unknown reward {name!r}; {hint}known: {', '.join(names())}; your own: module:function or file.py:function"
         )
     entry = _BUILT_IN[name]
-    return getattr(importlib.import_module(entry.module, __package__), entry.factory)(**entry.options, **options)
+    factory = getattr(importlib.import_module(entry.module, __package__), entry.factory)
+    merged = {**entry.options, **options}
+    check_options(name, factory, merged)
+    return factory(**merged)
 
 
 def _own(spec: str) -> Callable[..., Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from io import BytesIO
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from densegrpo_fast.rewards.pictures import to_bytes
 
 
 def jpeg_kilobytes(images: Tensor, quality: int = 95) -> list[float]:
@@ -22,9 +23,8 @@ def jpeg_kilobytes(images: Tensor, quality: int = 95) -> list[float]:
     """
     from PIL import Image
 
-    pixels = images.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
     sizes = []
-    for picture in pixels:
+    for picture in to_bytes(images):
         buffer = BytesIO()
         Image.fromarray(picture).save(buffer, format="JPEG", quality=quality)
         sizes.append(buffer.tell() / 1000)

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.suggest import did_you_mean
+
+_DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
+BUILT_IN = ("general", "geneval", "ocr")
+"""Prompt sets that come with the package, each with training and held-out prompts; `scenes` is generated instead."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_PROBLEMS = 5
@@ -39,6 +44,18 @@ class PromptSet:
         return len(self.prompts)
 
 
+def built_in_prompts(name: str, held_out: bool) -> PromptSet:
+    """A prompt set of the package, a start of a few dozen prompts: the training ones, or the held-out ones.
+
+    Args:
+        name: `general` (all kinds of pictures), `ocr` (a text to be written, in double quotes), or `geneval` (objects,
+            numbers, colours and places, with what to look for as metadata).
+        held_out: the held-out prompts, none of which is among the training ones.
+    """
+    suffix = ".jsonl" if name == "geneval" else ".txt"
+    return load_prompts(_DIRECTORY / name / f"{'test' if held_out else 'train'}{suffix}")
+
+
 def load_prompts(path: Path | str, *, max_chars: int = 2000) -> PromptSet:
     """Read a prompt file.
 
@@ -55,7 +72,12 @@ def load_prompts(path: Path | str, *, max_chars: int = 2000) -> PromptSet:
     path = Path(path)
     read_line = {".txt": _text_record, ".jsonl": _json_record}.get(path.suffix.lower())
     if read_line is None:
-        raise UserError(f"{path}: expected a prompt file that ends in .txt or .jsonl", ExitCode.USAGE)
+        names = ("scenes", *BUILT_IN)
+        raise UserError(
+            f"{path}: expected a prompt file that ends in .txt or .jsonl, or one of {', '.join(names)}"
+            f"{did_you_mean(str(path), names)}",
+            ExitCode.USAGE,
+        )
     try:
         content = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     except OSError as error:
@@ -96,7 +118,7 @@ def _json_record(line: str) -> tuple[str, dict[str, Any]]:
     if not line:
         raise ValueError("empty")
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
@@ -104,6 +126,10 @@ def _json_record(line: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ValueError('expected an object with the text "prompt"')
     return record["prompt"].strip(), record
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"not JSON: {name} is no number")
 
 
 def _check_prompt(prompt: str, max_chars: int) -> None:

@@ -32,6 +32,10 @@ class Evaluation:
         """Mean of each score over everything present."""
         return {name: values.nanmean().item() for name, values in self.scores.items()}
 
+    def metrics(self) -> dict[str, float]:
+        """The means as metrics, `eval/NAME`."""
+        return {f"eval/{name}": value for name, value in self.means().items()}
+
 
 class HeldOut:
     """Held-out prompts with their initial noise.

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.config import Config, CreditOptions
-from densegrpo_fast.credit.dense import dense_advantages, reward_gains
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_methods import credit_values
+from densegrpo_fast.credit import registry
+from densegrpo_fast.credit.dense import reward_gains
+from densegrpo_fast.credit.evidence import Evidence
 from densegrpo_fast.credit.normalize import Advantages
-from densegrpo_fast.credit.sparse import sparse_advantages
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.models.base import Cache, FlowModel
@@ -29,7 +31,7 @@ class Outcome:
 
     Attributes:
         rewards: [P, G] float32 of the final images; NaN = missing.
-        lookahead_rewards: [P, G, T+1] float32, of every state's completion; None with sparse credit.
+        lookahead_rewards: [P, G, T+1] float32, of every state's completion; None without a lookahead.
         advantages: [P, G, T].
         scores: of every image that was scored, for the metrics.
         forwards: network forwards per trajectory that the lookahead took (NFE).
@@ -43,7 +45,7 @@ class Outcome:
 
     @property
     def gains(self) -> Tensor | None:
-        """[P, G, T] the reward gain of each step; None with sparse credit."""
+        """[P, G, T] the reward gain of each step; None without a lookahead."""
         return None if self.lookahead_rewards is None else reward_gains(self.lookahead_rewards)
 
 
@@ -62,7 +64,7 @@ def sample(
     What the configured lookahead needs is kept, features in its `cache`; `keep_hidden` keeps the hidden tokens in any
     case.
     """
-    options, dense = config.sampler, config.credit.method == "dense"
+    options, completed = config.sampler, config.uses_lookahead
     index = torch.arange(len(rows), device=model.device)
     first = index - index % options.group_size if options.shared_noise else index
     return rollout(
@@ -75,17 +77,17 @@ def sample(
         epoch=iteration,
         guidance_scale=options.guidance_scale,
         micro_batch=options.micro_batch,
-        keep_guidance=dense and config.lookahead.guidance == "reuse",
-        keep_hidden=keep_hidden or (dense and config.lookahead.head is not None),
+        keep_guidance=completed and config.lookahead.guidance == "reuse",
+        keep_hidden=keep_hidden or (completed and config.lookahead.head is not None),
         cache=cache,
     )
 
 
 class Judge:
-    """Turns trajectories into rewards and rewards into advantages.
+    """Turns trajectories into rewards, and rewards into advantages by the configured credit method.
 
-    With a lookahead, every state's completion is scored and each step is credited with its gain (DenseGRPO, arXiv
-    2601.20218, Eq 7-10). Without, only the final image is scored and every step gets its advantage (Flow-GRPO).
+    For a method with a lookahead every state's completion is scored (DenseGRPO, arXiv 2601.20218, Eq 7-9), for one
+    without only the final image.
     """
 
     def __init__(self, config: Config, model: FlowModel, reward: RewardMixture, lookahead: Lookahead | None):
@@ -100,42 +102,39 @@ class Judge:
         Raises:
             UserError: (reward) a reward failed, or more scores are missing than `reward.max_missing` allows.
         """
-        if self.lookahead is None:
-            return self._sparse(trajectory, rows, metadata, timer)
-        return self._dense(self.lookahead, trajectory, rows, metadata, timer)
-
-    def _sparse(
-        self, trajectory: Trajectory, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer
-    ) -> Outcome:
+        noisy, clean = trajectory.coefficients.noisy, None
+        if self.lookahead is not None:
+            with timer("lookahead"):
+                self.lookahead.model.refresh()
+                clean = self.lookahead.complete(trajectory)
         with timer("reward"):
-            parts = trajectory.latents[-1].split(self.config.lookahead.chunk)
-            images = torch.cat([self.model.decode(part) for part in parts])
-            scores = self._score(images, rows, metadata)
-        rewards = scores.values.view(-1, self.config.sampler.group_size)
-        advantages = sparse_advantages(rewards, trajectory.num_steps, **_spread(self.config.credit))
-        return Outcome(rewards, None, advantages, scores, 0)
-
-    def _dense(
-        self,
-        lookahead: Lookahead,
-        trajectory: Trajectory,
-        rows: list[str],
-        metadata: list[dict[str, Any]],
-        timer: PhaseTimer,
-    ) -> Outcome:
-        states, noisy = trajectory.num_steps + 1, trajectory.coefficients.noisy
-        with timer("lookahead"):
-            lookahead.model.refresh()
-            clean = lookahead.complete(trajectory)
-        with timer("reward"):
-            images = lookahead.images(clean, noisy, self.config.lookahead.decoder)
-            scores = self._score(images.flatten(0, 1), rows * states, metadata * states)
-        rewards = scores.values.view(states, -1, self.config.sampler.group_size).permute(1, 2, 0)
+            images = self._images(trajectory, clean)
+            scores = self._score(images.flatten(0, 1), rows * len(images), metadata * len(images))
+        # [P, G, K+1] with a lookahead and K noisy steps, [P, G, 1] without
+        different = scores.values.view(len(images), -1, self.config.sampler.group_size).permute(1, 2, 0)
+        evidence = Evidence(
+            rewards=different[..., -1],
+            noisy=noisy,
+            latents=trajectory.latents,
+            velocities=trajectory.velocities,
+            sigmas=trajectory.coefficients.sigmas,
+            lookahead_rewards=None if self.lookahead is None else different,
+        )
         credit = self.config.credit
-        advantages = dense_advantages(rewards, normalize=credit.normalize, **_spread(credit))
-        scale = lookahead.guidance_scale(trajectory.guidance_scale)
-        forwards = lookahead.evaluations(noisy) * self.model.forwards(scale)
-        return Outcome(rewards[..., -1], rewards, advantages, scores, forwards)
+        advantages = registry.advantages(credit.method, evidence, credit_values(credit))
+        if self.lookahead is None:
+            return Outcome(evidence.rewards, None, advantages, scores, 0)
+        scale = self.lookahead.guidance_scale(trajectory.guidance_scale)
+        forwards = self.lookahead.evaluations(noisy) * self.model.forwards(scale)
+        rewards = different[..., self.lookahead.positions(noisy)]
+        return Outcome(evidence.rewards, rewards, advantages, scores, forwards)
+
+    def _images(self, trajectory: Trajectory, clean: Tensor | None) -> Tensor:
+        """[N, B, 3, H, W] of the completions that differ, N = K+1 for K noisy steps; without a lookahead, N = 1."""
+        if self.lookahead is not None and clean is not None:
+            return self.lookahead.different_images(clean, trajectory.coefficients.noisy, self.config.lookahead.decoder)
+        parts = trajectory.latents[-1].split(self.config.lookahead.chunk)
+        return torch.cat([self.model.decode(part) for part in parts])[None]
 
     def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         scores = score(self.reward, images, prompts, metadata)
@@ -146,7 +145,3 @@ class Judge:
                 ExitCode.REWARD,
             )
         return scores
-
-
-def _spread(credit: CreditOptions) -> dict[str, Any]:
-    return {"std": credit.std, "spread_floor": credit.spread_floor, "clip": credit.clip}

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from densegrpo_fast.config import Config
+from densegrpo_fast.credit import registry
 from densegrpo_fast.fidelity.statistics import compare
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 class DriftGuard:
     """Scores one prompt's trajectories again, exactly: every step, full guidance, full decoder.
 
-    The prompts take turns. With sparse credit there is nothing to guard.
+    The prompts take turns. There is nothing to guard without a lookahead, nor with a credit method that a plan of its
+    own defines.
     """
 
     def __init__(self, config: Config, model: FlowModel, reward: RewardMixture):
@@ -32,7 +34,8 @@ class DriftGuard:
     def due(self, iteration: int) -> bool:
         """Whether an iteration (from 0) is looked at."""
         every = self.config.lookahead.guard_every
-        return self.config.credit.method == "dense" and every > 0 and iteration % every == 0
+        method = registry.find(self.config.credit.method)
+        return method.uses_lookahead and method.plan is None and every > 0 and iteration % every == 0
 
     def check(
         self,
@@ -55,10 +58,11 @@ class DriftGuard:
         options, size = self.config.lookahead, self.config.sampler.group_size
         prompt = (iteration // options.guard_every) % (len(rows) // size)
         group = slice(prompt * size, (prompt + 1) * size)
-        chosen, states = trajectory.select(group), trajectory.num_steps + 1
-        images = self.exact.images(self.exact.complete(chosen), chosen.coefficients.noisy, "full")
-        scores = score(self.reward, images.flatten(0, 1), rows[group] * states, metadata[group] * states)
-        exact = scores.values.view(states, 1, size).permute(1, 2, 0)
+        chosen, noisy = trajectory.select(group), trajectory.coefficients.noisy
+        images = self.exact.different_images(self.exact.complete(chosen), noisy, "full")
+        count = len(images)
+        scores = score(self.reward, images.flatten(0, 1), rows[group] * count, metadata[group] * count)
+        exact = scores.values.view(count, 1, size).permute(1, 2, 0)[..., self.exact.positions(noisy)]
         found = asdict(compare(exact, outcome.lookahead_rewards[prompt : prompt + 1].cpu()))
         if found["spearman_gains_mean"] < options.guard_alarm:
             logger.warning(

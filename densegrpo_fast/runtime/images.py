@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -45,7 +46,7 @@ def save_grid(
         raise ValueError(f"save_grid: columns and scale must be at least 1, got {columns} and {scale}")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"save_grid: captions must hold {len(images)} texts, one per image, got {len(captions)}")
-    pixels = images.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels = _pixels(images)
     width, height = images.shape[3] * scale, images.shape[2] * scale
     columns = min(columns, len(images))
 
@@ -74,6 +75,35 @@ def read_captions(path: str | Path) -> list[str]:
     """Captions that `save_grid` stored in a PNG file, in reading order; empty if it stored none."""
     with Image.open(path) as image:
         return [str(text) for text in json.loads(image.info.get(PROMPTS_KEY, "[]"))]
+
+
+def save_picture(image: Tensor, path: str | Path, texts: Mapping[str, str]) -> None:
+    """Save one picture [3, H, W] as PNG, values clamped to [0, 1], with text fields that `read_picture` returns."""
+    information = PngInfo()
+    for name, text in texts.items():
+        information.add_itxt(name, text)
+    Image.fromarray(_pixels(image[None])[0]).save(path, format="PNG", pnginfo=information)
+
+
+def read_picture(path: str | Path) -> tuple[Tensor, dict[str, str]]:
+    """A picture file as [3, H, W] float32 in [0, 1], transparency on white, and the text fields that it carries.
+
+    Raises:
+        OSError: it cannot be read, or is no picture.
+    """
+    with Image.open(path) as image:
+        texts = {
+            name: str(text) for name, text in image.info.items() if isinstance(name, str) and isinstance(text, str)
+        }
+        colour = image.convert("RGBA")
+    opaque = Image.alpha_composite(Image.new("RGBA", colour.size, (255, 255, 255, 255)), colour).convert("RGB")
+    pixels = torch.from_numpy(np.array(opaque))
+    return pixels.permute(2, 0, 1).float() / 255, texts
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """[N, H, W, 3] uint8 of pictures [N, 3, H, W]."""
+    return images.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:

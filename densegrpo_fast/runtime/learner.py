@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.objective.clip import ppo_clip_loss
-from densegrpo_fast.objective.kl import gaussian_kl
-from densegrpo_fast.objective.weights import StepWeight, step_weights
+from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
 from densegrpo_fast.sampling.replay import reference_velocity, replay
 from densegrpo_fast.sampling.trajectory import Trajectory
 
@@ -33,15 +31,13 @@ class LearnerOptions:
     warmup: int
     ema_decay: float
     ema_every: int
-    clip_range: float
-    step_weight: StepWeight
-    kl_coef: float
+    objective: ObjectiveSettings
     micro_batch: int
     max_bad_steps: int
 
 
 class Learner:
-    """Trains a model's adapter with AdamW on the clipped objective.
+    """Trains a model's adapter with AdamW on the configured objective.
 
     Args:
         model: the policy; `model.reference()` is the policy that the KL term holds it to.
@@ -73,26 +69,29 @@ class Learner:
             steps: indices of the trained steps.
 
         Returns:
-            Metrics averaged over the parts: loss, policy_loss, kl, clip_fraction, approx_kl, ratio_deviation (largest),
-            grad_norm, lr, skipped_updates, and nfe (network forwards, gradient ones counted once).
+            Metrics averaged over the parts: loss, those of the objective, ratio_deviation (largest) and
+            first_ratio_deviation (of the first part, before anything was trained), grad_norm, lr, skipped_updates
+            (their number), and nfe (network forwards, gradient ones counted once).
 
         Raises:
             UserError: (non-finite) too many parts in a row were skipped; the adapter is as before the first of them.
+            ValueError: the objective does not fit the trajectory's sampler, or the parts do not fit its batch.
         """
         size = self.options.micro_batch
         slices = [slice(start, start + size) for start in range(0, trajectory.batch, size)]
         parts = _split(slices, self.options.updates_per_iteration)
-        weights = step_weights(trajectory.coefficients.table, steps, self.options.step_weight)
-        records = [self._step(trajectory, advantages, weights, steps, part) for part in parts]
+        objective = Objective(self.options.objective, trajectory.coefficients, steps)
+        records = [self._step(trajectory, advantages, objective, steps, part) for part in parts]
         metrics = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
         metrics["ratio_deviation"] = max(record["ratio_deviation"] for record in records)
+        metrics["first_ratio_deviation"] = records[0]["ratio_deviation"]
         metrics["skipped_updates"] = sum(record["skipped_updates"] for record in records)
-        forwards = self.model.forwards(trajectory.guidance_scale) * (2 if self.options.kl_coef else 1)
+        forwards = self.model.forwards(trajectory.guidance_scale) * (2 if self.options.objective.kl_coef else 1)
         metrics["nfe"] = forwards * trajectory.batch * len(steps)
         return metrics
 
     def _step(
-        self, trajectory: Trajectory, advantages: Tensor, weights: Tensor, steps: Sequence[int], part: list[slice]
+        self, trajectory: Trajectory, advantages: Tensor, objective: Objective, steps: Sequence[int], part: list[slice]
     ) -> dict[str, float]:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * min(1.0, (self.updates + 1) / max(self.options.warmup, 1))
@@ -102,7 +101,7 @@ class Learner:
         deviations = []
         for step in steps:
             for rows in part:
-                loss, metrics = self._loss(trajectory, advantages[rows, step], weights[step], step, rows)
+                loss, metrics = self._loss(trajectory, advantages[rows, step], objective, step, rows)
                 (loss * share).backward()
                 deviations.append(metrics.pop("ratio_deviation"))
                 for name, value in {"loss": loss.detach(), **metrics}.items():
@@ -126,22 +125,18 @@ class Learner:
         return record
 
     def _loss(
-        self, trajectory: Trajectory, advantages: Tensor, weight: Tensor, step: int, rows: slice
+        self, trajectory: Trajectory, advantages: Tensor, objective: Objective, step: int, rows: slice
     ) -> tuple[Tensor, dict[str, Tensor]]:
         log_prob, velocity = replay(self.model, trajectory, step, rows)
-        kl = None
-        if self.options.kl_coef:
-            reference = reference_velocity(self.model, trajectory, step, rows)
-            index = torch.full((len(velocity),), step, device=velocity.device)
-            kl = gaussian_kl(velocity, reference, trajectory.coefficients.table, index, scale="flow_grpo")
-        return ppo_clip_loss(
-            log_prob,
-            trajectory.log_probs[step, rows],
-            advantages,
-            clip_range=self.options.clip_range,
-            kl=kl,
-            kl_coef=self.options.kl_coef,
-            weight=weight.expand(len(advantages)),
+        held = self.options.objective.kl_coef != 0
+        return objective.loss(
+            step,
+            log_prob=log_prob,
+            old_log_prob=trajectory.log_probs[step, rows],
+            advantages=advantages,
+            velocity=velocity,
+            old_velocity=trajectory.velocities[step, rows],
+            reference_velocity=reference_velocity(self.model, trajectory, step, rows) if held else None,
         )
 
     def _skip(self) -> None:

@@ -1,12 +1,21 @@
-"""The low-rank adapter: adding it to a transformer, and saving it so that diffusers and ComfyUI load it."""
+"""The low-rank adapter: adding it to a transformer, saving it for diffusers and ComfyUI, attaching a saved one."""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""Name of the file in an adapter directory."""
+
+_LAYER = re.compile(r"(transformer\.)?\w+(\.\w+)*\.lora_[AB]\.weight")
 
 
 def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], seed: int) -> None:
@@ -38,17 +47,108 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], see
             parameter.data = parameter.data.float()
 
 
-def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Path:
-    """Write the adapter as diffusers' `pytorch_lora_weights.safetensors` and return the file.
+def base_fingerprint(network: Any) -> str:
+    """SHA-256 over names, shapes and 64 values of each frozen weight: tells one base model from another in no time.
+
+    The names are those of a network that carries an adapter, so it must carry one, with the same targets each time.
+    """
+    digest = hashlib.sha256()
+    for name, weight in network.state_dict().items():
+        if ".lora_" not in name:
+            values = weight.detach().flatten()
+            picked = values[:: max(1, len(values) // 64)].double().cpu()
+            digest.update(f"{name}{tuple(weight.shape)}{picked.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def lora_layers(parameters: Mapping[str, Tensor], *, rank: int, alpha: int) -> dict[str, Tensor]:
+    """An adapter's parameters under the names, and with the values, that a file of diffusers has.
 
     alpha / rank is multiplied into B, so no loader can get the scale wrong: readers that find no alpha use 1.
+
+    Args:
+        parameters: by peft's name (`MODULE.lora_A.default.weight`), of a module of the transformer.
+
+    Returns:
+        `MODULE.lora_A.weight` and `MODULE.lora_B.weight`: [rank, in] and [out, rank] float32 on the CPU.
     """
+    layers: dict[str, Tensor] = {}
+    for name, tensor in parameters.items():
+        scale = alpha / rank if ".lora_B." in name else 1.0
+        layers[name.replace(".default.", ".")] = (tensor.detach().float() * scale).cpu().contiguous()
+    return layers
+
+
+def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Path:
+    """Write the adapter as diffusers' `pytorch_lora_weights.safetensors` and return the file; see `lora_layers`."""
     from diffusers import StableDiffusion3Pipeline
     from peft import get_peft_model_state_dict
 
-    layers: dict[str, Tensor] = {}
-    for name, tensor in get_peft_model_state_dict(transformer).items():
-        scale = alpha / rank if ".lora_B." in name else 1.0
-        layers[name] = (tensor.detach().float() * scale).cpu().contiguous()
+    layers = lora_layers(get_peft_model_state_dict(transformer), rank=rank, alpha=alpha)
     StableDiffusion3Pipeline.save_lora_weights(directory, transformer_lora_layers=layers, safe_serialization=True)
-    return directory / "pytorch_lora_weights.safetensors"
+    return directory / ADAPTER_FILE
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """The layers of an adapter file, as `lora_layers` returns them.
+
+    Raises:
+        ValueError: it cannot be read, or is no LoRA of a transformer alone in diffusers' form.
+    """
+    import safetensors.torch
+
+    try:
+        layers = safetensors.torch.load_file(path)
+    except Exception as error:  # the library raises its own kinds for a damaged file
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    for name, tensor in layers.items():
+        if not _LAYER.fullmatch(name) or tensor.ndim != 2:
+            raise ValueError(f"{path}: expected a LoRA of diffusers' transformer layers, got {name!r}")
+    return {name.removeprefix("transformer."): tensor.float() for name, tensor in layers.items()}
+
+
+@contextmanager
+def attached_lora(transformer: Any, layers: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context a transformer without an adapter has this one, in float32 whatever its own precision.
+
+    diffusers' own loader would round it to the transformer's dtype; a run evaluates it unrounded.
+
+    Args:
+        layers: as `lora_layers` returns them.
+
+    Raises:
+        ValueError: a layer has no module, or not the shape that it needs.
+    """
+    from peft import LoraConfig
+
+    modules = dict(transformer.named_modules())
+    ranks: dict[str, int] = {}
+    for name in sorted({name.rpartition(".lora_")[0] for name in layers}):
+        down, up = layers.get(f"{name}.lora_A.weight"), layers.get(f"{name}.lora_B.weight")
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or down is None or up is None:
+            raise ValueError(f"the adapter's layer {name!r} does not belong to this {type(transformer).__name__}")
+        if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+            shapes = f"{list(up.shape)} x {list(down.shape)}, the model {list(weight.shape)}"
+            raise ValueError(f"the adapter's layer {name!r} has the shape {shapes}")
+        ranks[name] = len(down)
+    common = next(iter(ranks.values()), 1)
+    others = {name: rank for name, rank in ranks.items() if rank != common}
+    with torch.random.fork_rng(devices=[]):
+        transformer.add_adapter(
+            LoraConfig(
+                r=common,
+                lora_alpha=common,
+                rank_pattern=others,
+                alpha_pattern=others,
+                target_modules=list(ranks),
+            )
+        )
+    try:
+        for name, parameter in transformer.named_parameters():
+            if ".lora_" in name:
+                parameter.data = layers[name.replace(".default.", ".")].to(parameter.device)
+                parameter.requires_grad_(False)
+        yield
+    finally:
+        transformer.unload_lora()

@@ -16,7 +16,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.runtime.files import output_errors
+from densegrpo_fast.runtime.loggers import Loggers
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +40,36 @@ class MetricsLog:
         with output_errors(f"cannot write {self.path}"):
             self._file = open(self.path, "ab+")  # noqa: SIM115 - lives as long as the log
             self._cut_to_whole_lines(self._file.seek(0, os.SEEK_END))
+        self._loggers: Loggers | None = None
+
+    def records(self) -> list[dict[str, Any]]:
+        """Everything written so far, oldest first.
+
+        Raises:
+            UserError: exit code 7, if a line is not a record; the message gives its number.
+        """
+        try:
+            with output_errors(f"cannot read {self.path}"):
+                return read_metrics(self.path)
+        except ValueError as error:
+            raise UserError(str(error), ExitCode.OUTPUT) from None
+
+    def also(self, loggers: Loggers) -> None:
+        """Let loggers show every record that is appended from here on; they are closed with the log."""
+        self._loggers = loggers
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Give a record to the loggers alone, such as an evaluation outside of the iterations."""
+        if self._loggers is not None:
+            self._loggers.log(record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record. Values are JSON data; a NaN or infinity becomes null."""
+        """Write one record and show it. Values are JSON data; a NaN or infinity becomes null."""
         line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
         with output_errors(f"cannot write {self.path}"):
             self._file.write(line.encode("ascii") + b"\n")
             self._file.flush()
+        self.show(record)
 
     def position(self) -> int:
         """Bytes written so far, all of them on disk: what a checkpoint stores to `truncate` to."""
@@ -68,8 +93,10 @@ class MetricsLog:
             self._cut_to_whole_lines(min(size, position))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the loggers."""
         self._file.close()
+        if self._loggers is not None:
+            self._loggers.close()
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.runtime.alarms import alarms_for
 from densegrpo_fast.runtime.checkpoint import CheckpointManager
 from densegrpo_fast.runtime.evaluation import Evaluation, HeldOut
 from densegrpo_fast.runtime.experience import Outcome
@@ -21,8 +21,9 @@ from densegrpo_fast.runtime.files import output_errors, write_durably
 from densegrpo_fast.runtime.images import save_grid
 from densegrpo_fast.runtime.intervals import mean_interval, paired_interval
 from densegrpo_fast.runtime.learner import Learner
-from densegrpo_fast.runtime.lora import save_lora
-from densegrpo_fast.runtime.metrics import MetricsLog, read_metrics
+from densegrpo_fast.runtime.lora import base_fingerprint, save_lora
+from densegrpo_fast.runtime.metrics import MetricsLog
+from densegrpo_fast.runtime.model_card import BaseFacts, write_model_card
 from densegrpo_fast.runtime.report import write_report
 from densegrpo_fast.sampling.trajectory import Trajectory
 
@@ -38,21 +39,23 @@ def iteration_record(
     forwards: int,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. `forwards` is the network forwards of one evaluated row."""
+    """One line of metrics.jsonl, as METRICS.md has it. `forwards` is the network forwards of one evaluated row."""
     rewards, batch = outcome.rewards, trajectory.batch
     record: dict[str, Any] = {
         "iteration": done,
-        "reward/mean": rewards.nanmean().item(),
-        "reward/std": _spread(rewards),
-        "reward/missing": outcome.advantages.missing,
-        "zero_spread": outcome.advantages.zero_spread,
+        "reward": rewards.nanmean().item(),
+        "reward_std": _spread(rewards),
+        "reward_missing": outcome.advantages.missing,
+        "frac_reward_zero_std": outcome.advantages.zero_spread,
     }
     for name, values in outcome.scores.per_reward.items():
-        record[f"reward/{name}"] = values[-batch:].nanmean().item()
+        record[f"rewards/{name}/mean"] = values[-batch:].nanmean().item()
+        record[f"rewards/{name}/std"] = _spread(values[None, -batch:])
     if outcome.gains is not None:
         for step, gain in enumerate(outcome.gains.nanmean(dim=(0, 1)).tolist()):
             record[f"gain/step_{step}"] = gain
     record |= update
+    record["learning_rate"] = record.pop("lr")
     record["nfe/rollout"] = forwards * batch * trajectory.num_steps
     record["nfe/lookahead"] = outcome.forwards * batch
     record["nfe/update"] = record.pop("nfe")
@@ -64,17 +67,6 @@ def _spread(rewards: Tensor) -> float:
     """Mean over groups of the standard deviation within the group, missing rewards left out."""
     centred = rewards - rewards.nanmean(dim=1, keepdim=True)
     return centred.square().nanmean(dim=1).sqrt().nanmean().item()
-
-
-def base_fingerprint(network: Any) -> str:
-    """SHA-256 over names, shapes and 64 values of each frozen weight: tells one base model from another in no time."""
-    digest = hashlib.sha256()
-    for name, weight in network.state_dict().items():
-        if ".lora_" not in name:
-            values = weight.detach().flatten()
-            picked = values[:: max(1, len(values) // 64)].double().cpu()
-            digest.update(f"{name}{tuple(weight.shape)}{picked.tolist()}".encode())
-    return digest.hexdigest()
 
 
 class RunRecords:
@@ -138,7 +130,17 @@ class RunRecords:
             )
 
     def evaluated(self, when: str, evaluation: Evaluation, held_out: HeldOut) -> None:
-        """Keep the scores and pictures of the evaluation `when` ("before" or "after")."""
+        """Keep the scores and pictures of the evaluation `when` ("before" or "after").
+
+        Raises:
+            UserError: (reward) a reward has no score at all.
+        """
+        for name, values in evaluation.scores.items():
+            if values.isnan().all():
+                raise UserError(
+                    f"the held-out evaluation {when} training has no score of {name!r}: all are missing",
+                    ExitCode.REWARD,
+                )
         scores = {name: values.tolist() for name, values in evaluation.scores.items()}
         with output_errors(f"cannot write in {self.directory}"):
             text = json.dumps({"prompts": held_out.prompts, "scores": scores})
@@ -150,23 +152,35 @@ class RunRecords:
         lora = self.config.lora
         with output_errors(f"cannot write in {self.directory}"):
             save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
-            before, after = self._scores("before"), self._scores("after")
-            metrics = read_metrics(log.path)
+            prompts, before = self._evaluation("before")
+            _, after = self._evaluation("after")
+            metrics = log.records()
             phases = {phase: sum(record.get(f"time/{phase}", 0.0) for record in metrics) for phase in PHASES}
-            change = {name: paired_interval(before[name], after[name]) for name in after}
+            measured = {
+                "before": {name: mean_interval(values) for name, values in before.items()},
+                "after": {name: mean_interval(values) for name, values in after.items()},
+                "change": {name: paired_interval(before[name], after[name]) for name in after},
+            }
             report = write_report(
                 self.directory,
                 config_yaml=(self.directory / "config.yaml").read_text(),
                 metrics=metrics,
-                before={name: mean_interval(values) for name, values in before.items()},
-                after={name: mean_interval(values) for name, values in after.items()},
-                change=change,
                 images={when: self.directory / "samples" / f"{when}.png" for when in ("before", "after")},
                 phases=phases,
+                advice={alarm.name: f"{alarm.meaning}: {alarm.advice}." for alarm in alarms_for(self.config)},
+                **measured,
+            )
+            write_model_card(
+                self.directory / "adapter",
+                self.config,
+                base=self._base_facts(),
+                prompt=prompts[0],
+                metrics=metrics,
+                **measured,
             )
         lines = []
         for name in after:
-            first, last, moved = mean_interval(before[name]), mean_interval(after[name]), change[name]
+            first, last, moved = (measured[when][name] for when in ("before", "after", "change"))
             lines.append(
                 f"held-out {name}: {first.mean:.3f} [{first.low:.3f}, {first.high:.3f}] before, "
                 f"{last.mean:.3f} [{last.low:.3f}, {last.high:.3f}] after; "
@@ -177,13 +191,23 @@ class RunRecords:
             [*lines, f"report:  {report}", f"adapter: {self.directory / 'adapter'}", f"metrics: {log.path}"]
         )
 
-    def _scores(self, when: str) -> dict[str, Any]:
+    def _base_facts(self) -> BaseFacts:
+        pipeline = getattr(self.model, "pipeline", None)
+        return BaseFacts(
+            has_t5=getattr(pipeline, "text_encoder_3", None) is not None,
+            dtype=str(self.model.network.dtype).removeprefix("torch."),
+            device=self.model.device.type,
+        )
+
+    def _evaluation(self, when: str) -> tuple[list[str], dict[str, Any]]:
+        """Prompts and scores that `evaluated` kept."""
         path = self.directory / f"evaluation-{when}.json"
         try:
-            scores = json.loads(path.read_text())["scores"]
+            found = json.loads(path.read_text())
+            prompts, scores = found["prompts"], found["scores"]
         except (OSError, ValueError, KeyError):
             raise UserError(f"{path} is missing or broken, so the run cannot be summed up", ExitCode.OUTPUT) from None
-        return {name: [[_number(v) for v in row] for row in rows] for name, rows in scores.items()}
+        return prompts, {name: [[_number(v) for v in row] for row in rows] for name, rows in scores.items()}
 
 
 def _number(value: float | None) -> float:

@@ -24,26 +24,28 @@ from densegrpo_fast.runtime.report_style import PAGE, STYLE
 Record = Mapping[str, Any]
 
 _CURVES = (
-    ("Training reward", ("reward/mean",), "mean over the iteration's samples, drawn with exploration noise"),
+    ("Training reward", ("reward",), "mean over the iteration's samples, drawn with exploration noise"),
     ("Held-out reward", ("eval/reward", "eval/strict"), "prompts never trained on, noise-free sampler"),
+    ("Reward spread", ("reward_std",), "standard deviation within a group, mean over groups; 0 teaches nothing"),
     (
         "Clip fraction",
-        ("clip_fraction",),
-        "share of ratios outside the clip range; steadily above 0.5 is too high",
+        ("clip_fraction", "clip_ratio/region_mean"),
+        "ratios outside the clip range, and those whose gradient it cuts off; steadily above 0.5 is too high",
     ),
     (
         "Ratio deviation",
-        ("ratio_deviation",),
-        "largest |ratio - 1|; rounding only on the first update of a batch",
+        ("ratio_deviation", "first_ratio_deviation"),
+        "largest |ratio - 1|, of all updates and of the first, which is rounding only",
     ),
     ("Approximate KL to the sampling policy", ("approx_kl",), "mean of ratio - 1 - log ratio"),
     ("KL to the reference policy", ("kl",), "how far the adapter has moved the model"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
     (
         "Zero-spread share",
-        ("zero_spread",),
+        ("frac_reward_zero_std",),
         "groups (or group steps) without a preference; their advantage is 0",
     ),
+    ("Missing scores", ("reward_missing",), "share of the scores that the reward could not give"),
 )
 _COST_COLUMNS = ("Phase", "Seconds", "Share", "Seconds per iteration", "NFE per iteration")
 _FACTS = (
@@ -71,6 +73,7 @@ def write_report(
     images: Mapping[str, str | Path],
     phases: Mapping[str, float],
     change: Mapping[str, Any] | None = None,
+    advice: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `report.html` into a run directory.
 
@@ -78,15 +81,14 @@ def write_report(
         run_dir: the run directory; its name is the title.
         config_yaml: the resolved settings as YAML text.
         metrics: one record per iteration, as in metrics.jsonl; absent keys leave their curve or cell out.
-            Keys used: iteration, reward/mean, eval/reward, eval/strict, gain/step_K, clip_fraction,
-            ratio_deviation, approx_kl, kl, grad_norm, zero_spread, time/PHASE (seconds) and nfe/PHASE
-            (network evaluations).
+            METRICS.md has their meaning.
         before: held-out metric -> (mean, low, high) as `mean_interval` gives them, or a plain mean.
         after: the same metrics after training.
         images: title -> PNG file of `save_grid`, shown in this order with the prompts stored in it.
         phases: phase -> seconds over the whole run, in display order. A phase's network evaluations are the
             mean of nfe/PHASE over the records.
         change: metric -> (mean, low, high) of after - before as `paired_interval` gives it.
+        advice: alarm -> what it means and what to do, for the alarms in the records.
 
     Returns:
         Path of the file, which replaces an older one atomically.
@@ -97,6 +99,7 @@ def write_report(
         (
             f"<header><h1>{name}</h1>{_summary(config_yaml, metrics, phases)}</header>",
             _headline(before, after, change or {}),
+            _section("Alarms", _alarms(metrics, advice or {})),
             _section("Curves", f'<div class="charts">{"".join(_charts(metrics))}</div>' if metrics else ""),
             _section("Cost", _costs(metrics, phases)),
             _section("Pictures", "".join(_picture(title, Path(path)) for title, path in images.items())),
@@ -143,6 +146,19 @@ def _headline(before: Mapping[str, Any], after: Mapping[str, Any], change: Mappi
             f"<div><span>after</span>{_figure_of(after.get(name))}</div></div>{moved}</div>"
         )
     return _section("Result", f'<div class="cards">{"".join(cards)}</div>') if cards else ""
+
+
+def _alarms(metrics: Sequence[Record], advice: Mapping[str, str]) -> str:
+    found: dict[str, list[Any]] = {}
+    for index, record in enumerate(metrics):
+        for name in record.get("alarms", ()):
+            found.setdefault(name, []).append(record.get("iteration", index))
+    items = "".join(
+        f"<li><b>{escape(name)}</b>: {len(when)} of {_iterations(metrics)} iterations, first in iteration {when[0]}. "
+        f"{escape(advice.get(name, ''))}</li>"
+        for name, when in found.items()
+    )
+    return f'<ul class="alarms">{items}</ul>' if items else ""
 
 
 def _figure_of(value: Any) -> str:
@@ -194,7 +210,7 @@ def _points(metrics: Sequence[Record], key: str) -> list[tuple[float, float]]:
 
 def _iterations(metrics: Sequence[Record]) -> int:
     # records of an evaluation alone, as before the first iteration, have no training reward
-    return sum("reward/mean" in record for record in metrics)
+    return sum("reward" in record for record in metrics)
 
 
 def _costs(metrics: Sequence[Record], phases: Mapping[str, float]) -> str:

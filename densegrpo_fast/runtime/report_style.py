@@ -76,6 +76,8 @@ th, td { text-align: right; padding: .4rem .6rem; border-bottom: 1px solid var(-
 th:first-child { text-align: left; padding-left: 0; }
 thead th { color: var(--soft); font-size: .8rem; font-weight: 500; }
 tbody th { font-weight: 500; }
+.alarms { margin: 0; padding: 1.1rem 1.3rem 1.1rem 2.4rem; background: var(--sheet);
+  border: 1px solid var(--line-1); border-radius: 10px; }
 .picture { margin-bottom: 1rem; }
 .picture img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
 details { margin-top: .7rem; }

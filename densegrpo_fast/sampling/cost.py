@@ -7,6 +7,11 @@ counts forwards. With T steps, all of them stochastic, a plan's lookahead evalua
     nodes S          sum of S              one_step         0
 
 times per trajectory: every state's first velocity is the rollout's own, so k states meet at node k.
+
+With noise in a window of w steps from step l alone, the states before l share the completion of state l, and those
+after the window lie on the trajectory's own way to its image. So only the w states l..l+w-1 are completed: by `exact`
+with the sum of T-1-k over them, by `nodes S` with the number of pairs of a state k and a later node, and w+1 images are
+decoded and scored.
 """
 
 from __future__ import annotations
@@ -185,8 +190,7 @@ def dense_iteration(
 ) -> IterationCost:
     """Cost of an iteration with a reward per state (DenseGRPO): the lookahead, and T+1 decodes and rewards.
 
-    All T+1 images go through the same decoder, and each state's image is scored; states that a noise-free step joins
-    are evaluated and decoded once.
+    All images go through the same decoder; states that a noise-free step joins are evaluated, decoded and scored once.
 
     Args:
         plan: the lookahead's.
@@ -205,7 +209,7 @@ def dense_iteration(
         lookahead=lookahead_evaluations(plan, guided=guided, guidance=guidance, noisy=noisy),
         full_decodes=len(owners) if decoder == "full" else 0,
         preview_decodes=len(owners) if decoder == "preview" else 0,
-        rewards=plan.num_steps + 1,
+        rewards=len(owners),
         corrections=0 if head is None else sum(head.applies(state) for state in completed),
     )
 

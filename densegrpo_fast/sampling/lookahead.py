@@ -6,7 +6,6 @@ in a row, whatever the number of states; the first velocity of every state is th
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.flow import ops
-from densegrpo_fast.models.base import Cache, Conditioning, Decoder, FlowModel, Head
+from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Head
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.visit import Arrival, Travellers, Visits
 
 Guidance = Literal["full", "cond_only", "reuse"]
 
@@ -43,6 +43,7 @@ class Lookahead:
         chunk: rows per forward and per decode, a memory budget.
         head: corrects the last jump of the completions that leave steps out; None = Euler's jump as it is.
         cache: what the rollout recorded, for the completions' own forwards to take over; None = they compute it all.
+        visits: how a jump and its forward are run; None = operation by operation.
 
     Raises:
         ValueError: `chunk` is below 1.
@@ -57,11 +58,13 @@ class Lookahead:
         chunk: int = 64,
         head: Head | None = None,
         cache: Cache | None = None,
+        visits: Visits | None = None,
     ):
         if chunk < 1:
             raise ValueError(f"lookahead chunk must be at least 1 row, got {chunk}")
         self.model, self.plan, self.guidance, self.chunk = model, plan, guidance, chunk
         self.head, self.cache = head, cache
+        self.visits = Visits() if visits is None else visits
 
     @torch.no_grad()
     def complete(self, trajectory: Trajectory) -> Tensor:
@@ -92,16 +95,16 @@ class Lookahead:
     @torch.no_grad()
     def evaluate(self, trajectory: Trajectory) -> dict[int, _Standing]:
         """Bring every state that needs a completion of its own to its last evaluation, in the order of the states."""
-        batch, sigmas = trajectory.batch, trajectory.coefficients.sigmas
+        batch = trajectory.batch
         states = sorted(set(self.owners(trajectory.coefficients.noisy)) - {trajectory.num_steps})
         hidden = [None] * trajectory.num_steps if trajectory.hidden is None else trajectory.hidden
         standing = {j: _Standing(j, trajectory.latents[j], trajectory.velocities[j], hidden[j]) for j in states}
+        self.visits.begin(self.model)
         for node in self.plan.nodes():
             here = [j for j in states if node in self.plan.paths[j]]
             if not here:
                 continue
-            arrived = self._jump([standing[j] for j in here], node, sigmas)
-            velocity, tokens = self._velocity(arrived, node, trajectory, trajectory.conditioning.repeat(len(here)))
+            arrived, velocity, tokens = self._visit([standing[j] for j in here], node, trajectory)
             if self.guidance == "reuse" and trajectory.guidance_terms is not None:
                 velocity.unflatten(0, (len(here), batch)).add_(trajectory.guidance_terms[node])
             parts = [None] * len(here) if tokens is None else tokens.split(batch)
@@ -112,12 +115,15 @@ class Lookahead:
     @torch.no_grad()
     def images(self, clean: Tensor, noisy: tuple[bool, ...], decoder: Decoder) -> Tensor:
         """Decoded completions [T+1, B, 3, H, W] in [0, 1]; states that share a completion are decoded once."""
-        owners = self.owners(noisy)
-        unique = sorted(set(owners))
-        rows = clean[unique].flatten(0, 1)
+        decoded = self.different_images(clean, noisy, decoder)
+        return torch.stack([decoded[position] for position in self.positions(noisy)])
+
+    @torch.no_grad()
+    def different_images(self, clean: Tensor, noisy: tuple[bool, ...], decoder: Decoder) -> Tensor:
+        """The images of states with a completion of their own, [K+1, B, 3, H, W] for K noisy steps; last the end's."""
+        rows = torch.cat([clean[owner] for owner in sorted(set(self.owners(noisy)))])
         decoded = torch.cat([self.model.decode(part, decoder) for part in rows.split(self.chunk)])
-        decoded = decoded.unflatten(0, (len(unique), clean.shape[1]))
-        return decoded[[unique.index(owner) for owner in owners]]
+        return decoded.unflatten(0, (-1, clean.shape[1]))
 
     @staticmethod
     def owners(noisy: tuple[bool, ...]) -> list[int]:
@@ -127,6 +133,13 @@ class Lookahead:
             if not noisy[step]:
                 owners[step] = owners[step + 1]
         return owners
+
+    @classmethod
+    def positions(cls, noisy: tuple[bool, ...]) -> list[int]:
+        """For each state 0..T the position of its completion among the different ones."""
+        owners = cls.owners(noisy)
+        different = sorted(set(owners))
+        return [different.index(owner) for owner in owners]
 
     def guidance_scale(self, rollout_scale: float) -> float:
         """Guidance of the lookahead's own evaluations, given the rollout's."""
@@ -150,28 +163,25 @@ class Lookahead:
         parts = zip(*(x.split(self.chunk) for x in (standing.hidden, standing.latents, estimate, index)), strict=True)
         return estimate + torch.cat([self.head(*part) for part in parts])
 
-    def _velocity(
-        self, latents: Tensor, node: int, trajectory: Trajectory, conditioning: Conditioning
-    ) -> tuple[Tensor, Tensor | None]:
-        """Velocities of rows that meet at a node and, for the head, the hidden tokens behind them."""
-        sigma = trajectory.coefficients.sigmas[node]
+    def _visit(self, states: list[_Standing], node: int, trajectory: Trajectory) -> Arrival:
+        """Take states that meet at a node there, in chunks of rows; row i*B + b is sample b of the i-th state."""
+        batch, count, sigmas = trajectory.batch, len(states), trajectory.coefficients.sigmas
+        rows = Travellers(
+            latents=torch.cat([state.latents for state in states]),
+            velocity=torch.cat([state.velocity for state in states]),
+            sigma=torch.cat([sigmas[state.index].expand(batch) for state in states]),
+            next_sigma=sigmas[node].expand(count * batch),
+            conditioning=trajectory.conditioning.repeat(count),
+            samples=torch.arange(batch, device=trajectory.latents.device).repeat(count),
+        )
         scale = self.guidance_scale(trajectory.guidance_scale)
-        velocity, hidden = torch.empty_like(latents), []
-        with nullcontext([]) if self.head is None else self.model.tap() as tokens:
-            for start in range(0, len(latents), self.chunk):
-                rows = slice(start, min(start + self.chunk, len(latents)))
-                part = latents[rows]
-                with self._reusing(node, rows, trajectory):
-                    velocity[rows] = self.model.velocity(
-                        part, sigma.expand(len(part)), conditioning.select(rows), scale
-                    ).combined()
-                hidden += tokens[:1]
-                tokens.clear()
-        return velocity, torch.cat(hidden) if hidden else None
-
-    def _reusing(self, node: int, rows: slice, trajectory: Trajectory) -> AbstractContextManager[None]:
-        if self.cache is None:
-            return nullcontext()
-        # rows are ordered state by state, and each state has the samples of the batch
-        samples = torch.arange(rows.start, rows.stop, device=trajectory.latents.device) % trajectory.batch
-        return self.cache.reuse(node, samples)
+        arrived, velocity, hidden = torch.empty_like(rows.latents), torch.empty_like(rows.velocity), None
+        for start in range(0, len(rows), self.chunk):
+            part = slice(start, min(start + self.chunk, len(rows)))
+            here = self.visits(self.model, rows.select(part), node, scale, tap=self.head is not None, cache=self.cache)
+            arrived[part], velocity[part] = here.latents, here.velocity
+            if here.hidden is not None:
+                if hidden is None:
+                    hidden = here.hidden.new_empty(len(rows), *here.hidden.shape[1:])
+                hidden[part] = here.hidden
+        return Arrival(arrived, velocity, hidden)

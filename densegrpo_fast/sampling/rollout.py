@@ -44,6 +44,7 @@ def rollout(
     keep_guidance: bool = False,
     keep_hidden: bool = False,
     cache: Cache | None = None,
+    stream: int = Stream.STEP,
 ) -> Trajectory:
     """Run the SDE sampler of Flow-GRPO (arXiv 2505.05470, Eq 9) in whatever family `coefficients` hold.
 
@@ -59,6 +60,7 @@ def rollout(
         keep_guidance: keep the guidance terms for a lookahead that reuses them.
         keep_hidden: keep the network's last hidden tokens for a lookahead with a completion head.
         cache: where the forwards leave features for the lookahead; their numbers stay the same to the bit.
+        stream: purpose of the steps' noise.
 
     Raises:
         ValueError: B is not a multiple of `micro_batch`.
@@ -100,6 +102,7 @@ def rollout(
                 seed=seed,
                 sample_index=sample_index,
                 epoch=epoch,
+                stream=stream,
             )
     return Trajectory(latents, velocities, log_probs, coefficients, conditioning, guidance_scale, terms, hidden)
 

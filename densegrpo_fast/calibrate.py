@@ -1,0 +1,244 @@
+"""Find the noise level of each step at which reward gains are balanced: `python -m densegrpo_fast.calibrate`.
+
+    python -m densegrpo_fast.calibrate --output levels.json --plot levels.png --config embedded_paper
+    python -m densegrpo_fast.calibrate --output printed.json --rule printed --rounds 20
+    python -m densegrpo_fast.train --config embedded_paper --sampler.calibration levels.json
+
+Trajectories are drawn from the starting policy, every step's reward gains are counted by their sign, and the step's
+noise is raised while they are balanced and lowered where they are not (DenseGRPO, arXiv 2601.20218, Algorithm 1).
+"staircase" looks for the highest balanced level of each step, with the same noise in all rounds; "printed" is the
+paper's rule to the letter. Samples that no round has seen tell the result. Steps start from `sampler.noise_level`, with
+noise in all of them whatever `window` says, and gains are those of the configured lookahead (without its cache; exact
+with sparse credit). Options of the preset may be overridden as in training; they are parsed before torch is imported.
+Exit codes are in `exit_codes.py`.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, Staircase
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+
+if TYPE_CHECKING:
+    from densegrpo_fast.calibration.measure import GainMeter
+
+_OF_STAIRCASE = ("lowest", "highest", "share", "deviations", "first", "resolution")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    with user_errors_exit():
+        config, flags = load_config(overrides)
+        if flags.resume or flags.dry_run:
+            raise UserError("--resume and --dry-run are options of training", ExitCode.USAGE)
+        for name in ("output", "plot"):
+            path: Path | None = getattr(options, name)
+            if path is not None and not path.resolve().parent.is_dir():
+                raise UserError(f"--{name}: there is no directory {path.parent}", ExitCode.OUTPUT)
+        return int(calibrate(config, options))
+
+
+def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
+    """Calibrate, judge the result on other samples, show and write it.
+
+    Raises:
+        UserError: anything the user can act on, with its exit code.
+    """
+    rule = make_rule(config, options)
+    from tqdm import tqdm
+
+    from densegrpo_fast.calibration import report
+    from densegrpo_fast.calibration.measure import HELD_OUT_DRAW
+    from densegrpo_fast.calibration.rules import calibrate as run
+    from densegrpo_fast.runtime.provenance import provenance
+
+    if options.plot is not None:
+        report.figure_class()
+    meter = _meter(config, options.samples)
+    start, seen = rule.levels, options.samples
+    judging = 2 * (seen + (max(2, seen // options.branches) if options.branches else 0))
+    with tqdm(total=options.rounds * seen + judging, unit="sample", disable=None) as bar:
+
+        def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
+            return meter.gains(levels, draw, bar.update).T.tolist()
+
+        def judged(levels: tuple[float, ...]) -> dict[str, Any]:
+            consistency = None
+            if options.branches:
+                consistency = meter.consistency(levels, HELD_OUT_DRAW, options.branches, bar.update)
+            return report.state_record(Round(levels, measure(levels, HELD_OUT_DRAW)), consistency)
+
+        bar.set_description("before")
+        before = judged(start)
+        bar.set_description("rounds")
+        rounds = run(rule, measure, options.rounds, _shown(bar))
+        bar.total -= (options.rounds - len(rounds)) * seen
+        bar.set_description("after")
+        after = judged(rule.result)
+    sampler = {
+        "dynamics": config.sampler.dynamics,
+        "num_steps": config.sampler.num_steps,
+        "sigmas": meter.sigmas.tolist(),
+    }
+    content = report.document(rule, sampler, rounds, before, after, _settings(config, meter, options))
+    report.write_document(options.output, content | provenance())
+    print(f"{report.table(content)}\n\n{report.LEGEND}\n\n{report.summary(content)}")
+    if options.plot is not None:
+        report.save_plot(options.plot, content)
+    print(f"wrote {options.output}; train with --sampler.calibration {options.output}")
+    return ExitCode.OK
+
+
+def make_rule(config: Config, options: argparse.Namespace) -> Rule:
+    """The rule that the command line asks for, at the configuration's noise levels.
+
+    Raises:
+        UserError: (usage) its parameters do not agree, or belong to another rule.
+    """
+    own = {name: getattr(options, name) for name in _OF_STAIRCASE if getattr(options, name) is not None}
+    # the samplers' own range, as in the configuration
+    range_ = Limits(0.0, 1.0 if config.sampler.dynamics == "cps" else 3.0)
+    if options.rule == "printed":
+        if own:
+            raise UserError(f"--{next(iter(own))}: not an option of the printed rule", ExitCode.USAGE)
+        return PrintedRule(config.noise_levels, range_)
+    try:
+        limits = Limits(own.pop("lowest", 0.1), own.pop("highest", 1.0))
+        if limits.highest > range_.highest:
+            raise ValueError(f"--highest must be at most {range_.highest:g} with dynamics {config.sampler.dynamics}")
+        if options.samples < Staircase.enough:
+            raise ValueError(f"--samples must be at least {Staircase.enough}, fewer signs move no level")
+        return Staircase(config.noise_levels, limits, **own)
+    except ValueError as error:
+        raise UserError(f"--rule staircase: {error}", ExitCode.USAGE) from None
+
+
+def _meter(config: Config, samples: int) -> GainMeter:
+    from densegrpo_fast.calibration.measure import GainMeter
+    from densegrpo_fast.runtime import build
+    from densegrpo_fast.sampling import plan as plans
+    from densegrpo_fast.sampling.lookahead import Lookahead
+
+    prompts = build.build_prompts(config).prompts
+    reward = build.build_reward(config.reward.terms, config.reward.options)
+    model, steps = build.build_model(config, build.default_device()), config.sampler.num_steps
+    # batches are not those of an iteration, for which a cache and graphs are made
+    plain = config.lookahead.model_copy(update={"cache": None, "graphs": False})
+    lookahead = build.build_lookahead(config.model_copy(update={"lookahead": plain}), model)
+    return GainMeter(
+        model=model,
+        reward=reward,
+        lookahead=lookahead or Lookahead(model, plans.exact(steps), chunk=config.lookahead.chunk),
+        sigmas=model.sigmas(steps),
+        dynamics=config.sampler.dynamics,
+        prompts=prompts,
+        guidance_scale=config.sampler.guidance_scale,
+        decoder=config.lookahead.decoder,
+        rows=config.sampler.micro_batch,
+        seed=config.seed,
+        max_missing=config.reward.max_missing,
+        count=samples,
+    )
+
+
+def _settings(config: Config, meter: GainMeter, options: argparse.Namespace) -> dict[str, Any]:
+    plan = meter.lookahead.plan.name
+    return {
+        "preset": config.preset,
+        "model": _portable(config.model.path),
+        "prompts": _portable(config.data.prompts),
+        "reward": {_portable(name): weight for name, weight in config.reward.terms.items()},
+        "guidance_scale": config.sampler.guidance_scale,
+        "lookahead": {"plan": plan, "guidance": meter.lookahead.guidance, "decoder": config.lookahead.decoder},
+        "samples": options.samples,
+        "rounds": options.rounds,
+        "branches": options.branches,
+        "seed": config.seed,
+    }
+
+
+def _portable(text: str) -> str:
+    """A path without the directories of this machine."""
+    return PurePath(text).name if PurePath(text).is_absolute() else text
+
+
+def _shown(bar: Any) -> Callable[[Round], None]:
+    def show(measured: Round) -> None:
+        worst = max((abs(count.imbalance) for count in measured.signs if count.decided), default=0.0)
+        bar.set_postfix_str(f"worst imbalance {worst:.2f}")
+
+    return show
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m densegrpo_fast.calibrate",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, count, number = parser.add_argument, partial(_integer, 1), _number
+    add("--output", type=Path, required=True, metavar="FILE.json", help="where the levels and their evidence go")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the gains of each step before and after")
+    add("--rule", choices=("staircase", "printed"), default="staircase", help="default: staircase")
+    add("--samples", type=partial(_integer, 2), default=64, help="trajectories of a round; default: 64")
+    add("--rounds", type=count, default=30, help="at most; default: 30")
+    add(
+        "--branches",
+        type=_branches,
+        default=4,
+        help="noises per state, to find what a step's own noise makes of its gains; 0 = not measured; default: 4",
+    )
+    staircase = parser.add_argument_group("of the staircase")
+    add = staircase.add_argument
+    add("--lowest", type=number, help="of all levels; default: 0.1")
+    add("--highest", type=number, help="of all levels; default: 1")
+    add("--share", type=number, help="imbalance that does not matter, as a share of the signs; default: 0.1")
+    add("--deviations", type=number, help="standard deviations of fair signs that do not matter; default: 2")
+    add("--first", type=number, help="size of the first move of a level; default: 0.16")
+    add("--resolution", type=number, help="size of the last moves; default: 0.02")
+    return parser
+
+
+def _integer(lowest: int, text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or not lowest <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
+    return int(text)
+
+
+def _branches(text: str) -> int:
+    number = _integer(0, text)
+    if number == 1:
+        raise argparse.ArgumentTypeError("expected 0 or at least 2, got 1")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Reward gains of every step at given noise levels, and what they owe to the step's own noise.
+
+All noise comes from the calibration stream, so that no training iteration repeats it: element counters as everywhere,
+the sample's number, the draw as epoch, and as step the denoising step or, for the initial latents, T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.credit.consistency import StepConsistency, step_consistency
+from densegrpo_fast.credit.dense import reward_gains
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.flow import ops
+from densegrpo_fast.flow.dynamics import C, Family, coefficients
+from densegrpo_fast.flow.noise import Stream, branch_stream, gaussian
+from densegrpo_fast.models.base import Decoder, FlowModel
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime.data import PromptSet
+from densegrpo_fast.runtime.scoring import score
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.rollout import rollout, sample_ode
+from densegrpo_fast.sampling.trajectory import Trajectory
+
+HELD_OUT_DRAW = 2**31
+"""Draw of the samples that judge a calibration; the rounds count from 0."""
+_BRANCH_DRAW = 2**32 - 1
+"""Epoch of the branches' noise, whose streams tree rollouts share, in iterations that count from 0."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    trajectory: Trajectory
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class GainMeter:
+    """Draws trajectories and scores the completions of their states.
+
+    Attributes:
+        model: the policy.
+        reward: what gains are gains of.
+        lookahead: completes the states.
+        sigmas: the model's grid, [T+1].
+        dynamics: family of the stochastic step.
+        prompts: the samples take turns in them.
+        guidance_scale: of the rollout.
+        decoder: of all images.
+        rows: samples at a time.
+        seed: of all noise.
+        max_missing: share of missing scores that is endured.
+        count: number of samples N.
+    """
+
+    model: FlowModel
+    reward: RewardMixture
+    lookahead: Lookahead
+    sigmas: Tensor
+    dynamics: Family
+    prompts: PromptSet
+    guidance_scale: float
+    decoder: Decoder
+    rows: int
+    seed: int
+    max_missing: float
+    count: int
+
+    def gains(
+        self, levels: Sequence[float], draw: int, progress: Callable[[int], object] = lambda samples: None
+    ) -> Tensor:
+        """Gains of N samples, each with a prompt of its own as far as there are enough.
+
+        Args:
+            levels: noise level of every step.
+            draw: which samples; the same draw gives the same noise and prompts at any levels.
+            progress: is told the size of every batch.
+
+        Returns:
+            [N, T] float64 on the CPU; NaN = missing.
+
+        Raises:
+            UserError: (reward) the reward failed, or more scores are missing than `max_missing`.
+        """
+        self.lookahead.model.refresh()
+        parts = []
+        for batch in self._batches(levels, draw, self.count):
+            noisy = batch.trajectory.coefficients.noisy
+            images = self.lookahead.images(self.lookahead.complete(batch.trajectory), noisy, self.decoder)
+            parts.append(self._gains(self._scores(images, batch)))
+            progress(len(batch.prompts))
+        return torch.cat(parts)
+
+    def consistency(
+        self,
+        levels: Sequence[float],
+        draw: int,
+        branches: int,
+        progress: Callable[[int], object] = lambda samples: None,
+    ) -> StepConsistency:
+        """How much of each step's gain its own noise decides (see `credit.consistency`), by repeated branches.
+
+        From every state of N // `branches` trajectories (at least 2) the step is taken `branches` times with fresh
+        noise. All completions are exact, with the rollout's guidance and the full decoder.
+
+        Raises:
+            UserError: as `gains`.
+        """
+        exact = Lookahead(self.model, plans.exact(len(self.sigmas) - 1), chunk=self.lookahead.chunk)
+        parts: list[Tensor] = []
+        for batch in self._batches(levels, draw, max(2, self.count // branches)):
+            table = batch.trajectory.coefficients
+            before = self._scores(exact.images(exact.complete(batch.trajectory), table.noisy, "full"), batch)
+            still = torch.zeros(branches, len(batch.index), dtype=torch.float64)
+            steps = [
+                self._branched(batch, step, branches) - before[step] if noisy else still
+                for step, noisy in enumerate(table.noisy)
+            ]
+            parts.append(torch.stack(steps).permute(2, 1, 0))
+            progress(len(batch.index))
+        return step_consistency(torch.cat(parts), table.table[:, C].cpu())
+
+    def _batches(self, levels: Sequence[float], draw: int, count: int) -> Iterator[_Batch]:
+        model, steps = self.model, len(self.sigmas) - 1
+        table = coefficients(self.sigmas, levels, self.dynamics).to(model.device)
+        reuse, head = self.lookahead.guidance == "reuse", self.lookahead.head is not None
+        # prompts go on from draw to draw; the samples that judge come after those of draw 0
+        first = self.count * {0: 0, HELD_OUT_DRAW: 1}.get(draw, draw + 1)
+        for index in torch.arange(count, device=model.device).split(self.rows):
+            chosen = [(first + sample) % len(self.prompts) for sample in index.tolist()]
+            prompts = [self.prompts.prompts[prompt] for prompt in chosen]
+            words: dict[str, Any] = {"seed": self.seed, "sample_index": index, "epoch": draw}
+            trajectory = rollout(
+                model,
+                gaussian(model.latent_shape, step=steps, stream=Stream.CALIBRATION, **words),
+                model.encode(prompts),
+                table,
+                **words,
+                guidance_scale=self.guidance_scale,
+                keep_guidance=reuse,
+                keep_hidden=head,
+                stream=Stream.CALIBRATION,
+            )
+            yield _Batch(trajectory, prompts, [self.prompts.metadata[prompt] for prompt in chosen], index)
+
+    def _branched(self, batch: _Batch, step: int, branches: int) -> Tensor:
+        """Rewards [K, B] of completions after a step that is taken K times from the same state."""
+        trajectory, scores = batch.trajectory, []
+        for branch in range(branches):
+            state, _ = ops.sde_step(
+                trajectory.latents[step],
+                trajectory.velocities[step],
+                trajectory.coefficients.table,
+                step,
+                seed=self.seed,
+                sample_index=batch.index,
+                epoch=_BRANCH_DRAW,
+                stream=branch_stream(branch),
+            )
+            clean = sample_ode(
+                self.model,
+                state,
+                trajectory.conditioning,
+                self.sigmas[step + 1 :],
+                guidance_scale=self.guidance_scale,
+            )
+            images = torch.cat([self.model.decode(part) for part in clean.split(self.lookahead.chunk)])
+            scores.append(self._scores(images[None], batch)[0])
+        return torch.stack(scores)
+
+    def _scores(self, images: Tensor, batch: _Batch) -> Tensor:
+        """Rewards [S, B] float64 on the CPU of images [S, B, 3, H, W]."""
+        count = len(images)
+        scores = score(self.reward, images.flatten(0, 1), batch.prompts * count, batch.metadata * count)
+        if scores.missing_share > self.max_missing:
+            raise UserError(
+                f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows "
+                f"{self.max_missing:.0%}",
+                ExitCode.REWARD,
+            )
+        return scores.values.double().view(count, -1).cpu()
+
+    @staticmethod
+    def _gains(rewards: Tensor) -> Tensor:
+        return reward_gains(rewards.T[:, None])[:, 0]

@@ -1,0 +1,215 @@
+"""What the calibrate command shows and writes: a table, the file for training, and a plot of the gains of each step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from densegrpo_fast.calibration.rules import Round, Rule, Signs
+from densegrpo_fast.calibration.store import FORMAT
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.runtime.files import output_errors, replace_text
+
+if TYPE_CHECKING:
+    from densegrpo_fast.credit.consistency import StepConsistency
+
+LEGEND = """\
+level      noise level of the step, before and after
++ - 0      gains above, below and equal to 0, of samples that the calibration has not seen
+imbalance  (positive - negative) / both; * = more than fair signs show by chance, 2 standard deviations
+own        share of the gains' variance that the step's own noise makes, the rest belongs to the state it starts from"""
+
+
+def round_record(measured: Round) -> dict[str, Any]:
+    """A round as plain JSON data: levels, sign counts, mean and standard deviation of the gains, by step."""
+    signs, judged = measured.signs, [[gain for gain in step if not math.isnan(gain)] for step in measured.gains]
+    means = [sum(step) / len(step) if step else math.nan for step in judged]
+    return {
+        "noise_level": list(measured.levels),
+        **{key: [getattr(count, key) for count in signs] for key in ("positive", "negative", "ties", "missing")},
+        "mean_gain": means,
+        "std_gain": [
+            math.sqrt(sum((gain - mean) ** 2 for gain in step) / len(step)) if step else math.nan
+            for step, mean in zip(judged, means, strict=True)
+        ],
+    }
+
+
+def state_record(measured: Round, consistency: StepConsistency | None) -> dict[str, Any]:
+    """One of the two held-out measurements: a round, the gains themselves, and what they owe to their step's noise."""
+    parts = None
+    if consistency is not None:
+        parts = {name: value.tolist() for name, value in vars(consistency).items()}
+    return round_record(measured) | {"gains": [list(step) for step in measured.gains], "consistency": parts}
+
+
+def document(
+    rule: Rule,
+    sampler: Mapping[str, Any],
+    rounds: Sequence[Round],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The file's content, without its provenance.
+
+    Args:
+        rule: after its last round.
+        sampler: dynamics, num_steps, sigmas.
+        rounds: what it saw.
+        before, after: as from `state_record`, at the levels at the start and those found.
+        settings: what a reader must know to repeat the calibration; plain JSON data.
+    """
+    return {
+        "format": FORMAT,
+        **sampler,
+        "noise_level": list(rule.result),
+        "settled": rule.settled,
+        "rule": rule.describe(),
+        "settings": dict(settings),
+        "before": before,
+        "after": after,
+        "rounds": [round_record(measured) for measured in rounds],
+    }
+
+
+def write_document(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a calibration's file; NaN becomes null, and numbers but sigmas and levels keep six digits.
+
+    Raises:
+        UserError: exit code 7, if it cannot be written.
+    """
+    short = {key: value if key in ("sigmas", "noise_level") else _short(value) for key, value in content.items()}
+    lines = ",\n".join(f"{json.dumps(key)}: {_indented(value)}" for key, value in short.items())
+    replace_text(path, f"{{\n{lines}\n}}\n")
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Before and after, one line per step."""
+    before, after = content["before"], content["after"]
+    header = ["step", "sigma", "level", "", "+ - 0 before", "after", "imbalance", "after", "own", "after"]
+    lines = [header]
+    for step, sigma in enumerate(content["sigmas"][:-1]):
+        counts, shares, own = [], [], []
+        for state in (before, after):
+            signs = _signs(state, step)
+            counts.append(f"{signs.positive} {signs.negative} {signs.ties}")
+            shares.append(f"{signs.imbalance:+.2f}{'*' if is_imbalanced(signs) else ' '}" if signs.decided else "- ")
+            share = state["consistency"]["own_share"][step] if state["consistency"] else math.nan
+            own.append("-" if math.isnan(share) else f"{share:.2f}")
+        levels = [f"{state['noise_level'][step]:.2f}" for state in (before, after)]
+        lines.append([str(step), f"{sigma:.4f}", *levels, *counts, *shares, *own])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def is_imbalanced(signs: Signs) -> bool:
+    """Whether the signs differ by more than two standard deviations of fair ones."""
+    return abs(signs.excess) > 2 * math.sqrt(signs.decided)
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """Which steps were and are out of balance, and whether the rule has come to an end."""
+    found = []
+    for when in ("before", "after"):
+        out = [step for step in range(len(content["noise_level"])) if is_imbalanced(_signs(content[when], step))]
+        found.append(f"{when} {', '.join(map(str, out)) or 'none'}")
+    ended = "had settled" if content["settled"] else "had not settled"
+    return (
+        f"the {content['rule']['name']} rule {ended} after {len(content['rounds'])} rounds; "
+        f"steps out of balance: {'; '.join(found)}"
+    )
+
+
+def save_plot(path: Path, content: Mapping[str, Any]) -> None:
+    """Draw every gain of each step before and after, with counts of their signs, and the noise levels, as a PNG.
+
+    After Figure 3 of DenseGRPO.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = figure_class()(figsize=(13, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    axes[1].sharey(axes[0])
+    for axis, when in zip(axes, ("before", "after"), strict=False):
+        _draw_gains(axis, content[when])
+        axis.set(title=f"gains {when}", xlabel="step", ylabel="reward gain" if when == "before" else None)
+    for when, colour in (("before", "#9aa0a6"), ("after", "#0072b2")):
+        axes[2].plot(content[when]["noise_level"], "o-", color=colour, markersize=4, label=when)
+    axes[2].set(title=f"noise level, {content['dynamics']}", xlabel="step", ylim=(0, None))
+    axes[2].legend(frameon=False)
+    for axis in axes:
+        axis.set_xticks(range(len(content["noise_level"])))
+        axis.grid(alpha=0.25)
+    with output_errors(f"cannot write {path}"):
+        figure.savefig(path, dpi=130, format="png")
+
+
+def figure_class() -> Any:
+    """matplotlib's Figure.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise UserError(
+            "--plot needs matplotlib: pip install densegrpo-fast[train], or leave --plot out", ExitCode.ENVIRONMENT
+        ) from None
+    return Figure
+
+
+def _draw_gains(axis: Any, state: Mapping[str, Any]) -> None:
+    for step, gains in enumerate(state["gains"]):
+        judged = [gain for gain in gains if not math.isnan(gain)]
+        # samples side by side, in their order: no gain hides another, and the same data make the same picture
+        places = [step + 0.6 * ((number + 0.5) / len(judged) - 0.5) for number in range(len(judged))]
+        colours = ["#0072b2" if gain > 0 else "#d55e00" if gain < 0 else "#9aa0a6" for gain in judged]
+        axis.scatter(places, judged, s=5, c=colours, linewidths=0)
+        signs = _signs(state, step)
+        axis.annotate(
+            f"+{signs.positive}\n\N{MINUS SIGN}{signs.negative}",
+            (step, 1),
+            (0, -3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=7,
+        )
+    axis.axhline(0, color="#9aa0a6", linewidth=0.8)
+    axis.margins(y=0.2)
+
+
+def _signs(state: Mapping[str, Any], step: int) -> Signs:
+    return Signs(**{key: state[key][step] for key in asdict(Signs(0, 0))})
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _indented(value: Any, depth: int = 1) -> str:
+    """JSON with lists of plain values on one line each."""
+    nested = isinstance(value, Mapping) or (
+        isinstance(value, list) and any(isinstance(item, list | Mapping) for item in value)
+    )
+    if not nested or not value:
+        return json.dumps(value, allow_nan=False)
+    keys = [f"{json.dumps(key)}: " for key in value] if isinstance(value, Mapping) else [""] * len(value)
+    items = value.values() if isinstance(value, Mapping) else value
+    lines = [f"{' ' * depth}{key}{_indented(item, depth + 1)}" for key, item in zip(keys, items, strict=True)]
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    return f"{opening}\n" + ",\n".join(lines) + f"\n{' ' * (depth - 1)}{closing}"

@@ -1,0 +1,93 @@
+"""The file of a calibration: what training reads of it, and what it must have been made for. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from densegrpo_fast.exit_codes import ExitCode, UserError
+
+FORMAT = "densegrpo-fast calibration 1"
+"""First key of every file; the number is the format's."""
+
+_AGAIN = "make one with python -m densegrpo_fast.calibrate"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Noise levels, and the sampler that they were found for.
+
+    Attributes:
+        path: the file.
+        dynamics: family of the stochastic step.
+        noise_level: of every step, T numbers.
+        sigmas: the grid, T+1 numbers from noise to image.
+    """
+
+    path: Path
+    dynamics: str
+    noise_level: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps T."""
+        return len(self.noise_level)
+
+    def check_sampler(self, num_steps: int, dynamics: str) -> None:
+        """Refuse a sampler of another length or family.
+
+        Raises:
+            UserError: (usage) naming the difference.
+        """
+        if self.num_steps != num_steps:
+            self._refuse(f"was made for {self.num_steps} steps, sampler.num_steps is {num_steps}")
+        if self.dynamics != dynamics:
+            self._refuse(f"was made for dynamics {self.dynamics}, sampler.dynamics is {dynamics}")
+
+    def check_sigmas(self, sigmas: Sequence[float], tolerance: float = 1e-6) -> None:
+        """Refuse a schedule with other noise levels sigma.
+
+        Raises:
+            UserError: (usage) naming the first difference.
+        """
+        for step, (made, own) in enumerate(zip(self.sigmas, sigmas, strict=True)):
+            if abs(made - own) > tolerance:
+                self._refuse(f"was made for another schedule: its sigma {step} is {made:.6g}, this model's {own:.6g}")
+
+    def _refuse(self, problem: str) -> None:
+        raise UserError(f"sampler.calibration: {self.path} {problem}; {_AGAIN}", ExitCode.USAGE)
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read a calibration's file.
+
+    Raises:
+        UserError: (usage) it cannot be read, or is none.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"sampler.calibration: cannot read {path}: {error.strerror}", ExitCode.USAGE) from None
+    except (ValueError, RecursionError):
+        raise UserError(f"sampler.calibration: {path} is not JSON; {_AGAIN}", ExitCode.USAGE) from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UserError(f'sampler.calibration: {path} is no "{FORMAT}"; {_AGAIN}', ExitCode.USAGE)
+    levels, sigmas, dynamics = (document.get(key) for key in ("noise_level", "sigmas", "dynamics"))
+    if not (_numbers(levels) and _numbers(sigmas) and len(sigmas) == len(levels) + 1 and isinstance(dynamics, str)):
+        raise UserError(
+            f"sampler.calibration: {path} is broken: expected dynamics, noise_level of every step and one sigma more; "
+            f"{_AGAIN}",
+            ExitCode.USAGE,
+        )
+    return Calibration(path, dynamics, tuple(map(float, levels)), tuple(map(float, sigmas)))
+
+
+def _numbers(value: Any) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and all(
+        isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in value
+    )

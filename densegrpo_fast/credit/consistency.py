@@ -1,0 +1,87 @@
+"""How much of a step's reward gain the step's own noise decides: a diagnostic of the dense reward.
+
+With completions that follow the deterministic flow, the gain y of a step is a function of the state x_t and of the
+noise that the step injects, and nothing else. By the law of total variance
+
+    Var(y) = E[Var(y | x_t)] + Var(E[y | x_t])
+             own noise         state
+
+The first part is what the step can be credited with. The second belongs to where the step started (prompt and earlier
+noise); among group members in different states it reaches the advantages as noise. A step that injects little can
+change the reward little, so the first part must vanish with the noise: its root over the injected standard deviation
+is the step's sensitivity, which a reward that is consistent along the trajectory keeps of one order. (ICRM, arXiv
+2506.09096, asks the like of reward models for text: a likely continuation leaves the reward as it was. The analogue for
+flows is ours.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepConsistency:
+    """Variance components of the gains of T steps. All [T] float64; NaN where a step has nothing to tell.
+
+    Attributes:
+        mean: mean gain.
+        own: E[Var(gain | state)], the variance that the step's own noise makes; unbiased.
+        state: Var(E[gain | state]); unbiased, so that it may come out below 0 where it is small.
+        own_share: own / (own + max(state, 0)), in [0, 1]; NaN where all gains are equal.
+        sensitivity: sqrt(own) / injected standard deviation, in reward per unit of noise; NaN for a noise-free step.
+        states: how many states count.
+    """
+
+    mean: Tensor
+    own: Tensor
+    state: Tensor
+    own_share: Tensor
+    sensitivity: Tensor
+    states: Tensor
+
+
+def step_consistency(gains: Tensor, step_std: Tensor) -> StepConsistency:
+    """Estimate the components from N states, each left K times by the same step with fresh noise.
+
+    One-way analysis of variance with random effects:
+
+        own   = mean over states of the sample variance over branches (ddof 1)
+        state = sample variance over states of the mean over branches (ddof 1) - own / K
+
+    Args:
+        gains: [N, K, T] float, N and K at least 2; NaN = missing. A state with a missing branch is left out of that
+            step.
+        step_std: standard deviation of the noise that each step injects, [T]: column C of the step coefficients.
+
+    Raises:
+        ValueError: a shape is wrong, or an injected standard deviation is negative.
+    """
+    if gains.ndim != 3 or gains.shape[0] < 2 or gains.shape[1] < 2:
+        raise ValueError(f"step_consistency: gains must be [N, K, T] with N, K >= 2, got {list(gains.shape)}")
+    if step_std.shape != gains.shape[2:] or not bool((step_std >= 0).all()):
+        raise ValueError(
+            f"step_consistency: step_std must be {gains.shape[2]} numbers of at least 0, got {step_std.tolist()}"
+        )
+    gains, step_std = gains.double(), step_std.to(gains.device).double()
+    branches, present = gains.shape[1], gains.isfinite().all(1)
+    states = present.sum(0)
+    gains = gains.where(present[:, None], 0.0)
+    means, count = gains.mean(1), states.clamp(min=1)
+    mean = means.sum(0) / count
+    own = gains.var(1).sum(0) / count
+    spread = ((means - mean).square() * present).sum(0) / (states - 1).clamp(min=1)
+    state = spread - own / branches
+    total = own + state.clamp(min=0)
+    nan = torch.full_like(mean, torch.nan)
+    told = states >= 2
+    return StepConsistency(
+        mean=mean.where(told, nan),
+        own=own.where(told, nan),
+        state=state.where(told, nan),
+        own_share=(own / total).where(told & (total > 0), nan),
+        sensitivity=(own.sqrt() / step_std).where(told & (step_std > 0), nan),
+        states=states,
+    )

@@ -1,0 +1,51 @@
+"""What an iteration knows about its trajectories when credit is due."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from densegrpo_fast.credit.coca import latent_similarity
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that advantages may be computed from.
+
+    Only the K of the T steps that inject noise are judged: a noise-free step leaves nothing to choose. Row b = p*G + g
+    of a batch is sample g of prompt p.
+
+    Attributes:
+        rewards: [P, G] float, of the final images; NaN = missing.
+        noisy: whether each step injects noise, length T.
+        latents: [T+1, B, ...] float; index = steps done.
+        velocities: [T, B, ...] float, at each state; v = noise - data.
+        sigmas: [T+1] float, the grid.
+        lookahead_rewards: [P, G, K+1] float, of the completions that differ: entry k belongs to the state before the
+            k-th judged step, the last to the real final image. NaN = missing; None where no lookahead was run.
+    """
+
+    rewards: Tensor
+    noisy: tuple[bool, ...]
+    latents: Tensor
+    velocities: Tensor
+    sigmas: Tensor
+    lookahead_rewards: Tensor | None = None
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Indices of the judged steps, increasing, length K."""
+        return tuple(step for step, noisy in enumerate(self.noisy) if noisy)
+
+    @property
+    def num_steps(self) -> int:
+        """K, how many steps are judged."""
+        return sum(self.noisy)
+
+    @cached_property
+    def similarity(self) -> Tensor:
+        """[P, G, T] cosine of each step's predicted clean latents with the final ones, where the rewards are."""
+        similarity = latent_similarity(self.latents, self.velocities, self.sigmas)
+        return similarity.view(*self.rewards.shape, -1).to(self.rewards.device)

@@ -1,0 +1,192 @@
+"""Every credit method by its name: which function computes it, and what that needs.
+
+A method is a function that takes the `Evidence` it needs and the options it has, all by keyword, and returns
+`Advantages` of shape [P, G, K] for the K steps that inject noise:
+
+    def last_gain(lookahead_rewards, *, std, spread_floor, clip, sharpness):
+        gains = reward_gains(lookahead_rewards)
+        ...
+        return normalize_groups(sharpness * gains, std=std, spread_floor=spread_floor, clip=clip)
+
+One line makes it an option of training: in this package an entry of `_METHODS`, anywhere else
+
+    register("last_gain", CreditMethod(last_gain, needs=("lookahead_rewards",), options=("sharpness",)))
+
+before the configuration is read; or, with no registration at all, the `CreditMethod` itself by where it is:
+
+    --credit.method mine.py:LAST_GAIN --credit.arguments '{sharpness: 2}'
+
+`needs` are attributes of `Evidence`, `options` keys of the section `credit` or, for what that does not have, of
+`credit.arguments`; std, spread_floor and clip come without being named. Functions of this package are imported when
+they are first called: this file needs no torch, so that the configuration can read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from densegrpo_fast.outside import is_outside, load
+
+if TYPE_CHECKING:
+    from densegrpo_fast.credit.evidence import Evidence
+    from densegrpo_fast.credit.normalize import Advantages
+
+EVIDENCE = (
+    "rewards",
+    "noisy",
+    "latents",
+    "velocities",
+    "sigmas",
+    "lookahead_rewards",
+    "steps",
+    "num_steps",
+    "similarity",
+)
+"""What a method may need: the attributes of `Evidence`."""
+
+COMMON = ("std", "spread_floor", "clip")
+"""Options that every method takes."""
+
+
+@dataclass(frozen=True)
+class CreditMethod:
+    """How advantages are computed, and from what.
+
+    Attributes:
+        compute: the function, or where it is as `module:name`.
+        needs: attributes of `Evidence` that it takes.
+        options: options that it takes besides `COMMON`.
+        plan: the lookahead plan that defines its rewards; None = any plan approximates them.
+
+    Raises:
+        ValueError: it needs what there is none of, or has a plan and no need of lookahead rewards.
+    """
+
+    compute: str | Callable[..., Advantages]
+    needs: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    plan: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [need for need in self.needs if need not in EVIDENCE]
+        if unknown or not self.needs:
+            raise ValueError(f"CreditMethod: needs must be some of {', '.join(EVIDENCE)}, got {list(self.needs)}")
+        if self.plan is not None and not self.uses_lookahead:
+            raise ValueError(f"CreditMethod: plan {self.plan!r} is of no use without lookahead_rewards among the needs")
+
+    @property
+    def uses_lookahead(self) -> bool:
+        """Whether it needs the rewards of completed intermediate states."""
+        return "lookahead_rewards" in self.needs
+
+    def function(self) -> Callable[..., Advantages]:
+        """The function itself."""
+        if callable(self.compute):
+            return self.compute
+        module, _, name = self.compute.rpartition(":")
+        function: Callable[..., Advantages] = getattr(import_module(module), name)
+        return function
+
+
+_HERE = __package__
+
+_METHODS = {
+    "sparse": CreditMethod(f"{_HERE}.sparse:sparse_advantages", ("rewards", "num_steps")),
+    "dense": CreditMethod(f"{_HERE}.dense:dense_advantages", ("lookahead_rewards",), ("normalize",)),
+    "value": CreditMethod(f"{_HERE}.value:value_advantages", ("lookahead_rewards",)),
+    "return_to_go": CreditMethod(
+        f"{_HERE}.return_to_go:return_advantages", ("lookahead_rewards",), ("discount", "normalize")
+    ),
+    "mixture": CreditMethod(
+        f"{_HERE}.mixture:lookahead_mixture_advantages",
+        ("lookahead_rewards",),
+        ("step_value", "discount", "terminal_coef", "dense_coef", "normalize"),
+    ),
+    "turning_point": CreditMethod(
+        f"{_HERE}.turning_point:turning_point_advantages", ("lookahead_rewards",), ("consistent", "balance")
+    ),
+    "vgpo": CreditMethod(
+        f"{_HERE}.vgpo:vgpo_advantages",
+        ("lookahead_rewards",),
+        ("discount", "absolute_coef", "absolute_steps"),
+        plan="one_step",
+    ),
+    "coca": CreditMethod(
+        f"{_HERE}.coca:coca_advantages",
+        ("rewards", "similarity", "steps"),
+        ("window", "alpha", "similarity_floor"),
+    ),
+}
+
+
+def names() -> list[str]:
+    """The registered methods, in the order of their registration."""
+    return list(_METHODS)
+
+
+def register(name: str, method: CreditMethod) -> None:
+    """Make a method an option of training under a name.
+
+    Raises:
+        ValueError: the name is taken, or has a colon.
+    """
+    if ":" in name or name in _METHODS:
+        raise ValueError(f"register: name must be new and without a colon, got {name!r}; taken: {', '.join(_METHODS)}")
+    _METHODS[name] = method
+
+
+def find(name: str) -> CreditMethod:
+    """The method of a name; `module:name` and `file.py:name` load code from outside the package.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in _METHODS:
+        return _METHODS[name]
+    if not is_outside(name):
+        raise ValueError(f"unknown method {name!r} (known: {', '.join(_METHODS)}; your own: file.py:METHOD)")
+    return _loaded(name)
+
+
+@cache
+def _loaded(name: str) -> CreditMethod:
+    method = load(name)
+    if not isinstance(method, CreditMethod):
+        raise ValueError(f"{name}: expected a CreditMethod (densegrpo_fast.credit.registry), got {method!r}")
+    return method
+
+
+def advantages(name: str, evidence: Evidence, options: Mapping[str, Any]) -> Advantages:
+    """Credit every step by the named method.
+
+    Args:
+        evidence: what is known of the iteration.
+        options: values by name, at least those that the method takes.
+
+    Returns:
+        values [P, G, T] float32, 0 at steps without noise; the shares are over the judged steps.
+
+    Raises:
+        ValueError: there is no such method, the lookahead that it needs was not run, it lacks an option, or it returns
+            another shape.
+    """
+    method = find(name)
+    needed = {need: getattr(evidence, need) for need in method.needs}
+    absent = [key for key, value in needed.items() if value is None]
+    if absent:
+        raise ValueError(f"credit method {name} needs {', '.join(absent)}, which this iteration does not have")
+    wanted = (*COMMON, *method.options)
+    missing = [option for option in wanted if option not in options]
+    if missing:
+        raise ValueError(f"credit method {name} needs the options {', '.join(missing)}")
+    judged = method.function()(**needed, **{option: options[option] for option in wanted})
+    expected = (*evidence.rewards.shape, evidence.num_steps)
+    if judged.values.shape != expected:
+        raise ValueError(f"credit method {name}: expected advantages {list(expected)}, got {list(judged.values.shape)}")
+    values = judged.values.new_zeros(*evidence.rewards.shape, len(evidence.noisy))
+    values[..., list(evidence.steps)] = judged.values
+    return replace(judged, values=values)

@@ -1,0 +1,145 @@
+"""The calibrate command on a random pipeline: what it writes, that training takes it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from densegrpo_fast.calibrate import main
+from densegrpo_fast.calibration import report
+from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Signs
+
+STEPS = 3
+
+
+def calibrate(model: Path, *arguments: object) -> int:
+    """Run the command with settings that take a moment."""
+    settings = {
+        "model.path": model,
+        "data.num_prompts": 2,
+        "sampler.group_size": 2,
+        "sampler.num_steps": STEPS,
+        "sampler.micro_batch": 4,
+        "sampler.dynamics": "flow_sde",
+        "lookahead.decoder": "preview",
+        "reward.terms": "{jpeg_incompressibility: 1.0}",
+        "lora.rank": 2,
+        "lora.alpha": 4,
+    }
+    try:
+        return main([*map(str, arguments), *(f"--{key}={value}" for key, value in settings.items())])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture(scope="module")
+def calibrated(pipeline_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a calibration of eight samples, levels.json and levels.png."""
+    directory = tmp_path_factory.mktemp("calibration")
+    names = ("--output", directory / "levels.json", "--plot", directory / "levels.png")
+    assert calibrate(pipeline_directory, *names, "--samples=8", "--rounds=3", "--branches=4") == 0
+    return directory
+
+
+def test_the_file_holds_levels_schedule_and_evidence(calibrated: Path, pipeline_directory: Path) -> None:
+    text = (calibrated / "levels.json").read_text()
+    made = json.loads(text)
+    assert made["dynamics"] == "flow_sde" and made["num_steps"] == STEPS
+    assert len(made["sigmas"]) == STEPS + 1 and made["sigmas"][0] == 1.0 and made["sigmas"][-1] == 0.0
+    assert made["noise_level"] == made["after"]["noise_level"] and len(made["noise_level"]) == STEPS
+    assert all(0.1 <= level <= 1.0 for level in made["noise_level"])
+    assert made["rule"]["name"] == "staircase" and 1 <= len(made["rounds"]) <= 3
+    for measured in (*made["rounds"], made["before"], made["after"]):
+        counts = zip(*(measured[key] for key in ("positive", "negative", "ties", "missing")), strict=True)
+        assert [sum(step) for step in counts] == [8] * STEPS
+    assert made["before"]["noise_level"] == [0.7] * STEPS
+    gains = made["before"]["gains"]
+    assert [Signs.of(step).positive for step in gains] == made["before"]["positive"]
+    # one state for every four of the eight samples
+    assert made["after"]["consistency"]["states"] == [2] * STEPS
+    assert {"torch", "python"} <= made["versions"].keys() and "commit" in made
+    # no directory of this machine
+    assert made["settings"]["model"] == pipeline_directory.name
+    assert str(pipeline_directory.parent) not in text and str(calibrated) not in text
+    assert (calibrated / "levels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_finds_the_same(calibrated: Path, pipeline_directory: Path, tmp_path: Path) -> None:
+    output = tmp_path / "again.json"
+    assert calibrate(pipeline_directory, "--output", output, "--samples=8", "--rounds=3", "--branches=0") == 0
+    first, again = json.loads((calibrated / "levels.json").read_text()), json.loads(output.read_text())
+    assert again["rounds"] == first["rounds"] and again["noise_level"] == first["noise_level"]
+    assert again["before"]["gains"] == first["before"]["gains"] and again["before"]["consistency"] is None
+
+
+def test_training_takes_the_file_and_goes_on_without_it(
+    calibrated: Path, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    levels, run = tmp_path / "levels.json", tmp_path / "run"
+    levels.write_text((calibrated / "levels.json").read_text())
+    sampler = {"sampler.dynamics": "flow_sde", "sampler.num_steps": STEPS, "evaluation.every": 0}
+    assert train(run, **sampler, **{"sampler.calibration": levels, "run.iterations": 1}) == 0
+    stored = (run / "config.yaml").read_text()
+    assert f"noise_level: {json.loads(levels.read_text())['noise_level']}" in stored
+    assert "calibration: null" in stored
+    levels.unlink()
+    from densegrpo_fast.train import main as train_main
+
+    assert train_main([f"--resume={run}", "--run.iterations=2"]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    capsys.readouterr()
+    for other, expected in ({"sampler.num_steps": 4}, "for 3 steps"), ({"sampler.dynamics": "cps"}, "for dynamics"):
+        options = sampler | other | {"sampler.calibration": calibrated / "levels.json"}
+        assert train(tmp_path / "refused", **options) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--output=levels.json", "--resume"], 2, "--resume and --dry-run"),
+        (["--output=nowhere/levels.json"], 7, "--output: there is no directory nowhere"),
+        (["--output=levels.json", "--plot=nowhere/levels.png"], 7, "--plot: there is no directory nowhere"),
+        (["--output=levels.json", "--rule=printed", "--share=0.2"], 2, "--share: not an option of the printed rule"),
+        (["--output=levels.json", "--samples=7"], 2, "--samples must be at least 8"),
+        (["--output=levels.json", "--lowest=0.8", "--highest=0.5"], 2, "lowest <= highest"),
+        (["--output=levels.json", "--highest=4"], 2, "--highest must be at most 3"),
+        (["--output=levels.json", "--first=0.01"], 2, "resolution <= first"),
+        (["--output=levels.json", "--branches=1"], 2, "expected 0 or at least 2, got 1"),
+        (["--output=levels.json", "--sampler.noise_levle=1"], 2, "sampler.noise_level"),
+        ([], 2, "--output"),
+    ],
+)
+def test_refusals(
+    arguments: list[str], code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert calibrate(tmp_path / "no_model", *arguments) == code
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_are_parsed_without_torch() -> None:
+    code = "import sys, densegrpo_fast.calibrate; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_what_is_shown() -> None:
+    before = report.state_record(Round((0.7, 0.7), [[-1.0] * 9 + [1.0], [1.0, -1.0, 0.0, float("nan")]]), None)
+    after = report.state_record(Round((0.3, 0.7), [[-1.0] * 5 + [1.0] * 5, [1.0, -1.0, 0.0, 0.0]]), None)
+    rule = PrintedRule([0.3, 0.7], Limits(0, 3))
+    sampler = {"dynamics": "flow_sde", "num_steps": 2, "sigmas": [1.0, 0.5, 0.0]}
+    content = report.document(rule, sampler, [], before, after, {})
+    # nine against one of ten: 8 > 2 sqrt(10) = 6.3
+    assert "steps out of balance: before 0; after none" in report.summary(content)
+    lines = report.table(content).splitlines()
+    shown = "0 1.0000 0.70 0.30 1 9 0 5 5 0 -0.80* +0.00 - -"
+    assert lines[1].split() == shown.split()
+    assert before["mean_gain"] == [-0.8, 0.0] and before["std_gain"][0] == pytest.approx(0.6)
+    assert before["missing"] == [0, 1] and before["ties"] == [0, 1]

@@ -1,0 +1,140 @@
+"""Gains at given noise levels: common random numbers, streams of their own, and components known in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from densegrpo_fast.calibration.measure import HELD_OUT_DRAW, GainMeter
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.flow.analytic import GaussianMixtureFlow
+from densegrpo_fast.flow.dynamics import A, B, C, coefficients
+from densegrpo_fast.models.analytic import AnalyticModel
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime.data import PromptSet
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.lookahead import Lookahead
+
+T = 4
+SMALL = (3, 1, 2)
+
+
+def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return images.flatten(1).mean(1)
+
+
+def meter(model: FlowModel, prompts: Sequence[str], reward: Any = brightness, **changes: Any) -> GainMeter:
+    options: dict[str, Any] = {
+        "model": model,
+        "reward": RewardMixture({"test": (reward, 1.0)}),
+        "lookahead": Lookahead(model, plans.exact(T)),
+        "sigmas": model.sigmas(T),
+        "dynamics": "flow_sde",
+        "prompts": PromptSet(tuple(prompts), ({},) * len(prompts)),
+        "guidance_scale": 1.0,
+        "decoder": "full",
+        "rows": 8,
+        "seed": 3,
+        "max_missing": 0.0,
+        "count": 12,
+    }
+    return GainMeter(**options | changes)
+
+
+def test_the_same_draw_is_the_same_whatever_the_batches(mixture_model: FlowModel) -> None:
+    prompts = ["0", "12", "01"]
+    one = meter(mixture_model, prompts, rows=8).gains([0.7] * T, 0)
+    two = meter(mixture_model, prompts, rows=5).gains([0.7] * T, 0)
+    assert one.shape == (12, T) and one.dtype == torch.float64
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    other = meter(mixture_model, prompts).gains([0.7] * T, 1)
+    assert not torch.isclose(one, other, atol=1e-4).any(0).all()
+
+
+def test_levels_of_later_steps_change_no_earlier_gain(mixture_model: FlowModel) -> None:
+    found = meter(mixture_model, ["0", "12"])
+    low, high = found.gains([0.7, 0.7, 0.3, 0.7], 0), found.gains([0.7, 0.7, 0.6, 0.7], 0)
+    torch.testing.assert_close(low[:, :2], high[:, :2], rtol=1e-6, atol=1e-7)
+    assert (low[:, 2:] != high[:, 2:]).all(0).all()
+
+
+def test_steps_without_noise_gain_nothing(mixture_model: FlowModel) -> None:
+    gains = meter(mixture_model, ["0", "12"]).gains([0.7, 0.0, 0.5, 0.0], 0)
+    assert (gains[:, [1, 3]] == 0).all() and (gains[:, [0, 2]] != 0).all()
+
+
+def test_prompts_go_on_from_draw_to_draw(mixture_model: FlowModel) -> None:
+    seen: list[str] = []
+
+    def watching(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        seen.extend(prompts[: len(prompts) // (T + 1)])
+        return brightness(images, prompts, metadata)
+
+    found = meter(mixture_model, ["0", "1", "2", "01", "02", "12"], watching, count=2)
+    for draw in (0, HELD_OUT_DRAW, 1):
+        found.gains([0.7] * T, draw)
+    assert seen == ["0", "1", "2", "01", "02", "12"]
+
+
+def test_too_many_missing_scores_end_it(mixture_model: FlowModel) -> None:
+    def moody(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float | None]:
+        return [None if index == 0 else value for index, value in enumerate(brightness(images, [], []).tolist())]
+
+    with pytest.raises(UserError, match="scores are missing") as caught:
+        meter(mixture_model, ["0"], moody).gains([0.7] * T, 0)
+    assert caught.value.exit_code == ExitCode.REWARD
+    gains = meter(mixture_model, ["0"], moody, max_missing=0.5).gains([0.7] * T, 0)
+    # the first picture of each batch of 8 is the completion of its first row's first state
+    assert gains.isnan().nonzero().tolist() == [[0, 0], [8, 0]]
+
+
+def test_components_of_a_linear_flow_in_closed_form() -> None:
+    """One Gaussian N(m, s^2) has the linear velocity g(sigma) (x - (1 - sigma) m) - m, so every map here is affine.
+
+    A completion from state j multiplies x by a_j = prod_(i >= j) (1 + dt_i g_i). With a reward w . x_0, |w| = 1:
+
+        own   = (a_(t+1) C_t)^2
+        state = (a_(t+1) ((A_t - 1) + (B_t - dt_t) g_t))^2 Var(x_t),   Var(x_(t+1)) = (A_t + B_t g_t)^2 Var(x_t) + C_t^2
+    """
+    std, levels = 0.5, [0.7, 0.9, 0.5, 0.7]
+    mean = torch.tensor([[0.2, -0.1, 0.3, 0.0, -0.2, 0.1]], dtype=torch.float64)
+    model = AnalyticModel(GaussianMixtureFlow(mean, std), SMALL)
+    weight = torch.nn.functional.normalize(torch.arange(1.0, 7.0), dim=0).double()
+
+    def linear(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        return images.double().flatten(1).logit() @ weight
+
+    found = meter(model, [""], linear, rows=1024, count=4096)
+    result = found.consistency(levels, HELD_OUT_DRAW, 4)
+
+    table = coefficients(model.sigmas(T), levels, "flow_sde")
+    sigmas, rows = table.sigmas.double(), table.table.double()
+    slope = (sigmas - (1 - sigmas) * std**2) / ((1 - sigmas) ** 2 * std**2 + sigmas**2)
+    dt = sigmas.diff()
+    onward = [math.prod((1 + dt[i] * slope[i]).item() for i in range(j, T)) for j in range(T + 1)]
+    variance, own, state = 1.0, [], []
+    for t in range(T):
+        a, b, c, g = rows[t, A].item(), rows[t, B].item(), rows[t, C].item(), slope[t].item()
+        own.append((onward[t + 1] * c) ** 2)
+        state.append((onward[t + 1] * ((a - 1) + (b - dt[t].item()) * g)) ** 2 * variance)
+        variance = (a + b * g) ** 2 * variance + c**2
+    own_, state_ = torch.tensor(own, dtype=torch.float64), torch.tensor(state, dtype=torch.float64)
+    # relative standard errors: own sqrt(2 / 3072) = 2.6%, state about 4.4% of (state + own / 4)
+    torch.testing.assert_close(result.own, own_, rtol=0.12, atol=0)
+    assert ((result.state - state_).abs() <= 0.2 * (state_ + own_ / 4)).all()
+    torch.testing.assert_close(result.sensitivity, own_.sqrt() / rows[:, C], rtol=0.06, atol=0)
+    assert result.states.tolist() == [1024] * T
+
+
+def test_branches_do_not_repeat_the_trajectory(mixture_model: FlowModel) -> None:
+    found = replace(meter(mixture_model, ["0", "12"]), count=8)
+    result = found.consistency([0.7, 0.0, 0.7, 0.7], 0, 2)
+    assert (result.own[[0, 2, 3]] > 0).all() and result.own[1] == 0
+    assert result.own_share[1].isnan() and result.states.tolist() == [4] * T

@@ -1,0 +1,132 @@
+"""A calibration's file, and how a run takes it: what is refused, and what the run remembers of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from densegrpo_fast.calibration.store import FORMAT, read_calibration
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config_yaml import dump_yaml
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.flow.schedule import sd3_sigmas
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.runtime.build import build_coefficients, check_calibration, shrink
+
+LEVELS = [0.5, 0.75, 0.3, 0.7]
+
+
+def write(path: Path, **changes: Any) -> Path:
+    """A file for the four steps of flow_sde on SD3's grid."""
+    content = {"format": FORMAT, "dynamics": "flow_sde", "sigmas": sd3_sigmas(4).tolist(), "noise_level": LEVELS}
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def config(path: Path, *overrides: str) -> Config:
+    arguments = ["--sampler.num_steps=4", "--sampler.dynamics=flow_sde", f"--sampler.calibration={path}"]
+    return load_config([*arguments, *overrides])[0]
+
+
+def refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        config(path, *overrides)
+    assert caught.value.exit_code == ExitCode.USAGE
+    message = str(caught.value)
+    assert message.startswith("sampler.calibration: ") and path.name in message
+    return message
+
+
+def test_a_file_reads_back(tmp_path: Path) -> None:
+    made = read_calibration(write(tmp_path / "levels.json"))
+    assert made.num_steps == 4 and made.dynamics == "flow_sde"
+    assert made.noise_level == tuple(LEVELS)
+    made.check_sampler(4, "flow_sde")
+    made.check_sigmas(sd3_sigmas(4).tolist())
+
+
+def test_the_levels_replace_the_noise_level(tmp_path: Path, mixture_model: FlowModel) -> None:
+    loaded = config(write(tmp_path / "levels.json"), "--sampler.noise_level=0.9")
+    assert loaded.noise_levels == tuple(LEVELS)
+    check_calibration(loaded, mixture_model)
+    assert build_coefficients(loaded, mixture_model).noise_level == tuple(LEVELS)
+
+
+def test_a_run_remembers_the_levels_and_not_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "levels.json")
+    calibrated = config(path)
+    listed = load_config(["--sampler.num_steps=4", "--sampler.dynamics=flow_sde", f"--sampler.noise_level={LEVELS}"])[0]
+    assert calibrated.fingerprint() == listed.fingerprint()
+    stored = tmp_path / "config.yaml"
+    stored.write_text(dump_yaml(calibrated.self_contained()))
+    moved = path.rename(tmp_path / "moved.json")
+    again = load_config(["--config", str(stored)])[0]
+    assert again.fingerprint() == calibrated.fingerprint() == config(moved).fingerprint()
+    write(moved, noise_level=[0.5, 0.75, 0.3, 0.6])
+    assert config(moved).fingerprint() != calibrated.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--sampler.num_steps=6", "was made for 4 steps, sampler.num_steps is 6"),
+        ("--sampler.dynamics=cps", "was made for dynamics flow_sde, sampler.dynamics is cps"),
+    ],
+)
+def test_another_sampler_is_refused(tmp_path: Path, override: str, expected: str) -> None:
+    path = write(tmp_path / "levels.json")
+    own = {"--sampler.num_steps": "4", "--sampler.dynamics": "flow_sde"} | dict([override.split("=")])
+    with pytest.raises(UserError, match=expected):
+        load_config([*(f"{key}={value}" for key, value in own.items()), f"--sampler.calibration={path}"])
+
+
+def test_another_schedule_is_refused(tmp_path: Path, mixture_model: FlowModel) -> None:
+    path = write(tmp_path / "levels.json", sigmas=sd3_sigmas(4, shift=2.0).tolist())
+    with pytest.raises(UserError, match=r"another schedule: its sigma 1 is 0\.8\d*, this model's 0\.857"):
+        check_calibration(config(path), mixture_model)
+
+
+def test_a_file_that_has_changed_since_is_refused(tmp_path: Path, mixture_model: FlowModel) -> None:
+    loaded = config(write(tmp_path / "levels.json"))
+    write(tmp_path / "levels.json", noise_level=[0.5, 0.75, 0.3, 0.6])
+    with pytest.raises(UserError, match="has it just changed"):
+        check_calibration(loaded, mixture_model)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "is not JSON"),
+        ("\udcff".encode("utf-8", "surrogateescape"), "is not JSON"),
+        ("[]", "is no"),
+        ('{"format": "densegrpo-fast calibration 2"}', "is no"),
+        (json.dumps({"format": FORMAT}), "is broken"),
+        (json.dumps({"format": FORMAT, "dynamics": "cps", "sigmas": [1, 0], "noise_level": [0.5, 0.5]}), "is broken"),
+        (json.dumps({"format": FORMAT, "dynamics": "cps", "sigmas": [1, 0], "noise_level": ["a"]}), "is broken"),
+        (f'{{"format": "{FORMAT}", "dynamics": "cps", "sigmas": [1, 0], "noise_level": [NaN]}}', "is broken"),
+    ],
+)
+def test_what_is_no_calibration_is_refused(tmp_path: Path, text: str | bytes, expected: str) -> None:
+    path = tmp_path / "levels.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert expected in refused(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert "cannot read" in refused(tmp_path / "nowhere.json")
+
+
+def test_levels_out_of_range_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "levels.json", dynamics="cps", noise_level=[0.5, 1.2, 0.5, 0.5])
+    with pytest.raises(UserError, match="sampler.noise_level: expected at most 1 with dynamics cps"):
+        load_config(["--sampler.num_steps=4", "--sampler.dynamics=cps", f"--sampler.calibration={path}"])
+
+
+def test_a_dry_run_of_a_model_elsewhere_keeps_the_levels_alone(tmp_path: Path) -> None:
+    loaded = config(write(tmp_path / "levels.json"), "--model.path=some/model")
+    small = shrink(loaded)
+    assert small.sampler.calibration is None and small.noise_levels == tuple(LEVELS)

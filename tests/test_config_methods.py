@@ -1,0 +1,138 @@
+"""Which credit methods and objectives a configuration may combine: refused by name before anything is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config_methods import credit_values
+from densegrpo_fast.credit import registry
+from densegrpo_fast.exit_codes import ExitCode, UserError
+
+BASE = ["--config", str(Path(__file__).parent / "data" / "base.yaml")]  # 8 steps of flow_sde, plan exact_but_last
+OWN = (
+    "from densegrpo_fast.credit.registry import CreditMethod\n"
+    "OWN = CreditMethod('somewhere:else', needs=('lookahead_rewards',), options=('discount', 'sharpness'))\n"
+)
+
+
+def config(*argv: str) -> Config:
+    return load_config([*BASE, *argv])[0]
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        config(*argv)
+    assert caught.value.exit_code == ExitCode.USAGE
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_every_registered_method_is_an_option(name: str) -> None:
+    method = registry.find(name)
+    plan = () if method.plan is None else (f"lookahead.plan={method.plan}",)
+    loaded = config(f"credit.method={name}", *plan)
+    assert loaded.credit.method == name
+    assert loaded.uses_lookahead == (name not in ("sparse", "coca"))
+    # every option that it takes has a value
+    assert {*method.options, *registry.COMMON} <= credit_values(loaded.credit).keys()
+
+
+@pytest.mark.parametrize("policy", ["clip", "guard", "dppo"])
+@pytest.mark.parametrize("weight", ["none", "noise_aware", "flash", "proportionate"])
+def test_every_policy_loss_goes_with_every_step_weight(policy: str, weight: str) -> None:
+    objective = config(f"objective.policy={policy}", f"objective.step_weight={weight}").objective
+    assert (objective.policy, objective.step_weight) == (policy, weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("credit.method=turning_pont", 'credit.method: unknown method "turning_pont"; did you mean "turning_point"?'),
+        ("credit.method=vgpo", "lookahead.plan: expected one_step, by which the rewards of credit.method vgpo are"),
+        ("credit.method=coca credit.window=3", "credit.window: expected a divisor of the 8 steps, got 3"),
+        (
+            "credit.method=mixture credit.terminal_coef=0 credit.dense_coef=0",
+            "credit.terminal_coef, credit.dense_coef: expected one above 0, got 0 and 0",
+        ),
+        ("credit.discount=1.5", "credit.discount: expected a number <= 1.0, got 1.5"),
+        ("credit.terminal_coef=-1", "credit.terminal_coef: expected a number >= 0.0, got -1"),
+        ("credit.alpha=2", "credit.alpha: expected a number <= 1.0, got 2"),
+        ("credit.similarity_floor=0", "credit.similarity_floor: expected a number > 0.0, got 0"),
+        ("credit.window=0", "credit.window: expected a number >= 1, got 0"),
+        ("credit.absolute_steps=-1", "credit.absolute_steps: expected a number >= 0, got -1"),
+        ("credit.step_value=gian", 'credit.step_value: expected "gain", "value" or "return_to_go"'),
+        ("credit.consistent=1", "credit.consistent: expected true or false, got 1"),
+        ("credit.arguments={x:1}", 'credit.arguments: method dense has no argument "x:1"; it takes none'),
+        ("credit.arguments={clip:}", "credit.arguments: clip is an option of its own, credit.clip"),
+        ("objective.policy=ppo", 'objective.policy: expected "clip", "guard" or "dppo", got \'ppo\''),
+        ("objective.dppo_threshold=-1", "objective.dppo_threshold: expected a number >= 0.0, got -1"),
+        ("objective.kl_scale=papr", 'did you mean "paper"?'),
+        (
+            "objective.policy=guard sampler.dynamics=cps",
+            "objective.policy: guard needs a log-probability with a variance, sampler.dynamics cps has none",
+        ),
+        (
+            "objective.policy=guard sampler.dynamics=precise",
+            "objective.guard_weight: paper is defined for sampler.dynamics flow_sde and dance, expected jacobian or "
+            "none with precise",
+        ),
+        (
+            "objective.policy=guard sampler.noise_level=[0.7,0.7,0,0.7,0.7,0,0.7,0]",
+            "objective.policy: guard needs noise in every trained step, flow_sde injects none in [2, 5]",
+        ),
+        (
+            "objective.policy=guard objective.guard_weight=jacobian sampler.dynamics=precise "
+            "objective.trained_steps=[0,7]",
+            "objective.policy: guard needs noise in every trained step, precise injects none in [7]",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(arguments: str, expected: str) -> None:
+    message = refused(*arguments.split(" "))
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "objective.policy=guard objective.trained_steps=[0,1] sampler.noise_level=[0.7,0.7,0,0,0,0,0,0]",
+        "objective.policy=guard sampler.noise_level=[0,0.7,0.7,0,0,0,0,0] window.schedule=fixed window.size=2 "
+        "window.first=1",
+        "objective.policy=guard sampler.dynamics=wan objective.guard_weight=none objective.trained_steps=[0,7]",
+        "objective.policy=dppo sampler.dynamics=cps sampler.noise_level=[0.7,0,0.7,0.7,0.7,0.7,0.7,0]",
+        "credit.method=dense credit.window=3 credit.terminal_coef=0 credit.dense_coef=0",
+        "credit.method=vgpo lookahead.plan=one_step",
+    ],
+)
+def test_what_does_go_together_is_not(arguments: str) -> None:
+    config(*arguments.split())
+
+
+def test_a_method_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    named = f"credit.method={path}:OWN"
+    loaded = config(named, "credit.arguments={sharpness: [1, 2]}")
+    assert loaded.uses_lookahead
+    values = credit_values(loaded.credit)
+    assert (values["sharpness"], values["discount"]) == ([1, 2], 1.0)
+    assert "credit.arguments: method" in refused(named) and "needs sharpness" in refused(named)
+    wrong = refused(named, "credit.arguments={sharpnes: 1}")
+    assert 'has no argument "sharpnes"; did you mean "sharpness"?' in wrong
+    own_key = refused(named, "credit.arguments={discount: 1}")
+    assert "credit.arguments: discount is an option of its own, credit.discount" in own_key
+    assert f"credit.method: {path}:NONE: {path} holds no 'NONE'" in refused(f"credit.method={path}:NONE")
+    path.with_name("worse.py").write_text("raise KeyError('boom')\n")
+    assert "worse.py: KeyError: 'boom'" in refused(f"credit.method={path.with_name('worse.py')}:OWN")
+
+
+def test_a_method_that_was_registered_is_an_option_like_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    registry.register("mine", registry.CreditMethod("somewhere:else", needs=("rewards",), options=("alpha",)))
+    assert not config("credit.method=mine").uses_lookahead
+    assert 'did you mean "mine"?' in refused("credit.method=minee")

@@ -1,0 +1,166 @@
+"""Every credit method with every policy loss through one training iteration of a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.credit import registry
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.objective.policy import Objective
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime.experience import Judge, Outcome, sample
+from densegrpo_fast.runtime.learner import Learner
+from densegrpo_fast.runtime.metrics import PhaseTimer, read_metrics
+from densegrpo_fast.sampling.trajectory import Trajectory
+
+Policy = Callable[..., FlowModel]
+Train = Callable[..., int]
+
+SETTINGS = {
+    "data.num_prompts": 2,
+    "sampler.group_size": 3,
+    "sampler.num_steps": 4,
+    "sampler.micro_batch": 6,
+    "sampler.dynamics": "flow_sde",
+    "sampler.noise_level": 0.7,
+    "lookahead.decoder": "full",
+    "objective.clip_range": 0.5,
+    "objective.trained_steps": "all_but_last",
+    "optimizer.updates_per_iteration": 1,
+    "optimizer.lr": 1e-3,
+}
+
+
+def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """Above 0, as VGPO wants it, and different for any two pictures."""
+    return 1 + images.flatten(1).mean(1)
+
+
+REWARD = RewardMixture({"brightness": (brightness, 1.0)})
+
+
+def configured(method: str, **options: object) -> Config:
+    plan = registry.find(method).plan or "exact"
+    settings = {**SETTINGS, "credit.method": method, "lookahead.plan": plan, **options}
+    return load_config([f"{key}={value}" for key, value in settings.items()])[0]
+
+
+def experience(config: Config, model: FlowModel, iteration: int = 0) -> tuple[Trajectory, Outcome]:
+    rows = ["a cat", "a cat", "a cat", "the moon", "the moon", "the moon"]
+    judge = Judge(config, model, REWARD, build.build_lookahead(config, model))
+    window = build.build_windows(config).steps(iteration)
+    trajectory = sample(config, model, rows, build.build_coefficients(config, model, window), iteration)
+    return trajectory, judge.judge(trajectory, rows, [{}] * 6, PhaseTimer())
+
+
+@pytest.mark.parametrize("policy", ["clip", "guard", "dppo"])
+@pytest.mark.parametrize("method", registry.names())
+def test_one_iteration(tiny_policy: Policy, method: str, policy: str) -> None:
+    config, model = configured(method, **{"objective.policy": policy}), tiny_policy()
+    trajectory, outcome = experience(config, model)
+    assert (outcome.forwards > 0) == (registry.find(method).plan is None and config.uses_lookahead)
+    assert (outcome.gains is not None) == config.uses_lookahead
+    advantages, steps = outcome.advantages.values.flatten(0, 1), build.trained_steps(config, 0)
+    assert list(advantages.shape) == [6, 4] and advantages.isfinite().all() and advantages[:, steps].any()
+
+    options = build.learner_options(config)
+    learner = Learner(model, options)
+    before = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
+    update = learner.update(trajectory, advantages, steps)
+    # at ratio 1 the loss of a step is minus its weighted mean advantage, whatever the policy loss
+    objective = Objective(options.objective, trajectory.coefficients, steps)
+    weights = objective.weights if objective.guard is None else objective.weights * objective.guard.weight
+    expected = -(weights[steps] * advantages[:, steps]).mean().item()
+    assert update["policy_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert update["ratio_deviation"] <= 1e-6 and update["clip_fraction"] == update["skipped_updates"] == 0
+    assert update["grad_norm"] > 0
+    assert any(not torch.equal(before[name], parameter) for name, parameter in learner.parameters.items())
+
+
+@pytest.mark.parametrize("method", ["sparse", "coca", "turning_point"])
+def test_a_window_is_all_that_is_judged(tiny_policy: Policy, method: str) -> None:
+    window = {"window.schedule": "fixed", "window.size": 2, "window.first": 1}
+    config, model = configured(method, **window), tiny_policy()
+    trajectory, outcome = experience(config, model)
+    assert trajectory.coefficients.noisy == (False, True, True, False)
+    values = outcome.advantages.values
+    assert not values[..., [0, 3]].any() and values[..., 1:3].any()
+    if outcome.lookahead_rewards is not None:
+        # the completions that noise-free steps join are one: their gain is exactly 0
+        assert outcome.gains is not None and not outcome.gains[..., [0, 3]].any()
+    learner = Learner(model, build.learner_options(config))
+    assert learner.update(trajectory, values.flatten(0, 1), [1, 2])["grad_norm"] > 0
+
+
+def test_one_noisy_step_of_a_shared_start_is_branching(tiny_policy: Policy) -> None:
+    """Sampling of TempFlow-GRPO and Granular-GRPO: a group parts at one step, which alone its rewards tell of."""
+    branching = {"sampler.shared_noise": "true", "window.schedule": "random", "window.size": 1}
+    found = {}
+    for method in ("sparse", "dense"):
+        config, model = configured(method, **branching), tiny_policy()
+        (step,) = build.trained_steps(config, 1)
+        trajectory, outcome = experience(config, model, iteration=1)
+        states = trajectory.latents.unflatten(1, (2, 3))
+        assert torch.equal(states[: step + 1], states[: step + 1, :, :1].expand_as(states[: step + 1]))
+        assert not torch.equal(states[step + 1, :, 0], states[step + 1, :, 1])
+        found[method] = outcome.advantages.values
+        assert found[method].abs().sum((0, 1)).nonzero().flatten().tolist() == [step]
+    # the completion of the common state is the same number for all, and drops out
+    torch.testing.assert_close(found["dense"], found["sparse"], rtol=1e-3, atol=1e-4)
+
+
+def test_two_updates_of_one_iteration_see_the_policy_move(tiny_policy: Policy) -> None:
+    """Off the sampling policy the three losses differ: each one's metrics tell how."""
+    found = {}
+    for policy in ("clip", "guard", "dppo"):
+        options = {"objective.policy": policy, "objective.dppo_threshold": 0, "optimizer.lr": 0.05}
+        options |= {"objective.clip_range": 1e-4, "objective.guard_weight": "none"}
+        config, model = configured("sparse", **options), tiny_policy()
+        trajectory, outcome = experience(config, model)
+        learner, judged = Learner(model, build.learner_options(config)), outcome.advantages.values.flatten(0, 1)
+        learner.update(trajectory, judged, [0, 1])
+        found[policy] = learner.update(trajectory, judged, [0, 1])
+    deviation = {policy: update["ratio_deviation"] for policy, update in found.items()}
+    # the first update is of the same direction, but for Guard's evening of the steps
+    assert deviation["clip"] == pytest.approx(deviation["dppo"], rel=1e-4)
+    assert deviation["guard"] != pytest.approx(deviation["clip"], rel=1e-2)
+    assert 0 < found["clip"]["clip_fraction"] and 0 < found["dppo"]["clip_fraction"] < 1
+    # a clipped or dropped sample adds nothing further, so what is left differs
+    assert len({update["policy_loss"] for update in found.values()}) == 3
+
+
+def test_a_run_with_a_method_from_a_file(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import replace\n"
+        "from densegrpo_fast.credit.dense import dense_advantages\n"
+        "from densegrpo_fast.credit.registry import CreditMethod\n"
+        "def scaled(lookahead_rewards, *, factor, **spread):\n"
+        "    found = dense_advantages(lookahead_rewards, **spread)\n"
+        "    return replace(found, values=factor * found.values)\n"
+        "SCALED = CreditMethod(scaled, needs=('lookahead_rewards',), options=('factor',))\n"
+    )
+    named = {"credit.method": f"{path}:SCALED", "run.iterations": 1, "evaluation.every": 0}
+    assert train(tmp_path / "run", **named, **{"credit.arguments": "{factor: 0}"}) == 0
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    # all advantages times 0: it was this method that was asked
+    assert record["grad_norm"] == 0 and record["nfe/lookahead"] > 0 and "gain/step_0" in record
+    assert train(tmp_path / "other", **named) == 2
+    assert "credit.arguments: method" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_completions_that_define_a_method_are_not_guarded(train: Train, tmp_path: Path) -> None:
+    vgpo = {"credit.method": "vgpo", "lookahead.plan": "one_step", "lookahead.guard_every": 1}
+    assert train(tmp_path / "run", **vgpo, **{"run.iterations": 1, "evaluation.every": 0}) == 0
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert "guard/spearman_gains" not in record and record["nfe/lookahead"] == 0

@@ -1,0 +1,239 @@
+"""SDE windows: which steps they hold, and that the lookahead completes and credits those steps alone, exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.credit.dense import reward_gains
+from densegrpo_fast.exit_codes import UserError
+from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.windows import Windows
+
+T, PROMPTS = 6, ["0", "0", "12", "1"]
+
+
+def windows(schedule: Any, **options: int) -> Windows:
+    return Windows(schedule, 10, **{"size": 3, "first": 1, "last": 8, **options})
+
+
+def test_without_windows_every_step_is_stochastic() -> None:
+    assert windows("none").steps(7) == range(10)
+    assert windows("none").reached() == [range(10)]
+
+
+def test_a_fixed_window_stays() -> None:
+    assert {windows("fixed").steps(iteration) for iteration in range(50)} == {range(1, 4)}
+
+
+def test_a_progressive_window_slides_and_stays_at_the_end() -> None:
+    # from step 1 by 2 steps every 4 iterations: 1, 3, 5, and then 6..8, the last that fits
+    sliding = windows("progressive", stride=2, every=4)
+    starts = [sliding.steps(iteration).start for iteration in range(20)]
+    assert starts == [1] * 4 + [3] * 4 + [5] * 4 + [6] * 8
+    assert sliding.reached() == [range(1, 4), range(3, 6), range(5, 8), range(6, 9)]
+    assert windows("progressive", size=8).reached() == [range(1, 9)]
+
+
+def test_mixgrpo_covers_all_trained_steps() -> None:
+    # its script: windows of 4, by 1 step every 25 iterations; of 10 steps the last one is not trained
+    mix = Windows("progressive", 10, size=4, first=0, last=8, stride=1, every=25)
+    assert [mix.steps(i).start for i in (0, 24, 25, 49, 50, 124, 125, 9999)] == [0, 0, 1, 1, 2, 4, 5, 5]
+
+
+def test_a_drawn_window_depends_on_seed_and_iteration_alone() -> None:
+    one, two, other = windows("random", seed=3), windows("random", seed=3), windows("random", seed=4)
+    drawn = [one.steps(iteration) for iteration in range(300)]
+    assert [two.steps(iteration) for iteration in reversed(range(300))] == drawn[::-1]
+    assert [other.steps(iteration) for iteration in range(300)] != drawn
+    # a value that another version or process must draw too
+    assert [window.start for window in drawn[:8]] == [1, 3, 2, 6, 1, 1, 1, 6]
+    # 6 starts, 50 each on average with a standard deviation of 6.5
+    counts = Counter(window.start for window in drawn)
+    assert sorted(counts) == [1, 2, 3, 4, 5, 6] and all(20 < count < 80 for count in counts.values())
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), schedule=st.sampled_from(["fixed", "random", "progressive"]), iteration=st.integers(0, 10**6))
+def test_windows_lie_where_they_may(data: st.DataObject, schedule: Any, iteration: int) -> None:
+    steps = data.draw(st.integers(1, 50))
+    first = data.draw(st.integers(0, steps - 1))
+    last = data.draw(st.integers(first, steps - 1))
+    size = data.draw(st.integers(1, last - first + 1))
+    stride, every = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 99))
+    made = Windows(schedule, steps, size=size, first=first, last=last, stride=stride, every=every, seed=1)
+    window = made.steps(iteration)
+    assert len(window) == size and window.start >= first and window.stop - 1 <= last
+    assert window in made.reached()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"size": 9}, "a window of 9 steps does not fit the steps 1..8"),
+        ({"size": 0}, "a window of 0 steps does not fit"),
+        ({"last": 10}, r"must lie within the steps 0\.\.9, got 1\.\.10"),
+        ({"first": -1}, r"must lie within the steps 0\.\.9, got -1\.\.8"),
+        ({"stride": 0}, "stride and iterations must be at least 1, got 0 and 1"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(options: dict[str, int], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        windows("progressive", **options)
+    with pytest.raises(ValueError, match="window schedule must be one of none, fixed, random, progressive"):
+        windows("sliding")
+
+
+@pytest.mark.parametrize("family", ["flow_sde", "cps", "dance", "precise", "wan"])
+def test_outside_a_window_the_table_is_eulers(mixture_model: FlowModel, family: Any) -> None:
+    sigmas = mixture_model.sigmas(T)
+    levels = [0.5, 0.6, 0.7, 0.5, 0.6, 0.7]
+    windowed = coefficients(sigmas, levels, family).only(range(1, 3))
+    expected = coefficients(sigmas, [0.0, 0.6, 0.7, 0.0, 0.0, 0.0], family)
+    assert torch.equal(windowed.table, expected.table)
+    assert (windowed.noise_level, windowed.noisy) == (expected.noise_level, expected.noisy)
+    with pytest.raises(ValueError, match=r"steps must lie in 0\.\.5, got \[4, 6\]"):
+        windowed.only([4, 6])
+
+
+def sampled(model: Any, table: StepCoefficients, guidance_scale: float) -> Trajectory:
+    index = torch.arange(len(PROMPTS))
+    noise = initial_noise(model, index, seed=3, epoch=0)
+    found = rollout(
+        model, noise, model.encode(PROMPTS), table, sample_index=index, seed=3, epoch=0, guidance_scale=guidance_scale
+    )
+    model.calls.clear()
+    return found
+
+
+def lookahead_rewards(lookahead: Lookahead, trajectory: Trajectory) -> Tensor:
+    """[1, B, T+1] of a nonlinear reward."""
+    images = lookahead.images(lookahead.complete(trajectory), trajectory.coefficients.noisy, "full")
+    return images.double().square().mean(dim=(2, 3, 4)).T[None]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("window", [range(1, 3), range(0, 1), range(3, 5), range(2, 3)])
+def test_gains_of_a_window_are_exact_inside_and_zero_outside(
+    mixture_model: Any, window: range, guidance_scale: float
+) -> None:
+    sigmas = mixture_model.sigmas(T)
+    table = coefficients(sigmas, 0.7, "flow_sde").only(window)
+    trajectory = sampled(mixture_model, table, guidance_scale)
+    assert (trajectory.log_probs[[step for step in range(T) if step not in window]] == 0).all()
+    assert (trajectory.log_probs[list(window)] != 0).all()
+
+    lookahead = Lookahead(mixture_model, plans.exact(T))
+    rewards = lookahead_rewards(lookahead, trajectory)
+    # only the window's states are completed: state k goes on by the T-1-k later grid points
+    assert mixture_model.evaluated_rows == sum(T - 1 - k for k in window) * len(PROMPTS)
+    assert mixture_model.decoded == [(len(window) + 1) * len(PROMPTS)]
+
+    gains = reward_gains(rewards)
+    outside = [step for step in range(T) if step not in window]
+    assert (gains[..., outside] == 0).all() and (gains[..., list(window)] != 0).all()
+
+    # every state completed by itself, the first velocity too, gives the same gains
+    alone = []
+    for state in range(T + 1):
+        latents = trajectory.latents[state]
+        for k in range(state, T):
+            sigma = sigmas[k].expand(len(latents))
+            velocity = mixture_model.velocity(latents, sigma, trajectory.conditioning, guidance_scale).combined()
+            latents = latents + (sigmas[k + 1] - sigmas[k]) * velocity
+        alone.append(lookahead_reward_of(latents))
+    torch.testing.assert_close(gains, reward_gains(torch.stack(alone, -1)[None]), rtol=0, atol=2e-6)
+
+
+def lookahead_reward_of(clean: Tensor) -> Tensor:
+    return clean.sigmoid().double().square().mean(1)
+
+
+def windowed(*overrides: str) -> Config:
+    return load_config(["--config=embedded_dense", "sampler.num_steps=8", *overrides])[0]
+
+
+FAST = ("window.schedule=random", "window.size=2", "window.last=3")
+
+
+def test_only_the_windows_steps_are_trained() -> None:
+    config = windowed(*FAST)
+    schedule = build.build_windows(config)
+    trained = [build.trained_steps(config, iteration) for iteration in range(40)]
+    assert trained == [list(schedule.steps(iteration)) for iteration in range(40)]
+    assert {tuple(steps) for steps in trained} == {(0, 1), (1, 2), (2, 3)}
+    drawn = windowed("window.schedule=fixed", "window.size=4", "window.first=2", "objective.trained_steps=2")
+    picked = {tuple(build.trained_steps(drawn, iteration)) for iteration in range(100)}
+    # all 6 pairs of the steps 2..5
+    assert picked == {(a, b) for a in range(2, 6) for b in range(a + 1, 6)}
+
+
+def test_without_windows_training_draws_what_it_always_drew() -> None:
+    assert build.trained_steps(windowed(), 3) == [0, 1, 2, 3, 4, 5, 6]
+    generator = torch.Generator().manual_seed(3)
+    expected = sorted(torch.randperm(7, generator=generator)[:3].tolist())
+    assert build.trained_steps(windowed("objective.trained_steps=3"), 3) == expected
+    assert build.trained_steps(windowed("objective.trained_steps=[0, 7]"), 3) == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["window.schedule=random"], 'window.size: expected a number of steps with schedule "random", got null'),
+        (["window.size=2"], 'window.size: expected null with schedule "none", got 2'),
+        (["window.schedule=fixed", "window.size=8"], "window.size: expected a window that fits the steps 0..6, got 8"),
+        ([*FAST, "window.first=3"], "window.size: expected a window that fits the steps 3..3, got 2"),
+        ([*FAST[:2], "window.last=7"], "window.last: expected at most 6, got 7"),
+        ([*FAST, "objective.trained_steps=3"], "objective.trained_steps: expected at most 2 steps to draw, got 3"),
+        ([*FAST, "objective.trained_steps=[1]"], "expected all_but_last or a number with a window, got [1]"),
+        (
+            [*FAST, "sampler.noise_level=[0.7, 0, 0, 0.7, 0.7, 0.7, 0.7, 0]"],
+            "sampler.noise_level: expected noise in at least one trained step of the window 1..2, got 0 in all",
+        ),
+    ],
+)
+def test_windows_that_train_nothing_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        windowed(*overrides)
+    assert expected in str(caught.value)
+
+
+def test_a_run_with_windows(train: Any, tmp_path: Path) -> None:
+    window = {"window.schedule": "progressive", "window.size": 1, "window.every": 1}
+    shape = {"sampler.num_steps": 4, "objective.trained_steps": "all_but_last", "evaluation.every": 0}
+    assert train(tmp_path / "run", **window, **shape, **{"run.iterations": 4}) == 0
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    # the window moves over the steps 0, 1, 2 and stays; of 4 samples, state k goes on by 3 - k evaluations
+    for record, step in zip(records, [0, 1, 2, 2], strict=True):
+        gains = [record[f"gain/step_{k}"] for k in range(4)]
+        assert [gain != 0 for gain in gains] == [k == step for k in range(4)]
+        assert (record["nfe/rollout"], record["nfe/lookahead"], record["nfe/update"]) == (16, 4 * (3 - step), 4)
+        assert record["grad_norm"] > 0
+
+
+def test_a_run_judges_the_windows_steps_alone(train: Any, tmp_path: Path) -> None:
+    """With one noisy step, joint statistics are that step's own: the zeros of the others do not shrink the spread."""
+    options = {"window.schedule": "fixed", "window.size": 1, "window.first": 1, "sampler.num_steps": 4}
+    shape = {"objective.trained_steps": 1, "evaluation.every": 0, "run.iterations": 1}
+    records = []
+    for normalize in ("step", "joint"):
+        assert train(tmp_path / normalize, **options, **shape, **{"credit.normalize": normalize}) == 0
+        (record,) = read_metrics(tmp_path / normalize / "metrics.jsonl")
+        records.append({key: value for key, value in record.items() if not key.startswith("time/")})
+    assert records[0] == records[1] and records[0]["grad_norm"] > 0
