@@ -27,9 +27,11 @@ def write(path: Path, **changes: Any) -> Path:
     return path
 
 
+SAMPLER = ("--sampler.num_steps=4", "--sampler.dynamics=flow_sde", "--window.schedule=none", "--window.size=null")
+
+
 def config(path: Path, *overrides: str) -> Config:
-    arguments = ["--sampler.num_steps=4", "--sampler.dynamics=flow_sde", f"--sampler.calibration={path}"]
-    return load_config([*arguments, *overrides])[0]
+    return load_config([*SAMPLER, f"--sampler.calibration={path}", *overrides])[0]
 
 
 def refused(path: Path, *overrides: str) -> str:
@@ -59,7 +61,7 @@ def test_the_levels_replace_the_noise_level(tmp_path: Path, mixture_model: FlowM
 def test_a_run_remembers_the_levels_and_not_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "levels.json")
     calibrated = config(path)
-    listed = load_config(["--sampler.num_steps=4", "--sampler.dynamics=flow_sde", f"--sampler.noise_level={LEVELS}"])[0]
+    listed = load_config([*SAMPLER, f"--sampler.noise_level={LEVELS}"])[0]
     assert calibrated.fingerprint() == listed.fingerprint()
     stored = tmp_path / "config.yaml"
     stored.write_text(dump_yaml(calibrated.self_contained()))

@@ -167,6 +167,7 @@ def test_fidelity_measures_the_head_beside_its_plan(
 
     own = ["--plans", "nodes:1", "--head", str(made[0]), "--groups", "2", "--group-size", "4"]
     common = [f"--model.path={train.model}", "--sampler.num_steps=3", "--lookahead.plan=exact", "--lora.rank=2"]
+    common += ["--window.schedule=none", "--window.size=null"]
     common += ["--lookahead.decoder=preview"]
     common += ["--reward.terms={jpeg_incompressibility: 1.0}", "--objective.trained_steps=1"]
     out = tmp_path / "fidelity.json"

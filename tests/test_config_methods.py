@@ -81,12 +81,13 @@ def test_every_policy_loss_goes_with_every_step_weight(policy: str, weight: str)
             "none with precise",
         ),
         (
-            "objective.policy=guard sampler.noise_level=[0.7,0.7,0,0.7,0.7,0,0.7,0]",
+            "objective.policy=guard window.schedule=none window.size=null "
+            "sampler.noise_level=[0.7,0.7,0,0.7,0.7,0,0.7,0]",
             "objective.policy: guard needs noise in every trained step, flow_sde injects none in [2, 5]",
         ),
         (
             "objective.policy=guard objective.guard_weight=jacobian sampler.dynamics=precise "
-            "objective.trained_steps=[0,7]",
+            "objective.trained_steps=[0,7] window.schedule=none window.size=null",
             "objective.policy: guard needs noise in every trained step, precise injects none in [7]",
         ),
     ],
@@ -100,10 +101,12 @@ def test_what_does_not_go_together_is_refused_by_name(arguments: str, expected: 
 @pytest.mark.parametrize(
     "arguments",
     [
-        "objective.policy=guard objective.trained_steps=[0,1] sampler.noise_level=[0.7,0.7,0,0,0,0,0,0]",
+        "objective.policy=guard objective.trained_steps=[0,1] sampler.noise_level=[0.7,0.7,0,0,0,0,0,0] "
+        "window.schedule=none window.size=null",
         "objective.policy=guard sampler.noise_level=[0,0.7,0.7,0,0,0,0,0] window.schedule=fixed window.size=2 "
         "window.first=1",
-        "objective.policy=guard sampler.dynamics=wan objective.guard_weight=none objective.trained_steps=[0,7]",
+        "objective.policy=guard sampler.dynamics=wan objective.guard_weight=none objective.trained_steps=[0,7] "
+        "window.schedule=none window.size=null",
         "objective.policy=dppo sampler.dynamics=cps sampler.noise_level=[0.7,0,0.7,0.7,0.7,0.7,0.7,0]",
         "credit.method=dense credit.window=3 credit.terminal_coef=0 credit.dense_coef=0",
         "credit.method=vgpo lookahead.plan=one_step",

@@ -370,6 +370,8 @@ def settings(pipeline_directory: Path) -> list[str]:
         "sampler.num_steps": 3,
         "sampler.micro_batch": 2,
         "sampler.noise_level": 0.7,
+        "window.schedule": "none",
+        "window.size": "null",
         "lookahead.plan": "exact",
         "lookahead.nodes": "[]",
         "lookahead.cache": "null",

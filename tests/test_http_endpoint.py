@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -20,11 +21,23 @@ def http(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
+def _received(connection: socket.socket) -> bytes:
+    """A whole request, or what of it came before the client hung up."""
+    data = b""
+    while part := connection.recv(65536):
+        data += part
+        head, found, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        if found and len(body) >= (int(length[1]) if length else 0):
+            break
+    return data
+
+
 class Loopback:
     """A server that treats its connections as told, one response after the other, the last one for ever.
 
     Attributes:
-        requests: the first bytes of each request.
+        requests: the bytes of each request.
     """
 
     def __init__(self) -> None:
@@ -46,7 +59,7 @@ class Loopback:
     def _respond(self, connection: socket.socket) -> None:
         with connection:
             response = self.responses[min(len(self.requests), len(self.responses) - 1)]
-            self.requests.append(connection.recv(65536))
+            self.requests.append(_received(connection))
             try:
                 connection.sendall(response) if isinstance(response, bytes) else response(connection)
             except OSError:

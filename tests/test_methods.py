@@ -32,6 +32,8 @@ SETTINGS = {
     "sampler.micro_batch": 6,
     "sampler.dynamics": "flow_sde",
     "sampler.noise_level": 0.7,
+    "window.schedule": "none",
+    "window.size": "null",
     "lookahead.decoder": "full",
     "objective.clip_range": 0.5,
     "objective.trained_steps": "all_but_last",

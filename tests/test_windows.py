@@ -166,7 +166,9 @@ def lookahead_reward_of(clean: Tensor) -> Tensor:
 
 
 def windowed(*overrides: str) -> Config:
-    return load_config(["--config=embedded_dense", "sampler.num_steps=8", *overrides])[0]
+    settings = {"sampler.num_steps": "8", "window.schedule": "none", "window.size": "null"}
+    settings |= dict(override.split("=", 1) for override in overrides)
+    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])[0]
 
 
 FAST = ("window.schedule=random", "window.size=2", "window.last=3")
