@@ -8,8 +8,8 @@ Trajectories are drawn from the starting policy, every step's reward gains are c
 noise is raised while they are balanced and lowered where they are not (DenseGRPO, arXiv 2601.20218, Algorithm 1).
 "staircase" looks for the highest balanced level of each step, with the same noise in all rounds; "printed" is the
 paper's rule to the letter. Samples that no round has seen tell the result. Steps start from `sampler.noise_level`, with
-noise in all of them whatever `window` says, and gains are those of the configured lookahead (without its cache; exact
-with sparse credit). Options of the preset may be overridden as in training; they are parsed before torch is imported.
+noise in all of them whatever `window` says. Completions are exact, whatever `lookahead` says: the error of a cheap plan
+has a sign too. Options of the preset may be overridden as in training; they are parsed before torch is imported.
 Exit codes are in `exit_codes.py`.
 """
 
@@ -95,7 +95,7 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
         "num_steps": config.sampler.num_steps,
         "sigmas": meter.sigmas.tolist(),
     }
-    content = report.document(rule, sampler, rounds, before, after, _settings(config, meter, options))
+    content = report.document(rule, sampler, rounds, before, after, _settings(config, options))
     report.write_document(options.output, content | provenance())
     print(f"{report.table(content)}\n\n{report.LEGEND}\n\n{report.summary(content)}")
     if options.plot is not None:
@@ -131,40 +131,32 @@ def make_rule(config: Config, options: argparse.Namespace) -> Rule:
 def _meter(config: Config, samples: int) -> GainMeter:
     from densegrpo_fast.calibration.measure import GainMeter
     from densegrpo_fast.runtime import build
-    from densegrpo_fast.sampling import plan as plans
-    from densegrpo_fast.sampling.lookahead import Lookahead
 
     prompts = build.build_prompts(config).prompts
     reward = build.build_reward(config.reward.terms, config.reward.options)
-    model, steps = build.build_model(config, build.default_device()), config.sampler.num_steps
-    # batches are not those of an iteration, for which a cache and graphs are made
-    plain = config.lookahead.model_copy(update={"cache": None, "graphs": False})
-    lookahead = build.build_lookahead(config.model_copy(update={"lookahead": plain}), model)
+    model = build.build_model(config, build.default_device())
     return GainMeter(
         model=model,
         reward=reward,
-        lookahead=lookahead or Lookahead(model, plans.exact(steps), chunk=config.lookahead.chunk),
-        sigmas=model.sigmas(steps),
+        sigmas=model.sigmas(config.sampler.num_steps),
         dynamics=config.sampler.dynamics,
         prompts=prompts,
         guidance_scale=config.sampler.guidance_scale,
-        decoder=config.lookahead.decoder,
         rows=config.sampler.micro_batch,
+        chunk=config.lookahead.chunk,
         seed=config.seed,
         max_missing=config.reward.max_missing,
         count=samples,
     )
 
 
-def _settings(config: Config, meter: GainMeter, options: argparse.Namespace) -> dict[str, Any]:
-    plan = meter.lookahead.plan.name
+def _settings(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "preset": config.preset,
         "model": _portable(config.model.path),
         "prompts": _portable(config.data.prompts),
         "reward": {_portable(name): weight for name, weight in config.reward.terms.items()},
         "guidance_scale": config.sampler.guidance_scale,
-        "lookahead": {"plan": plan, "guidance": meter.lookahead.guidance, "decoder": config.lookahead.decoder},
         "samples": options.samples,
         "rounds": options.rounds,
         "branches": options.branches,

@@ -1,5 +1,8 @@
 """Reward gains of every step at given noise levels, and what they owe to the step's own noise.
 
+Completions are exact, with full guidance and the full decoder, whatever training uses. Those of a cheap plan change
+from state to state without any noise, and the sign of that error is no matter of the noise level.
+
 All noise comes from the calibration stream, so that no training iteration repeats it: element counters as everywhere,
 the sample's number, the draw as epoch, and as step the denoising step or, for the initial latents, T.
 """
@@ -19,7 +22,7 @@ from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import C, Family, coefficients
 from densegrpo_fast.flow.noise import Stream, branch_stream, gaussian
-from densegrpo_fast.models.base import Decoder, FlowModel
+from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.data import PromptSet
 from densegrpo_fast.runtime.scoring import score
@@ -49,13 +52,12 @@ class GainMeter:
     Attributes:
         model: the policy.
         reward: what gains are gains of.
-        lookahead: completes the states.
         sigmas: the model's grid, [T+1].
         dynamics: family of the stochastic step.
         prompts: the samples take turns in them.
-        guidance_scale: of the rollout.
-        decoder: of all images.
+        guidance_scale: of the rollout and of the completions.
         rows: samples at a time.
+        chunk: rows per forward of the completions and per decode.
         seed: of all noise.
         max_missing: share of missing scores that is endured.
         count: number of samples N.
@@ -63,13 +65,12 @@ class GainMeter:
 
     model: FlowModel
     reward: RewardMixture
-    lookahead: Lookahead
     sigmas: Tensor
     dynamics: Family
     prompts: PromptSet
     guidance_scale: float
-    decoder: Decoder
     rows: int
+    chunk: int
     seed: int
     max_missing: float
     count: int
@@ -90,12 +91,10 @@ class GainMeter:
         Raises:
             UserError: (reward) the reward failed, or more scores are missing than `max_missing`.
         """
-        self.lookahead.model.refresh()
         parts = []
         for batch in self._batches(levels, draw, self.count):
-            noisy = batch.trajectory.coefficients.noisy
-            images = self.lookahead.images(self.lookahead.complete(batch.trajectory), noisy, self.decoder)
-            parts.append(self._gains(self._scores(images, batch)))
+            rewards = self._state_rewards(batch)
+            parts.append(reward_gains(rewards.T[:, None])[:, 0])
             progress(len(batch.prompts))
         return torch.cat(parts)
 
@@ -109,16 +108,14 @@ class GainMeter:
         """How much of each step's gain its own noise decides (see `credit.consistency`), by repeated branches.
 
         From every state of N // `branches` trajectories (at least 2) the step is taken `branches` times with fresh
-        noise. All completions are exact, with the rollout's guidance and the full decoder.
+        noise.
 
         Raises:
             UserError: as `gains`.
         """
-        exact = Lookahead(self.model, plans.exact(len(self.sigmas) - 1), chunk=self.lookahead.chunk)
         parts: list[Tensor] = []
         for batch in self._batches(levels, draw, max(2, self.count // branches)):
-            table = batch.trajectory.coefficients
-            before = self._scores(exact.images(exact.complete(batch.trajectory), table.noisy, "full"), batch)
+            table, before = batch.trajectory.coefficients, self._state_rewards(batch)
             still = torch.zeros(branches, len(batch.index), dtype=torch.float64)
             steps = [
                 self._branched(batch, step, branches) - before[step] if noisy else still
@@ -131,7 +128,6 @@ class GainMeter:
     def _batches(self, levels: Sequence[float], draw: int, count: int) -> Iterator[_Batch]:
         model, steps = self.model, len(self.sigmas) - 1
         table = coefficients(self.sigmas, levels, self.dynamics).to(model.device)
-        reuse, head = self.lookahead.guidance == "reuse", self.lookahead.head is not None
         # prompts go on from draw to draw; the samples that judge come after those of draw 0
         first = self.count * {0: 0, HELD_OUT_DRAW: 1}.get(draw, draw + 1)
         for index in torch.arange(count, device=model.device).split(self.rows):
@@ -145,8 +141,6 @@ class GainMeter:
                 table,
                 **words,
                 guidance_scale=self.guidance_scale,
-                keep_guidance=reuse,
-                keep_hidden=head,
                 stream=Stream.CALIBRATION,
             )
             yield _Batch(trajectory, prompts, [self.prompts.metadata[prompt] for prompt in chosen], index)
@@ -172,9 +166,15 @@ class GainMeter:
                 self.sigmas[step + 1 :],
                 guidance_scale=self.guidance_scale,
             )
-            images = torch.cat([self.model.decode(part) for part in clean.split(self.lookahead.chunk)])
+            images = torch.cat([self.model.decode(part) for part in clean.split(self.chunk)])
             scores.append(self._scores(images[None], batch)[0])
         return torch.stack(scores)
+
+    def _state_rewards(self, batch: _Batch) -> Tensor:
+        """Rewards [T+1, B] of the completions of a batch's states."""
+        exact = Lookahead(self.model, plans.exact(len(self.sigmas) - 1), chunk=self.chunk)
+        clean = exact.complete(batch.trajectory)
+        return self._scores(exact.images(clean, batch.trajectory.coefficients.noisy, "full"), batch)
 
     def _scores(self, images: Tensor, batch: _Batch) -> Tensor:
         """Rewards [S, B] float64 on the CPU of images [S, B, 3, H, W]."""
@@ -187,7 +187,3 @@ class GainMeter:
                 ExitCode.REWARD,
             )
         return scores.values.double().view(count, -1).cpu()
-
-    @staticmethod
-    def _gains(rewards: Tensor) -> Tensor:
-        return reward_gains(rewards.T[:, None])[:, 0]

@@ -2,9 +2,10 @@
 
 A gain's sign says whether a step's noise has helped or harmed. Too much noise harms almost always: the step leaves what
 the model can still repair, and gains that are all negative tell good noise from bad no longer. So the noise of a step
-shall be as strong as its gains stay balanced (DenseGRPO, arXiv 2601.20218, Algorithm 1). The bias of the gains is of
-second order in the noise and their spread of first order: less noise always brings the balance back. A step's gains
-depend on the levels up to that step alone, so all steps are calibrated at once and the early ones settle first.
+shall be as strong as its gains stay balanced (DenseGRPO, arXiv 2601.20218, Algorithm 1). With a smooth reward and exact
+completions the bias of the gains is of second order in the noise and their spread of first order, so that less noise
+brings the balance back, whichever side has been in excess. A step's gains depend on the levels up to that step alone,
+so all steps are calibrated at once and the early ones settle first.
 """
 
 from __future__ import annotations
