@@ -112,7 +112,9 @@ def test_one_noisy_step_of_a_shared_start_is_branching(tiny_policy: Policy) -> N
         (step,) = build.trained_steps(config, 1)
         trajectory, outcome = experience(config, model, iteration=1)
         states = trajectory.latents.unflatten(1, (2, 3))
-        assert torch.equal(states[: step + 1], states[: step + 1, :, :1].expand_as(states[: step + 1]))
+        # the same state up to rounding, which may depend on a row's place in the batch
+        shared = states[: step + 1]
+        torch.testing.assert_close(shared, shared[:, :, :1].expand_as(shared), rtol=0, atol=1e-5)
         assert not torch.equal(states[step + 1, :, 0], states[step + 1, :, 1])
         found[method] = outcome.advantages.values
         assert found[method].abs().sum((0, 1)).nonzero().flatten().tolist() == [step]

@@ -120,6 +120,6 @@ def _balanced(turning: Tensor, aggregated: Tensor) -> Tensor:
         rising = magnitude.flatten().sort().values
         up_to = torch.searchsorted(rising, magnitude, right=True)
         tied = up_to - torch.searchsorted(rising, magnitude)
-        part = (count - (rising.numel() - up_to)) / tied
-        share = part.clamp(0, 1).to(share.dtype).where(side, share)
+        part = (count - (rising.numel() - up_to)).to(share.dtype) / tied
+        share = part.clamp(0, 1).where(side, share)
     return share
