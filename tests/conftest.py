@@ -10,6 +10,7 @@ from pathlib import Path
 # Read once, when the OpenMP runtime starts: before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -17,6 +18,10 @@ from torch import Tensor  # noqa: E402
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow  # noqa: E402
 from densegrpo_fast.flow.schedule import sd3_sigmas  # noqa: E402
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity  # noqa: E402
+
+# the same examples in every run
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
