@@ -13,7 +13,8 @@ from densegrpo_fast.outside import is_outside
 from densegrpo_fast.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from densegrpo_fast.config import Config, CreditOptions
+    from densegrpo_fast.config import Config
+    from densegrpo_fast.config_sections import CreditOptions
 
 OUTSIDE = "path.py:NAME"
 

@@ -1,0 +1,301 @@
+"""The option groups of a training run: the type of each option, its range, and what it means.
+
+What one option says about another group's is checked by `config.Config`, which holds them all.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, field_validator, model_validator
+
+from densegrpo_fast.config_methods import check_method, credit_names
+from densegrpo_fast.config_rewards import check_names
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
+PositiveInt = Annotated[int, Field(ge=1)]
+StepIndex = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all option groups: unknown keys, NaN, infinities and silent conversions are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelOptions(Section):
+    """The flow model that is aligned."""
+
+    path: Text = Field(description='"embedded", a Hugging Face hub id, or a local pipeline directory')
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        description="precision of the frozen base; auto = bfloat16 on a GPU, float32 on a CPU"
+    )
+    max_sequence_length: int = Field(ge=0, le=512, description="tokens in the T5 block; 0 leaves the block out")
+    revision: Text | None = Field(description="hub revision (branch, tag or commit) to pin; null = the default one")
+    height: int = Field(ge=0, le=4096, multiple_of=8, description="image height in pixels; 0 = the model's own")
+    width: int = Field(ge=0, le=4096, multiple_of=8, description="image width in pixels; 0 = the model's own")
+    compile: Literal["default", "max-autotune-no-cudagraphs"] | None = Field(
+        description="torch.compile the network, in this mode; null = no. For CUDA graphs see lookahead.graphs"
+    )
+
+
+class LoraOptions(Section):
+    """The low-rank adapter, the only thing that is trained."""
+
+    rank: int = Field(ge=1, le=1024, description="rank of the update of each projection")
+    alpha: int = Field(ge=1, le=4096, description="the update is scaled by alpha / rank")
+    targets: list[Text] = Field(min_length=1, description="attention projections that get an adapter")
+    init_seed: int = Field(ge=0, lt=2**63, description="seed of the adapter's initial weights")
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_once(cls, targets: list[str]) -> list[str]:
+        if len(set(targets)) != len(targets):
+            raise ValueError("expected every projection once")
+        return targets
+
+
+class DataOptions(Section):
+    """The prompts."""
+
+    prompts: Text = Field(
+        description='training prompts: "scenes", "general", "ocr" or "geneval" (built in), or a .txt or .jsonl file'
+    )
+    eval_prompts: Text = Field(
+        description='held-out prompts: "scenes", "general", "ocr" or "geneval" (built in), or a .txt or .jsonl file'
+    )
+    num_prompts: int = Field(ge=1, le=65536, description="prompts per iteration (P)")
+
+
+class SamplerOptions(Section):
+    """How the policy draws its trajectories."""
+
+    group_size: int = Field(ge=2, le=4096, description="samples per prompt (G)")
+    num_steps: int = Field(ge=2, le=1000, description="denoising steps of a trajectory (T)")
+    dynamics: Literal["flow_sde", "cps", "dance", "precise", "wan"] = Field(description="family of the stochastic step")
+    noise_level: Annotated[float, Field(ge=0, le=3)] | list[Annotated[float, Field(ge=0, le=3)]] = Field(
+        description="strength of the injected noise: one number, or one per step; 0 makes a step an ODE step"
+    )
+    calibration: Text | None = Field(
+        description="a file of densegrpo_fast.calibrate, whose noise level per step replaces noise_level; null = none"
+    )
+    guidance_scale: float = Field(ge=1, le=100, description="classifier-free guidance; 1 = off")
+    shared_noise: bool = Field(description="start all samples of a prompt from the same initial noise")
+    micro_batch: PositiveInt = Field(description="rows per forward pass, the same in rollout and replay")
+
+
+class WindowOptions(Section):
+    """Which steps of an iteration inject noise and are trained (Flow-GRPO-Fast, MixGRPO); the others are ODE steps."""
+
+    schedule: Literal["none", "fixed", "random", "progressive"] = Field(
+        description="none = all steps; a window for each iteration: always the first, drawn, or sliding on to the last"
+    )
+    size: PositiveInt | None = Field(description="steps of a window; null with schedule none")
+    first: StepIndex = Field(description="lowest step that a window may hold")
+    last: StepIndex | None = Field(description="highest step that a window may hold, at most T-2; null = T-2")
+    stride: PositiveInt = Field(description="with schedule progressive: steps by which the window moves on")
+    every: PositiveInt = Field(description="with schedule progressive: iterations between two moves")
+
+    @model_validator(mode="after")
+    def _schedule_and_its_size(self) -> WindowOptions:
+        if (self.schedule == "none") != (self.size is None):
+            expected = "null" if self.size is not None else "a number of steps"
+            received = "null" if self.size is None else self.size
+            raise ValueError(f'window.size: expected {expected} with schedule "{self.schedule}", got {received}')
+        return self
+
+
+class LookaheadOptions(Section):
+    """How each intermediate state is completed to an image. Not run for credit methods without (sparse, coca)."""
+
+    plan: Literal["exact", "exact_but_last", "nodes", "n_step", "one_step"] = Field(
+        description="later steps at which the velocity is evaluated; exact = all of them"
+    )
+    nodes: list[PositiveInt] = Field(description="with plan nodes: increasing step indices in 1..T-1; else []")
+    n: PositiveInt | None = Field(description="with plan n_step: Euler steps of a completion (1..T); else null")
+    guidance: Literal["full", "cond_only", "reuse"] = Field(
+        description="guidance after a completion's first velocity; reuse = the rollout's at the same step"
+    )
+    head: Text | None = Field(
+        description="completion head for this plan (a file of densegrpo_fast.completion); null = plain last jumps"
+    )
+    copy_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        description="evaluate a copy of the model with the adapter merged, in this precision; null = the policy itself"
+    )
+    cache: Text | None = Field(
+        description="features taken over from the rollout at the same step: text, reuse:2-5, skip:0,6, joined by +; "
+        "null = none"
+    )
+    graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")
+    decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
+    chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode")
+    guard_every: int = Field(
+        ge=0,
+        description="iterations between exact re-scorings of one prompt's trajectories, logged as guard/*; 0 = never",
+    )
+    guard_alarm: float = Field(
+        ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which a warning is logged"
+    )
+
+    @model_validator(mode="after")
+    def _plan_and_its_arguments(self) -> LookaheadOptions:
+        if (self.plan == "nodes") != bool(self.nodes):
+            expected = "at least one step" if self.plan == "nodes" else "[]"
+            raise ValueError(f'lookahead.nodes: expected {expected} with plan "{self.plan}", got {self.nodes}')
+        if (self.plan == "n_step") != (self.n is not None):
+            expected = "a number of steps" if self.plan == "n_step" else "null"
+            received = "null" if self.n is None else self.n
+            raise ValueError(f'lookahead.n: expected {expected} with plan "{self.plan}", got {received}')
+        if any(later <= earlier for earlier, later in zip(self.nodes, self.nodes[1:], strict=False)):
+            raise ValueError(f"lookahead.nodes: expected increasing steps, got {self.nodes}")
+        return self
+
+
+class RewardOptions(Section):
+    """What a good image is."""
+
+    terms: dict[str, float] = Field(
+        min_length=1, description="reward name -> weight; your own as module:function or path.py:function"
+    )
+    observed: list[Text] = Field(description="further rewards that only the held-out evaluation reports")
+    options: dict[Text, dict[str, JsonValue]] = Field(
+        description="reward name -> its options, such as {pickscore: {model: DIRECTORY}}; the option use: NAME gives a "
+        "name of your own to a reward, such as {hpsv2: {use: remote, url: http://...}}"
+    )
+    max_missing: float = Field(ge=0, le=1, description="share of missing scores above which the run stops")
+
+    @field_validator("terms")
+    @classmethod
+    def _one_counts(cls, terms: dict[str, float]) -> dict[str, float]:
+        if not any(terms.values()):
+            raise ValueError("expected at least one weight other than 0")
+        return terms
+
+    @model_validator(mode="after")
+    def _known_rewards(self) -> RewardOptions:
+        check_names(self.terms, self.observed, self.options)
+        return self
+
+
+class CreditOptions(Section):
+    """How rewards become advantages."""
+
+    method: Text = Field(
+        description=f"{credit_names()}; or your own CreditMethod as module:NAME or path.py:NAME (densegrpo_fast/credit)"
+    )
+    normalize: Literal["step", "joint"] = Field(
+        description="of dense, return_to_go and mixture: normalise for each step, or over all steps of a group together"
+    )
+    std: Literal["group", "global"] = Field(description="spread that advantages are divided by")
+    spread_floor: float = Field(ge=0, description="a group whose rewards spread less gets advantage 0")
+    clip: float = Field(gt=0, description="largest absolute advantage")
+    discount: float = Field(
+        ge=0, le=1, description="of return_to_go, vgpo and mixture's return_to_go: what a step further ahead counts"
+    )
+    step_value: Literal["gain", "value", "return_to_go"] = Field(
+        description="of mixture: what judges a step beside the end reward"
+    )
+    terminal_coef: float = Field(ge=0, description="of mixture: weight of the end reward's advantage")
+    dense_coef: float = Field(ge=0, description="of mixture: weight of the step's advantage")
+    consistent: bool = Field(description="of turning_point: the consistency constraint")
+    balance: bool = Field(description="of turning_point: as many replacements above 0 as below")
+    absolute_coef: float = Field(ge=0, description="of vgpo: weight of a step's value itself beside its comparison")
+    absolute_steps: int = Field(ge=0, description="of vgpo: steps from the start that get the absolute term")
+    window: PositiveInt = Field(description="of coca: steps whose similarity is averaged; a divisor of the steps")
+    alpha: float = Field(ge=0, le=1, description="of coca: part of the image's advantage that every step gets alike")
+    similarity_floor: float = Field(
+        gt=0, description="of coca: a trajectory whose similarity rises by less credits its steps alike"
+    )
+    arguments: dict[Text, JsonValue] = Field(
+        description="further arguments of a method of your own, such as {sharpness: 2}; {} for the package's"
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        return check_method(method)
+
+
+class ObjectiveOptions(Section):
+    """The policy loss."""
+
+    policy: Literal["clip", "guard", "dppo"] = Field(
+        description="clip = PPO's clipped ratios; guard = GRPO-Guard's normalised ones; dppo = Flow-DPPO's mask"
+    )
+    clip_range: float = Field(
+        gt=0,
+        lt=1,
+        description="the ratio is clipped to 1 - clip_range .. 1 + clip_range; guard's (2e-6 at 512 px) are smaller by "
+        "the step's injected noise; of no effect with dppo",
+    )
+    guard_weight: Literal["paper", "jacobian", "none"] = Field(
+        description="of guard: weight of each step; paper = 1/|dt| (dynamics flow_sde and dance), jacobian = the same "
+        "idea for any dynamics"
+    )
+    dppo_threshold: float = Field(
+        ge=0, description="of dppo: KL of a step to the sampling policy from which samples that enlarge it are dropped"
+    )
+    step_weight: Literal["none", "noise_aware", "flash", "proportionate"] = Field(
+        description="weight of each step's policy loss, on top of guard's; noise_aware = its injected noise "
+        "(TempFlow), flash = undoes the log-probability's gain (Flash-GRPO), proportionate = flash times |dt| (PCPO)"
+    )
+    kl_coef: float = Field(ge=0, description="weight of the KL to the model without its adapter; 0 = off")
+    kl_scale: Literal["flow_grpo", "paper"] = Field(
+        description="flow_grpo = that code's, which leaves out the step's |dt|; paper = the true divergence of a step"
+    )
+    trained_steps: Literal["all_but_last"] | list[StepIndex] | PositiveInt = Field(
+        description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration; with windows "
+        "only their steps"
+    )
+
+
+class OptimizerOptions(Section):
+    """AdamW."""
+
+    lr: float = Field(gt=0, le=1, description="learning rate")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        min_length=2, max_length=2, description="decay of the two moments"
+    )
+    weight_decay: float = Field(ge=0, le=1, description="decoupled weight decay")
+    eps: float = Field(gt=0, description="added to the denominator")
+    max_grad_norm: float = Field(gt=0, description="gradients are scaled down to this norm")
+    updates_per_iteration: PositiveInt = Field(description="updates that the samples of an iteration are split over")
+    warmup: int = Field(ge=0, description="updates over which the learning rate rises linearly; 0 = none")
+
+
+class EmaOptions(Section):
+    """The running average of the adapter, which is what evaluation and export use."""
+
+    decay: float = Field(ge=0, lt=1, description="share of the old average kept at an update of it")
+    every: int = Field(ge=0, description="optimizer updates between two updates of the average; 0 = no average")
+
+
+class EvaluationOptions(Section):
+    """Held-out evaluation with the ODE sampler."""
+
+    every: int = Field(ge=0, description="iterations between evaluations (and sample grids); 0 = only before and after")
+    num_prompts: PositiveInt = Field(description="held-out prompts")
+    samples_per_prompt: PositiveInt = Field(description="images per held-out prompt")
+    num_steps: int = Field(ge=1, le=1000, description="Euler steps")
+    guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = Field(description="null = the sampler's")
+
+
+class RunOptions(Section):
+    """How long, where to, and how often."""
+
+    output_dir: Text | None = Field(description="run directory; null = runs/PRESET-SEED")
+    iterations: PositiveInt = Field(description="GRPO iterations in all")
+    checkpoint_every: int = Field(ge=0, description="iterations between checkpoints; 0 = only at the end")
+    keep_checkpoints: PositiveInt = Field(description="newest checkpoints kept")
+    max_bad_steps: PositiveInt = Field(description="non-finite losses or gradients in a row before the run stops")
+    overwrite: bool = Field(description="move a run that is already in output_dir aside (to NAME.old-K)")
+    loggers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        description="shown there too, beside metrics.jsonl; one that fails is left out with a warning"
+    )
+
+    @field_validator("loggers")
+    @classmethod
+    def _loggers_once(cls, loggers: list[str]) -> list[str]:
+        if len(set(loggers)) != len(loggers):
+            raise ValueError("expected every logger once")
+        return loggers
