@@ -14,7 +14,7 @@ from densegrpo_fast.embedded import architecture, scenes
 from densegrpo_fast.models.flops import CLIP_H, LARGE_VAE, SD35_MEDIUM
 from densegrpo_fast.models.load import resolve_dtype
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.lora import add_lora
 
 EMBEDDED_RANDOM, SD35_RANDOM = "embedded_random", "sd35_medium_random"
@@ -50,7 +50,7 @@ def load(config: Config, device: torch.device) -> SD3:
     """
     options, lora = config.model, config.lora
     if options.path not in (EMBEDDED_RANDOM, SD35_RANDOM):
-        model = build.build_model(config, device)
+        model = builders.build_model(config, device)
         assert isinstance(model, SD3)
         return model
     if options.path == EMBEDDED_RANDOM:

@@ -15,7 +15,7 @@ from _record import RESULTS, pairwise_ratio
 from densegrpo_fast.config import Config
 from densegrpo_fast.config_cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime.build import trained_steps
+from densegrpo_fast.runtime.builders import trained_steps
 
 SPARSE, DENSE_FAST, DENSE_EXACT = "sparse", "dense_fast", "dense_exact"
 STOCK_SPARSE, STOCK_DENSE = "stock_sparse", "stock_dense"

@@ -49,22 +49,36 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+    best_of: int = 1,
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round.
 
     The variants take turns and every second round runs them backwards, so that a change of the machine's speed
     reaches all of them alike.
+
+    Args:
+        variants: what to time, by name.
+        rounds: timed turns of each.
+        warmup: turns before them.
+        clock: gives the time in seconds; `time.thread_time` leaves out what other processes took of a core.
+        best_of: calls in a turn, of which the fastest counts.
     """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warmup, rounds):
         for name in names if turn % 2 == 0 else reversed(names):
-            start = time.perf_counter()
-            variants[name]()
-            elapsed = time.perf_counter() - start
+            elapsed = []
+            for _ in range(best_of):
+                start = clock()
+                variants[name]()
+                elapsed.append(clock() - start)
             if turn >= 0:
-                seconds[name].append(elapsed)
+                seconds[name].append(min(elapsed))
     return seconds
 
 

@@ -3,7 +3,7 @@
 Rows are what can run on this machine: on a CUDA device if there is one, else on the CPU.
 
     csrc, triton, csrc_cuda, reference    the op's implementations
-    eager                                 the codebases' own step, one PyTorch op at a time (`_stock.eager_step`)
+    eager                                 the codebases' own form, one PyTorch op at a time (`_stock.eager_step`)
     eager_compiled                        torch.compile of that
     copy                                  a plain copy that moves as many bytes
 
@@ -76,25 +76,30 @@ def inputs(batch: int) -> Inputs:
 
 
 def rows_of(
-    op: str, ours: Callable[[str], Function], eager: Callable[..., Any], moved_bytes: int
+    op: str,
+    ours: Callable[[str], Function],
+    eager: Callable[..., Any],
+    moved_bytes: int,
+    codebase: Callable[..., Any] = eager_step,
 ) -> dict[str, Function]:
     """Everything that can run here, ready to call, the op's fastest implementation first.
 
     Args:
         op: key of `backends.OPS`.
         ours: makes the call of an implementation.
-        eager: takes a step function, `eager_step` or a compiled one, and runs the codebases' form with it.
+        eager: takes a function, `codebase` or that compiled, and runs the codebases' form with it.
         moved_bytes: least memory traffic of the op.
+        codebase: what the codebases run.
     """
     probe = torch.empty(1, 1, device=DEVICE)
     usable = [name for name in backends.OPS[op] if name in ROW_OF and not backends.why_not(op, name, probe)]
     source = torch.empty(moved_bytes // 8, device=DEVICE)
     destination = torch.empty_like(source)
     # with torch's own generator, which is several times faster on the CPU than the one that is compiled in
-    compiled = torch.compile(eager_step, options={"fallback_random": True})
+    compiled = torch.compile(codebase, options={"fallback_random": True})
     found = {
         **{ROW_OF[name]: ours(name) for name in usable},
-        "eager": lambda: eager(eager_step),
+        "eager": lambda: eager(codebase),
         "eager_compiled": lambda: eager(compiled),
         "copy": lambda: destination.copy_(source),
     }
@@ -113,13 +118,19 @@ def bench(benchmark: Any, rows: dict[str, Function], name: str, moved_bytes: int
         benchmark.extra_info["gigabytes_per_second"] = round(moved_bytes / seconds / 1e9, 2)
 
 
-def record(stem: str, rows_of_batch: Callable[[int], dict[str, Function]], moved_bytes: Callable[[int], int]) -> None:
+def record(
+    stem: str,
+    rows_of_batch: Callable[[int], dict[str, Function]],
+    moved_bytes: Callable[[int], int],
+    shape: tuple[int, ...] = LATENT_SHAPE,
+) -> None:
     """The command line of a bench: time all rows in turns; print and write medians and median ratios within a round.
 
     Args:
         stem: of the result file.
         rows_of_batch: makes the rows of a batch size.
         moved_bytes: least memory traffic of a batch size.
+        shape: of one row of the op's inputs.
     """
     options = options_of(stem)
     rows, traffic = rows_of_batch(options.batch), moved_bytes(options.batch)
@@ -140,7 +151,7 @@ def record(stem: str, rows_of_batch: Callable[[int], dict[str, Function]], moved
     document = provenance() | {
         "load_average": {"start": started, "end": load_average()},
         "settings": {
-            "shape": (options.batch, *LATENT_SHAPE),
+            "shape": (options.batch, *shape),
             "dtype": "float32",
             "family": "flow_sde",
             "rounds": options.rounds,
@@ -159,12 +170,12 @@ def record(stem: str, rows_of_batch: Callable[[int], dict[str, Function]], moved
         )
 
 
-def options_of(stem: str) -> argparse.Namespace:
-    """The command line of a bench: batch, rounds, output."""
+def options_of(stem: str, rounds: int = 200) -> argparse.Namespace:
+    """The command line of a bench: batch, rounds (with this default), output."""
     parser = argparse.ArgumentParser(description=f"Time the implementations of {stem}.", allow_abbrev=False)
     default = RESULTS / f"{stem}_{'gpu' if DEVICE.type == 'cuda' else 'cpu'}.json"
     parser.add_argument("--batch", type=_count, default=BATCH, help=f"latents in a batch; default: {BATCH}")
-    parser.add_argument("--rounds", type=_count, default=200, help="timed rounds; default: 200")
+    parser.add_argument("--rounds", type=_count, default=rounds, help=f"timed rounds; default: {rounds}")
     parser.add_argument("--output", type=Path, default=default, help=f"JSON file; default: results/{default.name}")
     return parser.parse_args()
 

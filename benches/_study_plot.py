@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_STYLES = ("-", "--", ":", "-.")
 
 
 def save_plot(path: Path, runs: Sequence[Run], variants: Sequence[str], scores: Sequence[str]) -> None:
@@ -25,11 +27,11 @@ def save_plot(path: Path, runs: Sequence[Run], variants: Sequence[str], scores: 
     figure = Figure(figsize=(10, 3.4 * len(scores)), layout="constrained")
     axes = figure.subplots(len(scores), 2, squeeze=False, sharey="row")
     for row, score in zip(axes, scores, strict=True):
-        for colour, variant in zip(_COLOURS, variants, strict=False):
+        for look, variant in zip(cycle(product(_STYLES, _COLOURS)), variants, strict=False):
             own = [run for run in runs if run["variant"] == variant]
             if own:
-                _draw(row[0], [_iterations(run) for run in own], own, score, variant, colour)
-                _draw(row[1], [seconds_of(run) for run in own], own, score, variant, colour)
+                _draw(row[0], [_iterations(run) for run in own], own, score, variant, look)
+                _draw(row[1], [seconds_of(run) for run in own], own, score, variant, look)
         row[0].set(xlabel="iterations", ylabel=f"held-out {score}")
         row[1].set(xlabel="training seconds (evaluation not counted)")
         for axis in row:
@@ -42,9 +44,13 @@ def _iterations(run: Run) -> np.ndarray:
     return np.array([point["iteration"] for point in run["points"]])
 
 
-def _draw(axis: Axes, positions: list[np.ndarray], runs: list[Run], score: str, variant: str, colour: str) -> None:
+def _draw(
+    axis: Axes, positions: list[np.ndarray], runs: list[Run], score: str, variant: str, look: tuple[str, str]
+) -> None:
+    style, colour = look
     heights = [held_out_of(run, score) for run in runs]
     for x, y in zip(positions, heights, strict=True):
-        axis.plot(x, y, color=colour, alpha=0.35, linewidth=0.8)
+        axis.plot(x, y, style, color=colour, alpha=0.35, linewidth=0.8)
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-    axis.plot(np.mean(positions, 0), np.mean(heights, 0), color=colour, linewidth=2.2, label=f"{variant}, {seeds}")
+    label = f"{variant}, {seeds}"
+    axis.plot(np.mean(positions, 0), np.mean(heights, 0), style, color=colour, linewidth=2.2, label=label)

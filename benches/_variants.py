@@ -15,11 +15,12 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.experience import Judge, sample
 from densegrpo_fast.runtime.learner import Learner
 from densegrpo_fast.runtime.metrics import PhaseTimer
 from densegrpo_fast.sampling.cost import Evaluations, IterationCost, dense_iteration, sparse_iteration
+from densegrpo_fast.sampling.plan import make_plan
 
 
 class Variant:
@@ -35,8 +36,8 @@ class Variant:
         self.name, self.config, self.cost = name, config, _cost(name, config)
         self.phases: list[dict[str, float]] = []
         self._iterations = 0
-        self._prompts = build.build_prompts(config)
-        self._timer = PhaseTimer(build.synchronizer(model.device))
+        self._prompts = builders.build_prompts(config)
+        self._timer = PhaseTimer(builders.synchronizer(model.device))
         self._step = _stock(name, config, model, reward) if name.startswith("stock") else _ours(config, model, reward)
 
     @property
@@ -56,9 +57,9 @@ _Step = Callable[[list[str], list[dict[str, Any]], PhaseTimer, int], None]
 
 
 def _ours(config: Config, model: SD3, reward: RewardMixture) -> _Step:
-    learner = Learner(model, build.learner_options(config))
-    judge = Judge(config, model, reward, build.build_lookahead(config, model))
-    coefficients, steps = build.build_coefficients(config, model), build.trained_steps(config, 0)
+    learner = Learner(model, builders.learner_options(config))
+    judge = Judge(config, model, reward, builders.build_lookahead(config, model))
+    coefficients, steps = builders.build_coefficients(config, model), builders.trained_steps(config, 0)
 
     def step(rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer, iteration: int) -> None:
         with timer("rollout"):
@@ -81,7 +82,7 @@ def _stock(name: str, config: Config, model: SD3, reward: RewardMixture) -> _Ste
 
 def _cost(name: str, config: Config) -> IterationCost:
     options: dict[str, Any] = {
-        "trained_steps": len(build.trained_steps(config, 0)),
+        "trained_steps": len(builders.trained_steps(config, 0)),
         "guided": config.sampler.guidance_scale != 1.0,
         "kl": config.objective.kl_coef > 0,
     }
@@ -90,7 +91,7 @@ def _cost(name: str, config: Config) -> IterationCost:
         return stock_cost(steps, dense=name == STOCK_DENSE, **options)
     if name == SPARSE:
         return sparse_iteration(steps, **options)
-    plan = build.make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1)
+    plan = make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1)
     return dense_iteration(plan, guidance=ahead.guidance, decoder=ahead.decoder, **options)
 
 
@@ -146,10 +147,10 @@ class Tally:
         return torch.zeros(len(images))
 
 
-def reward_with_tally(terms: dict[str, float]) -> tuple[RewardMixture, Tally]:
-    """The named rewards, and a counter of the pictures that they score."""
-    tally = Tally()
-    return RewardMixture(build.build_reward(terms).terms | {"tally": (tally, 0.0)}), tally
+def reward_with_tally(config: Config) -> tuple[RewardMixture, Tally]:
+    """The rewards of a configuration, and a counter of the pictures that they score."""
+    tally, reward = Tally(), builders.build_reward(config.reward.terms, config.reward.options)
+    return RewardMixture(reward.terms | {"tally": (tally, 0.0)}), tally
 
 
 @contextmanager

@@ -53,7 +53,7 @@ from _variants import Tally, Variant, counted, reward_with_tally
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.flow.noise import Stream, gaussian
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.experience import sample
 from densegrpo_fast.sampling.cost import IterationCost
 
@@ -92,8 +92,8 @@ def prepare(protocol: Protocol, *, kl: bool, model: SD3 | None = None) -> Bench:
     """
     configs = {name: protocol.config(name, kl=kl) for name in NAMES}
     config = configs[SPARSE]
-    model = load(config, build.default_device()) if model is None else model
-    reward, tally = reward_with_tally(config.reward.terms)
+    model = load(config, builders.default_device()) if model is None else model
+    reward, tally = reward_with_tally(config)
     variants = {name: Variant(name, configs[name], model, reward) for name in NAMES}
     bench = Bench(protocol, model, variants, tally)
     check_states(bench)
@@ -108,15 +108,15 @@ def check_states(bench: Bench) -> None:
     model, config = bench.model, bench.variants[SPARSE].config
     if model.transformer.dtype != torch.float32:
         return
-    rows, _ = build.build_prompts(config).rows(0, config.sampler.group_size)
+    rows, _ = builders.build_prompts(config).rows(0, config.sampler.group_size)
     size = config.sampler.micro_batch
-    ours = sample(config, model, rows, build.build_coefficients(config, model), iteration=0).latents[:, :size]
+    ours = sample(config, model, rows, builders.build_coefficients(config, model), iteration=0).latents[:, :size]
     index = torch.arange(size, device=model.device)
     steps = [
         gaussian(model.latent_shape, seed=config.seed, sample_index=index, step=step, stream=Stream.STEP)
         for step in range(len(ours) - 1)
     ]
-    stock = Stock(model, config, build.build_reward(config.reward.terms))
+    stock = Stock(model, config, builders.build_reward(config.reward.terms, config.reward.options))
     theirs, _ = stock.rollout(stock.encode(rows[:size]), size, ours[0], torch.stack(steps))
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item())
 

@@ -36,12 +36,12 @@ from _models import EMBEDDED_RANDOM, load
 from _protocol import DENSE_EXACT, DENSE_FAST, Protocol, default_output, parser, protocol_of, ratios
 from _record import NOISY_SPREAD, interleaved, load_average, portable, provenance, spread, write_json
 from _stock import Stock
-from _variants import counted, reward_with_tally, stock_cost
+from _variants import Tally, counted, stock_cost
 from torch import Tensor
 
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.experience import sample
 from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
@@ -72,13 +72,13 @@ def ways(protocol: Protocol) -> dict[str, Way]:
         AssertionError: serial and exact differ, or a way evaluates another number of rows.
     """
     exact, fast = (protocol.config(name, kl=True) for name in (DENSE_EXACT, DENSE_FAST))
-    model = load(exact, build.default_device())
-    rows, _ = build.build_prompts(exact).rows(0, exact.sampler.group_size)
-    cheap = build.build_lookahead(fast, model)
+    model = load(exact, builders.default_device())
+    rows, _ = builders.build_prompts(exact).rows(0, exact.sampler.group_size)
+    cheap = builders.build_lookahead(fast, model)
     assert cheap is not None
     # what the cheap one needs is kept
-    trajectory = sample(fast, model, rows, build.build_coefficients(fast, model), 0, cache=cheap.cache)
-    synchronize = build.synchronizer(model.device)
+    trajectory = sample(fast, model, rows, builders.build_coefficients(fast, model), 0, cache=cheap.cache)
+    synchronize = builders.synchronizer(model.device)
 
     def ours(lookahead: Lookahead | None) -> Way:
         assert lookahead is not None
@@ -90,7 +90,7 @@ def ways(protocol: Protocol) -> dict[str, Way]:
 
         return Way(complete, lookahead_evaluations(lookahead.plan, guided=True, guidance=lookahead.guidance))
 
-    stock = Stock(model, exact, build.build_reward(exact.reward.terms))
+    stock = Stock(model, exact, builders.build_reward(exact.reward.terms, exact.reward.options))
     text, steps = stock.encode(rows), trajectory.num_steps
     stock.set_timesteps()
 
@@ -102,7 +102,7 @@ def ways(protocol: Protocol) -> dict[str, Way]:
     cost = stock_cost(steps, trained_steps=0, guided=True, kl=False, dense=True)
     found = {
         "serial": Way(serial, cost.lookahead),
-        "exact": ours(build.build_lookahead(exact, model)),
+        "exact": ours(builders.build_lookahead(exact, model)),
         "nodes": ours(cheap),
         "one_step": ours(Lookahead(model, one_step(steps), chunk=exact.lookahead.chunk)),
     }
@@ -113,7 +113,7 @@ def ways(protocol: Protocol) -> dict[str, Way]:
 def check(found: dict[str, Way], model: SD3, rows: int) -> None:
     """Assert the work of every way, and that serial and exact agree where the base is float32."""
     clean = {}
-    _, tally = reward_with_tally({"jpeg_compressibility": 1.0})
+    tally = Tally()
     for name, way in found.items():
         with counted(model, tally) as work:
             clean[name] = way.complete()

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_WAIT_POLICY=PASSIVE TRANSFORMERS_VERBOSITY=error PYTHONUNBUFFERED=1
 
 results="${1:-benches/results}"
-parts="${PARTS:-tests steps iteration lookahead}"
+parts="${PARTS:-tests steps iteration lookahead rehearsal}"
 mkdir -p "$results"
 python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device" >&2; exit 2; }
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw,memory.used --format=csv || true
@@ -29,11 +29,13 @@ part() {
 
 model=(--model sd35_medium_random --prompts 1 --group-size 24 --override sampler.micro_batch=8)
 part tests python -m pytest -q -m gpu
-for op in sde_step sde_log_prob euler_jump; do
+for op in sde_step sde_log_prob sde_log_prob_kl euler_jump grpo_loss; do
   part steps python "benches/bench_$op.py" --batch 24 --output "$results/${op}_gpu.json"
 done
 part iteration python benches/bench_iteration.py "${model[@]}" --rounds 3 --output "$results/iteration_gpu.json"
 part lookahead python benches/bench_lookahead.py "${model[@]}" --rounds 3 --output "$results/lookahead_gpu.json"
+part rehearsal python benches/gpu_rehearsal.py --prompts 1 --group-size 24 --override sampler.micro_batch=8 \
+  --output "$results/gpu_rehearsal_gpu.json"
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}" >&2

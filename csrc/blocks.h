@@ -34,20 +34,45 @@ struct LaneSum {
   }
 };
 
+// The velocity of a row: as given, or guided, uncond + scale*(velocity - uncond), when there is an unconditional one.
+template <bool kGuided>
+struct RowVelocity {
+  const float* __restrict cond;
+  const float* __restrict uncond;
+  float scale;
+
+  DENSEGRPO_INLINE_MEMBER float operator[](int64_t i) const {
+    if constexpr (kGuided) return uncond[i] + scale * (cond[i] - uncond[i]);
+    return cond[i];
+  }
+};
+
+// Velocities of a batch, [batch, elements]; uncond and scale ([batch]) are null without guidance.
+struct Velocities {
+  const float *cond, *uncond, *scale;
+
+  template <bool kGuided>
+  DENSEGRPO_INLINE_MEMBER RowVelocity<kGuided> from(int64_t row, int64_t elements, int64_t first) const {
+    const int64_t start = row * elements + first;
+    if constexpr (kGuided) return {cond + start, uncond + start, scale[row]};
+    return {cond + start, nullptr, 0.0f};
+  }
+};
+
 // log_prob of a row from the sum of its squared residuals.
 inline float log_prob_of(double sum, int64_t elements, const float* row) {
   return static_cast<float>(-static_cast<double>(row[kLogProbScale]) * (sum / static_cast<double>(elements)) +
                             static_cast<double>(row[kLogProbConst]));
 }
 
-// Runs body.block on every block of every row and returns the sum of its results per row.
+// Runs body.block on every block of every row and returns the sums of its results per row.
 //
 // per_thread: elements that repay starting a thread. No thread outlives the call. Throws std::bad_alloc.
 template <class Body>
-std::vector<double> for_blocks(const Body& body, int64_t batch, int64_t elements, int32_t threads, int64_t per_thread) {
+std::vector<Sums> for_blocks(const Body& body, int64_t batch, int64_t elements, int32_t threads, int64_t per_thread) {
   const int64_t blocks = (elements + kBlock - 1) / kBlock, units = batch * blocks;
   const BlockFunction<Body> block = block_function<Body>();
-  std::vector<double> sums(static_cast<size_t>(batch)), partial(static_cast<size_t>(units));
+  std::vector<Sums> sums(static_cast<size_t>(batch)), partial(static_cast<size_t>(units));
   const auto work = [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t begin = unit % blocks * kBlock;
@@ -69,8 +94,10 @@ std::vector<double> for_blocks(const Body& body, int64_t batch, int64_t elements
   }
   work(0, rest);
   for (std::thread& thread : pool) thread.join();
-  for (int64_t unit = 0; unit < units; ++unit)
-    sums[static_cast<size_t>(unit / blocks)] += partial[static_cast<size_t>(unit)];
+  for (int64_t unit = 0; unit < units; ++unit) {
+    sums[static_cast<size_t>(unit / blocks)].residual += partial[static_cast<size_t>(unit)].residual;
+    sums[static_cast<size_t>(unit / blocks)].distance += partial[static_cast<size_t>(unit)].distance;
+  }
   return sums;
 }
 

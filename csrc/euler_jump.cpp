@@ -14,13 +14,13 @@ struct EulerJump {
   float* next;
 
   template <int kVariant>
-  DENSEGRPO_INLINE_MEMBER double block(int64_t row, int64_t begin, int64_t end) const {
+  DENSEGRPO_INLINE_MEMBER Sums block(int64_t row, int64_t begin, int64_t end) const {
     const float step = dt[row];
     const float* __restrict x = latents + row * elements;
     const float* __restrict v = velocity + row * elements;
     float* __restrict y = next + row * elements;
     for (int64_t i = begin; i < end; ++i) y[i] = x[i] + step * v[i];
-    return 0.0;
+    return {};
   }
 };
 

@@ -22,7 +22,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "sde_step": "flow.ops",
+    "sde_step_outputs": "flow.ops",
     "sde_log_prob": "flow.ops",
+    "sde_log_prob_kl": "flow.ops",
     "euler_jump": "flow.ops",
     "grpo_loss": "flow.ops",
     "coefficients": "flow.dynamics",

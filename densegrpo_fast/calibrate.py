@@ -28,8 +28,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, Staircase
+from densegrpo_fast.command_line import check_outputs, command_parser, configuration
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 
 if TYPE_CHECKING:
@@ -43,13 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     with user_errors_exit():
-        config, flags = load_config(overrides)
-        if flags.resume or flags.dry_run:
-            raise UserError("--resume and --dry-run are options of training", ExitCode.USAGE)
-        for name in ("output", "plot"):
-            path: Path | None = getattr(options, name)
-            if path is not None and not path.resolve().parent.is_dir():
-                raise UserError(f"--{name}: there is no directory {path.parent}", ExitCode.OUTPUT)
+        config = configuration(overrides)
+        check_outputs(options, "output", "plot")
         return int(calibrate(config, options))
 
 
@@ -130,24 +125,12 @@ def make_rule(config: Config, options: argparse.Namespace) -> Rule:
 
 def _meter(config: Config, samples: int) -> GainMeter:
     from densegrpo_fast.calibration.measure import GainMeter
-    from densegrpo_fast.runtime import build
+    from densegrpo_fast.runtime import builders
 
-    prompts = build.build_prompts(config).prompts
-    reward = build.build_reward(config.reward.terms, config.reward.options)
-    model = build.build_model(config, build.default_device())
-    return GainMeter(
-        model=model,
-        reward=reward,
-        sigmas=model.sigmas(config.sampler.num_steps),
-        dynamics=config.sampler.dynamics,
-        prompts=prompts,
-        guidance_scale=config.sampler.guidance_scale,
-        rows=config.sampler.micro_batch,
-        chunk=config.lookahead.chunk,
-        seed=config.seed,
-        max_missing=config.reward.max_missing,
-        count=samples,
-    )
+    prompts = builders.build_prompts(config).prompts
+    reward = builders.build_reward(config.reward.terms, config.reward.options)
+    model = builders.build_model(config, builders.default_device())
+    return GainMeter.of(config, model, reward, prompts, samples)
 
 
 def _settings(config: Config, options: argparse.Namespace) -> dict[str, Any]:
@@ -178,14 +161,7 @@ def _shown(bar: Any) -> Callable[[Round], None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m densegrpo_fast.calibrate",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("calibrate", __doc__)
     add, count, number = parser.add_argument, partial(_integer, 1), _number
     add("--output", type=Path, required=True, metavar="FILE.json", help="where the levels and their evidence go")
     add("--plot", type=Path, metavar="FILE.png", help="draw the gains of each step before and after")

@@ -13,7 +13,9 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints, model_validator
 from pydantic.fields import FieldInfo
 
-from densegrpo_fast.config_methods import credit_problem, objective_problem
+from densegrpo_fast.config_branching import branching_problem
+from densegrpo_fast.config_calibration import CalibrationOptions, calibration_problem
+from densegrpo_fast.config_methods import credit_problem, objective_problem, remainder_problem
 from densegrpo_fast.config_rewards import meaning
 from densegrpo_fast.config_sections import (
     CreditOptions,
@@ -47,6 +49,7 @@ class Config(Section):
     data: DataOptions
     sampler: SamplerOptions
     window: WindowOptions
+    calibration: CalibrationOptions
     lookahead: LookaheadOptions
     reward: RewardOptions
     credit: CreditOptions
@@ -64,7 +67,7 @@ class Config(Section):
             problem = find()
             if problem:
                 raise ValueError(f"{problem} (sampler.num_steps is {steps})")
-        for check in (credit_problem, objective_problem):
+        for check in (credit_problem, objective_problem, remainder_problem, calibration_problem, branching_problem):
             problem = check(self)
             if problem:
                 raise ValueError(problem)
@@ -74,10 +77,14 @@ class Config(Section):
                 f"got {self.model.height} and {self.model.width}"
             )
         samples, rows = self.data.num_prompts * self.sampler.group_size, self.sampler.micro_batch
+        kind, product = "samples", "data.num_prompts x sampler.group_size"
+        if self.sampler.branches is not None:
+            samples //= self.sampler.branches
+            kind, product = "trunks", f"{product} / sampler.branches"
         if samples % rows:
             raise ValueError(
-                f"sampler.micro_batch: expected a divisor of the {samples} samples of an iteration "
-                f"(data.num_prompts x sampler.group_size), got {rows}"
+                f"sampler.micro_batch: expected a divisor of the {samples} {kind} of an iteration ({product}), "
+                f"got {rows}"
             )
         if (samples // rows) % self.optimizer.updates_per_iteration:
             raise ValueError(
@@ -116,6 +123,11 @@ class Config(Section):
             if self.model.compile is not None and getattr(self.lookahead, name) is not None:
                 hides = "expected null with model.compile, which hides the network's blocks"
                 return f"lookahead.{name}: {hides}, got {getattr(self.lookahead, name)}"
+        refresh = self.lookahead.head_refresh
+        if refresh and self.lookahead.head is None:
+            return f"lookahead.head_refresh: expected 0 without lookahead.head, got {refresh}"
+        if refresh and not self.lookahead.guard_every:
+            return f"lookahead.head_refresh: expected 0 without lookahead.guard_every, got {refresh}"
         if nodes and nodes[-1] > steps - 1:
             return f"lookahead.nodes: expected steps in 1..{steps - 1}, got {nodes}"
         if n is not None and n > steps:
@@ -139,6 +151,11 @@ class Config(Section):
     def uses_lookahead(self) -> bool:
         """Whether the credit method needs completions of intermediate states."""
         return registry.find(self.credit.method).uses_lookahead
+
+    @property
+    def uses_branches(self) -> bool:
+        """Whether the credit method compares branches of one state."""
+        return registry.find(self.credit.method).uses_branches
 
     def windows(self) -> list[range]:
         """Every window that an iteration may have; without windows the steps 0..T-2, which are all that is trained."""
@@ -174,11 +191,12 @@ class Config(Section):
 
         Left out is what changes neither the weights nor the meaning of a logged number: the preset's name,
         where and how long the run goes on, how often it evaluates, samples and saves, which file the noise
-        levels came from, and where rewards are computed.
+        levels came from, where rewards are computed, and how memory is saved.
         """
         settings = self.model_dump(mode="json", exclude={"preset", "run"})
         settings["reward"]["options"] = meaning(self.reward.options)
         del settings["evaluation"]["every"], settings["sampler"]["calibration"]
+        del settings["model"]["gradient_checkpointing"], settings["model"]["prompt_cache"]
         return settings
 
     def fingerprint(self) -> str:

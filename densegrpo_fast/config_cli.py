@@ -75,7 +75,7 @@ def load_config(argv: Sequence[str]) -> tuple[Config, CliFlags]:
     """
     arguments = _split(argv)
     if arguments.printing == "--list-presets":
-        _print_and_exit("".join(f"{name:24}{preset_summary(name)}\n" for name in preset_names()))
+        _print_and_exit("".join(f"{name:28}{preset_summary(name)}\n" for name in preset_names()))
     settings = read_settings(_source(arguments))
     if arguments.resume_directory is not None:
         arguments.overrides.setdefault("run.output_dir", arguments.resume_directory)

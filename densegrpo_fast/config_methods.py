@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.credit import registry
 from densegrpo_fast.outside import is_outside
+from densegrpo_fast.sampling.windows import remaining_steps
 from densegrpo_fast.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -58,10 +59,20 @@ def credit_problem(config: Config) -> str | None:
     except ValueError as error:
         return f"credit.method: {error}"
     return (
-        _arguments_problem(credit, method)
+        _smoothing_problem(config, method)
+        or _arguments_problem(credit, method)
         or _plan_problem(config, method)
         or _coefficients_problem(config, method.options)
     )
+
+
+def _smoothing_problem(config: Config, method: registry.CreditMethod) -> str | None:
+    given, name = config.credit.smoothing, config.credit.method
+    if given and not method.uses_lookahead:
+        return f"credit.smoothing: expected 0 with credit.method {name}, which has no lookahead, got {given}"
+    if given and config.window.size == 1:
+        return f"credit.smoothing: expected 0 with one noisy step, between whose ends no state lies, got {given}"
+    return None
 
 
 def _arguments_problem(credit: CreditOptions, method: registry.CreditMethod) -> str | None:
@@ -97,9 +108,37 @@ def _coefficients_problem(config: Config, taken: Iterable[str]) -> str | None:
     return None
 
 
+def remainder_problem(config: Config) -> str | None:
+    """What is wrong with the steps after the window among the other options, beginning with the key; None = nothing."""
+    window, lookahead = config.window, config.lookahead
+    if window.size is None:
+        for name, plain in (("remainder", "euler"), ("remainder_share", 1)):
+            if (given := getattr(window, name)) != plain:
+                return f"window.{name}: expected {plain} without windows, after which no step would come, got {given}"
+        return None
+    if window.remainder == "dpm_solver":
+        left = max(
+            remaining_steps(config.sampler.num_steps - reached.stop, window.remainder_share)
+            for reached in config.windows()
+        )
+        if left < 3:
+            return (
+                "window.remainder: the first and the last step of dpm_solver are Euler's, so it wants at least 3 steps "
+                f"after a window, got {left}"
+            )
+    if window.remainder_share < 1 and config.uses_lookahead:
+        whole = "with window.remainder_share below 1, which leaves out grid points, got"
+        if lookahead.plan == "nodes":
+            return f"lookahead.plan: expected exact, exact_but_last, n_step or one_step {whole} nodes"
+        for name in ("head", "cache"):
+            if (given := getattr(lookahead, name)) is not None:
+                return f"lookahead.{name}: expected null {whole} {given}"
+    return None
+
+
 def objective_problem(config: Config) -> str | None:
     """What is wrong with the policy loss among the other options, beginning with the key; None = nothing."""
-    objective, dynamics, steps = config.objective, config.sampler.dynamics, config.sampler.num_steps
+    objective, dynamics = config.objective, config.sampler.dynamics
     if objective.policy != "guard":
         return None
     if dynamics in _NO_VARIANCE:
@@ -113,10 +152,14 @@ def objective_problem(config: Config) -> str | None:
             f"objective.guard_weight: {objective.guard_weight} is defined for sampler.dynamics "
             f"{' and '.join(defined)}, expected jacobian or none with {dynamics}"
         )
-    trained = objective.trained_steps
-    candidates = {*trained} if isinstance(trained, list) else {step for window in config.windows() for step in window}
-    ends = {steps - 1} if dynamics in _QUIET_END else set()
-    quiet = [step for step in sorted(candidates) if step in ends or not config.noise_levels[step]]
-    if quiet:
+    if quiet := quiet_steps(config):
         return f"objective.policy: guard needs noise in every trained step, {dynamics} injects none in {quiet}"
     return None
+
+
+def quiet_steps(config: Config) -> list[int]:
+    """The steps that training may train although they inject no noise."""
+    trained, last = config.objective.trained_steps, config.sampler.num_steps - 1
+    candidates = {*trained} if isinstance(trained, list) else {step for window in config.windows() for step in window}
+    ends = {last} if config.sampler.dynamics in _QUIET_END else set()
+    return [step for step in sorted(candidates) if step in ends or not config.noise_levels[step]]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from densegrpo_fast.outside import is_outside
 from densegrpo_fast.suggest import did_you_mean
 
 REWARD_NAMES = (
@@ -25,7 +25,6 @@ REWARD_NAMES = (
 USE = "use"
 """Key among a reward's options: the reward that stands behind a name of one's own."""
 
-_OWN_REWARD = re.compile(r"[^:\s][^:]*:[A-Za-z_]\w*")
 _HOW = frozenset(
     ("url", "timeout", "retries", "retry_delay", "breaker_after", "cooldown", "max_reply", "concurrency", "token_env")
     + ("batch", "device", "chunk", "threads")
@@ -50,7 +49,7 @@ def check_names(terms: Iterable[str], observed: Iterable[str], options: Mapping[
             kind, _ = behind(name, options)
             if not isinstance(kind, str):
                 raise ValueError(f"reward.options.{name}.{USE}: expected the name of a reward, got {kind!r}")
-            if kind not in REWARD_NAMES and not _OWN_REWARD.fullmatch(kind):
+            if kind not in REWARD_NAMES and not is_outside(kind):
                 where = f"reward.{key}" if kind == name else f"reward.options.{name}.{USE}"
                 raise ValueError(
                     f'{where}: unknown reward "{kind}"{did_you_mean(kind, REWARD_NAMES)} '

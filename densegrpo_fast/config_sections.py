@@ -37,6 +37,27 @@ class ModelOptions(Section):
     compile: Literal["default", "max-autotune-no-cudagraphs"] | None = Field(
         description="torch.compile the network, in this mode; null = no. For CUDA graphs see lookahead.graphs"
     )
+    attention: Literal["auto", "native", "xformers", "flash"] = Field(
+        description="auto = PyTorch's as the model calls it; the others through diffusers' dispatcher: native = "
+        "PyTorch's, xformers and flash (flash-attn) = those packages, which need a CUDA device"
+    )
+    gradient_checkpointing: bool = Field(
+        description="compute the blocks' activations again in the backward instead of keeping them: the same "
+        "gradients in a fraction of the memory, for one more forward of every trained row"
+    )
+    vae_dtype: Literal["float32", "bfloat16"] = Field(description="precision of the full decoder")
+    vae_decode: Literal["whole", "sliced", "tiled"] = Field(
+        description="how the full decoder decodes: all pictures of a chunk together, one by one, or one by one and "
+        "pictures beyond the autoencoder's own size in overlapping tiles, whose seams are blended"
+    )
+    preview_decoder: Text | None = Field(
+        description="directory of an AutoencoderTiny for the same latents; null = the folder preview_decoder of a "
+        "pipeline directory, if it is there"
+    )
+    prompt_cache: Text | None = Field(
+        description="directory that keeps encoded prompts; the text encoders are then only in memory while a prompt "
+        "that is not in it is encoded. null = no cache, the encoders stay in memory"
+    )
 
 
 class LoraOptions(Section):
@@ -80,6 +101,10 @@ class SamplerOptions(Section):
         description="a file of densegrpo_fast.calibrate, whose noise level per step replaces noise_level; null = none"
     )
     guidance_scale: float = Field(ge=1, le=100, description="classifier-free guidance; 1 = off")
+    branches: Annotated[int, Field(ge=2, le=4096)] | None = Field(
+        description="steps that are taken with noise from each state of group_size / branches noise-free trunks, at "
+        "every trained step (TempFlow-GRPO, Granular-GRPO; credit.method branch or granular); null = trajectories"
+    )
     shared_noise: bool = Field(description="start all samples of a prompt from the same initial noise")
     micro_batch: PositiveInt = Field(description="rows per forward pass, the same in rollout and replay")
 
@@ -95,6 +120,13 @@ class WindowOptions(Section):
     last: StepIndex | None = Field(description="highest step that a window may hold, at most T-2; null = T-2")
     stride: PositiveInt = Field(description="with schedule progressive: steps by which the window moves on")
     every: PositiveInt = Field(description="with schedule progressive: iterations between two moves")
+    remainder: Literal["euler", "dpm_solver"] = Field(
+        description="how the noise-free steps after the window are taken; dpm_solver = second-order DPM-Solver++ "
+        "(MixGRPO-Flash)"
+    )
+    remainder_share: float = Field(
+        gt=0, le=1, description="part of the steps after the window that is kept, spread evenly; 1 = all"
+    )
 
     @model_validator(mode="after")
     def _schedule_and_its_size(self) -> WindowOptions:
@@ -128,13 +160,23 @@ class LookaheadOptions(Section):
     )
     graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")
     decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
-    chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode")
+    chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode, at most")
+    memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+        description="memory (1e9 bytes) that a forward of the lookahead, or a decode, may take beside weights and "
+        "trajectories: lowers chunk as far as needed; null = no limit"
+    )
     guard_every: int = Field(
         ge=0,
         description="iterations between exact re-scorings of one prompt's trajectories, logged as guard/*; 0 = never",
     )
     guard_alarm: float = Field(
         ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which a warning is logged"
+    )
+    head_refresh: int = Field(
+        ge=0,
+        le=10000,
+        description="optimiser steps by which each such re-scoring trains the completion head further, so that it "
+        "follows the policy; 0 = the head stays as it is",
     )
 
     @model_validator(mode="after")
@@ -163,6 +205,10 @@ class RewardOptions(Section):
         "name of your own to a reward, such as {hpsv2: {use: remote, url: http://...}}"
     )
     max_missing: float = Field(ge=0, le=1, description="share of missing scores above which the run stops")
+    overlap: bool = Field(
+        description="score on a thread of its own while further images are decoded, a chunk at a time: for rewards "
+        "that leave the model's device alone, on the CPU or a server; else all images in one call"
+    )
 
     @field_validator("terms")
     @classmethod
@@ -188,6 +234,12 @@ class CreditOptions(Section):
     )
     std: Literal["group", "global"] = Field(description="spread that advantages are divided by")
     spread_floor: float = Field(ge=0, description="a group whose rewards spread less gets advantage 0")
+    smoothing: float = Field(
+        ge=0,
+        le=1000,
+        description="of methods with a lookahead: variance of a completion's reward around its state's true value, in "
+        "units of a step's true gain's, by which rewards along a trajectory are smoothed; 0 = not",
+    )
     clip: float = Field(gt=0, description="largest absolute advantage")
     discount: float = Field(
         ge=0, le=1, description="of return_to_go, vgpo and mixture's return_to_go: what a step further ahead counts"
@@ -206,9 +258,19 @@ class CreditOptions(Section):
     similarity_floor: float = Field(
         gt=0, description="of coca: a trajectory whose similarity rises by less credits its steps alike"
     )
+    granularities: list[PositiveInt] = Field(
+        min_length=1, description="of granular: step sizes of the completions of a branch, in steps of the grid"
+    )
     arguments: dict[Text, JsonValue] = Field(
         description="further arguments of a method of your own, such as {sharpness: 2}; {} for the package's"
     )
+
+    @field_validator("granularities")
+    @classmethod
+    def _granularities_increase(cls, granularities: list[int]) -> list[int]:
+        if sorted(set(granularities)) != granularities:
+            raise ValueError(f"expected increasing step sizes, got {granularities}")
+        return granularities
 
     @field_validator("method")
     @classmethod
@@ -242,6 +304,17 @@ class ObjectiveOptions(Section):
     kl_coef: float = Field(ge=0, description="weight of the KL to the model without its adapter; 0 = off")
     kl_scale: Literal["flow_grpo", "paper"] = Field(
         description="flow_grpo = that code's, which leaves out the step's |dt|; paper = the true divergence of a step"
+    )
+    negative_factor: float = Field(
+        ge=0,
+        le=1,
+        description="with sampler.branches: multiplies the negative advantages of branches whose noise points where "
+        "that of good branches of the same state does (an experiment after NTHR); 1 = off",
+    )
+    negative_threshold: float = Field(
+        ge=0,
+        description="how much it does, as a share of what the least good branch has; 1 as in NTHR, which with D latent "
+        "values holds next to nothing back, some 1/sqrt(D) does",
     )
     trained_steps: Literal["all_but_last"] | list[StepIndex] | PositiveInt = Field(
         description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration; with windows "
@@ -289,6 +362,9 @@ class RunOptions(Section):
     keep_checkpoints: PositiveInt = Field(description="newest checkpoints kept")
     max_bad_steps: PositiveInt = Field(description="non-finite losses or gradients in a row before the run stops")
     overwrite: bool = Field(description="move a run that is already in output_dir aside (to NAME.old-K)")
+    memory_check: Literal["refuse", "warn", "off"] = Field(
+        description="what to do at the start if the estimated memory is clearly more than the device has free"
+    )
     loggers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
         description="shown there too, beside metrics.jsonl; one that fails is left out with a warning"
     )

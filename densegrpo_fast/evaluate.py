@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from densegrpo_fast.command_line import check_outputs, command_parser
 from densegrpo_fast.config import Config
 from densegrpo_fast.config_cli import load_config, split_overrides
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
@@ -44,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors_exit():
         own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_intermixed_args(own)
-        if options.json is not None and not options.json.resolve().parent.is_dir():
-            raise UserError(f"--json: there is no directory {options.json.parent}", ExitCode.OUTPUT)
+        check_outputs(options, "json")
         if options.reward:
             return int(score_files(_file_config(options, overrides), options))
         if options.prompt is not None or options.prompts is not None:
@@ -69,13 +69,13 @@ def evaluate(config: Config, subjects: list[Subject], output: Path | None) -> Ex
     Raises:
         UserError: anything the user can act on.
     """
-    from densegrpo_fast.runtime import build
+    from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.comparison import compare, tables
     from densegrpo_fast.runtime.subjects import read_weights, wearing
 
-    held_out, reward = build.build_held_out(config), build.build_observer(config)
+    held_out, reward = builders.build_held_out(config), builders.build_observer(config)
     weights = [read_weights(subject) for subject in subjects]
-    model = build.load_base(config, build.default_device())
+    model = builders.load_base(config, builders.default_device())
     scores: dict[str, dict[str, Any]] = {}
     for subject, worn in zip(subjects, weights, strict=True):
         with wearing(model, subject, worn):
@@ -113,7 +113,7 @@ def score_files(config: Config, options: argparse.Namespace) -> ExitCode:
     Raises:
         UserError: anything the user can act on.
     """
-    from densegrpo_fast.runtime import build
+    from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.comparison import compare, tables
     from densegrpo_fast.runtime.images import read_picture
 
@@ -132,7 +132,7 @@ def score_files(config: Config, options: argparse.Namespace) -> ExitCode:
     if not all(rows):
         logger.warning("%d pictures have no prompt: give one with --prompt or --prompts", rows.count(""))
     metadata = [{} for _ in files] if prompts is None else list(prompts.metadata)
-    reward = build.build_reward(config.reward.terms, config.reward.options)
+    reward = builders.build_reward(config.reward.terms, config.reward.options)
     found = _scores(reward, pictures, rows, metadata)
 
     width = max(len(str(file)) for file in files)
@@ -217,14 +217,7 @@ def _present(value: Any) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m densegrpo_fast.evaluate",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("evaluate", __doc__)
     add = parser.add_argument
     add("subject", nargs="*", metavar="SUBJECT", help=f"{BASE}, a run or an adapter; with --reward, picture files")
     add("--config", help="preset or configuration file; default: the first run's, else embedded_dense")

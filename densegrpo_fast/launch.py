@@ -4,27 +4,23 @@ A host whose step is a function of the script itself (dance_grpo) has it replace
 
 The script runs unchanged, as `python script.py args...` would run it: same arguments, `__main__`, search path, exit
 status and tracebacks. It also works below a launcher of processes: `torchrun ... -m densegrpo_fast.launch script.py`,
-`accelerate launch -m densegrpo_fast.launch script.py`.
-
-The script is executed here rather than by `runpy.run_path`, which rewrites `sys.argv[0]` and takes `__main__` away
-before exit handlers run.
+`accelerate launch -m densegrpo_fast.launch script.py`. Processes that the script forks or spawns by `multiprocessing`
+(also torch's, and those of a `DataLoader`) are patched like the script. Other commands that it runs are not.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.launch_script import run
 from densegrpo_fast.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -55,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not getattr(sys.flags, "safe_path", False):
             # python -m has put the working directory there; python script.py puts the script's folder.
             sys.path[0] = str(script.parent)
-        patch = _install(options)
+        given = _given(options)
+        patch = _install(options.host, given)
     sys.argv = [options.script, *options.args]
     try:
-        _run(script, patch)
+        run(script, patch, options.host, given)
     finally:
         if not patch.messages and _is_first_rank():
             _say(f"nothing was replaced: the script imported none of the functions of {options.host}")
@@ -100,7 +97,8 @@ def _readable(script: str) -> Path:
     return path
 
 
-def _install(options: argparse.Namespace) -> Patch:
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the host's `install` that the command line gives."""
     host = import_module(f"densegrpo_fast.compat.{options.host}")
     wanted = {"version": options.signature, "tracker": options.tracker, "fixes": options.fix}
     given = {name: value for name, value in wanted.items() if value}
@@ -108,13 +106,13 @@ def _install(options: argparse.Namespace) -> Patch:
     if unknown:
         option = {"version": "--signature", "tracker": "--tracker", "fixes": "--fix"}[unknown[0]]
         raise UserError(f"{option} is no option of --host {options.host}", ExitCode.USAGE)
+    return {"rng": options.rng, "seed": options.seed, **given}
+
+
+def _install(name: str, given: dict[str, Any]) -> Patch:
+    host = import_module(f"densegrpo_fast.compat.{name}")
     try:
-        return host.install(
-            rng=options.rng,
-            seed=options.seed,
-            say=_say if _is_first_rank() else lambda line: None,
-            **given,
-        )
+        return host.install(say=_say if _is_first_rank() else _say_nothing, **given)
     except ValueError as error:
         raise UserError(str(error), ExitCode.USAGE) from error
     except host.CompatError as error:
@@ -130,37 +128,8 @@ def _say(line: str) -> None:
     print(f"densegrpo_fast: {line}", file=sys.stderr, flush=True)
 
 
-def _run(script: Path, patch: Patch) -> None:
-    """Execute a file as `__main__`; a function that the patch knows by name is replaced where the file defines it."""
-    module = ModuleType("__main__")
-    loader = SourceFileLoader("__main__", str(script))
-    vars(module).update(__file__=str(script), __loader__=loader, __builtins__=__builtins__, __cached__=None)
-    sys.modules["__main__"] = module
-    usual = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        while trace is not None and trace.tb_frame.f_code.co_filename != str(script):
-            trace = trace.tb_next
-        usual(kind, error.with_traceback(trace), trace)
-
-    sys.excepthook = hook
-    source: bytes | ast.Module = loader.get_data(str(script))
-    if patch.script_names:
-        vars(module)[_HOOK] = patch.on_definition
-        source = _decorated(ast.parse(source, str(script)), patch.script_names)
-    code = compile(source, str(script), "exec", dont_inherit=True)
-    exec(code, vars(module))
-
-
-_HOOK = "__densegrpo_fast_on_definition__"
-
-
-def _decorated(tree: ast.Module, names: frozenset[str]) -> ast.Module:
-    """Decorate a script's own functions of some names with the hook; lines stay as they are."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name in names:
-            node.decorator_list.insert(0, ast.copy_location(ast.Name(_HOOK, ast.Load()), node))
-    return tree
+def _say_nothing(line: str) -> None:
+    pass
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from densegrpo_fast.command_line import command_parser
 from densegrpo_fast.config import Config
 from densegrpo_fast.config_cli import load_config, split_overrides
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
@@ -62,7 +63,7 @@ def sample(config: Config, subject: Subject, prompts: PromptSet, options: argpar
         UserError: anything the user can act on.
     """
     from densegrpo_fast.flow.noise import LAYOUT_VERSION
-    from densegrpo_fast.runtime import build
+    from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.files import output_errors, replace_text
     from densegrpo_fast.runtime.images import save_grid, save_picture
     from densegrpo_fast.runtime.provenance import provenance
@@ -70,7 +71,7 @@ def sample(config: Config, subject: Subject, prompts: PromptSet, options: argpar
 
     sampler = sampler_settings(config, options)
     weights = read_weights(subject)
-    model = build.load_base(config, build.default_device())
+    model = builders.load_base(config, builders.default_device())
     rows = [(prompt, seed) for prompt in prompts.prompts for seed in options.seeds]
     with wearing(model, subject, weights):
         images = draw(model, rows, sampler, chunk=config.sampler.micro_batch)
@@ -213,14 +214,7 @@ def _number(kind: type, low: float, high: float, text: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m densegrpo_fast.sample",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("sample", __doc__)
     add = parser.add_argument
     add("prompt", nargs="*", metavar="PROMPT", help="what to draw")
     add("--prompts", type=Path, metavar="FILE", help="a .txt or .jsonl file of prompts instead")

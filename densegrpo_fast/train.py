@@ -39,29 +39,35 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     Raises:
         UserError: anything the user can act on, with its exit code; the checkpoints so far are kept.
     """
-    from densegrpo_fast.runtime import build
+    from densegrpo_fast.calibration.during import NoiseLevels
+    from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.alarms import Alarms, alarms_for
-    from densegrpo_fast.runtime.experience import Judge, sample
+    from densegrpo_fast.runtime.experience import Judge, draw_fitting
     from densegrpo_fast.runtime.guard import DriftGuard
     from densegrpo_fast.runtime.learner import Learner
     from densegrpo_fast.runtime.loggers import Loggers, RunFacts
+    from densegrpo_fast.runtime.memory import peak_metrics, start_peak
     from densegrpo_fast.runtime.metrics import MetricsLog, PhaseTimer, Progress
+    from densegrpo_fast.runtime.preparation import prepare
     from densegrpo_fast.runtime.records import RunRecords, iteration_record
     from densegrpo_fast.runtime.run_directory import open_run_directory
     from densegrpo_fast.runtime.signals import GracefulStop
 
     with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
-        prompts, held_out = build.build_prompts(config), build.build_held_out(config)
-        reward = build.build_reward(config.reward.terms, config.reward.options)
-        observed = build.build_observer(config, reward)
-        model = build.build_model(config, build.default_device())
-        learner = Learner(model, build.learner_options(config))
-        judge = Judge(config, model, reward, build.build_lookahead(config, model))
-        guard = DriftGuard(config, model, reward)
-        windows, forwards = build.build_windows(config), model.forwards(config.sampler.guidance_scale)
-        build.build_coefficients(config, model)  # so that a sampler that cannot be is refused before anything is drawn
-        records = RunRecords(directory, config, model, learner)
-        timer = PhaseTimer(build.synchronizer(model.device))
+        prompts, held_out = builders.build_prompts(config), builders.build_held_out(config)
+        reward = builders.build_reward(config.reward.terms, config.reward.options)
+        observed = builders.build_observer(config, reward)
+        model = builders.build_model(config, builders.default_device())
+        learner = Learner(model, builders.learner_options(config))
+        lookahead = builders.build_lookahead(config, model)
+        judge = Judge(config, model, reward, lookahead)
+        guard = DriftGuard(config, model, reward, lookahead)
+        forwards = model.forwards(config.sampler.guidance_scale)
+        builders.build_coefficients(config, model)  # a sampler that cannot be is refused before anything is drawn
+        levels = NoiseLevels(config, model, reward)
+        prepare(config, model, judge.lookahead, prompts.used(config.run.iterations) + held_out.prompts)
+        records = RunRecords(directory, config, model, learner, levels, guard.refresher)
+        timer = PhaseTimer(builders.synchronizer(model.device))
 
         size = f"{config.data.num_prompts} prompts x {config.sampler.group_size} samples"
         print(f"{config.preset}: {config.run.iterations} iterations of {size}, into {directory}", flush=True)
@@ -77,21 +83,29 @@ def train(config: Config, resume: bool = False) -> ExitCode:
             with Progress(config.run.iterations, start) as progress:
                 for iteration in range(start, config.run.iterations):
                     timer.reset()
+                    start_peak(model.device)
                     rows, metadata = prompts.rows(iteration, config.sampler.group_size)
+                    observations = {}
+                    if levels.due(iteration):
+                        with timer("calibration"):
+                            observations = levels.calibrate(iteration)
                     with timer("rollout"):
-                        coefficients = build.build_coefficients(config, model, windows.steps(iteration))
-                        trajectory = sample(config, model, rows, coefficients, iteration, cache=judge.cache)
+                        noisy = builders.noisy_steps(config, iteration)
+                        coefficients = builders.build_coefficients(config, model, noisy, levels.levels)
+                        trajectory = draw_fitting(
+                            learner.rows, config, model, rows, coefficients, iteration, cache=judge.cache
+                        )
                     outcome = judge.judge(trajectory, rows, metadata, timer)
-                    guarded = {}
                     if guard.due(iteration):
                         with timer("guard"):
-                            guarded = guard.check(trajectory, rows, metadata, outcome, iteration)
+                            observations |= guard.check(trajectory, rows, metadata, outcome, iteration)
                     with timer("update"):
                         advantages = outcome.advantages.values.flatten(0, 1).to(model.device)
-                        update = learner.update(trajectory, advantages, build.trained_steps(config, iteration))
+                        update = learner.update(trajectory, advantages, builders.trained_steps(config, iteration))
 
                     done = iteration + 1
-                    record = iteration_record(done, trajectory, outcome, update, forwards, timer.seconds()) | guarded
+                    record = iteration_record(done, trajectory, outcome, update, forwards, timer.seconds())
+                    record |= levels.metrics() | observations | peak_metrics(model.device)
                     if records.due(config.evaluation.every, done):
                         with learner.averaged():
                             evaluation = held_out.evaluate(model, observed)
@@ -121,27 +135,33 @@ def dry_run(config: Config) -> ExitCode:
     A model that is not in the package is replaced by a tiny random one of the same classes, and its reward by JPEG
     compressibility, so that every option is tried without weights.
     """
-    from densegrpo_fast.runtime import build
-    from densegrpo_fast.runtime.experience import Judge, sample
+    from densegrpo_fast.calibration.during import NoiseLevels
+    from densegrpo_fast.runtime import builders
+    from densegrpo_fast.runtime.experience import Judge, draw
     from densegrpo_fast.runtime.learner import Learner
     from densegrpo_fast.runtime.metrics import PhaseTimer
     from densegrpo_fast.runtime.records import PHASES, iteration_record
 
-    small = build.shrink(config)
-    model = build.build_model(small, build.default_device(), dry_run=True)
-    reward = build.build_reward(small.reward.terms, small.reward.options)
-    judge = Judge(small, model, reward, build.build_lookahead(small, model))
+    small = builders.shrink(config)
+    model = builders.build_model(small, builders.default_device(), dry_run=True)
+    reward = builders.build_reward(small.reward.terms, small.reward.options)
+    judge = Judge(small, model, reward, builders.build_lookahead(small, model))
     learner, timer = (
-        Learner(model, build.learner_options(small)),
-        PhaseTimer(build.synchronizer(model.device)),
+        Learner(model, builders.learner_options(small)),
+        PhaseTimer(builders.synchronizer(model.device)),
     )
-    rows, metadata = build.build_prompts(small).rows(0, small.sampler.group_size)
+    rows, metadata = builders.build_prompts(small).rows(0, small.sampler.group_size)
+    levels = NoiseLevels(small, model, reward)
+    if levels.due(0):
+        with timer("calibration"):
+            levels.calibrate(0)
     with timer("rollout"):
-        trajectory = sample(small, model, rows, build.build_coefficients(small, model), 0, cache=judge.cache)
+        coefficients = builders.build_coefficients(small, model, levels=levels.levels)
+        trajectory = draw(small, model, rows, coefficients, 0, cache=judge.cache)
     outcome = judge.judge(trajectory, rows, metadata, timer)
     with timer("update"):
         advantages = outcome.advantages.values.flatten(0, 1).to(model.device)
-        update = learner.update(trajectory, advantages, build.trained_steps(small, 0))
+        update = learner.update(trajectory, advantages, builders.trained_steps(small, 0))
     forwards = model.forwards(small.sampler.guidance_scale)
     record = iteration_record(1, trajectory, outcome, update, forwards, timer.seconds())
     print(f"dry run of {config.preset}: one iteration of {len(rows)} samples, {small.sampler.num_steps} steps")

@@ -1,4 +1,5 @@
-"""Noise, affine step and log-probability in one pass over the state: every input is read once, nothing else is written.
+"""Noise, affine step and log-probability in one pass over the state: every input is read once, nothing is written but
+the next state and, if asked for, its copy in half precision and the mean.
 
 Grid: (samples, blocks of a sample). Seed, epoch, sample and step indices and coefficients are read from device memory,
 so a captured launch draws new noise when their tensors change.
@@ -27,6 +28,8 @@ def sde_step_kernel(
     sample_ptr,  # [B] int64
     epoch_ptr,  # [1] int64
     next_ptr,  # [B, N] as latents
+    input_ptr,  # [B, N] float16 or bfloat16, or None
+    mean_ptr,  # [B, N] float32, or None
     partial_ptr,  # [B, blocks] float32
     step_stride,
     guidance_stride,
@@ -58,61 +61,13 @@ def sde_step_kernel(
     tl.store(next_ptr + offsets, stored, mask=mask)
     # The state that the next step will see is the rounded one; the log-probability is that state's.
     _affine.store_square_sum(partial_ptr, stored.to(tl.float32) - mean, mask)
+    if input_ptr is not None:
+        tl.store(input_ptr + offsets, stored.to(tl.float32).to(input_ptr.dtype.element_ty), mask=mask)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + offsets, mean, mask=mask)
 
 
 def sde_step(
-    latents: Tensor,
-    velocity: Tensor,
-    table: Tensor,
-    step_index: Tensor,
-    seed: Tensor,
-    sample_index: Tensor,
-    epoch: Tensor,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    """`ops.sde_step`.
-
-    Args:
-        latents: states, [B, ...] float32/16 or bfloat16.
-        velocity: model output, same shape, any of these dtypes.
-        table: step coefficients, [T, 6] float32.
-        step_index: [B] int64; a step outside the table makes its row NaN.
-        seed, epoch: int64, one element.
-        sample_index: [B] int64.
-        stream: 16-bit stream number.
-
-    Returns:
-        next_latents, [B, ...] in the dtype of `latents`, contiguous; log_prob, [B] float32.
-    """
-    return _run(latents, velocity, None, None, table, step_index, seed, sample_index, epoch, stream)
-
-
-def guided_sde_step(
-    latents: Tensor,
-    cond: Tensor,
-    uncond: Tensor,
-    guidance_scale: Tensor,
-    table: Tensor,
-    step_index: Tensor,
-    seed: Tensor,
-    sample_index: Tensor,
-    epoch: Tensor,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    """`guided.guided_sde_step`: `sde_step` with velocity uncond + guidance_scale * (cond - uncond), in one pass.
-
-    Args:
-        cond, uncond: model outputs with and without the prompt, shape of `latents`, any of its dtypes.
-        guidance_scale: [B] float32.
-        latents, table, step_index, seed, sample_index, epoch, stream: as `sde_step`.
-
-    Returns:
-        as `sde_step`.
-    """
-    return _run(latents, cond, uncond, guidance_scale, table, step_index, seed, sample_index, epoch, stream)
-
-
-def _run(
     latents: Tensor,
     velocity: Tensor,
     uncond: Tensor | None,
@@ -123,10 +78,33 @@ def _run(
     sample_index: Tensor,
     epoch: Tensor,
     stream: int,
-) -> tuple[Tensor, Tensor]:
+    input_dtype: torch.dtype | None = None,
+    with_mean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.sde_step` and `ops.sde_step_outputs`.
+
+    Args:
+        latents: states, [B, ...] float32/16 or bfloat16.
+        velocity: model output, same shape, any of these dtypes; with guidance, that with the prompt.
+        uncond: model output without the prompt, likewise; None without guidance.
+        guidance_scale: [B] float32; the velocity is uncond + guidance_scale * (velocity - uncond).
+        table: step coefficients, [T, 6] float32.
+        step_index: [B] int64; a step outside the table makes its row NaN.
+        seed, epoch: int64, one element.
+        sample_index: [B] int64.
+        stream: 16-bit stream number.
+        input_dtype: of the copy of the next state that a model in half precision reads; None for no copy.
+        with_mean: whether to write the mean.
+
+    Returns:
+        next_latents, [B, ...] in the dtype of `latents`; log_prob, [B] float32; the copy, and the mean in float32, of
+        the shape of `latents`, empty unless asked for. All contiguous.
+    """
     batch, elements, blocks = blocks_of(latents)
     latents, velocity, uncond, table = packed(latents, velocity, uncond, table)
     next_latents = torch.empty_like(latents)
+    model_input = latents.new_empty(0) if input_dtype is None else torch.empty_like(latents, dtype=input_dtype)
+    mean = torch.empty_like(latents, dtype=torch.float32) if with_mean else latents.new_empty(0)
     partial = latents.new_empty((batch, blocks), dtype=torch.float32)
     if batch:
         with device_of(latents):
@@ -141,6 +119,8 @@ def _run(
                 sample_index,
                 epoch,
                 next_latents,
+                None if input_dtype is None else model_input,
+                mean if with_mean else None,
                 partial,
                 row_stride(step_index),
                 row_stride(guidance_scale),
@@ -151,4 +131,4 @@ def _run(
                 BLOCK=BLOCK,
                 **OPTIONS,
             )
-    return next_latents, _affine.log_prob(partial, table, step_index, elements)
+    return next_latents, _affine.log_prob(partial, table, step_index, elements)[0], model_input, mean

@@ -179,6 +179,8 @@ class TrainCommand:
         "run.iterations": 3,
         "run.checkpoint_every": 1,
         "run.keep_checkpoints": 9,
+        # counting takes longer than such an iteration
+        "run.memory_check": "off",
         "data.num_prompts": 2,
         "sampler.group_size": 2,
         "sampler.num_steps": 3,

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from densegrpo_fast.rewards import aesthetic
-from densegrpo_fast.rewards.base import RewardMixture, create
+from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.rewards.clip import Clip
+from densegrpo_fast.rewards.registry import create
 
 
 def published_head(width: int = 8) -> nn.Module:

@@ -94,3 +94,9 @@ def test_every_alarm_is_documented() -> None:
     text = (Path(module.__file__).parent / "METRICS.md").read_text()
     for alarm in alarms_for(CONFIG):
         assert f"| `{alarm.name}` |" in text and f"| {alarm.patience} |" in text
+
+
+def test_dppo_bounds_the_divergence_and_not_the_ratio() -> None:
+    config, _ = load_config(["--objective.policy", "dppo"])
+    of_clip, of_dppo = ({alarm.name for alarm in alarms_for(each)} for each in (CONFIG, config))
+    assert of_clip - of_dppo == {"ratio_drift"}

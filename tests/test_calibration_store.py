@@ -15,7 +15,7 @@ from densegrpo_fast.config_yaml import dump_yaml
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.runtime.build import build_coefficients, check_calibration, shrink
+from densegrpo_fast.runtime.builders import build_coefficients, check_calibration, shrink
 
 LEVELS = [0.5, 0.75, 0.3, 0.7]
 

@@ -25,7 +25,7 @@ from densegrpo_fast.compat.flow_grpo import (  # noqa: E402
     sde_step_with_logprob,
     step_function,
 )
-from densegrpo_fast.compat.flow_grpo.pipelines import PLAIN, make_pipeline  # noqa: E402
+from densegrpo_fast.compat.flow_grpo.pipelines import PLAIN, make_pipeline, window_of  # noqa: E402
 from densegrpo_fast.models.tiny import tiny_sd3  # noqa: E402
 
 PROMPTS = ["a photo of a cat", "the moon"]
@@ -203,3 +203,14 @@ def test_kept_velocities_are_those_of_the_states(pipeline: Any, arguments: dict[
 def test_a_window_must_fit_its_range(pipeline: Any, arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"sde_window_size 4 does not fit into sde_window_range \(1, 4\)"):
         pipeline_with_logprob_fast(pipeline, **arguments, sde_window_size=4, sde_window_range=(1, 4))
+
+
+def test_windows_are_drawn_as_published() -> None:
+    # The host's Qwen-Image pipeline seeds Python's generator with the rank before it draws its window: of 2 steps in
+    # (0, 5) rank 0 gets (3, 5) every time, and of 4 steps ranks 0..7 start at these.
+    def window(seed: int, size: int) -> tuple[int, int]:
+        random.seed(seed)
+        return window_of({"sde_window_size": size, "sde_window_range": (0, 5)}, num_steps=10)
+
+    assert window(0, 2) == (3, 5)
+    assert [window(rank, 4)[0] for rank in range(8)] == [1, 0, 0, 0, 0, 1, 0, 1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from densegrpo_fast.compat._host_table import HostTable
 from densegrpo_fast.compat.flow_grpo import sde_step_with_logprob, step_function
 from densegrpo_fast.compat.flow_grpo.schedule import Schedule, schedule_of
 
@@ -63,7 +64,9 @@ def test_a_timestep_off_the_grid() -> None:
     known = schedule_of(scheduler)
     index = known._find_on_device(torch.tensor([3.0, scheduler.timesteps[1]]))
     assert index.tolist() == [10, 1]
-    assert known.table("flow_sde", 0.7, torch.device("cpu"))[10].isnan().all() and known.dt(x.device)[10].isnan()
+    table = HostTable.of(known.table("flow_sde", 0.7, x.device).rows, x.device, nowhere=True)
+    assert table.rows[10].isnan().all() and table.usable[10].isnan().all() and known.dt(x.device)[10].isnan()
+    assert known.table("flow_sde", 0.7, torch.device("meta")).rows.shape == (11, 6)
 
 
 def test_nothing_is_read_back_from_the_device() -> None:
@@ -96,3 +99,33 @@ def test_a_scheduler_without_a_schedule() -> None:
         Schedule(object())
     with pytest.raises(ValueError, match="call its set_timesteps first"):
         Schedule(Grid(torch.ones(3), torch.ones(3)))
+
+
+class Watched(Tensor):
+    """Counts how often its values, or those of what is computed from it, are asked for."""
+
+    reads = 0
+    READING = ("tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__iter__")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # a CPU tensor's own values are also read by moving it there
+        Watched.reads += getattr(func, "__name__", "") in cls.READING
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_values_are_read_once_per_schedule_and_never_per_step() -> None:
+    scheduler = sd3_scheduler()
+    x, v = torch.randn(2, 3, 4, 8, 8)
+    for num_steps in (4, 6):
+        scheduler.set_timesteps(num_steps)
+        scheduler.sigmas = scheduler.sigmas.as_subclass(Watched)
+        scheduler.timesteps = scheduler.timesteps.as_subclass(Watched)
+        Watched.reads = 0
+        for version in ("V1", "V2", "V3", "V3g"):
+            step = step_function(version)
+            for index in range(num_steps):
+                for t in (scheduler.timesteps[index : index + 1], scheduler.timesteps[index].expand(3)):
+                    step(scheduler, v, t, x)
+                    step(scheduler, v, t, x, prev_sample=v)
+        assert Watched.reads == 1

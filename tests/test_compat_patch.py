@@ -242,6 +242,18 @@ def test_a_missing_host_is_named() -> None:
         flow_grpo.install()
 
 
+def test_another_project_of_the_same_name_is_told_from_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flow_grpo").mkdir()
+    (tmp_path / "flow_grpo" / "__init__.py").write_text("raise AssertionError('imported')")
+    (tmp_path / "flow_grpo" / "rewards.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CompatError, match=r"the package flow_grpo \(.*\) has none of the modules .*another project"):
+        flow_grpo.install()
+    assert not any(type(finder).__name__ == "_AfterImport" for finder in sys.meta_path)
+
+
 def test_wrong_options_are_refused_before_anything_happens(host: Path) -> None:
     for options, message in [
         ({"version": "Wan"}, "version must be one of V1, V2, V3, V3g, or None"),

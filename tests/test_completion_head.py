@@ -202,6 +202,11 @@ def test_the_command_refuses_what_it_cannot_do(
         (tmp_path / "no" / "head.safetensors", {}, "--output"),
         (tmp_path / "head.safetensors", {"lookahead.plan": "exact"}, "leaves no step out"),
         (tmp_path / "head.safetensors", {"credit.method": "sparse"}, "credit.method"),
+        (
+            tmp_path / "head.safetensors",
+            {"window.schedule": "fixed", "window.size": 1, "window.remainder_share": 0.5},
+            "window.remainder_share",
+        ),
     ):
         with pytest.raises(SystemExit):
             main(["--output", str(output), *train.arguments(tmp_path / "unused", **options)])

@@ -18,7 +18,27 @@ from densegrpo_fast.config_yaml import dump_yaml, parse_yaml, preset_names, read
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.fingerprint import differences
 
-PRESETS = ["embedded_dense", "embedded_fast", "embedded_paper", "embedded_sparse", "sd35_medium_pickscore"]
+PRESETS = [
+    "embedded_calibrated",
+    "embedded_coca",
+    "embedded_dense",
+    "embedded_dppo",
+    "embedded_fast",
+    "embedded_g2rpo",
+    "embedded_guard",
+    "embedded_mixgrpo",
+    "embedded_mixture",
+    "embedded_paper",
+    "embedded_return_to_go",
+    "embedded_sparse",
+    "embedded_stepwise",
+    "embedded_tempflow",
+    "embedded_turning_point",
+    "embedded_value",
+    "embedded_vgpo",
+    "sd35_medium_pickscore",
+    "sd35_medium_pickscore_24gb",
+]
 EMBEDDED_DENSE = read_settings("embedded_dense")
 BASE = Path(__file__).parent / "data" / "base.yaml"
 
@@ -88,6 +108,16 @@ def test_the_fast_preset_trains_a_window_of_the_first_half() -> None:
         "window.size",
     ]
     assert fast.windows() == [range(0, 2), range(1, 3)] and fast.sampler.num_steps == 6
+
+
+def test_the_branching_presets_branch() -> None:
+    tempflow, g2rpo = config("--config=embedded_tempflow"), config("--config=embedded_g2rpo")
+    assert (tempflow.sampler.group_size, tempflow.sampler.branches, tempflow.credit.method) == (8, 4, "branch")
+    assert tempflow.objective.step_weight == "noise_aware"
+    # all of a prompt's samples leave one trunk
+    assert g2rpo.sampler.branches == g2rpo.sampler.group_size and g2rpo.credit.granularities == [1, 2]
+    # noise in the first half of the steps
+    assert g2rpo.windows() == [range(3)] and g2rpo.sampler.num_steps == 6
 
 
 def test_the_sd35_preset_has_the_published_settings() -> None:
@@ -243,7 +273,7 @@ def test_refusals_of_options_that_disagree(arguments: list[str], expected: str) 
 
 
 def test_every_reward_of_the_package_can_be_named() -> None:
-    from densegrpo_fast.rewards.base import _BUILT_IN
+    from densegrpo_fast.rewards.registry import _BUILT_IN
 
     assert set(_BUILT_IN) == set(REWARD_NAMES)
 

@@ -34,9 +34,11 @@ def refused(*argv: str) -> str:
 def test_every_registered_method_is_an_option(name: str) -> None:
     method = registry.find(name)
     plan = () if method.plan is None else (f"lookahead.plan={method.plan}",)
-    loaded = config(f"credit.method={name}", *plan)
+    branches = ("sampler.branches=4", "sampler.micro_batch=6") if method.uses_branches else ()
+    loaded = config(f"credit.method={name}", *plan, *branches, "window.schedule=none", "window.size=null")
     assert loaded.credit.method == name
-    assert loaded.uses_lookahead == (name not in ("sparse", "coca"))
+    assert loaded.uses_lookahead == (name not in ("sparse", "coca", "branch", "granular"))
+    assert loaded.uses_branches == (name in ("branch", "granular"))
     # every option that it takes has a value
     assert {*method.options, *registry.COMMON} <= credit_values(loaded.credit).keys()
 

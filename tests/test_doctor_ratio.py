@@ -238,13 +238,13 @@ def test_a_state_rounded_behind_the_log_probability_is_named(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The rollout goes on from the rounded state, but the log-probability is that of the exact one.
-    own = ops.sde_step
+    own = ops.sde_step_outputs
 
-    def rounding(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        next_latents, log_prob = own(*args, **options)
-        return next_latents.bfloat16().float(), log_prob
+    def rounding(*args: Any, **options: Any) -> ops.StepOutputs:
+        found = own(*args, **options)
+        return found._replace(next_latents=found.next_latents.bfloat16().float())
 
-    monkeypatch.setattr(ops, "sde_step", rounding)
+    monkeypatch.setattr(ops, "sde_step_outputs", rounding)
     assert diagnose(make_loop(tiny_policy(spread=0.3)), TOLERANCE).causes == ("storage",)
 
 

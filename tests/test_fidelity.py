@@ -233,6 +233,7 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
         (["--sampler.steps", "4"], 'unknown option "sampler.steps"'),
         (["--dry-run"], "options of training"),
         (["--groups", "100000"], "--groups: expected at most the"),
+        (["--config", "embedded_mixgrpo"], "window.remainder_share: plans are compared on all of the grid"),
     ],
 )
 def test_bad_options_exit_with_2_and_say_why(

@@ -144,7 +144,8 @@ def test_fake_tensors() -> None:
     [
         ({"clip_range": 0.0}, "clip_range must be positive, got 0.0"),
         ({"clip_range": math.nan}, "clip_range must be positive, got nan"),
-        ({"kl_coef": -1.0}, "kl_coef must be at least 0, got -1.0"),
+        ({"kl_coef": -1.0}, "kl_coef must be finite and at least 0, got -1.0"),
+        ({"kl_coef": math.inf}, "kl_coef must be finite and at least 0, got inf"),
         ({"kl": torch.zeros(3)}, r"kl must have shape \[4\], got \[3\]"),
         ({"weight": torch.zeros(4, 1)}, r"weight must have shape \[4\], got \[4, 1\]"),
         ({"log_prob": torch.zeros(2, 2)}, r"log_prob must have shape \[B\]"),

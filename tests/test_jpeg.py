@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from densegrpo_fast.rewards.base import create
 from densegrpo_fast.rewards.jpeg import jpeg_kilobytes
+from densegrpo_fast.rewards.registry import create
 
 
 @pytest.fixture

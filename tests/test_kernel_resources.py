@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.kernels import _affine, euler_jump, grpo_loss, sde_log_prob, sde_step
 from densegrpo_fast.kernels._launch import BLOCK, OPTIONS
 
@@ -106,42 +108,47 @@ class Inputs:
         return torch.zeros(self.batch)
 
 
-def step(given: Inputs) -> None:
-    sde_step.sde_step(*given.states(), *given.table(), *given.words())
-
-
-def guided_step(given: Inputs) -> None:
+def step(given: Inputs, guided: bool = False, input_dtype: torch.dtype | None = None, mean: bool = False) -> None:
     latents, velocity = given.states()
-    sde_step.guided_sde_step(latents, velocity, velocity, given.rows(), *given.table(), *given.words())
+    guidance = (velocity, given.rows()) if guided else (None, None)
+    sde_step.sde_step(latents, velocity, *guidance, *given.table(), *given.words(), input_dtype, mean)
 
 
-def score(given: Inputs) -> None:
+def score(given: Inputs, guided: bool = False, kl: bool = False) -> None:
     latents, velocity = given.states()
-    sde_log_prob.sde_log_prob(latents, velocity, latents, *given.table())
+    guidance = (velocity, given.rows()) if guided else (None, None)
+    references = (velocity if kl else None, velocity if kl and guided else None)
+    sde_log_prob.sde_log_prob(latents, velocity, *guidance, *references, latents, *given.table(), C)
 
 
-def guided_score(given: Inputs) -> None:
+def backward(given: Inputs, guided: bool = False, kl: bool = False, with_uncond: bool = False) -> None:
     latents, velocity = given.states()
-    sde_log_prob.guided_sde_log_prob(latents, velocity, velocity, given.rows(), latents, *given.table())
+    guidance = (velocity, given.rows()) if guided else (None, None)
+    references = (velocity if kl else None, velocity if kl and guided else None)
+    grads = (given.rows(), given.rows() if kl else None)
+    rest = (latents, *given.table(), C, with_uncond)
+    sde_log_prob.sde_log_prob_backward(*grads, latents, velocity, *guidance, *references, *rest)
 
 
-def backward(given: Inputs) -> None:
-    latents, velocity = given.states()
-    sde_log_prob.sde_log_prob_backward(given.rows(), latents, velocity, latents, *given.table())
-
-
-def guided_backward(given: Inputs, with_uncond: bool = True) -> None:
-    latents, velocity = given.states()
-    arguments = (given.rows(), latents, velocity, velocity, given.rows(), latents, *given.table(), with_uncond)
-    sde_log_prob.guided_sde_log_prob_backward(*arguments)
+guided_step = partial(step, guided=True)
+step_with_input = partial(step, input_dtype=BF16)
+step_with_mean = partial(step, mean=True)
+guided_step_with_both = partial(step, guided=True, input_dtype=BF16, mean=True)
+guided_score = partial(score, guided=True)
+score_kl = partial(score, kl=True)
+guided_score_kl = partial(score, guided=True, kl=True)
+guided_backward = partial(backward, guided=True, with_uncond=True)
+backward_kl = partial(backward, kl=True)
+guided_backward_kl = partial(backward, guided=True, kl=True, with_uncond=True)
 
 
 def jump(given: Inputs) -> None:
     euler_jump.euler_jump(*given.states(), given.rows(), given.rows())
 
 
-def second_stage(given: Inputs) -> None:
-    _affine.log_prob(torch.zeros(given.batch, given.elements), *given.table(), given.elements)
+def second_stage(given: Inputs, kl: bool = False) -> None:
+    partial_sums = torch.zeros(given.batch, given.elements)
+    _affine.log_prob(partial_sums, *given.table(), given.elements, partial_sums if kl else None)
 
 
 def loss(given: Inputs) -> None:
@@ -181,17 +188,27 @@ CASES = [
     Case("sde_step, bf16 velocity", step, HALF_VELOCITY, 70, 6, 4, fused=NOISE),
     Case("sde_step, bf16 latents and velocity", step, Inputs(BF16, BF16), 70, 4, 2, fused=NOISE),
     Case("sde_step guided, bf16 velocities", guided_step, HALF_VELOCITY, 75, 8, 4, fused=NOISE),
+    Case("sde_step, and bf16 model input", step_with_input, HALF_VELOCITY, 75, 6, 6, fused=NOISE),
+    Case("sde_step, and mean", step_with_mean, HALF_VELOCITY, 75, 6, 8, fused=NOISE),
+    Case("sde_step guided, and both, bf16", guided_step_with_both, HALF_VELOCITY, 80, 8, 10, fused=NOISE),
     Case("sde_step, odd size", step, ODD, 75, registers=96, fused=NOISE),
     Case("sde_log_prob", score, Inputs(), 16, 12, 0),
     Case("sde_log_prob, bf16 velocity", score, HALF_VELOCITY, 16, 10, 0),
     Case("sde_log_prob guided, bf16 velocities", guided_score, HALF_VELOCITY, 22, 12, 0),
+    Case("sde_log_prob and KL", score_kl, Inputs(), 24, 16, 0),
+    Case("sde_log_prob and KL, bf16 velocities", score_kl, HALF_VELOCITY, 24, 12, 0),
+    Case("sde_log_prob and KL guided, bf16", guided_score_kl, HALF_VELOCITY, 36, 16, 0),
     Case("sde_log_prob, odd size", score, ODD, 25),
     Case("sde_log_prob backward", backward, Inputs(), 16, 12, 4),
     Case("sde_log_prob backward, bf16 velocity", backward, HALF_VELOCITY, 16, 10, 2),
     Case("sde_log_prob backward guided, bf16", guided_backward, HALF_VELOCITY, 24, 12, 4),
+    Case("sde_log_prob backward and KL", backward_kl, Inputs(), 20, 16, 4),
+    Case("sde_log_prob backward and KL, bf16", backward_kl, HALF_VELOCITY, 22, 12, 2),
+    Case("sde_log_prob backward and KL guided, bf16", guided_backward_kl, HALF_VELOCITY, 36, 16, 4),
     Case("euler_jump", jump, Inputs(), 16, 8, 4),
     Case("euler_jump, bf16 velocity", jump, HALF_VELOCITY, 16, 6, 4),
     Case("log_prob, second stage", second_stage, Inputs(elements=32)),
+    Case("log_prob and KL, second stage", partial(second_stage, kl=True), Inputs(elements=32)),
     Case("grpo_loss", loss, Inputs(batch=36), fused=None),
 ]
 
@@ -276,13 +293,14 @@ def test_machine_code(compiled, case: Case, capability: int) -> None:
 )
 def test_what_triton_makes_of_special_integers_compiles(given: Inputs) -> None:
     # Triton compiles anew for integers that are 1 or multiples of 16, and where 1 is then a constant, code can fail.
-    launches = (step, guided_step, score, guided_score, backward, guided_backward, jump, loss)
+    staged = (step, guided_step_with_both, score, guided_score, score_kl, guided_score_kl)
+    launches = (*staged, backward, guided_backward, backward_kl, guided_backward_kl, jump, loss)
     with compiling(90) as launched:
         for launch in launches:
             launch(given)
         guided_backward(given, with_uncond=False)
     assert all(binary.asm["cubin"] for _, binary in launched)
-    assert len(launched) == len(launches) + 1 + 4, "a step and a score have a second stage"
+    assert len(launched) == len(launches) + 1 + len(staged), "a step and a score have a second stage"
 
 
 def test_the_reader_sees_local_memory(tmp_path: Path) -> None:

@@ -94,6 +94,62 @@ def test_imported_utilities_with_a_fix(project: Path) -> None:
     assert launched.stderr.count("rng host, fix reach_zero, fix upcast)") == 4
 
 
+STYLES = """
+import importlib, sys
+import {module} as whole
+from {module} import *
+from {module} import {name} as renamed
+import user
+late = importlib.import_module("{module}").{name}
+
+if __name__ == "__main__":
+    found = whole.{name}, {name}, renamed, user.{name}, late, vars(sys.modules["__main__"])["renamed"]
+    print(len(set(map(id, found))), (found[0].{attribute}).__module__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("host", "module", "name", "attribute"),
+    [
+        ("flow_grpo", "flow_grpo.diffusers_patch.sd3_sde_with_logprob", "sde_step_with_logprob", "__call__.__self__"),
+        (
+            "turning_point",
+            "flow_grpo.diffusers_patch.sd3_pipeline_with_logprob_fast_my",
+            "pipeline_mixed_sampling_with_intermediate_ode",
+            "__call__.__self__",
+        ),
+        ("dance_grpo", "fastvideo.train_grpo_flux", "flux_step", "__call__.__self__"),
+        ("mix_grpo", "fastvideo.utils.sampling_utils", "dpm_step", "__call__.__self__"),
+        (
+            "flow_factory",
+            "flow_factory.scheduler.flow_match_euler_discrete",
+            "FlowMatchEulerDiscreteSDEScheduler",
+            "step",
+        ),
+    ],
+)
+def test_every_import_style_in_every_host(project: Path, host: str, module: str, name: str, attribute: str) -> None:
+    for folder in ("flow_grpo/diffusers_patch", "flow_factory/scheduler"):
+        (project / folder).mkdir(parents=True)
+        for package in (folder, folder.split("/")[0]):
+            (project / package / "__init__.py").touch()
+    patched = project / "flow_grpo" / "diffusers_patch"
+    source = (HOSTS / "host_sd3.py").read_text()
+    (patched / "sd3_sde_with_logprob.py").write_text(source)
+    pipelines = f"{source}\n\npipeline_with_logprob = fast_pipeline_with_logprob\n"
+    (patched / "sd3_pipeline_with_logprob_fast_my.py").write_text(pipelines)
+    scheduler = project / "flow_factory" / "scheduler" / "flow_match_euler_discrete.py"
+    shutil.copy(HOSTS / "flow_factory_scheduler.py", scheduler)
+    (project / "user.py").write_text(f"from {module} import {name}\n")
+    script = STYLES.format(module=module, name=name, attribute=attribute)
+    (project / "styles.py").write_text(script)
+    launched = run(project, *LAUNCH, "--host", host, "styles.py")
+    assert launched.returncode == 0, launched.stderr
+    count, where = launched.stdout.split()
+    assert count == "1" and where.startswith("densegrpo_fast.compat.")
+    assert f"replaced {module}.{name}" in launched.stderr
+
+
 def test_bad_input(project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from densegrpo_fast.launch import main
 

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "credit": {"credit", "flow", "outside"},
     "objective": {"objective", "flow"},
     "models": {"models", "flow.schedule", "flow.analytic", "embedded", "exit_codes"},
-    "rewards": {"rewards"},
+    "rewards": {"rewards", "outside"},
     "compat": {"compat", "flow", "sampling", "credit", "models.base"},
 }
 # Parts that need nothing but torch and the standard library to be imported (kernels: and Triton).

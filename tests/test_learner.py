@@ -203,10 +203,12 @@ def test_a_bad_loss_is_skipped_and_counted(tiny_policy: Policy, bad: float) -> N
     metrics = learner.update(trajectory, advantages(bad, 0.0, 0.0, 0.0), steps=[0, 1])
     assert metrics["skipped_updates"] == 1.0
     assert same(values(learner), start)
-    assert learner.state() == {"updates": 0, "bad_steps": 1, "bad_in_a_row": 1, "ema_steps": 0}
+    counters = {"updates": 0, "bad_steps": 1, "bad_in_a_row": 1, "ema_steps": 0}
+    assert learner.state() == counters | {"micro_batch": B}
     # a good one in between starts the count again
     learner.update(trajectory, advantages(1.0, -1.0, 0.0, 0.0), steps=[0, 1])
-    assert learner.state() == {"updates": 1, "bad_steps": 1, "bad_in_a_row": 0, "ema_steps": 1}
+    counters = {"updates": 1, "bad_steps": 1, "bad_in_a_row": 0, "ema_steps": 1}
+    assert learner.state() == counters | {"micro_batch": B}
     assert not same(values(learner), start)
 
 

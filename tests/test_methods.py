@@ -16,11 +16,11 @@ from densegrpo_fast.credit import registry
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime import build
-from densegrpo_fast.runtime.experience import Judge, Outcome, sample
+from densegrpo_fast.runtime import builders
+from densegrpo_fast.runtime.experience import Judge, Outcome, draw
 from densegrpo_fast.runtime.learner import Learner
 from densegrpo_fast.runtime.metrics import PhaseTimer, read_metrics
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.tree import Sampled
 
 Policy = Callable[..., FlowModel]
 Train = Callable[..., int]
@@ -52,15 +52,17 @@ REWARD = RewardMixture({"brightness": (brightness, 1.0)})
 
 def configured(method: str, **options: object) -> Config:
     plan = registry.find(method).plan or "exact"
-    settings = {**SETTINGS, "credit.method": method, "lookahead.plan": plan, **options}
+    # three branches of one trunk per prompt
+    branches = {"sampler.branches": 3, "sampler.micro_batch": 2} if registry.find(method).uses_branches else {}
+    settings = {**SETTINGS, **branches, "credit.method": method, "lookahead.plan": plan, **options}
     return load_config([f"{key}={value}" for key, value in settings.items()])[0]
 
 
-def experience(config: Config, model: FlowModel, iteration: int = 0) -> tuple[Trajectory, Outcome]:
+def experience(config: Config, model: FlowModel, iteration: int = 0) -> tuple[Sampled, Outcome]:
     rows = ["a cat", "a cat", "a cat", "the moon", "the moon", "the moon"]
-    judge = Judge(config, model, REWARD, build.build_lookahead(config, model))
-    window = build.build_windows(config).steps(iteration)
-    trajectory = sample(config, model, rows, build.build_coefficients(config, model, window), iteration)
+    judge = Judge(config, model, REWARD, builders.build_lookahead(config, model))
+    noisy = builders.noisy_steps(config, iteration)
+    trajectory = draw(config, model, rows, builders.build_coefficients(config, model, noisy), iteration)
     return trajectory, judge.judge(trajectory, rows, [{}] * 6, PhaseTimer())
 
 
@@ -69,12 +71,13 @@ def experience(config: Config, model: FlowModel, iteration: int = 0) -> tuple[Tr
 def test_one_iteration(tiny_policy: Policy, method: str, policy: str) -> None:
     config, model = configured(method, **{"objective.policy": policy}), tiny_policy()
     trajectory, outcome = experience(config, model)
-    assert (outcome.forwards > 0) == (registry.find(method).plan is None and config.uses_lookahead)
+    completed = config.uses_branches or (registry.find(method).plan is None and config.uses_lookahead)
+    assert (outcome.forwards > 0) == completed
     assert (outcome.gains is not None) == config.uses_lookahead
-    advantages, steps = outcome.advantages.values.flatten(0, 1), build.trained_steps(config, 0)
+    advantages, steps = outcome.advantages.values.flatten(0, 1), builders.trained_steps(config, 0)
     assert list(advantages.shape) == [6, 4] and advantages.isfinite().all() and advantages[:, steps].any()
 
-    options = build.learner_options(config)
+    options = builders.learner_options(config)
     learner = Learner(model, options)
     before = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
     update = learner.update(trajectory, advantages, steps)
@@ -99,7 +102,7 @@ def test_a_window_is_all_that_is_judged(tiny_policy: Policy, method: str) -> Non
     if outcome.lookahead_rewards is not None:
         # the completions that noise-free steps join are one: their gain is exactly 0
         assert outcome.gains is not None and not outcome.gains[..., [0, 3]].any()
-    learner = Learner(model, build.learner_options(config))
+    learner = Learner(model, builders.learner_options(config))
     assert learner.update(trajectory, values.flatten(0, 1), [1, 2])["grad_norm"] > 0
 
 
@@ -109,7 +112,7 @@ def test_one_noisy_step_of_a_shared_start_is_branching(tiny_policy: Policy) -> N
     found = {}
     for method in ("sparse", "dense"):
         config, model = configured(method, **branching), tiny_policy()
-        (step,) = build.trained_steps(config, 1)
+        (step,) = builders.trained_steps(config, 1)
         trajectory, outcome = experience(config, model, iteration=1)
         states = trajectory.latents.unflatten(1, (2, 3))
         # the same state up to rounding, which may depend on a row's place in the batch
@@ -130,7 +133,7 @@ def test_two_updates_of_one_iteration_see_the_policy_move(tiny_policy: Policy) -
         options |= {"objective.clip_range": 1e-4, "objective.guard_weight": "none"}
         config, model = configured("sparse", **options), tiny_policy()
         trajectory, outcome = experience(config, model)
-        learner, judged = Learner(model, build.learner_options(config)), outcome.advantages.values.flatten(0, 1)
+        learner, judged = Learner(model, builders.learner_options(config)), outcome.advantages.values.flatten(0, 1)
         learner.update(trajectory, judged, [0, 1])
         found[policy] = learner.update(trajectory, judged, [0, 1])
     deviation = {policy: update["ratio_deviation"] for policy, update in found.items()}

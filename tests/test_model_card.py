@@ -14,7 +14,7 @@ import yaml
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config_cli import load_config
-from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.intervals import Interval
 from densegrpo_fast.runtime.lora import save_lora
 from densegrpo_fast.runtime.model_card import BaseFacts, usage, write_model_card
@@ -54,7 +54,7 @@ def code(text: str) -> str:
 
 def test_the_example_runs_and_is_the_evaluated_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config("--lora.rank=2", "--lora.alpha=4", "--lora.targets=[attn.to_q, attn.to_out.0]")
-    model = build.build_model(settings, torch.device("cpu"))
+    model = builders.build_model(settings, torch.device("cpu"))
     for name, parameter in model.trainable_parameters().items():
         if ".lora_B." in name:
             parameter.data = 0.1 * torch.randn_like(parameter)

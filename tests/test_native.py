@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.flow import native, shared_library
-from densegrpo_fast.flow.dynamics import coefficients
+from densegrpo_fast.flow.dynamics import C, coefficients
 from densegrpo_fast.flow.noise import gaussian
 from densegrpo_fast.flow.ops import sde_step
 from densegrpo_fast.flow.schedule import sd3_sigmas
@@ -35,19 +35,24 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def everything(*shape: int) -> list[Tensor]:
     """The results of all ops on one batch that mixes stochastic and noise-free rows."""
     generator = torch.Generator().manual_seed(5)
-    latents, velocity, upstream = torch.randn(3, 5, *shape, generator=generator)
+    latents, velocity, uncond, reference, other, upstream = torch.randn(6, 5, *shape, generator=generator)
     steps, samples = torch.tensor([0, 2, 9, 4, 7]), torch.tensor([3, 0, 70000, 2**32 - 1, 9])
     seed, epoch = torch.tensor([(7 << 33) + 1]), torch.tensor([6])
-    next_latents, log_prob = native.sde_step(latents, velocity, TABLE, steps, seed, samples, epoch, 1)
-    transition = (latents, velocity, next_latents, TABLE, steps)
+    scale = torch.tensor([1.0, 4.5, 0.0, 7.0, 3.3])
     grad = upstream.flatten(1)[:, 0]
-    return [
-        next_latents,
-        log_prob,
-        native.sde_log_prob(*transition),
-        native.sde_log_prob_backward(grad, *transition),
-        native.euler_jump(latents, velocity, torch.rand(5, generator=generator), torch.zeros(5)),
-    ]
+    results = [native.euler_jump(latents, velocity, torch.rand(5, generator=generator), torch.zeros(5))]
+    for guidance in ((None, None), (uncond, scale)):
+        words = (TABLE, steps, seed, samples, epoch, 1)
+        for input_dtype, with_mean in ((None, False), (torch.float16, True), (torch.bfloat16, False)):
+            step = native.sde_step(latents, velocity, *guidance, *words, input_dtype, with_mean)
+            results += step
+        guided = guidance[0] is not None
+        for references in ((None, None), (reference, other if guided else None)):
+            rest = (*guidance, *references, step[0], TABLE, steps, C)
+            results += native.sde_log_prob(latents, velocity, *rest)
+            grad_kl = None if references[0] is None else grad.flip(0)
+            results += native.sde_log_prob_backward(grad, grad_kl, latents, velocity, *rest, guided)
+    return results
 
 
 @needs_native
@@ -91,8 +96,8 @@ def test_normals_are_accurate_at_the_ends_of_their_range() -> None:
 def test_every_variant_draws_the_noise_of_the_layout(variant: str) -> None:
     zeros, samples = torch.zeros(2, 2**18 + 7), torch.tensor([11, 2**32 - 1])
     with native.using_variant(variant):
-        drawn, _ = native.sde_step(
-            zeros, zeros, BARE_NOISE, torch.zeros(2, dtype=torch.int64), torch.tensor([2**62 + 3]), samples,
+        drawn, *_ = native.sde_step(
+            zeros, zeros, None, None, BARE_NOISE, torch.zeros(2, dtype=torch.int64), torch.tensor([2**62 + 3]), samples,
             torch.tensor([2**32 - 1]), 0xFFFF,
         )  # fmt: skip
     expected = gaussian(zeros.shape[1:], seed=2**62 + 3, sample_index=samples, step=0, stream=0xFFFF, epoch=2**32 - 1)
@@ -178,4 +183,4 @@ def test_a_library_of_another_interface_is_refused(package: Path, monkeypatch: p
     assert native.available()
     native._load.cache_clear()
     monkeypatch.setattr(native, "ABI_VERSION", 99)
-    assert "has interface 2, expected 99" in native.why_not()
+    assert "has interface 3, expected 99" in native.why_not()

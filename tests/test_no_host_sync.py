@@ -1,14 +1,24 @@
-"""Rollout and lookahead on the meta device, where a tensor has no values: any read of one by the host would raise."""
+"""The host waits for the device in no step of a rollout, a lookahead or an update.
+
+Rollout and lookahead run on the meta device, where a tensor has no values: any read of one by the host would raise. An
+update reads a few numbers at its end, as many for one step as for many.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
+from densegrpo_fast.objective.policy import ObjectiveSettings
+from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
@@ -57,6 +67,8 @@ def test_nothing_is_read_back(model: FlowModel, conditioning: Conditioning, fami
         lookahead = Lookahead(model, plans.nodes(T, [2]), guidance=guidance, chunk=4)
         clean = lookahead.complete(trajectory)
         assert clean.device.type == "meta" and clean.shape == (T + 1, B, *model.latent_shape)
+        shared = lookahead.complete(replace(trajectory, shared=3))
+        assert shared.device.type == "meta" and shared.shape == clean.shape
         for decoder in ("full", "preview"):
             assert lookahead.images(clean, trajectory.coefficients.noisy, decoder).shape == (T + 1, B, 3, 64, 64)
     assert sample_ode(model, noise, conditioning, model.sigmas(T)).shape == noise.shape
@@ -65,3 +77,67 @@ def test_nothing_is_read_back(model: FlowModel, conditioning: Conditioning, fami
 def test_a_read_would_be_noticed() -> None:
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ones(1, device="meta").item()
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations by which the host learns a tensor's values."""
+
+    NAMES = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("policy", "kl_coef"), [("clip", 0.0), ("clip", 0.1), ("guard", 0.1), ("dppo", 0.1)])
+def test_an_update_reads_as_much_for_one_step_as_for_many(
+    tiny_policy: Callable[..., FlowModel], policy: str, kl_coef: float
+) -> None:
+    model, index, prompts = tiny_policy(spread=0.1), torch.arange(4), ["a cat"] * 2 + ["the moon"] * 2
+    trajectory = rollout(
+        model,
+        initial_noise(model, index, seed=0, epoch=0),
+        model.encode(prompts),
+        coefficients(model.sigmas(T), 0.7, "flow_sde"),
+        sample_index=index,
+        seed=0,
+        epoch=0,
+        guidance_scale=3.0,
+        micro_batch=2,
+    )
+    settings = ObjectiveSettings(
+        policy=policy,
+        clip_range=1e-3,
+        guard_weight="paper",
+        dppo_threshold=1e-5,
+        step_weight="none",
+        kl_coef=kl_coef,
+        kl_scale="flow_grpo",
+    )
+    options = LearnerOptions(
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        eps=1e-8,
+        max_grad_norm=1.0,
+        updates_per_iteration=1,
+        warmup=0,
+        ema_decay=0.9,
+        ema_every=1,
+        objective=settings,
+        micro_batch=2,
+        max_bad_steps=1,
+    )
+    counts = []
+    for steps in ([0], [0, 1, 2]):
+        learner = Learner(model, options)
+        with Reads() as reads:
+            learner.update(trajectory, torch.randn(4, T), steps)
+        counts.append(reads.found)
+    assert counts[0] == counts[1] and counts[0].total() > 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from densegrpo_fast.flow.dynamics import LOG_PROB_CONST, LOG_PROB_SCALE, A, B, C, StepCoefficients, coefficients
 from densegrpo_fast.objective.clip import ppo_clip_loss
+from densegrpo_fast.objective.kl import KlScale, gaussian_kl
 from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.6, 0.25, 0.0])
@@ -46,7 +47,11 @@ class Rows:
         square = (self.following - self.mean(velocity)).square().flatten(1).mean(1)
         return -self.row[LOG_PROB_SCALE] * square + self.row[LOG_PROB_CONST]
 
-    def loss(self, objective: Objective, reference: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def kl(self, reference: Tensor, scale: KlScale) -> Tensor:
+        index = torch.full((len(reference),), self.step)
+        return gaussian_kl(self.velocity, reference, SAMPLER.table, index, scale=scale)
+
+    def loss(self, objective: Objective, kl: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         return objective.loss(
             self.step,
             log_prob=self.log_prob(self.velocity),
@@ -54,7 +59,7 @@ class Rows:
             advantages=self.advantages,
             velocity=self.velocity,
             old_velocity=self.old_velocity,
-            reference_velocity=reference,
+            kl=kl,
         )
 
 
@@ -127,7 +132,7 @@ def test_the_kl_term_in_both_scales(policy: str, scale: str) -> None:
     rows = Rows(distance=0.0)
     reference = rows.old_velocity + 0.5
     settings = {"policy": policy, "kl_scale": scale}
-    held, metrics = rows.loss(objective(**settings, kl_coef=0.1), reference)
+    held, metrics = rows.loss(objective(**settings, kl_coef=0.1), rows.kl(reference, scale))
     free, _ = rows.loss(objective(**settings))
     # step .9 -> .6: std = .7 sqrt(9) = 2.1, B = -(1 + 4.41 * .1 / 1.8) * .3 = -.3735; the means differ by .18675.
     # code: .18675^2 / (2 * 4.41) = .0039541; paper: over the injected variance 4.41 * .3, so 1 / .3 times that
@@ -165,7 +170,7 @@ def test_a_step_without_noise_teaches_nothing() -> None:
         advantages=rows.advantages,
         velocity=rows.velocity,
         old_velocity=rows.old_velocity,
-        reference_velocity=rows.old_velocity,
+        kl=gaussian_kl(rows.velocity, rows.old_velocity, sampler.table, torch.ones(6, dtype=torch.int64)),
     )
     loss.backward()
     assert math.isfinite(loss.item()) and rows.velocity.grad is not None and not rows.velocity.grad.any()

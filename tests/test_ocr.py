@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from densegrpo_fast.rewards.base import RewardMixture, create
+from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.rewards.ocr import Ocr, edit_distance, similarity, wanted_text
+from densegrpo_fast.rewards.registry import create
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("rapidocr", "onnxruntime"))
 needs_rapidocr = pytest.mark.skipif(not INSTALLED, reason="needs the extra ocr (rapidocr, onnxruntime)")

@@ -85,7 +85,7 @@ def test_the_wheel_holds_a_library_that_loads(wheel: Path, tmp_path: Path) -> No
     (library,) = [name for name in contents(wheel) if name.startswith("densegrpo_fast/_native.")]
     with zipfile.ZipFile(wheel) as archive:
         path = archive.extract(library, tmp_path)
-    assert ctypes.CDLL(path).densegrpo_abi_version() == 2
+    assert ctypes.CDLL(path).densegrpo_abi_version() == 3
 
 
 def test_the_core_needs_torch_alone(wheel: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 from transformers import CLIPModel
 
 from densegrpo_fast.embedded.architecture import build_tokenizer
-from densegrpo_fast.rewards.base import RewardMixture, create
+from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.rewards.clip import preprocess
+from densegrpo_fast.rewards.registry import create
 
 PROMPTS = ["a red circle", "two blue squares", "a green cross"]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegrpo_fast.sampling.plan import Plan, exact, exact_but_last, make_plan, n_step, nodes, one_step
+from densegrpo_fast.sampling.plan import Plan, exact, exact_but_last, make_plan, n_step, nodes, one_step, strided
 
 
 def test_exact_visits_every_later_step() -> None:
@@ -41,6 +41,14 @@ def test_three_steps_go_by_two_thirds_and_one_third() -> None:
 def test_n_step_between_its_extremes() -> None:
     assert n_step(6, 1).paths == one_step(6).paths
     assert n_step(6, 6).paths == n_step(6, 99).paths == exact(6).paths
+
+
+def test_strides_start_at_every_state() -> None:
+    # G2RPO's sigmas[k+1:][::2] of a branch that reached state j = k + 1: of j = 1 the points 1 3 5, and 5 to the end
+    assert strided(6, 2).paths == ((2, 4), (3, 5), (4,), (5,), (), ())
+    assert strided(6, 1).paths == exact(6).paths and strided(6, 6).paths == one_step(6).paths
+    with pytest.raises(ValueError, match="stride of at least 1, got 0"):
+        strided(6, 0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import torch
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.sampling.replay import reference_velocity, replay, replay_velocity
+from densegrpo_fast.objective.kl import gaussian_kl
+from densegrpo_fast.sampling.replay import reference_velocity, replay, replay_kl, replay_velocity
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
 
@@ -141,6 +142,27 @@ def test_the_reference_is_the_model_without_its_adapter(tiny_policy: Policy) -> 
             # a fresh adapter adds exact zeros
             assert torch.equal(reference, replay_velocity(plain, trajectory, 0, rows))
             assert not torch.equal(reference, replay_velocity(model, trajectory, 0, rows))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+@pytest.mark.parametrize("scale", ["paper", "flow_grpo"])
+def test_the_divergence_comes_with_the_same_score(tiny_policy: Policy, guidance_scale: float, scale: str) -> None:
+    model = tiny_policy(spread=0.3)
+    trajectory = sampled(model, guidance_scale, noise_level=[0.7, 0.0, 0.7])
+    rows = slice(2, 4)
+    for step in range(T):
+        log_prob, velocity, kl = replay_kl(model, trajectory, step, rows, scale)
+        assert torch.equal(velocity, trajectory.velocities[step, rows])
+        again, same_velocity = replay(model, trajectory, step, rows)
+        assert torch.equal(log_prob, again)
+        assert (log_prob - trajectory.log_probs[step, rows]).abs().max() <= 1e-6
+        index, reference = torch.full((2,), step), reference_velocity(model, trajectory, step, rows)
+        expected = gaussian_kl(same_velocity, reference, trajectory.coefficients.table, index, scale=scale)
+        torch.testing.assert_close(kl, expected, rtol=1e-5, atol=0)
+        assert (kl > 0).all() == (step != 1)
+        found, exact = gradients(model, kl), gradients(model, expected)
+        for name, gradient in exact.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
 def test_the_adapter_is_back_after_the_reference(tiny_policy: Policy) -> None:

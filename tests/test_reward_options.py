@@ -11,9 +11,9 @@ import torch
 from densegrpo_fast.config import Config
 from densegrpo_fast.config_cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.rewards.base import create
 from densegrpo_fast.rewards.options import OptionError
-from densegrpo_fast.runtime import build
+from densegrpo_fast.rewards.registry import create
+from densegrpo_fast.runtime import builders
 
 OWN = """\
 class Level:
@@ -98,7 +98,7 @@ def test_names_of_ones_own_stand_for_rewards_with_options(own: str) -> None:
         "reward.terms={bright: 1.0, jpeg: -0.5}",
         f"reward.options={{bright: {{use: '{own}:Level', gain: 2.0}}, jpeg: {{use: jpeg_incompressibility}}}}",
     )
-    mixture = build.build_reward(settings.reward.terms, settings.reward.options)
+    mixture = builders.build_reward(settings.reward.terms, settings.reward.options)
     scores = mixture(torch.full((1, 3, 8, 8), 0.25), ["p"])
     assert scores.per_reward["bright"].item() == pytest.approx(0.5)
     expected = 0.5 - 0.5 * scores.per_reward["jpeg"].item()
@@ -108,8 +108,8 @@ def test_names_of_ones_own_stand_for_rewards_with_options(own: str) -> None:
 def test_the_held_out_evaluation_shares_the_rewards_of_the_training(own: str) -> None:
     name = f"{own}:Level"
     settings = config(f"reward.terms={{'{name}': 2.0}}", f"reward.observed=['{name}', scenes]")
-    training = build.build_reward(settings.reward.terms, settings.reward.options)
-    observer = build.build_observer(settings, training)
+    training = builders.build_reward(settings.reward.terms, settings.reward.options)
+    observer = builders.build_observer(settings, training)
     assert observer.terms[name] == training.terms[name] and observer.terms[name][1] == 2.0
     assert observer.terms["scenes"][1] == 0.0
 
@@ -142,14 +142,14 @@ def test_a_configuration_with_wrong_rewards_is_refused(arguments: list[str], pro
 
 def test_wrong_options_and_absent_weights_end_a_run_differently(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no option 'x'") as caught:
-        build.build_reward({"scenes": 1.0}, {"scenes": {"x": 1}})
+        builders.build_reward({"scenes": 1.0}, {"scenes": {"x": 1}})
     assert caught.value.exit_code == ExitCode.USAGE
     with pytest.raises(UserError, match="url: expected an address that starts with http:// or https://") as caught:
-        build.build_reward({"remote": 1.0}, {"remote": {"url": "file:///etc/passwd"}})
+        builders.build_reward({"remote": 1.0}, {"remote": {"url": "file:///etc/passwd"}})
     assert caught.value.exit_code == ExitCode.USAGE
     absent = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"pickscore: cannot load its processor from .*absent") as caught:
-        build.build_reward({"pickscore": 1.0}, {"pickscore": {"model": absent, "processor": absent}})
+        builders.build_reward({"pickscore": 1.0}, {"pickscore": {"model": absent, "processor": absent}})
     assert caught.value.exit_code == ExitCode.REWARD
 
 

@@ -11,7 +11,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from densegrpo_fast.embedded import scenes
-from densegrpo_fast.rewards.base import RewardMixture, create
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.rewards.registry import create
 from densegrpo_fast.rewards.scene_analysis import COLOURS, examine
 from densegrpo_fast.rewards.scenes import Request, ScenesReward, parse
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from densegrpo_fast.config_cli import load_config
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.noise import Stream
-from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.base import FlowModel, Velocity
 from densegrpo_fast.runtime.experience import sample
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
 from densegrpo_fast.sampling.trajectory import Trajectory
@@ -184,3 +186,27 @@ def test_samples_of_a_prompt_can_share_their_first_noise(mixture_model: FlowMode
     assert torch.equal(shared.latents[0, ::2], own.latents[0, ::2])
     assert (shared.latents[1, 0] != shared.latents[1, 1]).all()
     torch.testing.assert_close(shared.latents[:, ::2], own.latents[:, ::2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_in_half_precision_gets_the_states_in_it(tiny_policy: Callable[..., FlowModel]) -> None:
+    model = tiny_policy(spread=0.3)
+    model.network.to(torch.bfloat16)
+    assert model.input_dtype == torch.bfloat16
+    given, velocity = [], model.velocity
+
+    def as_given(latents: Tensor, *rest: Any) -> Velocity:
+        given.append(latents)
+        return velocity(latents, *rest)
+
+    prompts = ["a photo of a cat"] * 6
+    model.velocity = as_given
+    trajectory = sampled(model, prompts)
+    assert [latents.dtype for latents in given] == [torch.float32, *[torch.bfloat16] * (T - 1)]
+    for step in range(1, T):
+        assert torch.equal(given[step], trajectory.latents[step].bfloat16())
+    # the network rounds a float32 state to the very same numbers
+    for step in range(T):
+        again = velocity(
+            trajectory.latents[step], trajectory.coefficients.sigmas[step].expand(6), model.encode(prompts)
+        )
+        assert torch.equal(again.combined(), trajectory.velocities[step])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.flow import native
-from densegrpo_fast.flow.dynamics import coefficients
+from densegrpo_fast.flow.dynamics import C, coefficients
 from densegrpo_fast.flow.ops import sde_log_prob, sde_step
 from densegrpo_fast.flow.reference import sde_log_prob_ref
 from densegrpo_fast.flow.schedule import sd3_sigmas
@@ -146,9 +146,9 @@ def test_strided_velocity(implementation: str) -> None:
 def test_opcheck(implementation: str) -> None:
     latents, velocity, next_latents = transition(3, 4)
     velocity.requires_grad_()
-    arguments = (latents, velocity, next_latents, TABLE, STEPS, implementation)
-    torch.library.opcheck(torch.ops.densegrpo_fast.sde_log_prob.default, arguments)
-    backward = (torch.ones(4), latents, velocity.detach(), next_latents, TABLE, STEPS, implementation)
+    rest = (*[None] * 4, next_latents, TABLE, STEPS, C)
+    torch.library.opcheck(torch.ops.densegrpo_fast.sde_log_prob.default, (latents, velocity, *rest, implementation))
+    backward = (torch.ones(4), None, latents, velocity.detach(), *rest, False, implementation)
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_log_prob_backward.default, backward)
 
 

@@ -217,7 +217,8 @@ def test_fake_tensors_give_shapes_and_dtypes() -> None:
 def test_opcheck(implementation: str) -> None:
     latents, velocity = states(3, 4)
     seed, epoch = torch.tensor([5]), torch.tensor([2])
-    arguments = (latents, velocity, TABLE, STEPS, seed, SAMPLES, epoch, int(Stream.STEP), implementation)
+    counters = (seed, SAMPLES, epoch, int(Stream.STEP))
+    arguments = (latents, velocity, None, None, TABLE, STEPS, *counters, None, False, implementation)
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_step.default, arguments)
 
 
@@ -251,6 +252,13 @@ def test_it_is_one_node_of_a_compiled_graph(implementation: str) -> None:
         ({"velocity": torch.zeros(5, 4, 8, device="meta")}, ValueError, "velocity must be on cpu, got meta"),
         ({"table": TABLE[:, :5]}, ValueError, r"table must have shape \[T, 6\], got \[10, 5\]"),
         ({"table": TABLE.double()}, TypeError, "table must be float32"),
+        ({"table": TABLE.where(TABLE != TABLE[3, 2], torch.nan)}, ValueError, "got nan in column 2 of step 3"),
+        ({"table": TABLE.to("meta")}, ValueError, "table must be on cpu, got meta"),
+        ({"sample_index": SAMPLES.float()}, TypeError, "sample_index must be int64, got torch.float32"),
+        ({"epoch": 2**32}, ValueError, r"epoch must be in \[0, 2\^32\), got 4294967296"),
+        ({"step_index": 1.0}, TypeError, "step_index must be an int or an int64 tensor, got float"),
+        ({"implementation": "cuda"}, RuntimeError, "sde_step: implementation 'cuda' cannot serve this call"),
+        ({"implementation": "triton"}, RuntimeError, "sde_step: implementation 'triton' cannot serve this call"),
         ({"step_index": STEPS[:4]}, ValueError, r"step_index must have shape \[5\], got \[4\]"),
         ({"step_index": STEPS.int()}, TypeError, "step_index must be int64"),
         ({"step_index": -1}, ValueError, "step_index must be in"),

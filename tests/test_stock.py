@@ -27,7 +27,7 @@ from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
 from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
-from densegrpo_fast.runtime import build  # noqa: E402
+from densegrpo_fast.runtime import builders  # noqa: E402
 from densegrpo_fast.runtime.experience import Judge, Outcome, sample  # noqa: E402
 from densegrpo_fast.runtime.learner import Learner  # noqa: E402
 from densegrpo_fast.runtime.metrics import PhaseTimer  # noqa: E402
@@ -81,12 +81,12 @@ class Both:
 
 def run_both(policy: Policy, config: Config) -> Both:
     model = policy(spread=0.2)
-    coefficients = build.build_coefficients(config, model)
+    coefficients = builders.build_coefficients(config, model)
     trajectory = sample(config, model, ROWS, coefficients, iteration=3)
-    judge = Judge(config, model, REWARD, build.build_lookahead(config, model))
+    judge = Judge(config, model, REWARD, builders.build_lookahead(config, model))
     outcome = judge.judge(trajectory, ROWS, METADATA, PhaseTimer())
-    learner = Learner(model, build.learner_options(config))
-    steps = build.trained_steps(config, 0)
+    learner = Learner(model, builders.learner_options(config))
+    steps = builders.trained_steps(config, 0)
     update = learner.update(trajectory, outcome.advantages.values.flatten(0, 1), steps)
 
     index = torch.arange(len(ROWS))
@@ -131,7 +131,7 @@ def check_equal(both: Both) -> None:
     if both.outcome.gains is not None:
         close(both.stock.rewards.diff(dim=1), both.outcome.gains.flatten(0, 1))
     advantages = both.outcome.advantages.values.flatten(0, 1)
-    trained = build.trained_steps(both.config, 0)
+    trained = builders.trained_steps(both.config, 0)
     close(both.stock.advantages[:, trained], advantages[:, trained])
     # the last step, which is not trained, gains so little that the rewards' rounding shows in it
     torch.testing.assert_close(both.stock.advantages[:, -1], advantages[:, -1], rtol=0, atol=1e-2)
@@ -166,8 +166,8 @@ def test_the_kl_term_counts(tiny_policy: Policy) -> None:
 
 def test_a_serial_completion_is_the_exact_plan(tiny_policy: Policy) -> None:
     config, model = settings("dense"), tiny_policy(spread=0.2)
-    trajectory = sample(config, model, ROWS, build.build_coefficients(config, model), iteration=0)
-    lookahead = build.build_lookahead(config, model)
+    trajectory = sample(config, model, ROWS, builders.build_coefficients(config, model), iteration=0)
+    lookahead = builders.build_lookahead(config, model)
     assert lookahead is not None
     stock = Stock(model, config, REWARD)
     stock.set_timesteps()

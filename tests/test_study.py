@@ -11,9 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benches"))
 
+import _study_plot  # noqa: E402
 import study  # noqa: E402
 from _comparison import at_seconds, compare, pairs  # noqa: E402
 from _record import commit, interleaved, pairwise_ratio, portable, spread, write_json  # noqa: E402
+from _study_plot import save_plot  # noqa: E402
 
 from densegrpo_fast.config import Config  # noqa: E402
 from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
@@ -215,6 +217,15 @@ def test_uneven_timings_are_marked_as_noisy(tmp_path):
     for point, seconds in zip(uneven["points"], (0.0, 2.0, 5.0, 7.0, 11.0), strict=True):
         point["seconds"] = {"rollout": seconds}
     assert study._noisy([steady, uneven])
+
+
+def test_every_variant_of_a_plot_has_a_look_of_its_own(tmp_path, monkeypatch):
+    looks, draw = [], _study_plot._draw
+    monkeypatch.setattr(_study_plot, "_draw", lambda *given: (looks.append(given[-1]), draw(*given)))
+    names = [f"variant_{number}" for number in range(14)]
+    save_plot(tmp_path / "a.png", [run(name, 0, [0.0, 0.1], 1.0) for name in names], names, ["reward"])
+    # one row of two panels
+    assert len(looks) == 2 * len(names) and len(set(looks)) == len(names)
 
 
 def test_records_hold_no_directories_of_this_machine():

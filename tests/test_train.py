@@ -96,6 +96,7 @@ def test_metrics(whole_run: Path) -> None:
         *("iteration", "reward", "reward_std", "reward_missing", "frac_reward_zero_std"),
         *(f"rewards/jpeg_incompressibility/{name}" for name in ("mean", "std")),
         *(f"gain/step_{step}" for step in range(3)),
+        "gain_correlation",
         *("loss", "policy_loss", "kl", "clip_fraction", "approx_kl", "ratio_deviation", "grad_norm"),
         *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
         *("first_ratio_deviation", "learning_rate"),
@@ -105,6 +106,7 @@ def test_metrics(whole_run: Path) -> None:
     assert [set(line) for line in lines] == [common, common | evaluated, common]
     timed = json.loads((whole_run / "metrics.jsonl").read_text().splitlines()[0])
     assert {key for key in timed if key.startswith("time/")} == {
+        "time/calibration",
         "time/rollout",
         "time/lookahead",
         "time/reward",

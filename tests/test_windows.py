@@ -18,7 +18,7 @@ from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.exit_codes import UserError
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.runtime import build
+from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
@@ -176,22 +176,22 @@ FAST = ("window.schedule=random", "window.size=2", "window.last=3")
 
 def test_only_the_windows_steps_are_trained() -> None:
     config = windowed(*FAST)
-    schedule = build.build_windows(config)
-    trained = [build.trained_steps(config, iteration) for iteration in range(40)]
+    schedule = builders.build_windows(config)
+    trained = [builders.trained_steps(config, iteration) for iteration in range(40)]
     assert trained == [list(schedule.steps(iteration)) for iteration in range(40)]
     assert {tuple(steps) for steps in trained} == {(0, 1), (1, 2), (2, 3)}
     drawn = windowed("window.schedule=fixed", "window.size=4", "window.first=2", "objective.trained_steps=2")
-    picked = {tuple(build.trained_steps(drawn, iteration)) for iteration in range(100)}
+    picked = {tuple(builders.trained_steps(drawn, iteration)) for iteration in range(100)}
     # all 6 pairs of the steps 2..5
     assert picked == {(a, b) for a in range(2, 6) for b in range(a + 1, 6)}
 
 
 def test_without_windows_training_draws_what_it_always_drew() -> None:
-    assert build.trained_steps(windowed(), 3) == [0, 1, 2, 3, 4, 5, 6]
+    assert builders.trained_steps(windowed(), 3) == [0, 1, 2, 3, 4, 5, 6]
     generator = torch.Generator().manual_seed(3)
     expected = sorted(torch.randperm(7, generator=generator)[:3].tolist())
-    assert build.trained_steps(windowed("objective.trained_steps=3"), 3) == expected
-    assert build.trained_steps(windowed("objective.trained_steps=[0, 7]"), 3) == [0, 7]
+    assert builders.trained_steps(windowed("objective.trained_steps=3"), 3) == expected
+    assert builders.trained_steps(windowed("objective.trained_steps=[0, 7]"), 3) == [0, 7]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.config import Config
 from densegrpo_fast.credit.consistency import StepConsistency, step_consistency
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.exit_codes import ExitCode, UserError
@@ -27,6 +28,7 @@ from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.data import PromptSet
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.cost import lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import rollout, sample_ode
 from densegrpo_fast.sampling.trajectory import Trajectory
@@ -74,6 +76,30 @@ class GainMeter:
     seed: int
     max_missing: float
     count: int
+
+    @classmethod
+    def of(cls, config: Config, model: FlowModel, reward: RewardMixture, prompts: PromptSet, count: int) -> GainMeter:
+        """The meter for a configuration's sampler."""
+        return cls(
+            model=model,
+            reward=reward,
+            sigmas=model.sigmas(config.sampler.num_steps),
+            dynamics=config.sampler.dynamics,
+            prompts=prompts,
+            guidance_scale=config.sampler.guidance_scale,
+            rows=config.sampler.micro_batch,
+            chunk=config.lookahead.chunk,
+            seed=config.seed,
+            max_missing=config.reward.max_missing,
+            count=count,
+        )
+
+    def forwards(self, levels: Sequence[float]) -> int:
+        """Network forwards of `gains` at these levels."""
+        steps = len(self.sigmas) - 1
+        noisy = coefficients(self.sigmas, levels, self.dynamics).noisy
+        evaluations = steps + lookahead_evaluations(plans.exact(steps), guided=False, noisy=noisy).total
+        return int(evaluations) * self.count * self.model.forwards(self.guidance_scale)
 
     def gains(
         self, levels: Sequence[float], draw: int, progress: Callable[[int], object] = lambda samples: None

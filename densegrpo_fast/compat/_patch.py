@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -88,15 +89,12 @@ class Patch:
         """Replace what is imported now and wait for the rest. Nothing happens if it is in force already.
 
         Raises:
-            CompatError: the host is not installed, or one of its originals is unknown; then nothing was replaced.
+            CompatError: the host is not installed, another project has its name, or one of its originals is unknown;
+                then nothing was replaced.
         """
         if self.installed:
             return self
-        if self.package not in sys.modules and find_spec(self.package) is None:
-            raise CompatError(
-                f"the package {self.package} cannot be imported here; install it into this environment, or add the "
-                "folder that holds it to PYTHONPATH"
-            )
+        _check_package(self.package, self._targets)
         present = [sys.modules[name] for name in self._targets if isinstance(sys.modules.get(name), ModuleType)]
         prepared = [entry for module in present for entry in self._prepare(module)]
         for entry in prepared:
@@ -177,6 +175,29 @@ class Patch:
     def _note(self, message: str) -> None:
         self.messages.append(message)
         self._say(message)
+
+
+def _check_package(package: str, modules: Collection[str]) -> None:
+    """Find a package, without importing it, and any of some modules in it, or any place for `__main__`."""
+    imported = sys.modules.get(package)
+    spec = find_spec(package) if imported is None else None
+    if imported is None and spec is None:
+        raise CompatError(
+            f"the package {package} cannot be imported here; install it into this environment, or add the folder that "
+            "holds it to PYTHONPATH"
+        )
+    if "__main__" in modules or any(module in sys.modules for module in modules):
+        return
+    where = getattr(imported, "__path__", None) if spec is None else spec.submodule_search_locations
+    places = [Path(place) for place in where or ()]
+    stems = [place.joinpath(*module.split(".")[1:]) for place in places for module in modules]
+    # what does not lie in folders, such as an archive, cannot be looked into
+    folders = all(place.is_dir() for place in places)
+    if folders and not any(stem.is_dir() or any(stem.parent.glob(f"{stem.name}.*")) for stem in stems):
+        raise CompatError(
+            f"the package {package} ({', '.join(map(str, places)) or 'a single file'}) has none of the modules "
+            f"{', '.join(modules)}: it is another project, or a version that is not known here; nothing was replaced"
+        )
 
 
 def _owner(module: ModuleType, name: str) -> tuple[Any, str]:

@@ -14,9 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from densegrpo_fast.compat._host_table import HostTable, host_table
 from densegrpo_fast.compat._host_values import host_values
 from densegrpo_fast.compat.flow_grpo.rng import PhiloxNoise
-from densegrpo_fast.flow import ops, reference
+from densegrpo_fast.flow import reference
 from densegrpo_fast.flow.dynamics import LOG_PROB_CONST, LOG_PROB_SCALE, A, B, C, Family, coefficients
 
 Row = tuple[float, ...]
@@ -29,7 +30,7 @@ class Step:
 
     Attributes:
         rows: coefficients of the steps of its grid, as they are in `table`; rows that no one asked for may be missing
-            or NaN.
+            or 0.
         index: its own place.
         sigma, next_sigma: noise levels before and after it.
     """
@@ -49,9 +50,9 @@ class Step:
         """Change of the noise level, negative."""
         return self.next_sigma - self.sigma
 
-    def table(self, device: torch.device) -> Tensor:
-        """[T, 6] float32 for the ops."""
-        return device_table(self.rows, device)
+    def table(self, device: torch.device) -> HostTable:
+        """The rows on a device."""
+        return host_table(self.rows, device)
 
 
 def unit_grid(sigmas: Tensor) -> tuple[float, ...]:
@@ -177,7 +178,7 @@ def score(latents: Tensor, velocity: Tensor, next_latents: Tensor, step: Step) -
     """log_prob of a next state, [B], in the compute dtype; differentiable in `velocity`."""
     dtype = reference.compute_dtype(latents, velocity)
     tensors = latents.to(dtype), velocity.to(dtype), next_latents.detach().to(dtype)
-    return ops.sde_log_prob(*tensors, step.table(latents.device), step.index)
+    return step.table(latents.device).log_prob(*tensors, step.index)
 
 
 def sample(
@@ -203,8 +204,8 @@ def sample(
     dtype = reference.compute_dtype(latents, velocity)
     if philox is not None:
         with torch.no_grad():
-            next_latents, log_prob = philox.step(
-                latents.to(dtype), velocity.to(dtype), step.table(latents.device), step.index
+            next_latents, log_prob = step.table(latents.device).draw(
+                philox, latents.to(dtype), velocity.to(dtype), step.index
             )
         if not (torch.is_grad_enabled() and velocity.requires_grad):
             return next_latents, log_prob
@@ -212,7 +213,7 @@ def sample(
     mean = mean_of(latents, velocity, step.row) if mean is None else mean
     noise = draw(mean)
     if is_narrower(noise, mean):
-        next_latents = mean + step.table(mean.device)[step.index, C] * noise
+        next_latents = mean + step.table(mean.device).rows[step.index, C] * noise
     else:
         next_latents = torch.add(mean, noise, alpha=step.row[C])
     return next_latents, score(latents, velocity, next_latents, step)

@@ -43,6 +43,33 @@ class StepConsistency:
     states: Tensor
 
 
+def neighbour_correlation(gains: Tensor) -> float:
+    """Correlation of a step's gain with the next step's, within groups, over all pairs of neighbours.
+
+    Errors of the completions' rewards enter two gains with opposite signs: g_k = true_k + e_(k+1) - e_k. Were a gain
+    nothing but independent errors of one variance, neighbours would have the correlation -1/2; true gains that are not
+    to be foreseen from earlier ones add nothing to it. (The estimator of a price's bid-ask bounce, Roll 1984.) Below 0
+    is also what later steps systematically take back.
+
+    Args:
+        gains: [P, G, K] float, of consecutive noisy steps; NaN = missing.
+
+    Returns:
+        In [-1, 1]; NaN where there is no pair, or nothing varies.
+
+    Raises:
+        ValueError: the shape is not [P, G, K].
+    """
+    if gains.ndim != 3:
+        raise ValueError(f"neighbour_correlation: gains must be [P, G, K], got {list(gains.shape)}")
+    pairs = torch.stack([gains[..., :-1], gains[..., 1:]]).double()
+    present = pairs.isfinite().all(0)
+    pairs = pairs.where(present, torch.nan)
+    pairs = (pairs - pairs.nanmean(2, keepdim=True)).where(present, 0.0)
+    one, other = pairs[0], pairs[1]
+    return ((one * other).sum() / (one.square().sum() * other.square().sum()).sqrt()).item()
+
+
 def step_consistency(gains: Tensor, step_std: Tensor) -> StepConsistency:
     """Estimate the components from N states, each left K times by the same step with fresh noise.
 

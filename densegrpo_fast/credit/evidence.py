@@ -25,6 +25,10 @@ class Evidence:
         sigmas: [T+1] float, the grid.
         lookahead_rewards: [P, G, K+1] float, of the completions that differ: entry k belongs to the state before the
             k-th judged step, the last to the real final image. NaN = missing; None where no lookahead was run.
+        branch_rewards: [P, N, C, K, L] float, of the images that branches end in: N trunks of each prompt, C branches
+            of each trunk's state (N*C = G), L ways to complete them, the finest last. Then `rewards` are the finest
+            ones' means over the K steps, and latents and velocities belong to no trajectory. NaN = missing; None
+            without branches.
     """
 
     rewards: Tensor
@@ -33,6 +37,7 @@ class Evidence:
     velocities: Tensor
     sigmas: Tensor
     lookahead_rewards: Tensor | None = None
+    branch_rewards: Tensor | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -16,9 +16,11 @@ before the configuration is read; or, with no registration at all, the `CreditMe
 
     --credit.method mine.py:LAST_GAIN --credit.arguments '{sharpness: 2}'
 
-`needs` are attributes of `Evidence`, `options` keys of the section `credit` or, for what that does not have, of
-`credit.arguments`; std, spread_floor and clip come without being named. Functions of this package are imported when
-they are first called: this file needs no torch, so that the configuration can read it.
+`needs` are attributes of `Evidence`: with lookahead_rewards among them the lookahead is run, and with branch_rewards
+trunks branch instead of trajectories being drawn (`sampler.branches`, without which such a method is refused, and the
+others with it). `options` are keys of the section `credit` or, for what that does not have, of `credit.arguments`; std,
+spread_floor and clip come without being named. Functions of this package are imported when they are first called: this
+file needs no torch, so that the configuration can read it.
 """
 
 from __future__ import annotations
@@ -42,11 +44,14 @@ EVIDENCE = (
     "velocities",
     "sigmas",
     "lookahead_rewards",
+    "branch_rewards",
     "steps",
     "num_steps",
     "similarity",
 )
 """What a method may need: the attributes of `Evidence`."""
+
+_OF_TRAJECTORIES = ("latents", "velocities", "similarity")
 
 COMMON = ("std", "spread_floor", "clip")
 """Options that every method takes."""
@@ -63,7 +68,7 @@ class CreditMethod:
         plan: the lookahead plan that defines its rewards; None = any plan approximates them.
 
     Raises:
-        ValueError: it needs what there is none of, or has a plan and no need of lookahead rewards.
+        ValueError: it needs what there is none of, or has a plan and no need of completions' rewards.
     """
 
     compute: str | Callable[..., Advantages]
@@ -75,13 +80,25 @@ class CreditMethod:
         unknown = [need for need in self.needs if need not in EVIDENCE]
         if unknown or not self.needs:
             raise ValueError(f"CreditMethod: needs must be some of {', '.join(EVIDENCE)}, got {list(self.needs)}")
-        if self.plan is not None and not self.uses_lookahead:
-            raise ValueError(f"CreditMethod: plan {self.plan!r} is of no use without lookahead_rewards among the needs")
+        if self.uses_branches and (strange := {*self.needs} & {"lookahead_rewards", *_OF_TRAJECTORIES}):
+            raise ValueError(
+                f"CreditMethod: branches have no {', '.join(sorted(strange))}; it needs branch_rewards too"
+            )
+        if self.plan is not None and not (self.uses_lookahead or self.uses_branches):
+            raise ValueError(
+                f"CreditMethod: plan {self.plan!r} is of no use without lookahead_rewards or branch_rewards "
+                "among the needs"
+            )
 
     @property
     def uses_lookahead(self) -> bool:
         """Whether it needs the rewards of completed intermediate states."""
         return "lookahead_rewards" in self.needs
+
+    @property
+    def uses_branches(self) -> bool:
+        """Whether it needs the rewards of several branches of one state (`sampler.branches`)."""
+        return "branch_rewards" in self.needs
 
     def function(self) -> Callable[..., Advantages]:
         """The function itself."""
@@ -119,6 +136,10 @@ _METHODS = {
         f"{_HERE}.coca:coca_advantages",
         ("rewards", "similarity", "steps"),
         ("window", "alpha", "similarity_floor"),
+    ),
+    "branch": CreditMethod(f"{_HERE}.branch:branch_advantages", ("branch_rewards",)),
+    "granular": CreditMethod(
+        f"{_HERE}.granular:granular_advantages", ("branch_rewards",), ("granularities",), plan="exact"
     ),
 }
 

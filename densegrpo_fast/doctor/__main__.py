@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from densegrpo_fast.command_line import check_outputs, command_parser
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 
 
@@ -37,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tolerance is not None and not options.ratio:
         parser.error("--tolerance is an option of --ratio")
     with user_errors_exit():
-        if options.json is not None and not options.json.resolve().parent.is_dir():
-            raise UserError(f"--json: there is no directory {options.json.parent}", ExitCode.OUTPUT)
+        check_outputs(options, "json")
         examination = ratio if options.ratio else environment
         return int(examination(options, overrides))
 
@@ -112,14 +112,7 @@ def _finite(value: Any) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m densegrpo_fast.doctor",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("doctor", __doc__)
     add = parser.add_argument
     add("--config", help="preset or configuration file; default: embedded_dense")
     add("--ratio", action="store_true", help="examine the importance ratio instead of the machine")

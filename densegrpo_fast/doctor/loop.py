@@ -12,13 +12,13 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.runtime import build
-from densegrpo_fast.runtime.experience import sample
+from densegrpo_fast.runtime import builders
+from densegrpo_fast.runtime.experience import draw
 from densegrpo_fast.sampling import replay as replaying
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.tree import Sampled
 
-Rollout = Callable[[StepCoefficients], Trajectory]
-Replay = Callable[[Trajectory, int], Tensor]
+Rollout = Callable[[StepCoefficients], Sampled]
+Replay = Callable[[Sampled, int], Tensor]
 
 _MICRO_BATCHES = 2
 _ADAPTER_SHARE = 0.05
@@ -69,18 +69,18 @@ def configured_loop(config: Config, model: FlowModel) -> Loop:
         model: with its adapter.
     """
     size = config.sampler.micro_batch
-    rows, _ = build.build_prompts(config).rows(0, config.sampler.group_size)
-    rows = rows[: _MICRO_BATCHES * size]
-    coefficients = build.build_coefficients(config, model)
+    rows, _ = builders.build_prompts(config).rows(0, config.sampler.group_size)
+    rows = rows[: _MICRO_BATCHES * size * (config.sampler.branches or 1)]
+    coefficients = builders.build_coefficients(config, model)
     chosen = config.objective.trained_steps
     if not isinstance(chosen, list):
         objective = config.objective.model_copy(update={"trained_steps": "all_but_last"})
-        chosen = build.trained_steps(config.model_copy(update={"objective": objective}), 0)
+        chosen = builders.trained_steps(config.model_copy(update={"objective": objective}), 0)
 
-    def rollout(table: StepCoefficients) -> Trajectory:
-        return sample(config, model, rows, table, 0)
+    def rollout(table: StepCoefficients) -> Sampled:
+        return draw(config, model, rows, table, 0)
 
-    def replay(trajectory: Trajectory, step: int) -> Tensor:
+    def replay(trajectory: Sampled, step: int) -> Tensor:
         parts = []
         for start in range(0, trajectory.batch, size):
             part = slice(start, start + size)

@@ -23,6 +23,7 @@ from densegrpo_fast.doctor.loop import Loop, lora_layers
 from densegrpo_fast.flow import ops  # noqa: F401 - registers the ops that are watched for
 from densegrpo_fast.flow.dynamics import C, StepCoefficients, coefficients
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.tree import Sampled
 
 TINY_STD = 0.01
 """Injected noise (standard deviation) below which rounding differences in a velocity become visible in the ratio."""
@@ -48,7 +49,7 @@ class StepRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.densegrpo_fast.sde_step.default:
-            latents, step_index = args[0], args[3]
+            latents, step_index = args[0], args[5]
             self.steps[int(step_index[0])] = (latents.clone(), result[0].clone(), result[1].clone())
         return result
 
@@ -62,6 +63,8 @@ def exact_storage(loop: Loop) -> Iterator[Loop]:
         recorder.steps.clear()
         with recorder:
             trajectory = loop.rollout(table)
+        if not isinstance(trajectory, Trajectory):
+            raise RuntimeError("branches take several steps from one state, and only one of them was seen")
         seen = recorder.steps
         if any(step not in seen or seen[step][0].shape != trajectory.latents[step].shape for step in loop.steps):
             raise RuntimeError("the rollout takes its steps by another function than ops.sde_step on all samples")
@@ -70,7 +73,8 @@ def exact_storage(loop: Loop) -> Iterator[Loop]:
             log_probs[step] = seen[step][2]
         return replace(trajectory, log_probs=log_probs)
 
-    def replay(trajectory: Trajectory, step: int) -> Tensor:
+    def replay(trajectory: Sampled, step: int) -> Tensor:
+        assert isinstance(trajectory, Trajectory)
         latents = trajectory.latents.float().clone()
         latents[step], latents[step + 1], _ = recorder.steps[step]
         return loop.replay(replace(trajectory, latents=latents), step)
@@ -215,7 +219,7 @@ def no_autocast(loop: Loop) -> Iterator[Loop]:
 def no_gradient(loop: Loop) -> Iterator[Loop]:
     """The replay records no gradient, like the rollout."""
 
-    def replay(trajectory: Trajectory, step: int) -> Tensor:
+    def replay(trajectory: Sampled, step: int) -> Tensor:
         with torch.no_grad():
             return loop.replay(trajectory, step)
 

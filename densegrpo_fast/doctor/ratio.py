@@ -24,10 +24,10 @@ def examine(config: Config, tolerance: float | None, tiny: bool) -> dict[str, An
     Raises:
         UserError: the model cannot be loaded, or the configuration does not fit it.
     """
-    from densegrpo_fast.runtime import build
+    from densegrpo_fast.runtime import builders
 
-    config = build.shrink(config) if tiny else config
-    model = build.build_model(config, build.default_device(), dry_run=tiny)
+    config = builders.shrink(config) if tiny else config
+    model = builders.build_model(config, builders.default_device(), dry_run=tiny)
     rouse_adapter(model.network)
     loop = configured_loop(config, model)
     if not loop.steps:

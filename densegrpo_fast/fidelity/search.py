@@ -54,7 +54,7 @@ class Candidate:
     """
 
     variant: Variant
-    forwards: int
+    forwards: int | float
     agreement: Agreement
 
 
@@ -138,7 +138,7 @@ def assemble(table: Scored, end: Tensor, nodes: Path, noisy: tuple[bool, ...]) -
     return torch.stack(states, dim=-1)
 
 
-def _order(candidate: Candidate) -> tuple[int, bool, float]:
+def _order(candidate: Candidate) -> tuple[int | float, bool, float]:
     gains = candidate.agreement.spearman_gains_mean
     return candidate.forwards, candidate.variant.decoder == "full", -gains if gains == gains else 0.0
 

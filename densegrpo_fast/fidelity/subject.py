@@ -88,7 +88,7 @@ def pipeline_subject(
 
     Args:
         config: a run's; its batch sizes are not used.
-        adapter: directory with `pytorch_lora_weights.safetensors`, or None for the model as it comes.
+        adapter: adapter directory of a run, or None for the model as it comes.
         groups: how many held-out prompts to use.
         head: file of a completion head, or None.
         copy_dtype: precision of a copy with the adapter merged, or None.
@@ -98,29 +98,21 @@ def pipeline_subject(
         UserError: something cannot be loaded, or there are too few prompts.
     """
     from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, completion_head, count
-    from densegrpo_fast.models.load import load_sd3, resolve_dtype
-    from densegrpo_fast.runtime import build
+    from densegrpo_fast.runtime import builders
 
+    if config.window.remainder_share < 1:
+        raise UserError("window.remainder_share: plans are compared on all of the grid; set it to 1", ExitCode.USAGE)
     prompts = _held_out(config, groups)
-    reward = build.build_reward(config.reward.terms, config.reward.options)
-    options, device = config.model, build.default_device()
-    model = load_sd3(
-        options.path,
-        device=device,
-        dtype=resolve_dtype(options.dtype, device),
-        max_sequence_length=options.max_sequence_length,
-        height=options.height,
-        width=options.width,
-        revision=options.revision,
-    )
-    build.check_calibration(config, model)
+    reward = builders.build_reward(config.reward.terms, config.reward.options)
+    model = builders.load_base(config, builders.default_device())
+    builders.check_calibration(config, model)
     if adapter is not None:
-        _load_adapter(model.pipeline, adapter)
+        _load_adapter(model.network, adapter)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
-    lora, corrector = config.lora, None if head is None else build.read_head(head, model)
+    lora, corrector = config.lora, None if head is None else builders.read_head(head, model)
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
-    copy = None if copy_dtype is None else build.build_copy(model, copy_dtype)
-    coefficients, costs = build.build_coefficients(config, model), {}
+    copy = None if copy_dtype is None else builders.build_copy(model, copy_dtype)
+    coefficients, costs = builders.build_coefficients(config, model), {}
     if copy is not None:
         costs[True, False] = unit.reference_forward
     if cache is not None:
@@ -128,7 +120,7 @@ def pipeline_subject(
         halves = model.forwards(config.sampler.guidance_scale)
 
         def features(rows: int) -> FeatureCache:
-            return build.build_cache(cache, model, copy or model, everywhere, rows=rows, halves=halves)
+            return builders.build_cache(cache, model, copy or model, everywhere, rows=rows, halves=halves)
 
         costs[copy is not None, True] = cached_forward(
             architecture_of(model),
@@ -144,7 +136,7 @@ def pipeline_subject(
         guidance_scale=config.sampler.guidance_scale,
         decoders=("full",) if model.preview_decoder is None else ("full", "preview"),
         chunk=config.lookahead.chunk,
-        trained_steps=len(build.trained_steps(config, 0)),
+        trained_steps=len(builders.trained_steps(config, 0)),
         kl=config.objective.kl_coef > 0,
         flops=unit if corrector is None else replace(unit, head=completion_head(corrector.config)),
         head=corrector,
@@ -154,7 +146,7 @@ def pipeline_subject(
         settings={
             "subject": config.preset,
             # the directory of this machine is nobody else's business
-            "model": Path(options.path).name if Path(options.path).is_dir() else options.path,
+            "model": Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path,
             "adapter": None if adapter is None else adapter.name,
             "head": None if head is None else head.name,
             "copy_dtype": copy_dtype,
@@ -224,7 +216,7 @@ class SmoothReward:
 
 
 def _held_out(config: Config, groups: int) -> PromptSet:
-    from densegrpo_fast.runtime.build import build_held_out
+    from densegrpo_fast.runtime.builders import build_held_out
 
     evaluation = config.evaluation.model_copy(update={"num_prompts": groups})
     found = build_held_out(config.model_copy(update={"evaluation": evaluation}))
@@ -235,12 +227,12 @@ def _held_out(config: Config, groups: int) -> PromptSet:
     return PromptSet(tuple(found.prompts), tuple(found.metadata))
 
 
-def _load_adapter(pipeline: Any, directory: Path) -> None:
-    name = "pytorch_lora_weights.safetensors"
-    if not (directory / name).is_file():
-        raise UserError(f"--adapter: {directory} holds no {name}", ExitCode.ENVIRONMENT)
+def _load_adapter(network: Any, directory: Path) -> None:
+    from densegrpo_fast.runtime.lora import ADAPTER_FILE, attach_lora, read_lora
+
+    if not (directory / ADAPTER_FILE).is_file():
+        raise UserError(f"--adapter: {directory} holds no {ADAPTER_FILE}", ExitCode.ENVIRONMENT)
     try:
-        # use_safetensors forbids the fall-back to pickled weights
-        pipeline.load_lora_weights(directory, weight_name=name, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--adapter: cannot load {directory / name}: {error}", ExitCode.ENVIRONMENT) from None
+        attach_lora(network, read_lora(directory / ADAPTER_FILE))
+    except ValueError as error:
+        raise UserError(f"--adapter: {error}", ExitCode.ENVIRONMENT) from None

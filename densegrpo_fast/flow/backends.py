@@ -34,9 +34,11 @@ OPS: dict[str, tuple[str, ...]] = {
     "euler_jump": ("triton", "cpu", "reference"),
     "grpo_loss": ("triton", "reference"),
     "guided_sde_step": ("triton", "cpu", "reference"),
+    "sde_step_outputs": ("triton", "cpu", "reference"),
     "guided_sde_log_prob": ("triton", "cpu", "reference"),
+    "sde_log_prob_kl": ("triton", "cpu", "reference"),
 }
-"""Implementations that exist for an op, fastest first."""
+"""Implementations that exist for an op, or for a form of it, fastest first."""
 
 ENVIRONMENT_VARIABLE = "DENSEGRPO_IMPLEMENTATION"
 
@@ -148,14 +150,14 @@ def compiled(implementation: str, function: str) -> Callable[..., Any]:
 
     Args:
         implementation: "triton", "cuda" or "cpu", as `choose` named it.
-        function: op, or op_backward; the guided forms of an op are in the file of the plain one.
+        function: op, or op_backward; one function serves all forms of an op.
 
     Returns:
         a function with the arguments and results of the registered op, without `implementation`.
     """
     if implementation in ("cpu", "cuda"):
         return getattr(native if implementation == "cpu" else native_cuda, function)
-    stem = function.removeprefix("guided_").removesuffix("_backward")
+    stem = function.removesuffix("_backward")
     return getattr(import_module(f"densegrpo_fast.kernels.{stem}"), function)
 
 

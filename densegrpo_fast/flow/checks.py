@@ -1,11 +1,14 @@
-"""Argument checks of the public ops: shapes, dtypes and devices only, so nothing is read from a device."""
+"""Argument checks of the public ops: shapes, dtypes and devices, so that nothing is read from an accelerator."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from densegrpo_fast.flow.dynamics import NUM_COLUMNS
+from densegrpo_fast.flow.noise import integer_tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -46,6 +49,52 @@ def check_table(op: str, table: Tensor, latents: Tensor) -> None:
     if table.ndim != 2 or table.shape[1] != NUM_COLUMNS:
         raise ValueError(f"{op}: table must have shape [T, {NUM_COLUMNS}], got {list(table.shape)}")
     check_device(op, "table", table, latents)
+
+
+def check_finite(op: str, table: Tensor) -> None:
+    """Check the coefficients themselves where that takes no wait for a device: on the CPU.
+
+    Raises:
+        ValueError: one is NaN or infinite.
+    """
+    if table.device.type == "cpu" and not table.isfinite().all():
+        step, column = (~table.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: table must be finite, got {table[step, column].item()} in column {column} of step {step}"
+        )
+
+
+def step_rows(op: str, index: int | Tensor, latents: Tensor) -> Tensor:
+    """Step of every row as [B] int64; one number serves all rows.
+
+    Raises:
+        TypeError: neither an int nor int64.
+        ValueError: a negative or too large int, or a tensor that is not [B].
+    """
+    batch = len(latents)
+    sizes = (batch,) if isinstance(index, Tensor) else (1,)
+    return integer_tensor(f"{op}: step_index", index, 16, sizes, latents.device).expand(batch)
+
+
+def guidance_rows(op: str, scale: float | Tensor, uncond: Tensor | None, latents: Tensor) -> Tensor | None:
+    """Guidance scale of every row as [B] float32; None without guidance.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: not [B], another device, a number that is not finite, or a scale without what it scales.
+    """
+    if uncond is None:
+        if isinstance(scale, Tensor) or scale != 1.0:
+            raise ValueError(f"{op}: guidance_scale {scale} needs uncond, got None")
+        return None
+    if not isinstance(scale, Tensor):
+        if not math.isfinite(scale):
+            raise ValueError(f"{op}: guidance_scale must be finite, got {scale}")
+        scale = torch.full((1,), float(scale), device=latents.device).expand(len(latents))
+    check_rows(op, "guidance_scale", scale, latents)
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{op}: guidance_scale must be float32, got {scale.dtype}")
+    return scale
 
 
 def check_rows(op: str, name: str, tensor: Tensor, like: Tensor) -> None:

@@ -29,12 +29,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from densegrpo_fast.flow.schedule import check_sigmas
+
+if TYPE_CHECKING:
+    from densegrpo_fast.flow.remainder import Remainder
 
 Family = Literal["ode", "flow_sde", "cps", "dance", "precise", "wan"]
 
@@ -59,6 +62,7 @@ class StepCoefficients:
         noise_level: a for every step, length T.
         noisy: whether each step injects noise, length T; False for ODE rows (their log_prob is 0). On the host, so
             that nothing has to ask the device.
+        remainder: how the steps after the last noisy one are taken if not by Euler's method (see `flow.remainder`).
     """
 
     table: Tensor
@@ -66,6 +70,7 @@ class StepCoefficients:
     family: Family
     noise_level: tuple[float, ...]
     noisy: tuple[bool, ...]
+    remainder: Remainder | None = None
 
     @property
     def num_steps(self) -> int:

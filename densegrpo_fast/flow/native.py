@@ -17,7 +17,7 @@ from torch import Tensor
 
 from densegrpo_fast.flow import shared_library
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _pointer, _integer, _size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _SHAPE_AND_THREADS = (_size, _size, _integer)
@@ -27,11 +27,17 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "densegrpo_variant_name": (ctypes.c_char_p, (_integer,)),
     "densegrpo_variant": (_integer, ()),
     "densegrpo_use_variant": (_integer, (_integer,)),
-    "densegrpo_sde_step_f32": (_integer, (*(_pointer,) * 7, _integer, *_SHAPE_AND_THREADS, *(_pointer,) * 2)),
-    "densegrpo_sde_log_prob_f32": (_integer, (*(_pointer,) * 4, *_SHAPE_AND_THREADS, _pointer)),
-    "densegrpo_sde_log_prob_backward_f32": (_integer, (*(_pointer,) * 5, *_SHAPE_AND_THREADS, _pointer)),
+    "densegrpo_sde_step_f32": (_integer, (*(_pointer,) * 9, *(_integer,) * 2, *_SHAPE_AND_THREADS, *(_pointer,) * 4)),
+    "densegrpo_sde_log_prob_f32": (_integer, (*(_pointer,) * 8, _integer, *_SHAPE_AND_THREADS, *(_pointer,) * 2)),
+    "densegrpo_sde_log_prob_backward_f32": (
+        _integer,
+        (*(_pointer,) * 10, _integer, *_SHAPE_AND_THREADS, *(_pointer,) * 2),
+    ),
     "densegrpo_euler_jump_f32": (_integer, (*(_pointer,) * 3, *_SHAPE_AND_THREADS, _pointer)),
 }
+
+_HALF = {None: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Numbers that the library has for the types of `model_input`."""
 
 
 def available() -> bool:
@@ -47,24 +53,32 @@ def why_not() -> str:
 def sde_step(
     latents: Tensor,
     velocity: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: Tensor | None,
     table: Tensor,
     step_index: Tensor,
     seed: Tensor,
     sample_index: Tensor,
     epoch: Tensor,
     stream: int,
-) -> tuple[Tensor, Tensor]:
-    """`ops.sde_step` on the CPU.
+    input_dtype: torch.dtype | None = None,
+    with_mean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.sde_step` and `ops.sde_step_outputs` on the CPU.
 
     Args:
         latents, velocity: [B, ...] float32.
+        uncond: [B, ...] float32, and guidance_scale: [B] float32; None without guidance.
         table: [T, 6] float32.
         step_index, sample_index: [B] int64.
         seed, epoch: int64, one element.
         stream: 16-bit stream number.
+        input_dtype: float16 or bfloat16; None for no model input.
+        with_mean: whether to write the mean.
 
     Returns:
-        next_latents, [B, ...] float32; log_prob, [B] float32.
+        next_latents, [B, ...] float32; log_prob, [B] float32; model_input, [B, ...], and mean, [B, ...] float32, empty
+        unless asked for.
 
     Raises:
         IndexError: a step index outside the table.
@@ -72,52 +86,90 @@ def sde_step(
     """
     next_latents = torch.empty_like(latents, memory_format=torch.contiguous_format)
     log_prob = torch.empty(len(latents), dtype=torch.float32)
+    model_input = torch.empty_like(next_latents if input_dtype else log_prob[:0], dtype=input_dtype)
+    mean = torch.empty_like(next_latents if with_mean else log_prob[:0])
     rows = table.index_select(0, step_index)
-    inputs = (latents, velocity, rows, step_index, sample_index, seed, epoch)
-    _run("sde_step", inputs, (next_latents, log_prob), latents, stream)
-    return next_latents, log_prob
+    inputs = (latents, velocity, uncond, guidance_scale, rows, step_index, sample_index, seed, epoch)
+    outputs = (next_latents, log_prob, model_input if input_dtype else None, mean if with_mean else None)
+    _run("sde_step", inputs, outputs, latents, stream, _HALF[input_dtype])
+    return next_latents, log_prob, model_input, mean
 
 
-def sde_log_prob(latents: Tensor, velocity: Tensor, next_latents: Tensor, table: Tensor, step_index: Tensor) -> Tensor:
-    """`ops.sde_log_prob` on the CPU: of a transition that `sde_step` stored, the very log_prob that it returned.
+def sde_log_prob(
+    latents: Tensor,
+    velocity: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: Tensor | None,
+    reference: Tensor | None,
+    reference_uncond: Tensor | None,
+    next_latents: Tensor,
+    table: Tensor,
+    step_index: Tensor,
+    kl_std: int,
+) -> tuple[Tensor, Tensor]:
+    """`ops.sde_log_prob` and `ops.sde_log_prob_kl` on the CPU.
+
+    Of a transition that `sde_step` stored, log_prob is the very one that it returned.
 
     Args:
         latents, velocity, next_latents: [B, ...] float32.
+        uncond: [B, ...] float32, and guidance_scale: [B] float32; None without guidance.
+        reference, reference_uncond: as velocity and uncond; None without a divergence.
         table: [T, 6] float32.
         step_index: [B] int64.
+        kl_std: column of the divergence's standard deviation.
 
     Returns:
-        log_prob, [B] float32.
+        log_prob, [B] float32; kl, [B] float32, empty without a reference.
 
     Raises:
         IndexError: a step index outside the table.
         RuntimeError: the library is missing, or out of memory.
     """
     log_prob = torch.empty(len(latents), dtype=torch.float32)
+    kl = torch.empty(0 if reference is None else len(latents), dtype=torch.float32)
     rows = table.index_select(0, step_index)
-    _run("sde_log_prob", (latents, velocity, next_latents, rows), (log_prob,), latents)
-    return log_prob
+    inputs = (latents, velocity, uncond, guidance_scale, reference, reference_uncond, next_latents, rows)
+    _run("sde_log_prob", inputs, (log_prob, None if reference is None else kl), latents, kl_std)
+    return log_prob, kl
 
 
 def sde_log_prob_backward(
-    grad: Tensor, latents: Tensor, velocity: Tensor, next_latents: Tensor, table: Tensor, step_index: Tensor
-) -> Tensor:
-    """Gradient of `sde_log_prob` with respect to `velocity`.
+    grad: Tensor,
+    grad_kl: Tensor | None,
+    latents: Tensor,
+    velocity: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: Tensor | None,
+    reference: Tensor | None,
+    reference_uncond: Tensor | None,
+    next_latents: Tensor,
+    table: Tensor,
+    step_index: Tensor,
+    kl_std: int,
+    with_uncond: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of `sde_log_prob` with respect to `velocity` and `uncond`.
 
     Args:
-        grad: gradient arriving at log_prob, [B] float32.
-        latents, velocity, next_latents, table, step_index: as there.
+        grad, grad_kl: gradients arriving at log_prob and kl, [B] float32; grad_kl None without a reference.
+        latents, velocity, ..., kl_std: as there.
+        with_uncond: whether to write the gradient of `uncond`.
 
     Returns:
-        gradient, shape of `velocity`, float32.
+        gradients of velocity and of uncond, their shapes, float32; the second empty unless asked for.
 
     Raises:
         IndexError, RuntimeError: as there.
     """
     grad_velocity = torch.empty_like(velocity, memory_format=torch.contiguous_format)
+    grad_uncond = torch.empty_like(grad_velocity if with_uncond else grad_velocity.new_empty(0))
     rows = table.index_select(0, step_index)
-    _run("sde_log_prob_backward", (grad.float(), latents, velocity, next_latents, rows), (grad_velocity,), latents)
-    return grad_velocity
+    upstream = (grad.float(), None if grad_kl is None else grad_kl.float())
+    velocities = (velocity, uncond, guidance_scale, reference, reference_uncond)
+    outputs = (grad_velocity, grad_uncond if with_uncond else None)
+    _run("sde_log_prob_backward", (*upstream, latents, *velocities, next_latents, rows), outputs, latents, kl_std)
+    return grad_velocity, grad_uncond
 
 
 def euler_jump(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
@@ -209,17 +261,23 @@ def using_variant(name: str) -> Iterator[None]:
         library.densegrpo_use_variant(before)
 
 
-def _run(op: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], latents: Tensor, *options: int) -> None:
-    """Call densegrpo_<op>_f32(inputs, options, batch, elements, threads, outputs)."""
+def _run(
+    op: str,
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor | None, ...],
+    latents: Tensor,
+    *options: int,
+) -> None:
+    """Call densegrpo_<op>_f32(inputs, options, batch, elements, threads, outputs); None is a null pointer."""
     # Named, so that the contiguous copies outlive the call that holds only their addresses.
-    packed = [tensor.contiguous() for tensor in inputs]
+    packed = [None if tensor is None else tensor.contiguous() for tensor in inputs]
     failed = getattr(_library(), f"densegrpo_{op}_f32")(
-        *(tensor.data_ptr() for tensor in packed),
+        *(None if tensor is None else tensor.data_ptr() for tensor in packed),
         *options,
         len(latents),
         latents[0].numel() if len(latents) else 0,
         torch.get_num_threads(),
-        *(tensor.data_ptr() for tensor in outputs),
+        *(None if tensor is None else tensor.data_ptr() for tensor in outputs),
     )
     if failed:
         raise RuntimeError(f"{op}: the compiled CPU library could not allocate memory")

@@ -91,6 +91,62 @@ def sde_log_prob_grad_ref(
     return (factor * residual).to(velocity.dtype)
 
 
+def guided_velocity_ref(cond: Tensor, uncond: Tensor, guidance_scale: Tensor) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): uncond + guidance_scale * (cond - uncond).
+
+    Args:
+        cond, uncond: model outputs with and without the prompt, [B, ...] floating.
+        guidance_scale: [B] float32.
+
+    Returns:
+        velocity, [B, ...] in the compute dtype.
+    """
+    dtype = compute_dtype(cond, uncond)
+    scale = _per_row(guidance_scale.to(dtype), cond.ndim)
+    return uncond.to(dtype) + scale * (cond.to(dtype) - uncond.to(dtype))
+
+
+def sde_mean_ref(latents: Tensor, velocity: Tensor, table: Tensor, step_index: Tensor) -> Tensor:
+    """Mean of the next state, A * latents + B * velocity, [B, ...] in the compute dtype; arguments as above."""
+    dtype = compute_dtype(latents, velocity)
+    return _mean(latents, velocity, _rows(table, step_index, latents.ndim, dtype), dtype)
+
+
+def gaussian_kl_ref(
+    velocity: Tensor, reference_velocity: Tensor, table: Tensor, step_index: Tensor, kl_std: int = C
+) -> Tensor:
+    """KL divergence of a step from the reference policy's: B^2 / (2 std^2) * mean((velocity - reference_velocity)^2).
+
+    Args:
+        velocity: [B, ...] floating.
+        reference_velocity: of the reference policy, same shape.
+        table: step coefficients, [T, 6].
+        step_index: row of the table for every sample, [B] int64.
+        kl_std: column of the table that holds std.
+
+    Returns:
+        kl, [B] in the compute dtype, in nats, mean over the elements of a sample; 0 for ODE rows.
+    """
+    dtype = compute_dtype(velocity, reference_velocity)
+    distance = velocity.to(dtype) - reference_velocity.to(dtype)
+    return _kl_weight(table, step_index, kl_std, dtype) * distance.square().flatten(1).mean(1)
+
+
+def gaussian_kl_grad_ref(
+    grad: Tensor, velocity: Tensor, reference_velocity: Tensor, table: Tensor, step_index: Tensor, kl_std: int = C
+) -> Tensor:
+    """Gradient of `gaussian_kl_ref` with respect to `velocity`, in its shape and dtype.
+
+    Args:
+        grad: gradient arriving at kl, [B].
+        velocity, reference_velocity, table, step_index, kl_std: as there.
+    """
+    dtype = compute_dtype(velocity, reference_velocity)
+    elements = max(velocity[:1].numel(), 1)
+    factor = grad.to(dtype) * (2 / elements) * _kl_weight(table, step_index, kl_std, dtype)
+    return (_per_row(factor, velocity.ndim) * (velocity.to(dtype) - reference_velocity.to(dtype))).to(velocity.dtype)
+
+
 def euler_jump_ref(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
     """Straight-line move between two noise levels: latents + (next_sigma - sigma) * velocity.
 
@@ -179,6 +235,13 @@ def grpo_loss_grad_ref(
 def _rows(table: Tensor, step_index: Tensor, ndim: int, dtype: torch.dtype) -> list[Tensor]:
     """Columns of the coefficient table for every sample, each [B, 1, ...]."""
     return [_per_row(column, ndim) for column in table.index_select(0, step_index).to(dtype).unbind(1)]
+
+
+def _kl_weight(table: Tensor, step_index: Tensor, kl_std: int, dtype: torch.dtype) -> Tensor:
+    rows = table.index_select(0, step_index).to(dtype)
+    noisy = rows[:, C] > 0
+    gain = rows[:, B] / rows[:, kl_std].where(noisy, 1.0)
+    return (gain.square() / 2).where(noisy, 0.0)
 
 
 def _per_row(values: Tensor, ndim: int) -> Tensor:

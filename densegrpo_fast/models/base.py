@@ -112,6 +112,11 @@ class FlowModel(ABC):
     network: Any
     """The diffusers model that evaluates the velocity and carries the adapter."""
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Dtype to which the network rounds the latents of `velocity`; given in it, they save it that work."""
+        return torch.float32
+
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts, each different one once; row b of the result stands for `prompts[b]`."""
@@ -120,7 +125,10 @@ class FlowModel(ABC):
     def velocity(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Velocity:
-        """Velocity at `latents` [B, ...] float32 and `sigma` [B] float32 (1 = noise); differentiable in the adapter."""
+        """Velocity at `latents` [B, ...] and `sigma` [B] float32 (1 = noise); differentiable in the adapter.
+
+        Latents are float32, or `input_dtype`, for the very same velocity.
+        """
 
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:

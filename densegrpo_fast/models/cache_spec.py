@@ -119,6 +119,8 @@ class CacheSpec:
         from diffusers.models.attention import JointTransformerBlock
         from diffusers.models.attention_processor import JointAttnProcessor2_0
 
+        from densegrpo_fast.models.attention import DispatchedJointAttention
+
         way_out = "; leave lookahead.cache out for this model"
         if not isinstance(network, SD3Transformer2DModel):
             raise ValueError(
@@ -127,7 +129,7 @@ class CacheSpec:
             )
         for number, block in enumerate(network.transformer_blocks):
             processor = type(block.attn.processor) if isinstance(block, JointTransformerBlock) else type(block)
-            if processor is not JointAttnProcessor2_0:
+            if processor not in (JointAttnProcessor2_0, DispatchedJointAttention):
                 raise ValueError(
                     f"lookahead.cache: block {number} has {processor.__name__} where plain joint attention "
                     f"(JointAttnProcessor2_0) is needed{way_out}"

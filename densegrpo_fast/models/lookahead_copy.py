@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from densegrpo_fast.models.attention import use_attention
 from densegrpo_fast.models.base import Conditioning
 from densegrpo_fast.models.sd3 import SD3
 
@@ -37,6 +38,7 @@ class LookaheadCopy(SD3):
             # diffusers' own `to` warns about modules to be kept in float32, of which these transformers have none
             network = nn.Module.to(type(source).from_config(source.config), dtype or source.dtype)
         self.network = self.transformer = network.to_empty(device=policy.device).requires_grad_(False).eval()
+        use_attention(self.transformer, policy.attention)
         self._copy_all()
 
     @torch.no_grad()

@@ -5,20 +5,52 @@ The embedded model is loaded by the same code as SD3.5: it *is* such a pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from densegrpo_fast.flow.schedule import sd3_sigmas
+from densegrpo_fast.models.attention import Attention, use_attention
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 
 _RECOMPILE_LIMIT = 64
+_PROMPTS_TOGETHER = 16
+
+VaeDecode = Literal["whole", "sliced", "tiled"]
+"""How the full decoder decodes: all pictures together, one by one, or also in tiles."""
+
+
+class PromptStore(Protocol):
+    """Encoded prompts that outlive the encoders, such as `runtime/prompt_cache.py`."""
+
+    def holds(self, prompt: str) -> bool:
+        """Whether the prompt is there, as far as can be told without reading it."""
+
+    def find(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+        """Embeddings [L, D] and pooled embeddings [D'] on the CPU, or None."""
+
+    def keep(self, prompt: str, embeds: Tensor, pooled: Tensor) -> None:
+        """Store a prompt's embeddings."""
+
+
+@dataclass(frozen=True)
+class StoredPrompts:
+    """In place of text encoders in memory: encoded prompts, and how to get encoders for the others.
+
+    Attributes:
+        store: where encoded prompts are kept.
+        encoders: for a transformer, a context with a pipeline that holds it and the text encoders.
+    """
+
+    store: PromptStore
+    encoders: Callable[[Any], AbstractContextManager[Any]]
 
 
 class SD3(FlowModel):
@@ -29,10 +61,15 @@ class SD3(FlowModel):
         preview_decoder: an `AutoencoderTiny` for the same latents, or None.
         max_sequence_length: length of the T5 block; 0 leaves it out (only for pipelines without T5).
         height, width: image size in pixels; 0 means the transformer's native size.
+        stored_prompts: for a pipeline without its text encoders; None = the pipeline encodes.
+        has_t5: whether the model has a T5 encoder; None = whether this pipeline holds one.
 
     Raises:
         ValueError: the size is not a multiple of what autoencoder and patches need.
     """
+
+    attention: Attention = "auto"
+    """What computes the network's attention; see `set_attention`."""
 
     def __init__(
         self,
@@ -42,11 +79,15 @@ class SD3(FlowModel):
         max_sequence_length: int = 256,
         height: int = 0,
         width: int = 0,
+        stored_prompts: StoredPrompts | None = None,
+        has_t5: bool | None = None,
     ):
         self.pipeline = pipeline
         self.network = self.transformer = pipeline.transformer
         self.preview_decoder = preview_decoder
         self.max_sequence_length = max_sequence_length
+        self.stored_prompts = stored_prompts
+        self.has_t5 = pipeline.text_encoder_3 is not None if has_t5 is None else has_t5
         scale = pipeline.vae_scale_factor
         native = self.transformer.config.sample_size * scale
         height, width = height or native, width or native
@@ -69,8 +110,42 @@ class SD3(FlowModel):
         rows = torch.tensor([index[prompt] for prompt in prompts], device=self.device)
         return Conditioning(embeds, pooled, *self._negative, rows)
 
+    @torch.no_grad()
+    def prepare(self, prompts: list[str]) -> int:
+        """With stored prompts: encode those that are not there yet, and the empty one, with one load of the encoders.
+
+        Returns:
+            How many were encoded; without stored prompts 0.
+        """
+        if self.stored_prompts is None:
+            return 0
+        missing = [p for p in dict.fromkeys(["", *prompts]) if not self.stored_prompts.store.holds(p)]
+        for _ in self._store(self.stored_prompts, missing):
+            pass
+        return len(missing)
+
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+        if self.stored_prompts is None:
+            return self._encode_by(self.pipeline, prompts)
+        found = {prompt: self.stored_prompts.store.find(prompt) for prompt in prompts}
+        missing = [prompt for prompt, encoded in found.items() if encoded is None]
+        ready = {prompt: encoded for prompt, encoded in found.items() if encoded is not None}
+        ready |= self._store(self.stored_prompts, missing)
+        embeds, pooled = zip(*(ready[prompt] for prompt in prompts), strict=True)
+        return torch.stack(embeds).to(self.device), torch.stack(pooled).to(self.device)
+
+    def _store(self, stored: StoredPrompts, prompts: list[str]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Encode prompts, a few at a time, and store each."""
+        with stored.encoders(self.transformer) if prompts else nullcontext() as pipeline:
+            for start in range(0, len(prompts), _PROMPTS_TOGETHER):
+                part = prompts[start : start + _PROMPTS_TOGETHER]
+                for prompt, *encoded in zip(part, *self._encode_by(pipeline, part), strict=True):
+                    embeds, pooled = (tensor.cpu() for tensor in encoded)
+                    stored.store.keep(prompt, embeds, pooled)
+                    yield prompt, (embeds, pooled)
+
+    def _encode_by(self, pipeline: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        embeds, _, pooled, _ = pipeline.encode_prompt(
             prompt=prompts,
             prompt_2=None,
             prompt_3=None,
@@ -79,6 +154,10 @@ class SD3(FlowModel):
             device=self.device,
         )
         return embeds.to(self.transformer.dtype), pooled.to(self.transformer.dtype)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        return self.transformer.dtype
 
     def velocity(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
@@ -125,6 +204,28 @@ class SD3(FlowModel):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
         self.transformer.compile(mode=mode, backend=backend, dynamic=False)
         self._compiled = True
+
+    def set_attention(self, name: Attention) -> None:
+        """Let the network compute attention by a backend of diffusers' dispatcher (`models/attention.py`).
+
+        Raises:
+            UserError: (environment) its package is missing; (usage) it does not serve this device or precision.
+        """
+        use_attention(self.transformer, name)
+        self.attention = name
+
+    def checkpoint_gradients(self) -> None:
+        """Keep only the blocks' inputs for a backward, which computes the rest again (arXiv 1604.06174).
+
+        The forward is the same operation by operation, so an unchanged policy's importance ratio stays 1.
+        """
+        self.transformer.enable_gradient_checkpointing()
+
+    def decode_by(self, how: VaeDecode) -> None:
+        """Choose how the full decoder decodes; the pictures differ by rounding, and at the seams of tiles."""
+        vae: Any = self.pipeline.vae
+        (vae.disable_slicing if how == "whole" else vae.enable_slicing)()
+        (vae.enable_tiling if how == "tiled" else vae.disable_tiling)()
 
     @contextmanager
     def tap(self) -> Iterator[list[Tensor]]:

@@ -6,14 +6,12 @@ the velocities count: the divergence per latent dim is B^2 (velocity - ref_veloc
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
-from densegrpo_fast.flow.dynamics import STD_DEV, B, C
+from densegrpo_fast.flow.log_prob_op import KL_STD, KlScale
+from densegrpo_fast.flow.reference import gaussian_kl_ref
 
-KlScale = Literal["paper", "flow_grpo"]
+__all__ = ["KlScale", "gaussian_kl"]
 
 
 def gaussian_kl(
@@ -24,7 +22,9 @@ def gaussian_kl(
     *,
     scale: KlScale = "paper",
 ) -> Tensor:
-    """KL(policy || reference) of each row's step, **mean** over latent dims, in nats.
+    """KL(policy || reference) of each row's step, **mean** over latent dims, in nats; differentiable in both.
+
+    `ops.sde_log_prob_kl` gives it together with the log-probability, in one pass.
 
     Args:
         velocity: [B, ...] float, of the policy; carries gradient.
@@ -48,13 +48,6 @@ def gaussian_kl(
         )
     if list(step_index.shape) != [len(velocity)]:
         raise ValueError(f"gaussian_kl: step_index must have shape [{len(velocity)}], got {list(step_index.shape)}")
-    if scale not in ("paper", "flow_grpo"):
+    if scale not in KL_STD:
         raise ValueError(f"gaussian_kl: scale must be 'paper' or 'flow_grpo', got {scale!r}")
-    rows = table[step_index]
-    noisy = rows[:, C] > 0
-    std = rows[:, C if scale == "paper" else STD_DEV]
-    per_dim = (rows[:, B] / std.where(noisy, 1.0)).square() / 2
-    # bf16 velocities differ in their last bits; their squared difference needs float32
-    dtype = torch.promote_types(velocity.dtype, torch.float32)
-    difference = (velocity.to(dtype) - ref_velocity.to(dtype)).square().flatten(1).mean(1)
-    return per_dim.where(noisy, 0.0) * difference
+    return gaussian_kl_ref(velocity, ref_velocity, table, step_index, KL_STD[scale])

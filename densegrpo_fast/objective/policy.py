@@ -31,6 +31,9 @@ class ObjectiveSettings:
         step_weight: see `weights.step_weights`; multiplies guard's own weight.
         kl_coef: weight of the KL to the reference policy; 0 = no term.
         kl_scale: see `kl.gaussian_kl`.
+        negative_factor: what the negative advantages of branches that point where good ones do are multiplied by, see
+            `negatives.negative_weights`; 1 = off.
+        negative_threshold: see there.
     """
 
     policy: Policy
@@ -40,6 +43,8 @@ class ObjectiveSettings:
     step_weight: StepWeight
     kl_coef: float
     kl_scale: KlScale
+    negative_factor: float = 1.0
+    negative_threshold: float = 1.0
 
 
 class Objective:
@@ -70,7 +75,7 @@ class Objective:
         advantages: Tensor,
         velocity: Tensor,
         old_velocity: Tensor,
-        reference_velocity: Tensor | None,
+        kl: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of B samples' transition at one step.
 
@@ -81,20 +86,18 @@ class Objective:
             advantages: [B] float32.
             velocity: [B, ...] float, of the policy being trained; carries gradient.
             old_velocity: same shape, of the policy that sampled.
-            reference_velocity: same shape, of the reference policy; needed where kl_coef is not 0.
+            kl: [B] float, divergence from the reference policy in `settings.kl_scale`, as `ops.sde_log_prob_kl` gives
+                it; carries gradient. Needed where kl_coef is not 0.
 
         Returns:
             loss and metrics as `clip.ppo_clip_loss`. The ratios are guard's normalised ones with "guard", and
             clip_fraction is the share of dropped samples with "dppo".
 
         Raises:
-            ValueError: kl_coef is not 0 but reference_velocity is None; or shapes disagree.
+            ValueError: kl_coef is not 0 but kl is None; or shapes disagree.
         """
         settings, table = self.settings, self.coefficients.table
         index = torch.full((len(velocity),), step, device=velocity.device)
-        kl = None
-        if settings.kl_coef and reference_velocity is not None:
-            kl = gaussian_kl(velocity, reference_velocity, table, index, scale=settings.kl_scale)
         weight = self.weights[step].expand(len(advantages))
         if self.guard is not None:
             return guard_loss(

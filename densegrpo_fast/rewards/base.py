@@ -1,4 +1,4 @@
-"""The reward contract, the weighted mixture of several rewards, and the registry that finds them by name.
+"""The reward contract, and the weighted mixture of several rewards.
 
 A reward is any callable `reward(images, prompts, metadata)`:
 
@@ -12,27 +12,19 @@ A reward is any callable `reward(images, prompts, metadata)`:
 from __future__ import annotations
 
 import asyncio
-import difflib
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.rewards.options import check_options
-
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 """`reward(images, prompts, metadata)`, returning scores as the module docstring says."""
-Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 class RewardError(RuntimeError):
@@ -193,114 +185,3 @@ def _number(name: str, index: int, score: Any) -> float:
 def _only_finite(scores: Tensor) -> Tensor:
     scores = scores.to("cpu", torch.float32)
     return scores.where(scores.isfinite(), math.nan)
-
-
-@dataclass(frozen=True)
-class _BuiltIn:
-    """Where a reward of this package lives: its file, its class, and the options its name stands for."""
-
-    module: str
-    factory: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-_BUILT_IN = {
-    "scenes": _BuiltIn(".scenes", "ScenesReward"),
-    "scenes_strict": _BuiltIn(".scenes", "ScenesReward", {"strict": True}),
-    "jpeg_compressibility": _BuiltIn(".jpeg", "JpegCompressibility"),
-    "jpeg_incompressibility": _BuiltIn(".jpeg", "JpegIncompressibility"),
-    "pickscore": _BuiltIn(".pickscore", "PickScore"),
-    "clipscore": _BuiltIn(".clipscore", "ClipScore"),
-    "aesthetic": _BuiltIn(".aesthetic", "Aesthetic"),
-    "ocr": _BuiltIn(".ocr", "Ocr"),
-    "remote": _BuiltIn(".remote", "RemoteReward"),
-    "vlm_judge": _BuiltIn(".vlm_judge", "VlmJudge"),
-}
-_REGISTERED: dict[str, Callable[..., Reward]] = {}
-
-
-def names() -> list[str]:
-    """Names that `create` knows, sorted."""
-    return sorted({*_BUILT_IN, *_REGISTERED})
-
-
-def register(name: str) -> Callable[[Factory], Factory]:
-    """Decorator: give a reward factory (a class, or a function returning a reward) a name that `create`
-    knows.
-
-    Raises:
-        ValueError: the name is taken, or contains a colon.
-    """
-    if ":" in name or name in names():
-        raise ValueError(f"register: name must be new and without a colon, got {name!r}; taken: {', '.join(names())}")
-
-    def remember(factory: Factory) -> Factory:
-        _REGISTERED[name] = factory
-        return factory
-
-    return remember
-
-
-def create(name: str, **options: Any) -> Reward:
-    """Make a reward from its name, importing only the file it lives in.
-
-    Args:
-        name: a registered name; or one's own reward as `package.module:function` or
-            `path/to/file.py:function`. That code is then run: only this explicit form loads code from outside
-            the package.
-        **options: keywords of the reward's factory; for one's own function they are bound to it.
-
-    Raises:
-        ValueError: the name is unknown, or the file, module or function that it names does not exist; `OptionError` if
-            it has no such option, needs another, or takes no such value.
-        OSError, ImportError: what the reward needs is not here.
-    """
-    if ":" in name:
-        target = _own(name)
-        check_options(name, target, options, skip=0 if isinstance(target, type) else 3)
-        if isinstance(target, type):
-            return target(**options)
-        return partial(target, **options) if options else target
-    if name in _REGISTERED:
-        check_options(name, _REGISTERED[name], options)
-        return _REGISTERED[name](**options)
-    if name not in _BUILT_IN:
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
-            f"unknown reward {name!r}; {hint}known: {', '.join(names())}; your own: module:function or file.py:function"
-        )
-    entry = _BUILT_IN[name]
-    factory = getattr(importlib.import_module(entry.module, __package__), entry.factory)
-    merged = {**entry.options, **options}
-    check_options(name, factory, merged)
-    return factory(**merged)
-
-
-def _own(spec: str) -> Callable[..., Any]:
-    source, _, attribute = spec.rpartition(":")
-    module = _file_module(spec, Path(source)) if source.endswith(".py") else _named_module(spec, source)
-    target = getattr(module, attribute, None)
-    if not callable(target):
-        raise ValueError(f"reward {spec!r}: {source} has no function {attribute!r}")
-    return target
-
-
-def _named_module(spec: str, source: str) -> Any:
-    try:
-        return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        # a missing import inside the user's module keeps its own message
-        if error.name is None or not f"{source}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(f"reward {spec!r}: there is no module {source!r}") from error
-
-
-def _file_module(spec: str, path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"reward {spec!r}: there is no file {str(path)!r}")
-    location = importlib.util.spec_from_file_location(f"densegrpo_fast_reward_{path.stem}", path.resolve())
-    assert location is not None and location.loader is not None  # a .py file always has both
-    module = importlib.util.module_from_spec(location)
-    location.loader.exec_module(module)
-    return module

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from densegrpo_fast.rewards.base import Reward, RewardError, RewardMixture, create
+from densegrpo_fast.rewards.base import Reward, RewardError, RewardMixture
 from densegrpo_fast.rewards.pictures import decode_png
+from densegrpo_fast.rewards.registry import create
 
 logger = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ class Alarm:
 def alarms_for(config: Config) -> tuple[Alarm, ...]:
     """The alarms of a run; thresholds that depend on its settings are taken from them."""
     clip_range, allowed = config.objective.clip_range, config.reward.max_missing
-    return (
+    alarms = (
         Alarm(
             "zero_spread",
             lambda record: _number(record, "frac_reward_zero_std") >= 1,
@@ -93,6 +93,10 @@ def alarms_for(config: Config) -> tuple[Alarm, ...]:
             "lower optimizer.lr or sampler.noise_level",
         ),
     )
+    if config.objective.policy == "dppo":
+        # it lets ratios drift: what it bounds is the divergence of a step, by dppo_threshold
+        return tuple(alarm for alarm in alarms if alarm.name != "ratio_drift")
+    return alarms
 
 
 class Alarms:

@@ -11,6 +11,7 @@ from torch import Tensor
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime.row_budget import RowBudget
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
 
@@ -63,7 +64,7 @@ class HeldOut:
     ):
         self.prompts, self.metadata, self.samples = prompts, metadata, samples_per_prompt
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
-        self.seed, self.chunk = seed, chunk
+        self.seed, self.rows = seed, RowBudget(chunk, "sampler.micro_batch, of evaluations")
 
     @torch.no_grad()
     def evaluate(self, model: FlowModel, reward: RewardMixture) -> Evaluation:
@@ -74,15 +75,14 @@ class HeldOut:
         """
         rows = [prompt for prompt in self.prompts for _ in range(self.samples)]
         noise = initial_noise(model, torch.arange(len(rows)), seed=self.seed, epoch=0, stream=Stream.EVALUATION)
-        latents = sample_ode(
-            model,
-            noise,
-            model.encode(rows),
-            model.sigmas(self.num_steps),
-            guidance_scale=self.guidance_scale,
-            micro_batch=self.chunk,
-        )
-        images = torch.cat([model.decode(part) for part in latents.split(self.chunk)])
+        conditioning, sigmas = model.encode(rows), model.sigmas(self.num_steps)
+
+        def draw(part: slice) -> Tensor:
+            chosen = conditioning.select(part)
+            latents = sample_ode(model, noise[part], chosen, sigmas, guidance_scale=self.guidance_scale)
+            return model.decode(latents)
+
+        images = torch.cat(list(self.rows.each(slice(0, len(rows)), draw)))
         scores = score(reward, images, rows, [known for known in self.metadata for _ in range(self.samples)])
         shape = (len(self.prompts), self.samples)
         per_reward = {name: values.view(shape) for name, values in scores.per_reward.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +16,21 @@ from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.evidence import Evidence
 from densegrpo_fast.credit.normalize import Advantages
+from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.flow.dynamics import StepCoefficients
-from densegrpo_fast.models.base import Cache, FlowModel
+from densegrpo_fast.flow.dynamics import C, StepCoefficients
+from densegrpo_fast.models.base import Cache, Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture, Scores
+from densegrpo_fast.runtime.chunks import lookahead_chunks
 from densegrpo_fast.runtime.metrics import PhaseTimer
-from densegrpo_fast.runtime.scoring import score
+from densegrpo_fast.runtime.row_budget import RowBudget
+from densegrpo_fast.runtime.scoring import Scoring, chosen
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.cost import lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.tree import Sampled, Tree, grow
 
 
 @dataclass(frozen=True)
@@ -30,18 +38,19 @@ class Outcome:
     """What the rewards make of a batch of trajectories.
 
     Attributes:
-        rewards: [P, G] float32 of the final images; NaN = missing.
+        rewards: [P, G] float32 of the final images, [P, G*K] of those of branches at K steps; NaN = missing.
         lookahead_rewards: [P, G, T+1] float32, of every state's completion; None without a lookahead.
         advantages: [P, G, T].
-        scores: of every image that was scored, for the metrics.
-        forwards: network forwards per trajectory that the lookahead took (NFE).
+        scores: of every image that was scored, those of `rewards` last, for the metrics.
+        forwards: network forwards per trajectory that the lookahead took (NFE), not always whole: samples that are one
+            at first share theirs.
     """
 
     rewards: Tensor
     lookahead_rewards: Tensor | None
     advantages: Advantages
     scores: Scores
-    forwards: int
+    forwards: int | float
 
     @property
     def gains(self) -> Tensor | None:
@@ -67,7 +76,7 @@ def sample(
     options, completed = config.sampler, config.uses_lookahead
     index = torch.arange(len(rows), device=model.device)
     first = index - index % options.group_size if options.shared_noise else index
-    return rollout(
+    trajectory = rollout(
         model,
         initial_noise(model, first, seed=config.seed, epoch=iteration),
         model.encode(rows),
@@ -81,63 +90,189 @@ def sample(
         keep_hidden=keep_hidden or (completed and config.lookahead.head is not None),
         cache=cache,
     )
+    return replace(trajectory, shared=options.group_size) if options.shared_noise else trajectory
+
+
+def sample_tree(
+    config: Config, model: FlowModel, rows: list[str], coefficients: StepCoefficients, iteration: int
+) -> Tree:
+    """Let trunks branch, for the B = P*G rows of an iteration, at the steps in which `coefficients` inject noise.
+
+    Row p*G + n*C + c is branch c of trunk n of prompt p, with C = `sampler.branches`. All noise is a function of (seed,
+    iteration, trunk, branch).
+    """
+    options, branches = config.sampler, config.sampler.branches
+    assert branches is not None
+    first = torch.arange(0, len(rows), branches, device=model.device)
+    return grow(
+        model,
+        initial_noise(model, first, seed=config.seed, epoch=iteration),
+        model.encode(rows),
+        coefficients,
+        branches=branches,
+        sample_index=first,
+        seed=config.seed,
+        epoch=iteration,
+        guidance_scale=options.guidance_scale,
+        micro_batch=options.micro_batch,
+        chunk=min(config.lookahead.chunk, options.micro_batch * branches),
+    )
+
+
+def draw(
+    config: Config,
+    model: FlowModel,
+    rows: list[str],
+    coefficients: StepCoefficients,
+    iteration: int,
+    *,
+    cache: Cache | None = None,
+) -> Sampled:
+    """What an iteration trains on: `sample_tree` with `sampler.branches`, else `sample`."""
+    if config.sampler.branches is not None:
+        return sample_tree(config, model, rows, coefficients, iteration)
+    return sample(config, model, rows, coefficients, iteration, cache=cache)
+
+
+def draw_fitting(
+    budget: RowBudget,
+    config: Config,
+    model: FlowModel,
+    rows: list[str],
+    coefficients: StepCoefficients,
+    iteration: int,
+    *,
+    cache: Cache | None = None,
+) -> Sampled:
+    """`draw` with the budget's rows per forward, drawn anew with fewer (the same noise) if the memory runs out."""
+
+    def with_rows(micro_batch: int) -> Sampled:
+        sampler = config.sampler.model_copy(update={"micro_batch": micro_batch})
+        lowered = config.model_copy(update={"sampler": sampler})
+        return draw(lowered, model, rows, coefficients, iteration, cache=cache)
+
+    return budget.fitting(with_rows)
 
 
 class Judge:
     """Turns trajectories into rewards, and rewards into advantages by the configured credit method.
 
     For a method with a lookahead every state's completion is scored (DenseGRPO, arXiv 2601.20218, Eq 7-9), for one
-    without only the final image.
+    without only the final image, and for one with branches the image of each of them.
     """
 
     def __init__(self, config: Config, model: FlowModel, reward: RewardMixture, lookahead: Lookahead | None):
         self.config, self.model, self.reward, self.lookahead = config, model, reward, lookahead
         self.cache = None if lookahead is None else lookahead.cache
+        self.chunk = lookahead_chunks(config, model, "full").decode if lookahead is None else lookahead.decode_chunk
+        self.decodes = RowBudget(self.chunk, "lookahead.chunk, of decodes", "set model.vae_decode to tiled")
+        self.forwards = RowBudget(0 if lookahead is None else lookahead.chunk, "lookahead.chunk")
 
-    def judge(
-        self, trajectory: Trajectory, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer
-    ) -> Outcome:
+    def judge(self, trajectory: Sampled, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer) -> Outcome:
         """Complete, decode and score the trajectories of the B rows, timing the phases "lookahead" and "reward".
 
         Raises:
             UserError: (reward) a reward failed, or more scores are missing than `reward.max_missing` allows.
         """
-        noisy, clean = trajectory.coefficients.noisy, None
-        if self.lookahead is not None:
+        if isinstance(trajectory, Tree):
+            return self._judge_tree(trajectory, rows, metadata, timer)
+        noisy, clean, batch = trajectory.coefficients.noisy, trajectory.latents[-1], len(rows)
+        sharing = None if self.lookahead is None else self.lookahead.sharing(trajectory)
+        if self.lookahead is not None and sharing is not None:
             with timer("lookahead"):
                 self.lookahead.model.refresh()
-                clean = self.lookahead.complete(trajectory)
+                clean = sharing.different(self.forwards.fitting(partial(self._complete, self.lookahead, trajectory)))
         with timer("reward"):
-            images = self._images(trajectory, clean)
-            scores = self._score(images.flatten(0, 1), rows * len(images), metadata * len(images))
+            whose = range(batch) if sharing is None else sharing.samples(batch)
+            scores = self._score(self._images(clean), [rows[b] for b in whose], [metadata[b] for b in whose])
+            if sharing is not None:
+                scores = chosen(scores, sharing.everyone(torch.arange(len(clean)), batch).flatten())
         # [P, G, K+1] with a lookahead and K noisy steps, [P, G, 1] without
-        different = scores.values.view(len(images), -1, self.config.sampler.group_size).permute(1, 2, 0)
+        different = scores.values.view(-1, batch // self.config.sampler.group_size, self.config.sampler.group_size)
+        different = different.permute(1, 2, 0)
         evidence = Evidence(
             rewards=different[..., -1],
             noisy=noisy,
             latents=trajectory.latents,
             velocities=trajectory.velocities,
             sigmas=trajectory.coefficients.sigmas,
-            lookahead_rewards=None if self.lookahead is None else different,
+            lookahead_rewards=None if self.lookahead is None else self._smoothed(different, trajectory.coefficients),
         )
         credit = self.config.credit
         advantages = registry.advantages(credit.method, evidence, credit_values(credit))
-        if self.lookahead is None:
+        if self.lookahead is None or sharing is None:
             return Outcome(evidence.rewards, None, advantages, scores, 0)
         scale = self.lookahead.guidance_scale(trajectory.guidance_scale)
-        forwards = self.lookahead.evaluations(noisy) * self.model.forwards(scale)
-        rewards = different[..., self.lookahead.positions(noisy)]
+        plan = self.lookahead.plan_for(len(noisy))
+        used = lookahead_evaluations(plan, guided=False, noisy=noisy, shared=sharing.group)
+        forwards = used.total * self.model.forwards(scale)
+        rewards = different[..., sharing.positions]
         return Outcome(evidence.rewards, rewards, advantages, scores, forwards)
 
-    def _images(self, trajectory: Trajectory, clean: Tensor | None) -> Tensor:
-        """[N, B, 3, H, W] of the completions that differ, N = K+1 for K noisy steps; without a lookahead, N = 1."""
-        if self.lookahead is not None and clean is not None:
-            return self.lookahead.different_images(clean, trajectory.coefficients.noisy, self.config.lookahead.decoder)
-        parts = trajectory.latents[-1].split(self.config.lookahead.chunk)
-        return torch.cat([self.model.decode(part) for part in parts])[None]
+    def _judge_tree(self, tree: Tree, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer) -> Outcome:
+        """Score the images of all branches, in every way in which the credit method wants them completed."""
+        assert self.lookahead is not None
+        ways = self._ways(self.lookahead)
 
-    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-        scores = score(self.reward, images, prompts, metadata)
+        def completions(chunk: int) -> Tensor:
+            for way in ways:
+                way.chunk = chunk
+            return torch.stack([tree.completions(way) for way in ways])
+
+        with timer("lookahead"):
+            self.lookahead.model.refresh()
+            clean = self.forwards.fitting(completions)  # [L, K, B, ...]
+        with timer("reward"):
+            count = clean.shape[0] * clean.shape[1]
+            scores = self._score(self._images(clean.flatten(0, 2)), rows * count, metadata * count)
+        size, branches = self.config.sampler.group_size, tree.branches
+        found = scores.values.view(*clean.shape[:2], -1, size).permute(2, 3, 1, 0)  # [P, G, K, L]
+        evidence = Evidence(
+            rewards=found[..., -1].nanmean(-1),
+            noisy=tree.coefficients.noisy,
+            latents=tree.twigs.latents,
+            velocities=tree.twigs.velocities,
+            sigmas=tree.coefficients.sigmas,
+            branch_rewards=found.unflatten(1, (size // branches, branches)),
+        )
+        credit = self.config.credit
+        advantages = registry.advantages(credit.method, evidence, credit_values(credit))
+        scale = self.lookahead.guidance_scale(tree.guidance_scale)
+        forwards = sum(tree.completion_evaluations(way) for way in ways) * self.model.forwards(scale)
+        return Outcome(found[..., -1].flatten(1), None, advantages, scores, forwards)
+
+    def _ways(self, lookahead: Lookahead) -> list[Lookahead]:
+        """The completions of a branch, the finest last."""
+        if "granularities" not in registry.find(self.config.credit.method).options:
+            return [lookahead]
+        strides = sorted(self.config.credit.granularities, reverse=True)
+        return [lookahead.by(plans.strided(lookahead.plan.num_steps, stride)) for stride in strides]
+
+    def _smoothed(self, rewards: Tensor, coefficients: StepCoefficients) -> Tensor:
+        """Rewards [P, G, K+1] of the different completions, as the credit method sees them."""
+        strength = self.config.credit.smoothing
+        if not strength:
+            return rewards
+        return smooth_rewards(rewards, coefficients.table[list(coefficients.noisy), C].to(rewards.device), strength)
+
+    def _images(self, clean: Tensor) -> Iterator[Tensor]:
+        """Images of clean latents [m, ...], part after part; without a lookahead by the full decoder."""
+        decoder: Decoder = "full" if self.lookahead is None else self.config.lookahead.decoder
+        return self.decodes.each(slice(0, len(clean)), lambda rows: self.model.decode(clean[rows], decoder))
+
+    @staticmethod
+    def _complete(lookahead: Lookahead, trajectory: Trajectory, chunk: int) -> Tensor:
+        lookahead.chunk = chunk
+        return lookahead.complete(trajectory)
+
+    def _score(self, parts: Iterable[Tensor], prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+        """Scores of pictures that are made part after part, while they are made if `reward.overlap` says so."""
+        done = 0
+        with Scoring(self.reward, overlap=self.config.reward.overlap) as scoring:
+            for images in parts:
+                here = slice(done, done := done + len(images))
+                scoring.add(images, prompts[here], metadata[here])
+            scores = scoring.result()
         limit = self.config.reward.max_missing
         if scores.missing_share > limit:
             raise UserError(

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.objective.negatives import branch_noise, negative_weights
 from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
-from densegrpo_fast.sampling.replay import reference_velocity, replay
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.runtime.row_budget import RowBudget
+from densegrpo_fast.sampling.replay import per_branch, replay, replay_kl
+from densegrpo_fast.sampling.tree import Sampled
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,17 @@ class Learner:
         self.updates = 0
         self.bad_steps = 0
         self.bad_in_a_row = 0
+        self.rows = RowBudget(options.micro_batch, "sampler.micro_batch", "set model.gradient_checkpointing to true")
 
-    def update(self, trajectory: Trajectory, advantages: Tensor, steps: Sequence[int]) -> dict[str, float]:
+    def update(self, trajectory: Sampled, advantages: Tensor, steps: Sequence[int]) -> dict[str, float]:
         """Train on `steps` of every sample, in `updates_per_iteration` optimiser steps over parts of the batch.
 
-        A part whose loss or gradient is not finite is skipped and counted.
+        One forward and backward of a state trains all branches that leave it. A part whose loss or gradient is not
+        finite is skipped and counted.
+
+        If a GPU's memory runs out, the micro-batch is replayed in smaller ones, `rows` of them from then on: the same
+        gradient to rounding. The rollout was drawn with the larger ones, so this once the ratios deviate from 1 by the
+        rounding of another batch shape (`first_ratio_deviation`); the next rollout must be drawn with `rows` too.
 
         Args:
             advantages: [B, T] float32.
@@ -71,13 +79,15 @@ class Learner:
         Returns:
             Metrics averaged over the parts: loss, those of the objective, ratio_deviation (largest) and
             first_ratio_deviation (of the first part, before anything was trained), grad_norm, lr, skipped_updates
-            (their number), and nfe (network forwards, gradient ones counted once).
+            (their number), nfe (network forwards, gradient ones counted once), and micro_batch (rows per forward at
+            the end).
 
         Raises:
             UserError: (non-finite) too many parts in a row were skipped; the adapter is as before the first of them.
+                (environment) the memory does not even allow a single row.
             ValueError: the objective does not fit the trajectory's sampler, or the parts do not fit its batch.
         """
-        size = self.options.micro_batch
+        size = self.rows.rows
         slices = [slice(start, start + size) for start in range(0, trajectory.batch, size)]
         parts = _split(slices, self.options.updates_per_iteration)
         objective = Objective(self.options.objective, trajectory.coefficients, steps)
@@ -88,10 +98,11 @@ class Learner:
         metrics["skipped_updates"] = sum(record["skipped_updates"] for record in records)
         forwards = self.model.forwards(trajectory.guidance_scale) * (2 if self.options.objective.kl_coef else 1)
         metrics["nfe"] = forwards * trajectory.batch * len(steps)
+        metrics["micro_batch"] = float(self.rows.rows)
         return metrics
 
     def _step(
-        self, trajectory: Trajectory, advantages: Tensor, objective: Objective, steps: Sequence[int], part: list[slice]
+        self, trajectory: Sampled, advantages: Tensor, objective: Objective, steps: Sequence[int], part: list[slice]
     ) -> dict[str, float]:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * min(1.0, (self.updates + 1) / max(self.options.warmup, 1))
@@ -100,12 +111,21 @@ class Learner:
         totals: dict[str, Tensor] = {}
         deviations = []
         for step in steps:
-            for rows in part:
-                loss, metrics = self._loss(trajectory, advantages[rows, step], objective, step, rows)
-                (loss * share).backward()
-                deviations.append(metrics.pop("ratio_deviation"))
-                for name, value in {"loss": loss.detach(), **metrics}.items():
-                    totals[name] = totals.get(name, 0.0) + value * share
+            for whole in part:
+
+                def gradient(rows: slice, step: int = step, whole: slice = whole) -> dict[str, Tensor]:
+                    weight = share * (rows.stop - rows.start) / (whole.stop - whole.start)
+                    judged = advantages[trajectory.taken(rows), step]
+                    loss, metrics = self._loss(trajectory, judged, objective, step, rows)
+                    deviation = metrics.pop("ratio_deviation")
+                    parts = {name: value * weight for name, value in {"loss": loss.detach(), **metrics}.items()}
+                    self._add_gradient(loss * weight)
+                    deviations.append(deviation)
+                    return parts
+
+                for metrics in self.rows.each(whole, gradient):
+                    for name, value in metrics.items():
+                        totals[name] = totals.get(name, 0.0) + value
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
         record = {name: value.item() for name, value in totals.items()}
         record |= {
@@ -124,20 +144,55 @@ class Learner:
             self.average.step(self.parameters.values())
         return record
 
+    def _add_gradient(self, loss: Tensor) -> None:
+        """Add a loss's gradient to the parameters', whole or, if the memory runs out on the way, not at all."""
+        parameters = list(self.parameters.values())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.contiguous()
+            else:
+                parameter.grad.add_(gradient)
+
     def _loss(
-        self, trajectory: Trajectory, advantages: Tensor, objective: Objective, step: int, rows: slice
+        self, trajectory: Sampled, advantages: Tensor, objective: Objective, step: int, rows: slice
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        log_prob, velocity = replay(self.model, trajectory, step, rows)
-        held = self.options.objective.kl_coef != 0
-        return objective.loss(
+        settings, branches, kl = self.options.objective, trajectory.branches, None
+        if settings.kl_coef:
+            log_prob, velocity, kl = replay_kl(self.model, trajectory, step, rows, settings.kl_scale)
+        else:
+            log_prob, velocity = replay(self.model, trajectory, step, rows)
+        weights = self._negative_weights(trajectory, advantages, step, rows)
+        loss, metrics = objective.loss(
             step,
             log_prob=log_prob,
-            old_log_prob=trajectory.log_probs[step, rows],
-            advantages=advantages,
-            velocity=velocity,
-            old_velocity=trajectory.velocities[step, rows],
-            reference_velocity=reference_velocity(self.model, trajectory, step, rows) if held else None,
+            old_log_prob=trajectory.log_probs[step, trajectory.taken(rows)],
+            advantages=advantages if weights is None else advantages * weights,
+            velocity=per_branch(velocity, branches),
+            old_velocity=per_branch(trajectory.velocities[step, rows], branches),
+            kl=kl,
         )
+        return loss, metrics if weights is None else metrics | {"held_back": (weights < 1).float().mean()}
+
+    def _negative_weights(self, trajectory: Sampled, advantages: Tensor, step: int, rows: slice) -> Tensor | None:
+        """What some states' branches' advantages [m*K] are multiplied by; None where nothing can be held back."""
+        settings = self.options.objective
+        if settings.negative_factor == 1 or trajectory.branches == 1:
+            return None
+        noise = branch_noise(
+            trajectory.latents[step, rows],
+            trajectory.velocities[step, rows],
+            trajectory.arrivals(step, rows),
+            trajectory.coefficients.table[step],
+        )
+        return negative_weights(
+            noise,
+            advantages.unflatten(0, noise.shape[:2]),
+            factor=settings.negative_factor,
+            threshold=settings.negative_threshold,
+        ).flatten()
 
     def _skip(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -180,6 +235,7 @@ class Learner:
             "updates": self.updates,
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
+            "micro_batch": self.rows.rows,
             "ema_steps": self.average.optimization_step if self.average is not None else 0,
         }
 
@@ -208,6 +264,7 @@ class Learner:
             self.average.optimization_step = state["ema_steps"]
         self.updates = state["updates"]
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
+        self.rows.rows = min(self.rows.rows, state["micro_batch"])
 
 
 def _split(slices: list[slice], count: int) -> list[list[slice]]:

@@ -107,9 +107,8 @@ def read_lora(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("transformer."): tensor.float() for name, tensor in layers.items()}
 
 
-@contextmanager
-def attached_lora(transformer: Any, layers: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the context a transformer without an adapter has this one, in float32 whatever its own precision.
+def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:
+    """Give a transformer without an adapter this one, frozen, in float32 whatever its own precision.
 
     diffusers' own loader would round it to the transformer's dtype; a run evaluates it unrounded.
 
@@ -117,7 +116,7 @@ def attached_lora(transformer: Any, layers: Mapping[str, Tensor]) -> Iterator[No
         layers: as `lora_layers` returns them.
 
     Raises:
-        ValueError: a layer has no module, or not the shape that it needs.
+        ValueError: a layer has no module, or not the shape that it needs; nothing was changed.
     """
     from peft import LoraConfig
 
@@ -144,11 +143,21 @@ def attached_lora(transformer: Any, layers: Mapping[str, Tensor]) -> Iterator[No
                 target_modules=list(ranks),
             )
         )
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = layers[name.replace(".default.", ".")].to(parameter.device)
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def attached_lora(transformer: Any, layers: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context the transformer has the adapter, as `attach_lora` says; it leaves without.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    attach_lora(transformer, layers)
     try:
-        for name, parameter in transformer.named_parameters():
-            if ".lora_" in name:
-                parameter.data = layers[name.replace(".default.", ".")].to(parameter.device)
-                parameter.requires_grad_(False)
         yield
     finally:
         transformer.unload_lora()

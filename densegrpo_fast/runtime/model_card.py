@@ -209,7 +209,7 @@ def _training(config: Config, metrics: Sequence[Mapping[str, Any]]) -> str:
     lines = ["## Training", "", "| setting | value |", "|---|---|"]
     for label, keys in _SETTINGS:
         found = ", ".join(str(_lookup(values, key)) for key in keys.split())
-        if label != "Lookahead" or config.uses_lookahead:
+        if label != "Lookahead" or config.uses_lookahead or config.uses_branches:
             lines.append(f"| {label} | {_plain(found)} |")
     rows = _curve(metrics)
     if rows:

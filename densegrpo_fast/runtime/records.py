@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.calibration.during import NoiseLevels
 from densegrpo_fast.config import Config
+from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.completion_head import save_head
 from densegrpo_fast.runtime.alarms import alarms_for
 from densegrpo_fast.runtime.checkpoint import CheckpointManager
 from densegrpo_fast.runtime.evaluation import Evaluation, HeldOut
 from densegrpo_fast.runtime.experience import Outcome
 from densegrpo_fast.runtime.files import output_errors, write_durably
+from densegrpo_fast.runtime.head_training import HeadRefresher
 from densegrpo_fast.runtime.images import save_grid
 from densegrpo_fast.runtime.intervals import mean_interval, paired_interval
 from densegrpo_fast.runtime.learner import Learner
@@ -25,22 +29,22 @@ from densegrpo_fast.runtime.lora import base_fingerprint, save_lora
 from densegrpo_fast.runtime.metrics import MetricsLog
 from densegrpo_fast.runtime.model_card import BaseFacts, write_model_card
 from densegrpo_fast.runtime.report import write_report
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.tree import Sampled
 
-PHASES = ("rollout", "lookahead", "reward", "guard", "update")
+PHASES = ("calibration", "rollout", "lookahead", "reward", "guard", "update")
 _GRID = 24
 
 
 def iteration_record(
     done: int,
-    trajectory: Trajectory,
+    trajectory: Sampled,
     outcome: Outcome,
     update: dict[str, float],
     forwards: int,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """One line of metrics.jsonl, as METRICS.md has it. `forwards` is the network forwards of one evaluated row."""
-    rewards, batch = outcome.rewards, trajectory.batch
+    rewards, batch, final = outcome.rewards, trajectory.batch, outcome.rewards.numel()
     record: dict[str, Any] = {
         "iteration": done,
         "reward": rewards.nanmean().item(),
@@ -49,14 +53,17 @@ def iteration_record(
         "frac_reward_zero_std": outcome.advantages.zero_spread,
     }
     for name, values in outcome.scores.per_reward.items():
-        record[f"rewards/{name}/mean"] = values[-batch:].nanmean().item()
-        record[f"rewards/{name}/std"] = _spread(values[None, -batch:])
+        record[f"rewards/{name}/mean"] = values[-final:].nanmean().item()
+        record[f"rewards/{name}/std"] = _spread(values[None, -final:])
     if outcome.gains is not None:
         for step, gain in enumerate(outcome.gains.nanmean(dim=(0, 1)).tolist()):
             record[f"gain/step_{step}"] = gain
+        steps = [step for step, noisy in enumerate(trajectory.coefficients.noisy) if noisy]
+        if len(steps) > 1:
+            record["gain_correlation"] = neighbour_correlation(outcome.gains[..., steps])
     record |= update
     record["learning_rate"] = record.pop("lr")
-    record["nfe/rollout"] = forwards * batch * trajectory.num_steps
+    record["nfe/rollout"] = forwards * batch * trajectory.evaluations
     record["nfe/lookahead"] = outcome.forwards * batch
     record["nfe/update"] = record.pop("nfe")
     record |= {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES}
@@ -70,10 +77,19 @@ def _spread(rewards: Tensor) -> float:
 
 
 class RunRecords:
-    """The files of one run directory."""
+    """The files of one run directory. `refresher` trains the run's completion head, if that is trained."""
 
-    def __init__(self, directory: Path, config: Config, model: FlowModel, learner: Learner):
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        model: FlowModel,
+        learner: Learner,
+        levels: NoiseLevels,
+        refresher: HeadRefresher | None = None,
+    ):
         self.directory, self.config, self.model, self.learner = directory, config, model, learner
+        self.levels, self.refresher = levels, refresher
         settings = config.resume_settings() | {
             "noise_layout": LAYOUT_VERSION,
             "base_weights": base_fingerprint(model.network),
@@ -104,6 +120,9 @@ class RunRecords:
                 ExitCode.USAGE,
             )
         self.learner.restore(checkpoint.tensors, checkpoint.state["learner"])
+        self.levels.restore(checkpoint.state.get("noise_level"))
+        if self.refresher is not None:
+            self.refresher.restore(checkpoint.tensors)
         torch.set_rng_state(checkpoint.tensors["rng"]["torch"])
         log.truncate(checkpoint.state["metrics_position"])
         return checkpoint.step
@@ -111,7 +130,10 @@ class RunRecords:
     def checkpoint(self, done: int, log: MetricsLog) -> None:
         """Save everything a bit-exact continuation needs."""
         tensors = self.learner.tensors() | {"rng": {"torch": torch.get_rng_state()}}
-        self.checkpoints.save(done, tensors, {"learner": self.learner.state(), "metrics_position": log.position()})
+        if self.refresher is not None:
+            tensors |= self.refresher.tensors()
+        state = {"learner": self.learner.state(), "noise_level": self.levels.state()}
+        self.checkpoints.save(done, tensors, state | {"metrics_position": log.position()})
 
     def due(self, every: int, done: int) -> bool:
         """Whether something that happens every so many iterations happens now (not at the very end)."""
@@ -151,6 +173,8 @@ class RunRecords:
         """Write adapter and report (the model must hold the weights to export); returns the closing message."""
         lora = self.config.lora
         with output_errors(f"cannot write in {self.directory}"):
+            if self.refresher is not None:
+                save_head(self.refresher.head, self.directory / "completion_head.safetensors")
             save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
             prompts, before = self._evaluation("before")
             _, after = self._evaluation("after")
@@ -192,9 +216,8 @@ class RunRecords:
         )
 
     def _base_facts(self) -> BaseFacts:
-        pipeline = getattr(self.model, "pipeline", None)
         return BaseFacts(
-            has_t5=getattr(pipeline, "text_encoder_3", None) is not None,
+            has_t5=getattr(self.model, "has_t5", False),
             dtype=str(self.model.network.dtype).removeprefix("torch."),
             device=self.model.device.type,
         )

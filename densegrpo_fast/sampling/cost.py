@@ -12,6 +12,9 @@ With noise in a window of w steps from step l alone, the states before l share t
 after the window lie on the trajectory's own way to its image. So only the w states l..l+w-1 are completed: by `exact`
 with the sum of T-1-k over them, by `nodes S` with the number of pairs of a state k and a later node, and w+1 images are
 decoded and scored.
+
+Where all G samples of a prompt start from one noise, they are one sample up to the first noisy step, and its completion
+is the group's: a trajectory's share of it is 1/G, so that counts need not be whole numbers.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from densegrpo_fast.models.base import Decoder, Head
-from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
+from densegrpo_fast.sampling.lookahead import Guidance
 from densegrpo_fast.sampling.plan import Plan
+from densegrpo_fast.sampling.sharing import Sharing
 
 
 class UnitFlops(Protocol):
@@ -65,21 +69,21 @@ class Evaluations:
         unguided: one forward each.
     """
 
-    guided: int = 0
-    unguided: int = 0
+    guided: int | float = 0
+    unguided: int | float = 0
 
     @classmethod
-    def of(cls, count: int, guided: bool) -> Evaluations:
+    def of(cls, count: int | float, guided: bool) -> Evaluations:
         """`count` evaluations, all of one kind."""
         return cls(guided=count) if guided else cls(unguided=count)
 
     @property
-    def total(self) -> int:
+    def total(self) -> int | float:
         """Evaluations of both kinds."""
         return self.guided + self.unguided
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> int | float:
         """Network forwards (NFE)."""
         return 2 * self.guided + self.unguided
 
@@ -103,18 +107,18 @@ class IterationCost:
     lookahead: Evaluations
     policy: Evaluations
     reference: Evaluations
-    full_decodes: int
-    preview_decodes: int
-    rewards: int
-    corrections: int
+    full_decodes: int | float
+    preview_decodes: int | float
+    rewards: int | float
+    corrections: int | float
 
     @property
-    def backwards(self) -> int:
+    def backwards(self) -> int | float:
         """Backward passes: the conditional half of each replayed evaluation, as the other one has no gradient."""
         return self.policy.total
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> int | float:
         """Network forwards of all phases (NFE)."""
         return sum(part.forwards for part in (self.rollout, self.lookahead, self.policy, self.reference))
 
@@ -137,8 +141,43 @@ class IterationCost:
         return total
 
 
+@dataclass(frozen=True)
+class GuardCost:
+    """One trajectory's share of an exact re-scoring, which is not part of every iteration.
+
+    Attributes:
+        exact: evaluations of the exact completions.
+        cheap: those by which a head that learns sees again what the lookahead's own completions show it.
+        full_decodes: images through the pipeline's autoencoder.
+        rewards: images scored.
+        head_rows: rows that the head learns from, forward and backward.
+    """
+
+    exact: Evaluations
+    cheap: Evaluations
+    full_decodes: int | float
+    rewards: int | float
+    head_rows: int | float
+
+    @property
+    def forwards(self) -> int | float:
+        """Network forwards (NFE)."""
+        return self.exact.forwards + self.cheap.forwards
+
+    def flops(self, unit: UnitFlops, lookahead_forward: float | None = None) -> float:
+        """Floating-point operations, as in `IterationCost.flops`; a backward through the head costs two forwards."""
+        total = self.exact.forwards * unit.forward + self.full_decodes * unit.full_decode + self.rewards * unit.reward
+        total += self.cheap.forwards * (unit.forward if lookahead_forward is None else lookahead_forward)
+        return total + (3 * self.head_rows * unit.head if self.head_rows else 0.0)
+
+
 def lookahead_evaluations(
-    plan: Plan, *, guided: bool, guidance: Guidance = "full", noisy: tuple[bool, ...] | None = None
+    plan: Plan,
+    *,
+    guided: bool,
+    guidance: Guidance = "full",
+    noisy: tuple[bool, ...] | None = None,
+    shared: int = 1,
 ) -> Evaluations:
     """Evaluations that a plan's completions take per trajectory.
 
@@ -147,12 +186,12 @@ def lookahead_evaluations(
         guided: whether the rollout has classifier-free guidance.
         guidance: of the completions after their first velocity.
         noisy: [T] whether each step injects noise, None = all; states that a noise-free step joins are completed once.
+        shared: samples that start from one noise, and share what they are before the first noisy step.
 
     Raises:
         ValueError: `noisy` is for another number of steps.
     """
-    states = set(_owners(plan.num_steps, noisy)) - {plan.num_steps}
-    return Evaluations.of(sum(len(plan.paths[state]) for state in states), guided and guidance == "full")
+    return _evaluations(plan, guided, guidance, noisy, shared)
 
 
 def sparse_iteration(num_steps: int, *, trained_steps: int, guided: bool, kl: bool) -> IterationCost:
@@ -187,6 +226,7 @@ def dense_iteration(
     decoder: Decoder = "full",
     noisy: tuple[bool, ...] | None = None,
     head: Head | None = None,
+    shared: int = 1,
 ) -> IterationCost:
     """Cost of an iteration with a reward per state (DenseGRPO): the lookahead, and T+1 decodes and rewards.
 
@@ -195,23 +235,51 @@ def dense_iteration(
     Args:
         plan: the lookahead's.
         trained_steps, guided, kl: as in `sparse_iteration`.
-        guidance, noisy: as in `lookahead_evaluations`.
+        guidance, noisy, shared: as in `lookahead_evaluations`.
         decoder: of the images.
         head: corrects the last jumps of the states that it applies to.
 
     Raises:
         ValueError: `trained_steps` or `noisy` does not fit the plan's number of steps.
     """
-    owners = set(_owners(plan.num_steps, noisy))
-    completed = owners - {plan.num_steps}
+    sharing = _sharing(plan.num_steps, noisy, shared)
+    images = sharing.per_trajectory(lambda state: 1)
     return IterationCost(
         **_policy_path(plan.num_steps, trained_steps, guided, kl),
-        lookahead=lookahead_evaluations(plan, guided=guided, guidance=guidance, noisy=noisy),
-        full_decodes=len(owners) if decoder == "full" else 0,
-        preview_decodes=len(owners) if decoder == "preview" else 0,
-        rewards=len(owners),
-        corrections=0 if head is None else sum(head.applies(state) for state in completed),
+        lookahead=lookahead_evaluations(plan, guided=guided, guidance=guidance, noisy=noisy, shared=shared),
+        full_decodes=images if decoder == "full" else 0,
+        preview_decodes=images if decoder == "preview" else 0,
+        rewards=images,
+        corrections=sharing.per_trajectory(lambda j: int(head is not None and j < plan.num_steps and head.applies(j))),
     )
+
+
+def guard_check(
+    exact: Plan,
+    *,
+    guided: bool,
+    noisy: tuple[bool, ...] | None = None,
+    shared: int = 1,
+    cheap: Plan | None = None,
+    guidance: Guidance = "full",
+    head_rows: int | float = 0,
+) -> GuardCost:
+    """Cost of re-scoring trajectories exactly, with full guidance and the full decoder.
+
+    Args:
+        exact: the plan through every step.
+        guided, noisy: as in `lookahead_evaluations`.
+        shared: as there; images are decoded and scored for each trajectory.
+        cheap: the lookahead's plan, if its completion head learns from the exact completions; None = no head learns.
+        guidance: of the lookahead.
+        head_rows: rows that the head learns from, for each trajectory.
+
+    Raises:
+        ValueError: `noisy` is for another number of steps.
+    """
+    images = len(_sharing(exact.num_steps, noisy, 1).states)
+    own = Evaluations() if cheap is None else _evaluations(cheap, guided, guidance, noisy, shared)
+    return GuardCost(_evaluations(exact, guided, "full", noisy, shared), own, images, images, head_rows)
 
 
 def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> dict[str, Evaluations]:
@@ -224,7 +292,15 @@ def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> 
     }
 
 
-def _owners(num_steps: int, noisy: tuple[bool, ...] | None) -> list[int]:
+def _evaluations(
+    plan: Plan, guided: bool, guidance: Guidance, noisy: tuple[bool, ...] | None, shared: int
+) -> Evaluations:
+    sharing = _sharing(plan.num_steps, noisy, shared)
+    count = sharing.per_trajectory(lambda state: len(plan.paths[state]) if state < plan.num_steps else 0)
+    return Evaluations.of(count, guided and guidance == "full")
+
+
+def _sharing(num_steps: int, noisy: tuple[bool, ...] | None, shared: int) -> Sharing:
     if noisy is not None and len(noisy) != num_steps:
         raise ValueError(f"noisy must have one entry per step ({num_steps}), got {len(noisy)}")
-    return Lookahead.owners((True,) * num_steps if noisy is None else noisy)
+    return Sharing((True,) * num_steps if noisy is None else noisy, shared)

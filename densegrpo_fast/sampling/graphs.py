@@ -187,7 +187,7 @@ class GraphedVisits(Visits):
             return eager(model, _travellers(static), node, scale, tap=tap, cache=cache)
 
         conditioning = rows.conditioning
-        inputs = {name: getattr(rows, name) for name in _TRAVELLERS}
+        inputs = {name: getattr(rows, name) for name in _TRAVELLERS if getattr(rows, name) is not None}
         inputs["rows"] = conditioning.rows
         constants = {name: getattr(conditioning, name) for name in _PROMPTS}
         # without a cache the node is only a noise level
@@ -207,7 +207,8 @@ class GraphedVisits(Visits):
 
 def _travellers(static: Mapping[str, Tensor]) -> Travellers:
     conditioning = Conditioning(**{name: static[name] for name in (*_PROMPTS, "rows")})
-    return Travellers(conditioning=conditioning, **{name: static[name] for name in _TRAVELLERS})
+    tensors: dict[str, Any] = {name: static.get(name) for name in _TRAVELLERS}
+    return Travellers(conditioning=conditioning, **tensors)
 
 
 def _addresses(model: FlowModel) -> tuple[int, ...]:

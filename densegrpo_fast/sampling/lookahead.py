@@ -6,15 +6,20 @@ in a row, whatever the number of states; the first velocity of every state is th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from densegrpo_fast.flow import ops
+from densegrpo_fast.flow.dynamics import StepCoefficients
+from densegrpo_fast.flow.remainder import Remainder, Visited
 from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Head
 from densegrpo_fast.sampling.plan import Plan
+from densegrpo_fast.sampling.sharing import Sharing
 from densegrpo_fast.sampling.trajectory import Trajectory
 from densegrpo_fast.sampling.visit import Arrival, Travellers, Visits
 
@@ -23,12 +28,26 @@ Guidance = Literal["full", "cond_only", "reuse"]
 
 @dataclass(frozen=True)
 class _Standing:
-    """Where a state's completion stands: the grid index of its last evaluation, and what that saw and gave."""
+    """Where a state's completion stands: the grid index of its last evaluation, what that saw and gave, and the
+    evaluation before it where a second-order step wants it."""
 
     index: int
     latents: Tensor
     velocity: Tensor
     hidden: Tensor | None
+    before: Visited | None = None
+
+    def slope(self, node: int, remainder: Remainder | None) -> Tensor:
+        """Velocity of the jump to a grid index."""
+        if remainder is None:
+            return self.velocity
+        return remainder.slope(Visited(self.index, self.latents, self.velocity), node, self.before)
+
+    def remembered(self, remainder: Remainder | None) -> Visited | None:
+        """What the next standing keeps of this one."""
+        if remainder is None or self.index < remainder.start:
+            return None
+        return Visited(self.index, self.latents, self.velocity)
 
 
 class Lookahead:
@@ -40,13 +59,15 @@ class Lookahead:
         guidance: after a state's first velocity, which is the rollout's: "full" = the trajectory's guidance again;
             "cond_only" = none, half the cost and an approximation; "reuse" = what guidance added to the sample's own
             velocity at the same grid index during the rollout, at the same half cost.
-        chunk: rows per forward and per decode, a memory budget.
+        chunk: most rows per forward, and per decode unless `decode_chunk` says otherwise: a memory budget.
+        decode_chunk: most rows per decode; None = `chunk`.
         head: corrects the last jump of the completions that leave steps out; None = Euler's jump as it is.
         cache: what the rollout recorded, for the completions' own forwards to take over; None = they compute it all.
         visits: how a jump and its forward are run; None = operation by operation.
+        replan: makes the plan for trajectories of another number of steps; None = there are none.
 
     Raises:
-        ValueError: `chunk` is below 1.
+        ValueError: `chunk` or `decode_chunk` is below 1.
     """
 
     def __init__(
@@ -56,14 +77,17 @@ class Lookahead:
         *,
         guidance: Guidance = "full",
         chunk: int = 64,
+        decode_chunk: int | None = None,
         head: Head | None = None,
         cache: Cache | None = None,
         visits: Visits | None = None,
+        replan: Callable[[int], Plan] | None = None,
     ):
-        if chunk < 1:
-            raise ValueError(f"lookahead chunk must be at least 1 row, got {chunk}")
-        self.model, self.plan, self.guidance, self.chunk = model, plan, guidance, chunk
-        self.head, self.cache = head, cache
+        self.chunk, self.decode_chunk = chunk, chunk if decode_chunk is None else decode_chunk
+        if min(self.chunk, self.decode_chunk) < 1:
+            raise ValueError(f"lookahead chunk must be at least 1 row, got {min(self.chunk, self.decode_chunk)}")
+        self.model, self.plan, self.guidance = model, plan, guidance
+        self.head, self.cache, self.replan = head, cache, replan
         self.visits = Visits() if visits is None else visits
 
     @torch.no_grad()
@@ -71,89 +95,125 @@ class Lookahead:
         """Clean latents [T+1, B, ...] float32; index = steps done, the last is the trajectory's own end.
 
         A state that a noise-free step joins to the next shares its completion (they lie on one ODE path), so the gain
-        of such a step is exactly 0.
+        of such a step is exactly 0; and rows that are still one sample share theirs (`sharing`).
 
         Raises:
             ValueError: the plan is for another number of steps, or guidance is to be reused and was not kept.
         """
-        steps, batch = trajectory.num_steps, trajectory.batch
+        steps = trajectory.num_steps
         if self.guidance == "reuse" and trajectory.guidance_scale != 1.0 and trajectory.guidance_terms is None:
             raise ValueError('lookahead guidance "reuse" needs a rollout with keep_guidance=True')
-        if self.plan.num_steps != steps:
-            raise ValueError(f"the lookahead plan is for {self.plan.num_steps} steps, the trajectory has {steps}")
+        self.plan_for(steps)
         if self.head is not None and trajectory.hidden is None:
             raise ValueError("a completion head needs a rollout with keep_hidden=True")
-        owners = self.owners(trajectory.coefficients.noisy)
-        ends = {steps: trajectory.latents[steps]}
+        ends, sharing = {steps: trajectory.latents[steps]}, self.sharing(trajectory)
         standing = self.evaluate(trajectory)
         if standing:
-            sigmas = trajectory.coefficients.sigmas
-            done = self._jump(list(standing.values()), steps, sigmas).split(batch)
-            ends |= {j: self._correct(j, standing[j], end) for j, end in zip(standing, done, strict=True)}
-        return torch.stack([ends[owner] for owner in owners])
+            done = self._jump(list(standing.values()), steps, trajectory.coefficients)
+            for j, end in zip(standing, done.split([len(state.latents) for state in standing.values()]), strict=True):
+                ends[j] = sharing.spread(j, self._correct(j, standing[j], end))
+        return torch.stack([ends[owner] for owner in sharing.owners])
 
     @torch.no_grad()
-    def evaluate(self, trajectory: Trajectory) -> dict[int, _Standing]:
-        """Bring every state that needs a completion of its own to its last evaluation, in the order of the states."""
-        batch = trajectory.batch
-        states = sorted(set(self.owners(trajectory.coefficients.noisy)) - {trajectory.num_steps})
-        hidden = [None] * trajectory.num_steps if trajectory.hidden is None else trajectory.hidden
-        standing = {j: _Standing(j, trajectory.latents[j], trajectory.velocities[j], hidden[j]) for j in states}
+    def evaluate(self, trajectory: Trajectory, first: int = 0) -> dict[int, _Standing]:
+        """Bring every state that needs a completion of its own to its last evaluation, in the order of the states.
+
+        Args:
+            trajectory: the rows [B] to complete; of a state's rows that share a completion only the first is in the
+                result.
+            first: which sample of the rollout that a cache has recorded the first row is.
+        """
+        sharing, terms = self.sharing(trajectory), trajectory.guidance_terms
+        states = sharing.states[:-1]
+        standing = {
+            j: _Standing(
+                j,
+                sharing.rows(j, trajectory.latents[j]),
+                sharing.rows(j, trajectory.velocities[j]),
+                None if trajectory.hidden is None else sharing.rows(j, trajectory.hidden[j]),
+            )
+            for j in states
+        }
         self.visits.begin(self.model)
-        for node in self.plan.nodes():
-            here = [j for j in states if node in self.plan.paths[j]]
+        plan = self.plan_for(trajectory.num_steps)
+        for node in plan.nodes():
+            here = [j for j in states if node in plan.paths[j]]
             if not here:
                 continue
-            arrived, velocity, tokens = self._visit([standing[j] for j in here], node, trajectory)
-            if self.guidance == "reuse" and trajectory.guidance_terms is not None:
-                velocity.unflatten(0, (len(here), batch)).add_(trajectory.guidance_terms[node])
-            parts = [None] * len(here) if tokens is None else tokens.split(batch)
-            for j, x, v, h in zip(here, arrived.split(batch), velocity.split(batch), parts, strict=True):
-                standing[j] = _Standing(node, x, v, h)
+            sizes = [len(standing[j].latents) for j in here]
+            arrived, velocity, tokens = self._visit([standing[j] for j in here], here, node, trajectory, first)
+            if self.guidance == "reuse" and terms is not None:
+                # no completion is shared then
+                velocity.unflatten(0, (len(here), -1)).add_(terms[node])
+            parts = [None] * len(here) if tokens is None else tokens.split(sizes)
+            for j, x, v, h in zip(here, arrived.split(sizes), velocity.split(sizes), parts, strict=True):
+                standing[j] = _Standing(node, x, v, h, standing[j].remembered(trajectory.coefficients.remainder))
         return standing
 
     @torch.no_grad()
     def images(self, clean: Tensor, noisy: tuple[bool, ...], decoder: Decoder) -> Tensor:
         """Decoded completions [T+1, B, 3, H, W] in [0, 1]; states that share a completion are decoded once."""
         decoded = self.different_images(clean, noisy, decoder)
-        return torch.stack([decoded[position] for position in self.positions(noisy)])
+        return torch.stack([decoded[position] for position in Sharing(noisy).positions])
 
     @torch.no_grad()
     def different_images(self, clean: Tensor, noisy: tuple[bool, ...], decoder: Decoder) -> Tensor:
         """The images of states with a completion of their own, [K+1, B, 3, H, W] for K noisy steps; last the end's."""
-        rows = torch.cat([clean[owner] for owner in sorted(set(self.owners(noisy)))])
-        decoded = torch.cat([self.model.decode(part, decoder) for part in rows.split(self.chunk)])
+        decoded = torch.cat(list(self.decoded(Sharing(noisy).different(clean), decoder)))
         return decoded.unflatten(0, (-1, clean.shape[1]))
+
+    @torch.no_grad()
+    def decoded(self, clean: Tensor, decoder: Decoder) -> Iterator[Tensor]:
+        """Images of clean latents [m, ...], part after part: [at most `decode_chunk`, 3, H, W] in [0, 1] each."""
+        for part in clean.split(self.decode_chunk):
+            yield self.model.decode(part, decoder)
+
+    def sharing(self, trajectory: Trajectory) -> Sharing:
+        """Which completions are one and the same.
+
+        Samples of one initial noise are, as long as nothing has told them apart, unless the completion takes something
+        over from each one's own rollout: reused guidance, or a cache's features.
+        """
+        own = self.cache is not None or (self.guidance == "reuse" and trajectory.guidance_terms is not None)
+        return Sharing(trajectory.coefficients.noisy) if own else trajectory.sharing
+
+    def plan_for(self, num_steps: int) -> Plan:
+        """The plan of trajectories with so many steps.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if num_steps == self.plan.num_steps:
+            return self.plan
+        if self.replan is None:
+            raise ValueError(f"the lookahead plan is for {self.plan.num_steps} steps, the trajectory has {num_steps}")
+        return self.replan(num_steps)
+
+    def by(self, plan: Plan) -> Lookahead:
+        """The same lookahead by another plan."""
+        other = copy(self)
+        other.plan = plan
+        return other
 
     @staticmethod
     def owners(noisy: tuple[bool, ...]) -> list[int]:
-        """For each state 0..T the state whose completion it shares: the first one not followed by a noise-free step."""
-        owners = list(range(len(noisy) + 1))
-        for step in reversed(range(len(noisy))):
-            if not noisy[step]:
-                owners[step] = owners[step + 1]
-        return owners
-
-    @classmethod
-    def positions(cls, noisy: tuple[bool, ...]) -> list[int]:
-        """For each state 0..T the position of its completion among the different ones."""
-        owners = cls.owners(noisy)
-        different = sorted(set(owners))
-        return [different.index(owner) for owner in owners]
+        """For each state 0..T the state whose completion it shares, as `Sharing.owners`."""
+        return Sharing(noisy).owners
 
     def guidance_scale(self, rollout_scale: float) -> float:
         """Guidance of the lookahead's own evaluations, given the rollout's."""
         return rollout_scale if self.guidance == "full" else 1.0
 
     def evaluations(self, noisy: tuple[bool, ...]) -> int:
-        """Model evaluations per trajectory, shared states counted once."""
-        return sum(len(self.plan.paths[j]) for j in set(self.owners(noisy)) - {len(noisy)})
+        """Model evaluations of one trajectory, states that share a completion counted once."""
+        paths = self.plan_for(len(noisy)).paths
+        return sum(len(paths[j]) for j in Sharing(noisy).states[:-1])
 
-    def _jump(self, states: list[_Standing], node: int, sigmas: Tensor) -> Tensor:
-        batch = len(states[0].latents)
-        sigma = torch.cat([sigmas[state.index].expand(batch) for state in states])
+    def _jump(self, states: list[_Standing], node: int, coefficients: StepCoefficients) -> Tensor:
+        sigmas = coefficients.sigmas
+        sigma = torch.cat([sigmas[state.index].expand(len(state.latents)) for state in states])
         latents = torch.cat([state.latents for state in states])
-        velocity = torch.cat([state.velocity for state in states])
+        velocity = torch.cat([state.slope(node, coefficients.remainder) for state in states])
         return ops.euler_jump(latents, velocity, sigma, sigmas[node].expand_as(sigma))
 
     def _correct(self, state: int, standing: _Standing, estimate: Tensor) -> Tensor:
@@ -163,16 +223,27 @@ class Lookahead:
         parts = zip(*(x.split(self.chunk) for x in (standing.hidden, standing.latents, estimate, index)), strict=True)
         return estimate + torch.cat([self.head(*part) for part in parts])
 
-    def _visit(self, states: list[_Standing], node: int, trajectory: Trajectory) -> Arrival:
-        """Take states that meet at a node there, in chunks of rows; row i*B + b is sample b of the i-th state."""
-        batch, count, sigmas = trajectory.batch, len(states), trajectory.coefficients.sigmas
+    def _visit(
+        self, standing: list[_Standing], states: list[int], node: int, trajectory: Trajectory, first: int
+    ) -> Arrival:
+        """Take states that meet at a node there, in chunks of rows: all rows of a state, then those of the next."""
+        sigmas, device = trajectory.coefficients.sigmas, trajectory.latents.device
+        sigma = torch.cat([sigmas[state.index].expand(len(state.latents)) for state in standing])
+        conditioning, samples = trajectory.conditioning.repeat(len(states)), None
+        if len(conditioning) != len(sigma):
+            sharing = self.sharing(trajectory)
+            conditioning = replace(
+                conditioning, rows=torch.cat([sharing.rows(j, trajectory.conditioning.rows) for j in states])
+            )
+        if self.cache is not None:
+            samples = torch.arange(first, first + trajectory.batch, device=device).repeat(len(states))
         rows = Travellers(
-            latents=torch.cat([state.latents for state in states]),
-            velocity=torch.cat([state.velocity for state in states]),
-            sigma=torch.cat([sigmas[state.index].expand(batch) for state in states]),
-            next_sigma=sigmas[node].expand(count * batch),
-            conditioning=trajectory.conditioning.repeat(count),
-            samples=torch.arange(batch, device=trajectory.latents.device).repeat(count),
+            latents=torch.cat([state.latents for state in standing]),
+            velocity=torch.cat([state.slope(node, trajectory.coefficients.remainder) for state in standing]),
+            sigma=sigma,
+            next_sigma=sigmas[node].expand_as(sigma),
+            conditioning=conditioning,
+            samples=samples,
         )
         scale = self.guidance_scale(trajectory.guidance_scale)
         arrived, velocity, hidden = torch.empty_like(rows.latents), torch.empty_like(rows.velocity), None

@@ -96,6 +96,19 @@ def n_step(num_steps: int, n: int) -> Plan:
     return Plan(f"n_step{{{n}}}", tuple(paths))
 
 
+def strided(num_steps: int, stride: int) -> Plan:
+    """Every state goes on in steps of `stride` grid points; the last one, to sigma 0, may be shorter.
+
+    The completions of Granular-GRPO (arXiv 2510.01982); stride 1 is `exact`.
+
+    Raises:
+        ValueError: stride is below 1.
+    """
+    if stride < 1:
+        raise ValueError(f"strided needs a stride of at least 1, got {stride}")
+    return Plan(f"strided{{{stride}}}", tuple(tuple(range(j + stride, num_steps, stride)) for j in range(num_steps)))
+
+
 def make_plan(kind: str, num_steps: int, points: Sequence[int] = (), n: int = 1) -> Plan:
     """A plan by its configured name: exact, exact_but_last, nodes, n_step or one_step.
 

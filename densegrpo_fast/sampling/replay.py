@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.flow import ops
+from densegrpo_fast.flow.log_prob_op import KlScale
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.tree import Sampled
 
 
-def replay(model: FlowModel, trajectory: Trajectory, step: int, rows: slice) -> tuple[Tensor, Tensor]:
+def replay(model: FlowModel, trajectory: Sampled, step: int, rows: slice) -> tuple[Tensor, Tensor]:
     """Score one recorded step again, with gradient to the adapter.
+
+    A state with K branches is evaluated once, and its velocity scores them all.
 
     Args:
         step: index of the step.
@@ -19,17 +22,51 @@ def replay(model: FlowModel, trajectory: Trajectory, step: int, rows: slice) -> 
             policy's importance ratio is 1.
 
     Returns:
-        log_prob [m] float32 (mean over the latent's elements) and the guided velocity [m, ...] float32.
+        log_prob [m*K] float32 (mean over the latent's elements), K = 1 without branches, and the guided velocity
+        [m, ...] float32.
     """
-    latents = trajectory.latents[step, rows]
     velocity = replay_velocity(model, trajectory, step, rows)
     log_prob = ops.sde_log_prob(
-        latents, velocity, trajectory.latents[step + 1, rows], trajectory.coefficients.table, step
+        per_branch(trajectory.latents[step, rows], trajectory.branches),
+        per_branch(velocity, trajectory.branches),
+        trajectory.arrivals(step, rows),
+        trajectory.coefficients.table,
+        step,
     )
     return log_prob, velocity
 
 
-def replay_velocity(model: FlowModel, trajectory: Trajectory, step: int, rows: slice) -> Tensor:
+def replay_kl(
+    model: FlowModel, trajectory: Sampled, step: int, rows: slice, scale: KlScale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`replay`, and in the same pass the step's divergence from the reference policy's.
+
+    Args:
+        step, rows: as `replay`.
+        scale: standard deviation that the divergence is measured in; see `ops.sde_log_prob_kl`.
+
+    Returns:
+        log_prob [m*K] and velocity [m, ...] as `replay`; kl [m*K] float32 in nats, mean over the latent's elements.
+    """
+    velocity = replay_velocity(model, trajectory, step, rows)
+    log_prob, kl = ops.sde_log_prob_kl(
+        per_branch(trajectory.latents[step, rows], trajectory.branches),
+        per_branch(velocity, trajectory.branches),
+        per_branch(reference_velocity(model, trajectory, step, rows), trajectory.branches),
+        trajectory.arrivals(step, rows),
+        trajectory.coefficients.table,
+        step,
+        scale=scale,
+    )
+    return log_prob, velocity, kl
+
+
+def per_branch(states: Tensor, branches: int) -> Tensor:
+    """[m*K, ...] of [m, ...]: each row K times in a row; the tensor itself with K = 1."""
+    return states if branches == 1 else states.repeat_interleave(branches, dim=0)
+
+
+def replay_velocity(model: FlowModel, trajectory: Sampled, step: int, rows: slice) -> Tensor:
     """The guided velocity [m, ...] at a recorded state, in whichever mode the model is (policy or reference)."""
     latents = trajectory.latents[step, rows]
     sigma = trajectory.coefficients.sigmas[step].expand(len(latents))
@@ -37,7 +74,7 @@ def replay_velocity(model: FlowModel, trajectory: Trajectory, step: int, rows: s
 
 
 @torch.no_grad()
-def reference_velocity(model: FlowModel, trajectory: Trajectory, step: int, rows: slice) -> Tensor:
+def reference_velocity(model: FlowModel, trajectory: Sampled, step: int, rows: slice) -> Tensor:
     """`replay_velocity` of the reference policy: the model without its adapter."""
     with model.reference():
         return replay_velocity(model, trajectory, step, rows)

@@ -10,6 +10,7 @@ from torch import Tensor
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.noise import Stream, gaussian
+from densegrpo_fast.flow.step_op import INPUT_DTYPES
 from densegrpo_fast.models.base import Cache, Conditioning, FlowModel
 from densegrpo_fast.sampling.trajectory import Trajectory
 
@@ -45,6 +46,7 @@ def rollout(
     keep_hidden: bool = False,
     cache: Cache | None = None,
     stream: int = Stream.STEP,
+    steps: int | None = None,
 ) -> Trajectory:
     """Run the SDE sampler of Flow-GRPO (arXiv 2505.05470, Eq 9) in whatever family `coefficients` hold.
 
@@ -61,11 +63,12 @@ def rollout(
         keep_hidden: keep the network's last hidden tokens for a lookahead with a completion head.
         cache: where the forwards leave features for the lookahead; their numbers stay the same to the bit.
         stream: purpose of the steps' noise.
+        steps: how many steps are taken, the first ones of T; None = all.
 
     Raises:
         ValueError: B is not a multiple of `micro_batch`.
     """
-    steps, batch = len(coefficients.table), len(noise)
+    steps, batch = coefficients.num_steps if steps is None else steps, len(noise)
     size = micro_batch or batch
     if batch % size:
         raise ValueError(f"micro_batch must divide the number of samples: {batch} samples, micro_batch {size}")
@@ -74,7 +77,8 @@ def rollout(
     velocities = noise.new_empty(steps, *noise.shape)
     log_probs = noise.new_empty(steps, batch)
     terms = torch.empty_like(velocities) if keep_guidance and guidance_scale != 1.0 else None
-    latents[0] = noise
+    latents[0] = entering = noise
+    half = model.input_dtype if model.input_dtype in INPUT_DTYPES else None
     hidden = None
     if cache is not None:
         cache.clear()
@@ -84,7 +88,7 @@ def rollout(
                 rows = slice(start, start + size)
                 with nullcontext() if cache is None else cache.record(step, rows):
                     velocity = model.velocity(
-                        latents[step, rows], sigmas[step].expand(size), conditioning.select(rows), guidance_scale
+                        entering[rows], sigmas[step].expand(size), conditioning.select(rows), guidance_scale
                     )
                 velocities[step, rows] = velocity.combined()
                 if terms is not None:
@@ -94,16 +98,21 @@ def rollout(
                         hidden = tokens[0].new_empty(steps, batch, *tokens[0].shape[1:])
                     hidden[step, rows] = tokens[0]
                     tokens.clear()
-            latents[step + 1], log_probs[step] = ops.sde_step(
+            ahead = coefficients.remainder
+            slope = velocities[step] if ahead is None else ahead.along(latents, velocities, step)
+            taken = ops.sde_step_outputs(
                 latents[step],
-                velocities[step],
+                slope,
                 coefficients.table,
                 step,
                 seed=seed,
                 sample_index=sample_index,
                 epoch=epoch,
                 stream=stream,
+                input_dtype=half,
             )
+            latents[step + 1], log_probs[step] = taken.next_latents, taken.log_prob
+            entering = taken.next_latents if taken.model_input is None else taken.model_input
     return Trajectory(latents, velocities, log_probs, coefficients, conditioning, guidance_scale, terms, hidden)
 
 

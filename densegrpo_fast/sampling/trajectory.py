@@ -8,6 +8,7 @@ from torch import Tensor
 
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.models.base import Conditioning
+from densegrpo_fast.sampling.sharing import Sharing
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Trajectory:
         guidance_scale: of `velocities`.
         guidance_terms: [T, B, ...] float32, `velocities` minus the conditional ones; None if they were not kept.
         hidden: [T, B, N, D] the network's last hidden tokens at each state, in its dtype; None if they were not kept.
+        shared: rows, in consecutive blocks, that have prompt and initial noise in common; 1 = each row its own.
     """
 
     latents: Tensor
@@ -33,18 +35,28 @@ class Trajectory:
     guidance_scale: float
     guidance_terms: Tensor | None = None
     hidden: Tensor | None = None
+    shared: int = 1
 
     def select(self, rows: slice) -> Trajectory:
         """The trajectories of some rows; tensors are shared, not copied."""
+        latents = self.latents[:, rows]
+        batch = latents.shape[1]
         return replace(
             self,
-            latents=self.latents[:, rows],
+            latents=latents,
             velocities=self.velocities[:, rows],
             log_probs=self.log_probs[:, rows],
             conditioning=self.conditioning.select(rows),
             guidance_terms=None if self.guidance_terms is None else self.guidance_terms[:, rows],
             hidden=None if self.hidden is None else self.hidden[:, rows],
+            # only of whole blocks is it known
+            shared=self.shared if not (rows.start or 0) % self.shared and not batch % self.shared else 1,
         )
+
+    @property
+    def sharing(self) -> Sharing:
+        """Which of the states' completions are one and the same."""
+        return Sharing(self.coefficients.noisy, self.shared)
 
     @property
     def num_steps(self) -> int:
@@ -53,3 +65,21 @@ class Trajectory:
     @property
     def batch(self) -> int:
         return self.latents.shape[1]
+
+    @property
+    def branches(self) -> int:
+        """Steps taken from each state: 1. A `tree.Tree`, which has the members below too, takes several."""
+        return 1
+
+    @property
+    def evaluations(self) -> int:
+        """Model evaluations per row."""
+        return self.num_steps
+
+    def taken(self, rows: slice) -> slice:
+        """The rows of `log_probs` that belong to some rows of states: the same."""
+        return rows
+
+    def arrivals(self, step: int, rows: slice) -> Tensor:
+        """[m, ...] float32, where a step leads from the states of m rows."""
+        return self.latents[step + 1, rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class Travellers:
         sigma: [m] float32 there.
         next_sigma: [m] float32 of the node.
         conditioning: prompts of the m rows.
-        samples: [m] int64, which sample of the trajectory's batch each row completes.
+        samples: [m] int64, which sample of the trajectory's batch each row completes; None where no cache asks.
     """
 
     latents: Tensor
@@ -30,15 +30,16 @@ class Travellers:
     sigma: Tensor
     next_sigma: Tensor
     conditioning: Conditioning
-    samples: Tensor
+    samples: Tensor | None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def select(self, rows: slice) -> Travellers:
         """Some of the rows; tensors are shared, not copied."""
-        parts = {name: getattr(self, name)[rows] for name in ("latents", "velocity", "sigma", "next_sigma", "samples")}
-        return replace(self, **parts, conditioning=self.conditioning.select(rows))
+        parts = {name: getattr(self, name)[rows] for name in ("latents", "velocity", "sigma", "next_sigma")}
+        samples = None if self.samples is None else self.samples[rows]
+        return replace(self, **parts, conditioning=self.conditioning.select(rows), samples=samples)
 
 
 class Arrival(NamedTuple):
@@ -75,7 +76,10 @@ class Visits:
             cache: features of the rollout to take over, or None.
         """
         arrived = ops.euler_jump(rows.latents, rows.velocity, rows.sigma, rows.next_sigma)
-        reusing = nullcontext() if cache is None else cache.reuse(node, rows.samples)
+        reusing: AbstractContextManager[None] = nullcontext()
+        if cache is not None:
+            assert rows.samples is not None
+            reusing = cache.reuse(node, rows.samples)
         with model.tap() if tap else nullcontext([]) as tokens, reusing:
             velocity = model.velocity(arrived, rows.next_sigma, rows.conditioning, scale).combined()
         return Arrival(arrived, velocity, tokens[0] if tap else None)

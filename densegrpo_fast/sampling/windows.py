@@ -13,6 +13,18 @@ from typing import Literal, get_args
 Schedule = Literal["none", "fixed", "random", "progressive"]
 
 
+def remaining_steps(steps: int, share: float) -> int:
+    """Steps that take the place of the noise-free ones after a window.
+
+    MixGRPO-Flash's count, floor((steps + 1) * share) - 1, but at least 1, as else nothing would lead to the image.
+
+    Args:
+        steps: after the window, at least 0; 0 stays 0.
+        share: in (0, 1]; 1 keeps all.
+    """
+    return max(int((steps + 1) * share) - 1, 1) if steps else 0
+
+
 @dataclass(frozen=True)
 class Windows:
     """Which steps of an iteration are stochastic.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from densegrpo_fast.flow.guided import guided_sde_step
-from densegrpo_fast.flow.ops import euler_jump, grpo_loss, sde_log_prob, sde_step
+from densegrpo_fast.flow.ops import euler_jump, grpo_loss, sde_log_prob_kl, sde_step, sde_step_outputs
 
 pytestmark = pytest.mark.gpu
 
@@ -43,12 +42,16 @@ def test_nothing_waits_for_the_device(device, batch) -> None:
     sigma, next_sigma = batch.sigmas[batch.steps], batch.sigmas[batch.steps + 1]
 
     def iteration() -> None:
-        next_latents, old = sde_step(latents, velocity, batch.table, batch.steps, **counters)
-        guided_sde_step(latents, velocity, uncond, 4.5, batch.table, batch.steps, **counters)
+        guidance = {"uncond": uncond, "guidance_scale": 4.5}
+        next_latents, old = sde_step(latents, velocity, batch.table, batch.steps, **guidance, **counters)
+        more = {"input_dtype": torch.bfloat16, "with_mean": True}
+        sde_step_outputs(latents, velocity, batch.table, batch.steps, **more, **counters)
         euler_jump(latents, velocity, sigma, next_sigma, implementation="triton")
-        log_prob = sde_log_prob(latents, leaf, next_latents, batch.table, batch.steps, implementation="triton")
-        options = {"clip_range": 1e-4, "kl_coef": 0.0, "implementation": "triton"}
-        grpo_loss(log_prob, old, torch.ones_like(old), None, **options)[0].backward()
+        transition = (next_latents, batch.table, batch.steps)
+        guidance |= {"reference_uncond": uncond, "implementation": "triton"}
+        log_prob, kl = sde_log_prob_kl(latents, leaf, velocity, *transition, **guidance)
+        options = {"clip_range": 1e-4, "kl_coef": 0.1, "implementation": "triton"}
+        grpo_loss(log_prob, old, torch.ones_like(old), kl, **options)[0].backward()
 
     iteration()
     torch.cuda.synchronize()

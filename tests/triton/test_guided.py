@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.flow.guided import guided_sde_log_prob, guided_sde_step
+from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.flow.noise import Stream, gaussian
 from densegrpo_fast.flow.ops import sde_log_prob, sde_step
 from densegrpo_fast.flow.reference import sde_log_prob_ref, sde_step_ref
@@ -27,7 +27,13 @@ def states(device: torch.device, *shape: int, dtypes=DTYPES[0]) -> tuple[Tensor,
 
 def guided(batch, *inputs: Tensor, implementation: str = "triton") -> tuple[Tensor, Tensor]:
     counters = {"seed": 1234, "sample_index": batch.samples, "epoch": 6, "implementation": implementation}
-    return guided_sde_step(*inputs, batch.table, batch.steps, **counters)
+    latents, cond, uncond, scale = inputs
+    return sde_step(latents, cond, batch.table, batch.steps, uncond=uncond, guidance_scale=scale, **counters)
+
+
+def score(batch, latents: Tensor, cond: Tensor, uncond: Tensor, scale, next_latents: Tensor) -> Tensor:
+    guidance = {"uncond": uncond, "guidance_scale": scale, "implementation": "triton"}
+    return sde_log_prob(latents, cond, next_latents, batch.table, batch.steps, **guidance)
 
 
 def combined(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
@@ -59,8 +65,7 @@ def test_gradients_by_name(device, batch, storage_error, shape: tuple[int, ...],
     latents, cond, uncond, scale = states(device, *shape, dtypes=dtypes)
     next_latents, _ = guided(batch, latents, cond, uncond, scale)
     leaves = {"cond": cond.requires_grad_(), "uncond": uncond.requires_grad_()}
-    rest = {"guidance_scale": scale, "next_latents": next_latents, "table": batch.table, "step_index": batch.steps}
-    guided_sde_log_prob(latents, **leaves, **rest, implementation="triton").sum().backward()
+    score(batch, latents, **leaves, scale=scale, next_latents=next_latents).sum().backward()
 
     exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
     velocity = combined(exact["cond"], exact["uncond"], scale)
@@ -83,7 +88,7 @@ def test_it_is_the_plain_step_of_the_combined_velocity(device, batch) -> None:
     assert torch.equal(next_latents, expected[0])
     torch.testing.assert_close(log_prob, expected[1], rtol=1e-6, atol=1e-6)
     transition = (next_latents, batch.table, batch.steps)
-    rescored = guided_sde_log_prob(latents, cond, uncond, 4.5, *transition, implementation="triton")
+    rescored = score(batch, latents, cond, uncond, 4.5, next_latents)
     plain = sde_log_prob(latents, velocity, *transition, implementation="triton")
     torch.testing.assert_close(rescored, plain, rtol=1e-6, atol=1e-6)
 
@@ -94,8 +99,7 @@ def test_without_a_gradient_for_uncond(device, batch) -> None:
     gradients = []
     for with_uncond in (False, True):
         leaf, other = cond.clone().requires_grad_(), uncond.clone().requires_grad_(with_uncond)
-        arguments = (latents, leaf, other, scale, next_latents, batch.table, batch.steps)
-        guided_sde_log_prob(*arguments, implementation="triton").sum().backward()
+        score(batch, latents, leaf, other, scale, next_latents).sum().backward()
         gradients.append(leaf.grad)
         assert (other.grad is not None) == with_uncond
     assert torch.equal(gradients[0], gradients[1])
@@ -104,16 +108,9 @@ def test_without_a_gradient_for_uncond(device, batch) -> None:
 def test_opcheck(device, batch) -> None:
     latents, cond, uncond, scale = states(device, 3, 4)
     seed, epoch = (torch.tensor([value], device=device) for value in (5, 2))
-    step = (latents, cond, uncond, scale, batch.table, batch.steps, seed, batch.samples, epoch, 1, "triton")
-    torch.library.opcheck(torch.ops.densegrpo_fast.guided_sde_step.default, step)
-    score = (
-        latents,
-        cond.requires_grad_(),
-        uncond.requires_grad_(),
-        scale,
-        latents,
-        batch.table,
-        batch.steps,
-        "triton",
-    )
-    torch.library.opcheck(torch.ops.densegrpo_fast.guided_sde_log_prob.default, score)
+    words = (batch.steps, seed, batch.samples, epoch, 1)
+    step = (latents, cond, uncond, scale, batch.table, *words, None, False, "triton")
+    torch.library.opcheck(torch.ops.densegrpo_fast.sde_step.default, step)
+    velocities = (cond.requires_grad_(), uncond.requires_grad_(), scale, None, None)
+    scored = (latents, *velocities, latents, batch.table, batch.steps, C, "triton")
+    torch.library.opcheck(torch.ops.densegrpo_fast.sde_log_prob.default, scored)

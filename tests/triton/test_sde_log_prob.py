@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.flow.ops import sde_log_prob
 from densegrpo_fast.flow.reference import sde_log_prob_ref
 
@@ -108,9 +109,10 @@ def test_a_step_outside_the_table_is_nan(batch) -> None:
 
 def test_opcheck(batch) -> None:
     latents, velocity, next_latents = transition(batch, 3, 4)
-    tensors = (latents, velocity.requires_grad_(), next_latents, batch.table, batch.steps)
-    torch.library.opcheck(torch.ops.densegrpo_fast.sde_log_prob.default, (*tensors, "triton"))
-    backward = (torch.ones(5, device=latents.device), latents, velocity.detach(), *tensors[2:], "triton")
+    rest = (*[None] * 4, next_latents, batch.table, batch.steps, C)
+    arguments = (latents, velocity.requires_grad_(), *rest, "triton")
+    torch.library.opcheck(torch.ops.densegrpo_fast.sde_log_prob.default, arguments)
+    backward = (torch.ones(5, device=latents.device), None, latents, velocity.detach(), *rest, False, "triton")
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_log_prob_backward.default, backward)
 
 

@@ -185,7 +185,8 @@ def test_float64_is_refused(device, batch) -> None:
 def test_opcheck(device, batch) -> None:
     latents, velocity = states(device, 3, 4)
     seed, epoch = (torch.tensor([value], device=device) for value in (5, 2))
-    arguments = (latents, velocity, batch.table, batch.steps, seed, batch.samples, epoch, 1, "triton")
+    counters = (seed, batch.samples, epoch, 1)
+    arguments = (latents, velocity, None, None, batch.table, batch.steps, *counters, None, False, "triton")
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_step.default, arguments)
 
 

@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat._steps import device_table, mean_of, philox_normal
+from densegrpo_fast.compat._host_table import host_table
+from densegrpo_fast.compat._steps import mean_of, philox_normal
 from densegrpo_fast.compat.flow_factory.place import Place, places_of
 from densegrpo_fast.compat.flow_grpo.rng import host_noise, make_noise
-from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import STD_DEV, A, B, C, Family
 
 _logger = logging.getLogger(__name__)
@@ -165,6 +165,5 @@ def step_function(
 
 
 def _log_prob(latents: Tensor, velocity: Tensor, next_latents: Tensor, place: Place) -> Tensor:
-    table = device_table(place.rows, latents.device)
     index: int | Tensor = 0 if len(place.rows) == 1 else torch.arange(len(latents), device=latents.device)
-    return ops.sde_log_prob(latents, velocity, next_latents.detach(), table, index)
+    return host_table(place.rows, latents.device).log_prob(latents, velocity, next_latents, index)

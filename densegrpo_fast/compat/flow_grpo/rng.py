@@ -81,7 +81,7 @@ class PhiloxNoise:
             self._seed = torch.initial_seed() % (1 << 63)
         named = _samples.get()
         if named is None:
-            first = int(os.environ.get("RANK", "0")) * ROWS_PER_RANK
+            first = _rank() * ROWS_PER_RANK
             sample_index = torch.arange(first, first + len(sample), device=sample.device)
             epoch = self._calls % (1 << 32)
             self._calls += 1
@@ -89,6 +89,13 @@ class PhiloxNoise:
             sample_index, epoch = named
         with torch.no_grad():
             return ops.sde_step(sample, velocity, table, index, seed=self._seed, sample_index=sample_index, epoch=epoch)
+
+
+def _rank() -> int:
+    """This process's place among those of the run; launchers give it in RANK before the processes know each other."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 def make_noise(rng: str, seed: int | None) -> PhiloxNoise | None:

@@ -3,7 +3,7 @@
 The hosts look every row's timestep up on the device and wait for the answer, twice per row. Here the grid is read to
 the host once per `set_timesteps`; afterwards
 
-    a view of `scheduler.timesteps` (`for t in timesteps`)   is found by its place in memory
+    a view of one entry of `scheduler.timesteps`             is found by its place in memory
     numbers and tensors on the CPU                           are looked up on the host
     other tensors                                            are compared with the grid on their device
 
@@ -20,7 +20,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from densegrpo_fast.flow.dynamics import LOG_PROB_SCALE, NUM_COLUMNS, C, Family, coefficients
+from densegrpo_fast.compat._host_table import HostTable
+from densegrpo_fast.flow.dynamics import LOG_PROB_SCALE, C, Family, coefficients
 
 _read: WeakKeyDictionary[Any, Schedule] = WeakKeyDictionary()
 
@@ -63,14 +64,18 @@ class Schedule:
         self.timesteps = timesteps
         self._sigmas = sigmas
         self._versions = _version(sigmas), _version(timesteps)
-        self._grid = sigmas.detach().float().tolist()
-        self._values = values = timesteps.tolist()
+        # one wait for the device, not two
+        device, wide = sigmas.device, torch.promote_types(torch.float32, timesteps.dtype)
+        beside = timesteps.to(device, wide, non_blocking=device.type != "cpu")
+        read = torch.cat([sigmas.detach().float().to(wide), beside]).tolist()
+        self._grid, values = read[: len(sigmas)], read[len(sigmas) :]
+        self._values = values
         places: dict[float, list[int]] = {}
         for place, value in enumerate(values):
             places.setdefault(value, []).append(place)
         self._step = {value: found[min(1, len(found) - 1)] for value, found in places.items()}
         self._step_at = [self._step[value] for value in values]
-        self._tables: dict[tuple[str, float, torch.device], Tensor] = {}
+        self._tables: dict[tuple[str, float, torch.device], HostTable] = {}
         self._on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
@@ -104,9 +109,9 @@ class Schedule:
         if timestep.ndim > 1 or timestep.numel() == 0:
             raise ValueError(f"timestep must be one value or have shape [L] with L >= 1, got {list(timestep.shape)}")
         length = timestep.numel()
-        place = self._place_in_memory(timestep) if length == 1 else None
+        place = self._place_in_memory(timestep) if length == 1 or timestep.stride() == (0,) else None
         if place is not None:
-            return self._step_at[place], 1
+            return self._step_at[place], length
         if self.timesteps.is_floating_point():
             timestep = timestep.to(self.timesteps.dtype)
         if timestep.device.type != "cpu":
@@ -121,7 +126,7 @@ class Schedule:
         steps = [self._step[value] for value in values]
         return (steps[0] if len(set(steps)) == 1 else torch.tensor(steps)), length
 
-    def table(self, family: Family, noise_level: float, device: torch.device) -> Tensor:
+    def table(self, family: Family, noise_level: float, device: torch.device) -> HostTable:
         """Coefficients of all steps, with the host's log-probabilities in noise-free rows, on a device.
 
         Flow-GRPO's 'sde' divides by the noise and returns NaN where there is none; 'cps' has no division and scores a
@@ -132,7 +137,7 @@ class Schedule:
             noise_level: strength of the noise, as in `dynamics.coefficients`.
 
         Returns:
-            [T+1, 6] float32; columns as in `dynamics`; the last row is NaN.
+            T rows; on an accelerator T+1, of which the last is NaN, for timesteps that are not in the grid.
 
         Raises:
             ValueError: the grid or the noise level is not usable.
@@ -144,8 +149,7 @@ class Schedule:
                 table = coefficients(torch.tensor(self._grid, dtype=torch.float32), noise_level, family).table
                 silent = table[:, C] == 0
                 table[silent, LOG_PROB_SCALE] = 1.0 if family == "cps" else math.nan
-                nowhere = torch.full((1, NUM_COLUMNS), math.nan, dtype=torch.float32)
-                self._tables[key] = torch.cat([table, nowhere]).to(device)
+                self._tables[key] = HostTable.of(table, device, nowhere=device.type != "cpu")
         return self._tables[key]
 
     def dt(self, device: torch.device) -> Tensor:
@@ -171,7 +175,8 @@ class Schedule:
                 dt = grid[1:] - grid[:-1]
                 values = torch.tensor(self._values, dtype=self.timesteps.dtype)
                 tensors = (values, torch.tensor(self._step_at), dt)
-                self._on_device[device] = tensors[0].to(device), tensors[1].to(device), tensors[2].to(device)
+                on_device = [tensor.to(device, non_blocking=True) for tensor in tensors]
+                self._on_device[device] = on_device[0], on_device[1], on_device[2]
         return self._on_device[device]
 
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from densegrpo_fast.compat.flow_grpo.rng import PhiloxNoise, host_noise, make_noise
 from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
-from densegrpo_fast.flow import ops, reference
+from densegrpo_fast.flow import reference
 from densegrpo_fast.flow.dynamics import STD_DEV, A, B, C, Family
 
 Version = Literal["V1", "V2", "V3", "V3g", "Wan"]
@@ -217,10 +217,10 @@ def _transition(
     table = schedule.table(family, float(noise_level), device)
     if isinstance(index, Tensor):
         index = index.to(device)
-        rows, dt = table.index_select(0, index), schedule.dt(device).index_select(0, index)
+        rows, dt = table.rows.index_select(0, index), schedule.dt(device).index_select(0, index)
         index = index.expand(len(sample))
     else:
-        rows, dt = table[index].expand(length, -1), schedule.dt(device)[index].expand(length)
+        rows, dt = table.rows[index].expand(length, -1), schedule.dt(device)[index].expand(length)
     per_row = [column.reshape(length, *[1] * (sample.ndim - 1)) for column in (*rows.unbind(1), dt)]
     dt = per_row[-1]
 
@@ -232,11 +232,11 @@ def _transition(
     if prev_sample is None and noise is None:
         prev_sample = mean + per_row[C] * host_noise(drawn, generator)
     elif prev_sample is None and noise is not None and not determistic:
-        prev_sample, log_prob = noise.step(sample, velocity, table, index)
+        prev_sample, log_prob = table.draw(noise, sample, velocity, index)
     if determistic or prev_sample is None:
         prev_sample = sample + dt * velocity
     if log_prob is None or (torch.is_grad_enabled() and velocity.requires_grad):
-        log_prob = ops.sde_log_prob(sample, velocity, prev_sample.detach().to(dtype), table, index)
+        log_prob = table.log_prob(sample, velocity, prev_sample.to(dtype), index)
     return _Transition(prev_sample, log_prob, mean, per_row[STD_DEV], per_row[C], (-dt).sqrt())
 
 

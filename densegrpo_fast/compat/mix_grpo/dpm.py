@@ -169,5 +169,5 @@ def _scored_step(grid: tuple[float, ...], index: int, order: int, solver_type: s
     row = weights.row()
     if weights.std == 0:
         row[LOG_PROB_SCALE] = row[LOG_PROB_CONST] = math.nan
-    nowhere: Row = (math.nan,) * len(row)
+    nowhere: Row = (0.0,) * len(row)
     return Step((*[nowhere] * index, tuple(row)), index, grid[index], grid[index + 1]), weights

@@ -112,7 +112,7 @@ def flow_step_function(
             prev_sample = prev_sample.to(data.dtype)
         if log_prob is None:
             log_prob = score(latents, velocity, prev_sample, step)
-        std = step.table(model_output.device)[index, C].clone()
+        std = step.table(model_output.device).rows[index, C].clone()
         return prev_sample, data, log_prob.to(data.dtype), mean.to(data.dtype), std
 
     if version == "V2":

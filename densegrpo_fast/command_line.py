@@ -1,0 +1,63 @@
+"""What the commands beside training share: a parser described by the module, and checks before any work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from densegrpo_fast.exit_codes import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from densegrpo_fast.config import Config
+
+
+def command_parser(name: str, docstring: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the module's docstring: its first paragraph above the options, the rest below.
+
+    Args:
+        name: of the command, as in `python -m densegrpo_fast.NAME`.
+        docstring: the module's.
+    """
+    summary, _, rest = (docstring or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"python -m densegrpo_fast.{name}",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def check_outputs(options: argparse.Namespace, *names: str) -> None:
+    """Check that the files that options name could be written, as far as that can be told without writing.
+
+    Args:
+        options: the parsed command line.
+        names: of options that hold a path or None.
+
+    Raises:
+        UserError: exit code 7, if a file's directory does not exist.
+    """
+    for name in names:
+        path: Path | None = getattr(options, name)
+        if path is not None and not path.resolve().parent.is_dir():
+            raise UserError(f"--{name}: there is no directory {path.parent}", ExitCode.OUTPUT)
+
+
+def configuration(arguments: Sequence[str]) -> Config:
+    """The configuration of a command that does not train.
+
+    Args:
+        arguments: those that the command's own parser left over.
+
+    Raises:
+        UserError: exit code 2, naming every wrong key, or a flag that only training has.
+    """
+    from densegrpo_fast.config_cli import load_config
+
+    config, flags = load_config(arguments)
+    if flags.resume or flags.dry_run:
+        raise UserError("--resume and --dry-run are options of training", ExitCode.USAGE)
+    return config

@@ -1,0 +1,100 @@
+"""Rewards by their names: those of the package, registered ones, and one's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from densegrpo_fast.outside import load
+from densegrpo_fast.rewards.base import Reward
+from densegrpo_fast.rewards.options import check_options
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class _BuiltIn:
+    """Where a reward of this package lives: its file, its class, and the options its name stands for."""
+
+    module: str
+    factory: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_BUILT_IN = {
+    "scenes": _BuiltIn(".scenes", "ScenesReward"),
+    "scenes_strict": _BuiltIn(".scenes", "ScenesReward", {"strict": True}),
+    "jpeg_compressibility": _BuiltIn(".jpeg", "JpegCompressibility"),
+    "jpeg_incompressibility": _BuiltIn(".jpeg", "JpegIncompressibility"),
+    "pickscore": _BuiltIn(".pickscore", "PickScore"),
+    "clipscore": _BuiltIn(".clipscore", "ClipScore"),
+    "aesthetic": _BuiltIn(".aesthetic", "Aesthetic"),
+    "ocr": _BuiltIn(".ocr", "Ocr"),
+    "remote": _BuiltIn(".remote", "RemoteReward"),
+    "vlm_judge": _BuiltIn(".vlm_judge", "VlmJudge"),
+}
+_REGISTERED: dict[str, Callable[..., Reward]] = {}
+
+
+def names() -> list[str]:
+    """Names that `create` knows, sorted."""
+    return sorted({*_BUILT_IN, *_REGISTERED})
+
+
+def register(name: str) -> Callable[[Factory], Factory]:
+    """Decorator: give a reward factory (a class, or a function returning a reward) a name that `create`
+    knows.
+
+    Raises:
+        ValueError: the name is taken, or contains a colon.
+    """
+    if ":" in name or name in names():
+        raise ValueError(f"register: name must be new and without a colon, got {name!r}; taken: {', '.join(names())}")
+
+    def remember(factory: Factory) -> Factory:
+        _REGISTERED[name] = factory
+        return factory
+
+    return remember
+
+
+def create(name: str, **options: Any) -> Reward:
+    """Make a reward from its name, importing only the file it lives in.
+
+    Args:
+        name: a registered name; or one's own reward as `package.module:function` or
+            `path/to/file.py:function`. That code is then run: only this explicit form loads code from outside
+            the package.
+        **options: keywords of the reward's factory; for one's own function they are bound to it.
+
+    Raises:
+        ValueError: the name is unknown, or what it names cannot be loaded; `OptionError` if it has no such option,
+            needs another, or takes no such value.
+        OSError, ImportError: what a reward of the package needs is not here.
+    """
+    if ":" in name:
+        target = load(name)
+        if not callable(target):
+            raise ValueError(f"reward {name!r}: expected a function or class, got {type(target).__name__}")
+        check_options(name, target, options, skip=0 if isinstance(target, type) else 3)
+        if isinstance(target, type):
+            return target(**options)
+        return partial(target, **options) if options else target
+    if name in _REGISTERED:
+        check_options(name, _REGISTERED[name], options)
+        return _REGISTERED[name](**options)
+    if name not in _BUILT_IN:
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"unknown reward {name!r}; {hint}known: {', '.join(names())}; your own: module:function or file.py:function"
+        )
+    entry = _BUILT_IN[name]
+    factory = getattr(importlib.import_module(entry.module, __package__), entry.factory)
+    merged = {**entry.options, **options}
+    check_options(name, factory, merged)
+    return factory(**merged)

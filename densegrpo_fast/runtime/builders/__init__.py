@@ -1,0 +1,38 @@
+"""Builds the parts of a run from its configuration."""
+
+from densegrpo_fast.runtime.builders.lookahead import build_cache, build_copy, build_head, build_lookahead, read_head
+from densegrpo_fast.runtime.builders.model import (
+    build_model,
+    check_calibration,
+    default_device,
+    load_base,
+    synchronizer,
+)
+from densegrpo_fast.runtime.builders.prompts import TrainingPrompts, build_held_out, build_prompts
+from densegrpo_fast.runtime.builders.rewards import build_observer, build_reward
+from densegrpo_fast.runtime.builders.settings import learner_options, shrink
+from densegrpo_fast.runtime.builders.steps import build_coefficients, build_windows, noisy_steps, trained_steps
+
+__all__ = [
+    "TrainingPrompts",
+    "build_cache",
+    "build_coefficients",
+    "build_copy",
+    "build_head",
+    "build_held_out",
+    "build_lookahead",
+    "build_model",
+    "build_observer",
+    "build_prompts",
+    "build_reward",
+    "build_windows",
+    "check_calibration",
+    "default_device",
+    "learner_options",
+    "load_base",
+    "noisy_steps",
+    "read_head",
+    "shrink",
+    "synchronizer",
+    "trained_steps",
+]

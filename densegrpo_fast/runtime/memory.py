@@ -1,0 +1,201 @@
+"""Memory of a run: what it will need, whether the device has it, and the most that it took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.models.memory import ModelMemory
+from densegrpo_fast.runtime.chunks import Chunks
+
+GIB = 2**30
+_CLEARLY = 1.1
+"""An estimate beyond the free memory by this factor is refused: the estimate counts tensors alone, so it is low."""
+
+_ADVICE = {
+    "rollout": "a smaller sampler.micro_batch",
+    "lookahead": "a smaller lookahead.chunk, or fewer samples (data.num_prompts, sampler.group_size)",
+    "pictures": "fewer samples (data.num_prompts, sampler.group_size), model.vae_decode sliced, model.vae_dtype "
+    "bfloat16, lookahead.decoder preview, or a smaller lookahead.chunk",
+    "update": "model.gradient_checkpointing true, or a smaller sampler.micro_batch",
+    "evaluation": "fewer held-out pictures (evaluation.num_prompts, evaluation.samples_per_prompt), model.vae_decode "
+    "sliced, or a smaller sampler.micro_batch",
+}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a run needs.
+
+    Attributes:
+        weights: of each network, loaded before the first iteration.
+        state: what stays from then on: gradients, moments and average of the adapter, the trajectories.
+        phases: the most that each phase needs beside that; only one runs at a time.
+    """
+
+    weights: Mapping[str, int]
+    state: Mapping[str, int]
+    phases: Mapping[str, int]
+
+    @property
+    def largest(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def to_come(self) -> int:
+        """What the run needs beside the weights."""
+        return sum(self.state.values()) + self.phases[self.largest]
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.weights.values()) + self.to_come
+
+    def __str__(self) -> str:
+        def listed(parts: Mapping[str, int]) -> str:
+            return ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
+
+        return (
+            f"memory: about {readable(self.total)} by the tensors alone; the phase that needs most is {self.largest}\n"
+            f"  weights: {listed(self.weights)}\n  kept: {listed(self.state)}\n  phases: {listed(self.phases)}"
+        )
+
+
+def estimate(
+    config: Config,
+    memory: ModelMemory,
+    *,
+    chunks: Chunks | None = None,
+    encoders: int = 0,
+    rewards: int = 0,
+    copy: int = 0,
+) -> MemoryEstimate:
+    """What a run with these settings needs; the arithmetic is in `models/memory.py`.
+
+    Args:
+        config: the run's.
+        memory: of its model.
+        chunks: rows of a forward of the lookahead and of a decode; None = `lookahead.chunk`.
+        encoders: bytes of the text encoders; 0 if they do not stay.
+        rewards: bytes of the reward models on the same device.
+        copy: bytes of a lookahead copy.
+    """
+    sampler, model, held_out = config.sampler, config.model, config.evaluation
+    channels, height, width = memory.architecture.latent_shape
+    latents = 4 * channels * height * width
+    samples, steps = config.data.num_prompts * sampler.group_size, sampler.num_steps
+    guided, dense = sampler.guidance_scale != 1.0, config.uses_lookahead or config.uses_branches
+    # rows of the forwards that no gradient follows: where branches lead, and evaluation
+    plain_rows = sampler.micro_batch * (sampler.branches or 1)
+    states = (config.window.size or sum(level > 0 for level in config.noise_levels)) if dense else 0
+    per_state = 2 + int(dense and guided and config.lookahead.guidance == "reuse")
+    decoder = config.lookahead.decoder if dense else "full"
+    chunks = Chunks(config.lookahead.chunk, config.lookahead.chunk) if chunks is None else chunks
+    decoded = min(chunks.decode, (states + 1) * samples)
+    # without overlap all pictures are kept, then put together; with it four parts are under way at most
+    pictures = 4 * decoded if config.reward.overlap else 2 * (states + 1) * samples
+    held_out_rows = held_out.num_prompts * held_out.samples_per_prompt
+    further = int(guided) + (1 + int(guided)) * int(config.objective.kl_coef != 0)
+    picture, completed = memory.picture, states * samples
+    phases = {
+        "rollout": memory.forward(plain_rows),
+        # where the completions stand and where they go, states and velocities
+        "lookahead": 4 * completed * latents + memory.forward(min(chunks.forward, completed)) if completed else 0,
+        "pictures": pictures * picture + memory.decode(decoded, decoder, model.vae_decode),
+        "update": memory.update(sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing),
+        "evaluation": held_out_rows * (latents + 2 * picture)
+        + memory.decode(min(plain_rows, held_out_rows), "full", model.vae_decode),
+    }
+    # gradients and two moments, and of the average one copy and the adapter put aside while it is in use
+    copies = 3 + (2 if config.ema.every else 0)
+    return MemoryEstimate(
+        weights={
+            "transformer": memory.transformer,
+            "adapter": memory.adapter,
+            "text encoders": encoders,
+            "decoders": memory.full_decoder + memory.preview_decoder,
+            "lookahead copy": copy,
+            "rewards": rewards,
+        },
+        state={"training": copies * memory.adapter, "trajectories": samples * latents * (per_state * steps + 1)},
+        phases=phases,
+    )
+
+
+def check(estimated: MemoryEstimate, free: int | None, what: str) -> str | None:
+    """Compare what is to come with the free memory.
+
+    Args:
+        estimated: of a run whose weights are loaded already.
+        free: bytes; None = unknown.
+        what: the device, for the message.
+
+    Returns:
+        What is wrong and what to change, or None if it may fit.
+    """
+    if free is None or estimated.to_come <= _CLEARLY * free:
+        return None
+    largest = estimated.largest
+    return (
+        f"this run needs about {readable(estimated.to_come)} beside the weights, {what} has {readable(free)} free; "
+        f"most goes to the phase {largest} ({readable(estimated.phases[largest])}), which needs less with "
+        f"{_ADVICE[largest]}. The preset sd35_medium_pickscore_24gb shows settings for a small GPU; "
+        "run.memory_check warn goes on all the same"
+    )
+
+
+def readable(size: int) -> str:
+    """Bytes for people: `14.1 GiB`, `31 MiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def refuse(problem: str) -> UserError:
+    """The error for a run that does not fit."""
+    return UserError(f"run.memory_check: {problem}", ExitCode.ENVIRONMENT)
+
+
+def free_bytes(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Memory that this process can still take: of a GPU also what PyTorch holds unused, of the machine what Linux
+    calls available within the container's limit; None = unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        limit, used = ((cgroup / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        found += [] if limit == "max" else [max(0, int(limit) - int(used))]
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def start_peak(device: torch.device) -> None:
+    """Begin a measurement of `peak_bytes`; a process on a CPU only knows its highest so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory since `start_peak`: of a GPU what tensors took, of a CPU the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # kilobytes, except on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_metrics(device: torch.device) -> dict[str, float]:
+    """`peak_bytes` as a metric, in GiB."""
+    return {"memory/peak_gib": peak_bytes(device) / GIB}

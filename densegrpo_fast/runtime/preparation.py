@@ -1,0 +1,78 @@
+"""What happens between building a run and its first iteration: prompts encoded ahead, and a look at the memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.flops import architecture_of
+from densegrpo_fast.models.lookahead_copy import LookaheadCopy
+from densegrpo_fast.models.memory import ModelMemory, module_bytes
+from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.runtime.chunks import Chunks
+from densegrpo_fast.runtime.memory import MemoryEstimate, check, estimate, free_bytes, refuse
+from densegrpo_fast.sampling.lookahead import Lookahead
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: Config, model: FlowModel, lookahead: Lookahead | None, prompts: Sequence[str]) -> None:
+    """Encode a run's prompts into its cache, say how its network runs, and see whether the memory will do.
+
+    Args:
+        config: the run's.
+        model: with its adapter.
+        lookahead: the run's, whose model may be a copy.
+        prompts: all that the run will use, training and held-out.
+
+    Raises:
+        UserError: (environment) the device's free memory is clearly too small; (output) the cache cannot be written.
+    """
+    if not isinstance(model, SD3):
+        return
+    encoded = model.prepare(list(prompts))
+    if encoded:
+        print(f"encoded {encoded} prompts into {config.model.prompt_cache}", flush=True)
+    if model.device.type == "cuda" or config.model.attention != "auto":
+        by = "PyTorch's own" if model.attention == "auto" else f"{model.attention} through diffusers' dispatcher"
+        print(f"attention: {by}, {str(model.transformer.dtype).removeprefix('torch.')} on {model.device}", flush=True)
+    if config.run.memory_check == "off":
+        return
+    needed = estimate_memory(config, model, lookahead)
+    print(needed, flush=True)
+    problem = check(needed, free_bytes(model.device), str(model.device))
+    if problem is None:
+        return
+    if model.device.type != "cuda":
+        problem += "; without a GPU, the embedded model trains in minutes: python -m densegrpo_fast.train"
+    if config.run.memory_check == "refuse":
+        raise refuse(problem)
+    logger.warning("%s", problem)
+
+
+def estimate_memory(config: Config, model: SD3, lookahead: Lookahead | None = None) -> MemoryEstimate:
+    """What the run will need on the model's device, the model's own weights included.
+
+    Args:
+        lookahead: the run's; a copy that it evaluates is counted.
+    """
+    pipeline, lora = model.pipeline, config.lora
+    memory = ModelMemory(
+        architecture_of(model),
+        dtype=model.transformer.dtype,
+        vae_dtype=pipeline.vae.dtype,
+        lora_rank=lora.rank,
+        lora_targets=tuple(lora.targets),
+    )
+    chunks = None if lookahead is None else Chunks(lookahead.chunk, lookahead.decode_chunk)
+    evaluated = None if lookahead is None else lookahead.model
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+    return estimate(
+        config,
+        memory,
+        chunks=chunks,
+        encoders=sum(module_bytes(encoder) for encoder in encoders),
+        copy=evaluated.bytes() if isinstance(evaluated, LookaheadCopy) else 0,
+    )

@@ -1,0 +1,186 @@
+"""Trees: noise-free trunks, and at single steps several branches that leave one state with noise of their own.
+
+The sampling of TempFlow-GRPO (arXiv 2508.04324) and Granular-GRPO (arXiv 2510.01982). Branches of one state differ by
+the noise of one step alone, so their rewards compare nothing else; what follows that step is noise-free again, and is
+a lookahead's to complete. The velocity of a state is evaluated once for all its branches, in sampling and in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.flow import ops
+from densegrpo_fast.flow.dynamics import StepCoefficients
+from densegrpo_fast.flow.noise import branch_stream
+from densegrpo_fast.models.base import Conditioning, FlowModel
+from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.rollout import rollout
+from densegrpo_fast.sampling.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Tree:
+    """S trunks with K branches at each of M steps.
+
+    Branch k of trunk s is row b = s*K + k of B = S*K.
+
+    Attributes:
+        trunk: noise-free trajectories of S rows, as far as the last state that branches.
+        twigs: B rows of which only what follows a branching step t is filled: `latents[t+1]`, where its branches lead;
+            `velocities[t+1]`, the guided velocity there (of t < T-1); `log_probs[t]`, of the branches' steps. Its
+            `coefficients.noisy` marks the states that branches lead to, as if their next step were noisy: a lookahead
+            then completes these and no others.
+        coefficients: of the sampler, with noise in the M branching steps.
+        branches: K.
+    """
+
+    trunk: Trajectory
+    twigs: Trajectory
+    coefficients: StepCoefficients
+    branches: int
+
+    @property
+    def batch(self) -> int:
+        """S."""
+        return self.trunk.batch
+
+    @property
+    def latents(self) -> Tensor:
+        """[n+1, S, ...] float32 of the trunks, which take n steps."""
+        return self.trunk.latents
+
+    @property
+    def velocities(self) -> Tensor:
+        """[n, S, ...] float32, the guided velocity at each state of the trunks."""
+        return self.trunk.velocities
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """The prompts of the S trunks."""
+        return self.trunk.conditioning
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of all velocities."""
+        return self.trunk.guidance_scale
+
+    @property
+    def log_probs(self) -> Tensor:
+        """[T, B] float32 of the branches' steps; 0 at steps without branches."""
+        return self.twigs.log_probs
+
+    @property
+    def steps(self) -> list[int]:
+        """The M steps at which the trunks branch, increasing."""
+        return [step for step, noisy in enumerate(self.coefficients.noisy) if noisy]
+
+    @property
+    def evaluations(self) -> int:
+        """Model evaluations per trunk: of its states, and of the states that its branches lead to."""
+        ends = self.coefficients.noisy[-1]
+        return self.trunk.num_steps + self.branches * (len(self.steps) - ends)
+
+    def taken(self, rows: slice) -> slice:
+        """The branches' rows of some trunks."""
+        return slice(rows.start * self.branches, rows.stop * self.branches)
+
+    def arrivals(self, step: int, rows: slice) -> Tensor:
+        """[m*K, ...] float32, where the branches of m trunks' states lead in a step."""
+        return self.twigs.latents[step + 1, self.taken(rows)]
+
+    def completions(self, lookahead: Lookahead) -> Tensor:
+        """Clean latents [M, B, ...] float32 of every step's branches.
+
+        Raises:
+            ValueError: as `Lookahead.complete`.
+        """
+        return lookahead.complete(self.twigs)[[step + 1 for step in self.steps]]
+
+    def completion_evaluations(self, lookahead: Lookahead) -> int:
+        """Model evaluations per trunk that `completions` takes."""
+        return self.branches * lookahead.evaluations(self.twigs.coefficients.noisy)
+
+
+Sampled = Trajectory | Tree
+"""What an iteration trains on."""
+
+
+@torch.no_grad()
+def grow(
+    model: FlowModel,
+    noise: Tensor,
+    conditioning: Conditioning,
+    coefficients: StepCoefficients,
+    *,
+    branches: int,
+    sample_index: Tensor,
+    seed: int,
+    epoch: int,
+    guidance_scale: float = 1.0,
+    micro_batch: int | None = None,
+    chunk: int | None = None,
+) -> Tree:
+    """Follow the flow from noise without noise, and branch at every step in which `coefficients` inject some.
+
+    Args:
+        noise: initial latents [S, ...] float32 of the trunks.
+        conditioning: prompts of the B = S*K branches; those of one trunk share one.
+        coefficients: tables for T steps, on the model's device.
+        branches: K, at least 2.
+        sample_index: [S] int64, the global index that seeds each trunk's noise; its branches have streams of their own
+            (`flow.noise.branch_stream`).
+        seed, epoch: the other parts of the noise counters.
+        guidance_scale: 1 is off.
+        micro_batch: trunks per forward, which training must repeat (see `rollout`). None = all of them.
+        chunk: branches per forward. None = all of them.
+
+    Raises:
+        ValueError: no step injects noise, K is below 2, or the numbers of rows do not fit together.
+    """
+    steps = [step for step, noisy in enumerate(coefficients.noisy) if noisy]
+    rows, num_steps = len(conditioning), coefficients.num_steps
+    if not steps:
+        raise ValueError("grow: no step injects noise, so no state can branch")
+    if branches < 2 or rows != len(noise) * branches:
+        raise ValueError(f"grow: {len(noise)} trunks with {branches} branches each do not make {rows} rows")
+    trunk = rollout(
+        model,
+        noise,
+        conditioning.select(slice(0, rows, branches)),
+        coefficients.only(()),
+        sample_index=sample_index,
+        seed=seed,
+        epoch=epoch,
+        guidance_scale=guidance_scale,
+        micro_batch=micro_batch,
+        steps=steps[-1] + 1,
+    )
+    latents = noise.new_zeros(num_steps + 1, rows, *noise.shape[1:])
+    velocities, log_probs = noise.new_zeros(num_steps, *latents.shape[1:]), noise.new_zeros(num_steps, rows)
+    for step in steps:
+        for branch in range(branches):
+            mine = slice(branch, None, branches)
+            latents[step + 1, mine], log_probs[step, mine] = ops.sde_step(
+                trunk.latents[step],
+                trunk.velocities[step],
+                coefficients.table,
+                step,
+                seed=seed,
+                sample_index=sample_index,
+                epoch=epoch,
+                stream=branch_stream(branch),
+            )
+        if step + 1 == num_steps:
+            continue
+        sigma = coefficients.sigmas[step + 1]
+        for start in range(0, rows, chunk or rows):
+            part = slice(start, min(start + (chunk or rows), rows))
+            state = latents[step + 1, part]
+            found = model.velocity(state, sigma.expand(len(state)), conditioning.select(part), guidance_scale)
+            velocities[step + 1, part] = found.combined()
+    led_to = replace(coefficients, noisy=(False, *coefficients.noisy[:-1]))
+    twigs = Trajectory(latents, velocities, log_probs, led_to, conditioning, guidance_scale)
+    return Tree(trunk, twigs, coefficients, branches)

@@ -1,0 +1,148 @@
+"""Recalibration during training: when, of which steps, on which samples, and that a stopped run goes on the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from densegrpo_fast.calibration.during import NoiseLevels
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.exit_codes import UserError
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime import builders
+from densegrpo_fast.runtime.data import PromptSet
+from densegrpo_fast.runtime.metrics import read_metrics
+
+OPTIONS = {
+    "sampler.num_steps": 4,
+    "sampler.dynamics": "flow_sde",
+    "sampler.noise_level": 0.7,
+    "window.schedule": "none",
+    "window.size": "null",
+    "calibration.every": 3,
+    "calibration.samples": 16,
+    "calibration.rounds": 2,
+}
+
+
+def configured(**options: object) -> Config:
+    return load_config([f"{key}={value}" for key, value in (OPTIONS | options).items()])[0]
+
+
+def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return images.flatten(1).mean(1)
+
+
+def levels(config: Config, model: Any, monkeypatch: pytest.MonkeyPatch) -> NoiseLevels:
+    prompts = PromptSet(("0", "12"), ({}, {}))
+    monkeypatch.setattr(builders.prompts, "_prompt_set", lambda source, held_out: prompts)
+    return NoiseLevels(config, model, RewardMixture({"brightness": (brightness, 1.0)}))
+
+
+def measured(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what the machine decides."""
+    return {key: record[key] for key in record if not key.startswith(("time/", "memory/"))}
+
+
+def test_when() -> None:
+    found = NoiseLevels(configured(), None, None)  # type: ignore[arg-type]
+    assert [iteration for iteration in range(8) if found.due(iteration)] == [0, 3, 6]
+    assert found.metrics() == {f"noise_level/step_{step}": 0.7 for step in range(4)}
+    never = NoiseLevels(configured(**{"calibration.every": 0}), None, None)  # type: ignore[arg-type]
+    assert not any(never.due(iteration) for iteration in range(8)) and never.metrics() == {}
+
+
+def test_a_calibration_moves_the_levels_by_the_rule(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = levels(configured(), mixture_model, monkeypatch)
+    before = len(mixture_model.calls)
+    metrics = found.calibrate(3)
+    # one first move of .16 up or down, and perhaps a second one; the result is a level that was measured or come to
+    assert found.levels != (0.7,) * 4 and all(0.1 <= level <= 1.0 for level in found.levels)
+    assert metrics["calibration/rounds"] == 2 and 0 <= metrics["calibration/imbalance"] <= 1
+    # closed form: 2 rounds of 16 samples, each 4 steps and 3 + 2 + 1 of the exact completions
+    assert metrics["nfe/calibration"] == 2 * 16 * (4 + 6)
+    assert sum(rows for rows, _, _ in mixture_model.calls[before:]) == 2 * 16 * (4 + 6)
+
+
+def test_samples_depend_on_the_iteration_alone(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, other = (levels(configured(), mixture_model, monkeypatch) for _ in range(3))
+    found = [one.calibrate(3), two.calibrate(3), other.calibrate(6)]
+    assert found[0] == found[1] and one.levels == two.levels
+    assert found[2] != found[0] or other.levels != one.levels
+    # a second calibration starts from the first one's levels, and from a checkpoint's likewise
+    three = levels(configured(), mixture_model, monkeypatch)
+    three.restore(json.loads(json.dumps(one.state())))
+    one.calibrate(6)
+    three.calibrate(6)
+    assert one.levels == three.levels
+
+
+def test_only_steps_that_may_be_noisy_are_calibrated(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = {"window.schedule": "fixed", "window.size": 2, "sampler.noise_level": "[0.7, 0.0, 0.7, 0.7]"}
+    found = levels(configured(**window), mixture_model, monkeypatch)
+    metrics = found.calibrate(0)
+    # step 1 is an ODE step of the window, 2 and 3 lie outside
+    assert found.levels[0] != 0.7 and found.levels[1:] == (0.0, 0.7, 0.7)
+    # with noise in step 0 alone only its state is completed, by 3 evaluations
+    assert metrics["nfe/calibration"] == metrics["calibration/rounds"] * 16 * (4 + 3)
+
+
+def test_a_checkpoint_of_another_sampler_is_refused() -> None:
+    found = NoiseLevels(configured(), None, None)  # type: ignore[arg-type]
+    found.restore(None)
+    assert found.levels == (0.7,) * 4
+    with pytest.raises(UserError, match="noise levels for another number of steps"):
+        found.restore([0.5] * 3)
+
+
+def test_the_table_takes_the_levels(mixture_model: Any) -> None:
+    config = configured()
+    table = builders.build_coefficients(config, mixture_model, range(4), [0.5, 0.6, 0.7, 0.8])
+    assert table.noise_level == (0.5, 0.6, 0.7, 0.8)
+    assert builders.build_coefficients(config, mixture_model, range(4)).noise_level == (0.7,) * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"sampler.dynamics": "cps", "calibration.highest": 1.5}, "calibration.highest: expected at most 1 with"),
+        ({"calibration.lowest": 0.9, "calibration.highest": 0.5}, "calibration.lowest: expected at most"),
+        ({"calibration.samples": 7}, "calibration.samples"),
+        ({"calibration.every": -1}, "calibration.every"),
+    ],
+)
+def test_refused_options(options: dict[str, object], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        configured(**options)
+    assert expected in str(caught.value)
+
+
+def test_a_run_recalibrates_and_goes_on_bit_for_bit(train: Any, tmp_path: Path) -> None:
+    options = {"sampler.dynamics": "flow_sde", "sampler.num_steps": 2, "evaluation.every": 0}
+    # the levels start above what a calibration may choose, so the first one changes them
+    options |= {"calibration.every": 2, "calibration.samples": 8, "calibration.rounds": 2, "calibration.highest": 0.5}
+    options |= {"sampler.micro_batch": 4, "optimizer.updates_per_iteration": 1}
+    assert train(tmp_path / "whole", **options, **{"run.iterations": 4}) == 0
+    # stopped right before the second calibration, and once more after it
+    for iterations in (2, 3, 4):
+        flags = ["--resume"] if iterations > 2 else []
+        assert train(tmp_path / "parts", *flags, **options, **{"run.iterations": iterations}) == 0
+    whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    for one, other in zip(whole, parts, strict=True):
+        assert measured(one) == measured(other)
+    noise = [[record[f"noise_level/step_{step}"] for step in range(2)] for record in whole]
+    assert noise[0] == noise[1] and noise[2] == noise[3]
+    assert all(level <= 0.5 for levels in noise for level in levels)
+    assert [("calibration/imbalance" in record, record["time/calibration"] > 0) for record in whole] == [
+        (True, True),
+        (False, False),
+    ] * 2
+    # the levels in use are what a trained step's table holds, so that replay and rollout agree
+    assert all(record["first_ratio_deviation"] <= 1e-5 for record in whole)
+    first, second = (next((tmp_path / name / "adapter").glob("*.safetensors")) for name in ("whole", "parts"))
+    assert first.read_bytes() == second.read_bytes()

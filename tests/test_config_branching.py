@@ -1,0 +1,99 @@
+"""What branches go with: refused by name before anything is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.runtime import builders
+
+# 8 steps of flow_sde without windows, 6 prompts x 8 samples: 12 trunks of 4 branches
+BASE = [f"--config={Path(__file__).parent / 'data' / 'base.yaml'}", "window.schedule=none", "window.size=null"]
+BRANCHES = ["sampler.branches=4", "sampler.micro_batch=6", "credit.method=branch"]
+GRANULAR = [*BRANCHES, "credit.method=granular", "lookahead.plan=exact"]
+
+
+def config(*argv: str) -> Config:
+    """The last of several values of an option counts."""
+    given = dict(argument.split("=", 1) for argument in (*BASE, *argv))
+    return load_config([f"{key}={value}" for key, value in given.items()])[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["credit.method=branch"], "sampler.branches: credit.method branch compares branches of one state, got null"),
+        (["objective.negative_factor=0.5"], "objective.negative_factor: expected 1 without sampler.branches, got 0.5"),
+        (
+            [*BRANCHES, "credit.method=dense"],
+            "credit.method: expected branch or granular with sampler.branches, got dense",
+        ),
+        ([*BRANCHES, "sampler.branches=3"], "sampler.branches: expected a divisor of sampler.group_size 8, got 3"),
+        ([*BRANCHES, "sampler.branches=1"], "sampler.branches: expected a number >= 2, got 1"),
+        (
+            [*BRANCHES, "sampler.micro_batch=8"],
+            "sampler.micro_batch: expected a divisor of the 12 trunks of an iteration (data.num_prompts x "
+            "sampler.group_size / sampler.branches), got 8",
+        ),
+        (
+            [*BRANCHES, "optimizer.updates_per_iteration=4"],
+            "optimizer.updates_per_iteration: expected a divisor of the 2 micro-batches",
+        ),
+        ([*BRANCHES, "sampler.shared_noise=true"], "sampler.shared_noise: expected false with sampler.branches, got"),
+        ([*BRANCHES, "lookahead.head=head.st"], "lookahead.head: expected null with sampler.branches, got head.st"),
+        ([*BRANCHES, "lookahead.cache=text"], "lookahead.cache: expected null with sampler.branches, got text"),
+        ([*BRANCHES, "lookahead.guidance=reuse"], "lookahead.guidance: expected full or cond_only with sampler.br"),
+        (
+            [*BRANCHES, "sampler.noise_level=[0.7,0,0.7,0.7,0.7,0,0.7,0.7]"],
+            "sampler.branches: branches need noise in every trained step, there is none in [1, 5]",
+        ),
+        (
+            [*BRANCHES, "sampler.dynamics=cps", "objective.trained_steps=[0,7]"],
+            "sampler.branches: branches need noise in every trained step, there is none in [7]",
+        ),
+        (
+            [*BRANCHES, "window.schedule=fixed", "window.size=2", "window.remainder=dpm_solver"],
+            "window.remainder: expected euler with sampler.branches, got dpm_solver",
+        ),
+        (
+            [*BRANCHES, "credit.method=granular"],
+            "lookahead.plan: expected exact, by which the rewards of credit.method",
+        ),
+        ([*GRANULAR, "credit.granularities=[2,1]"], "credit.granularities: expected increasing step sizes, got [2, 1]"),
+        ([*GRANULAR, "credit.granularities=[1,8]"], "credit.granularities: expected at most 7"),
+        ([*GRANULAR, "credit.granularities=[0,2]"], "credit.granularities"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_name(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config(*arguments)
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_trunks_branch_at_the_steps_that_are_trained() -> None:
+    assert builders.noisy_steps(config(*BRANCHES), 0) == [0, 1, 2, 3, 4, 5, 6]
+    assert builders.noisy_steps(config(*BRANCHES, "objective.trained_steps=[0, 7]"), 0) == [0, 7]
+    window = ["window.schedule=random", "window.size=3", "window.last=5"]
+    drawn = config(*BRANCHES, *window, "objective.trained_steps=1")
+    steps = {tuple(builders.noisy_steps(drawn, iteration)) for iteration in range(100)}
+    assert steps == {(step,) for step in range(6)}
+    assert [builders.noisy_steps(drawn, i) for i in range(9)] == [builders.trained_steps(drawn, i) for i in range(9)]
+    # without branches all of a window is noisy, whatever part of it is trained
+    plain = config(*window, "objective.trained_steps=1")
+    assert [builders.noisy_steps(plain, i) for i in range(9)] == [
+        builders.build_windows(plain).steps(i) for i in range(9)
+    ]
+
+
+def test_a_dry_run_has_one_trunk_of_two_branches() -> None:
+    small = builders.shrink(config(*GRANULAR)).sampler
+    assert (small.group_size, small.branches, small.micro_batch) == (2, 2, 1)
+
+
+def test_evaluation_draws_as_many_pictures_at_a_time_as_there_are_branches() -> None:
+    assert builders.build_held_out(config(*BRANCHES)).rows.rows == 24

@@ -1,0 +1,202 @@
+"""A completion head that goes on learning during a run: that it does, what it costs, and that nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.flow.dynamics import coefficients
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, load_head, save_head
+from densegrpo_fast.models.flops import ModelFlops
+from densegrpo_fast.runtime.head_training import BATCH, Examples, HeadRefresher, examples_of, explained
+from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, guard_check
+from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.rollout import initial_noise, rollout
+
+SHAPE = HeadConfig(3, ((1,), (), ()), (4, 4, 4), patch=2, hidden=8, width=16, depth=1)
+
+
+def head_of(config: HeadConfig = SHAPE, seed: int = 0) -> CompletionHead:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CompletionHead(config).requires_grad_(False).eval()
+
+
+def examples(seed: int, count: int = 24) -> Examples:
+    """Targets that follow from the latents: half of them."""
+    generator = torch.Generator().manual_seed(seed)
+    latents, estimate = (torch.randn(count, 4, 4, 4, generator=generator) for _ in range(2))
+    hidden = torch.randn(count, 4, 8, generator=generator)
+    return Examples(hidden, latents, estimate, 0.5 * latents, torch.arange(count) % 2)
+
+
+def test_it_learns_and_is_judged_on_what_it_has_not_seen() -> None:
+    head = head_of()
+    before, random_state = {name: x.clone() for name, x in head.state_dict().items()}, torch.get_rng_state()
+    refresher = HeadRefresher(head, steps=30, seed=0)
+    shares = [refresher.refresh(examples(seed), iteration=seed) for seed in range(8)]
+    # the zero function explains nothing
+    assert shares[0] == pytest.approx(0.0, abs=1e-6)
+    assert sorted(shares) == shares and shares[-1] > 0.25
+    held_out = examples(99)
+    by_state = explained(head, held_out)
+    assert [count for count, _ in by_state.values()] == [12, 12] and all(share > 0.2 for _, share in by_state.values())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    # frozen as it was before, and the units of the errors are those that it was made with
+    assert not head.training and not any(p.requires_grad for p in head.parameters())
+    assert torch.equal(head.scale, before["scale"]) and not torch.equal(head.out.weight, before["out.weight"])
+
+
+def test_a_checkpoint_continues_to_the_bit() -> None:
+    first = HeadRefresher(head_of(), steps=3, seed=1)
+    for iteration in range(2):
+        first.refresh(examples(iteration), iteration)
+    saved = {group: {k: v.clone() for k, v in members.items()} for group, members in first.tensors().items()}
+    second = HeadRefresher(head_of(seed=5), steps=3, seed=1)
+    second.restore(saved)
+    assert first.refresh(examples(2), 2) == second.refresh(examples(2), 2)
+    for one, other in zip(first.head.state_dict().values(), second.head.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_checkpoint_without_such_a_head_is_refused() -> None:
+    refresher = HeadRefresher(head_of(), steps=1, seed=0)
+    wide = HeadConfig(3, ((1,), (), ()), (4, 4, 4), patch=2, hidden=8, width=32, depth=1)
+    for tensors in ({}, HeadRefresher(head_of(wide), steps=1, seed=0).tensors()):
+        with pytest.raises(UserError, match="no completion head of this shape") as caught:
+            refresher.restore(tensors)
+        assert caught.value.exit_code is ExitCode.CHECKPOINT
+
+
+def test_examples_are_what_the_head_will_see(tiny_policy: Callable[..., FlowModel]) -> None:
+    model, plan, index = tiny_policy(spread=0.1), plans.nodes(4, [2]), torch.arange(3)
+    config = HeadConfig(4, plan.paths, model.latent_shape, patch=2, hidden=model.network.inner_dim, width=16, depth=1)
+    head = head_of(config)
+    trajectory = rollout(
+        model,
+        initial_noise(model, index, seed=0, epoch=0),
+        model.encode(["a cat", "the moon", "a photo"]),
+        coefficients(model.sigmas(4), 0.7, "flow_sde"),
+        sample_index=index,
+        seed=0,
+        epoch=0,
+        keep_hidden=True,
+    )
+    lookahead, exact = Lookahead(model, plan, head=head), Lookahead(model, plans.exact(4)).complete(trajectory)
+    found = Examples.joined(examples_of(lookahead, head, trajectory, exact))
+    # states 0, 1, 2 of three rows; state 3 leaves no step out
+    assert found.state.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    plain = Lookahead(model, plan).complete(trajectory)
+    for state in range(3):
+        torch.testing.assert_close(found.estimate[found.state == state], plain[state], rtol=1e-5, atol=1e-5)
+    # the head's own correction takes it from there: added to the estimate, a perfect one gives the exact completion
+    torch.testing.assert_close(found.estimate + found.target, exact[:3].flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_check_costs_by_hand() -> None:
+    """T = 10, guided, exact: 45 evaluations and 11 images; nodes {3,6} without guidance, to see what the head sees: 9.
+
+    24 trajectories, of which a head learns in 5 steps of 128 rows: 640 / 24 rows each, three forwards a row.
+    """
+    rows = 5 * BATCH / 24
+    cost = guard_check(
+        plans.exact(10), guided=True, cheap=plans.nodes(10, (3, 6)), guidance="cond_only", head_rows=rows
+    )
+    assert (cost.exact, cost.cheap) == (Evaluations(guided=45), Evaluations(unguided=9))
+    assert cost.forwards == 99 and (cost.full_decodes, cost.rewards) == (11, 11)
+    # powers of ten, so that the sum shows every count
+    unit = ModelFlops(1.0, 0.0, 0.0, full_decode=1e3, preview_decode=0.0, reward=1e6, head=1e9)
+    assert cost.flops(unit) == pytest.approx(99 + 11e3 + 11e6 + 80e9, rel=1e-12)
+    # a window of one step: one completion, by nodes 5..9, and the image
+    noisy = tuple(step == 4 for step in range(10))
+    alone = guard_check(plans.exact(10), guided=False, noisy=noisy)
+    assert (alone.forwards, alone.full_decodes) == (5, 2)
+    # it completes as the exact lookahead does
+    assert (
+        guard_check(plans.exact(10), guided=True, shared=4).exact
+        == dense_iteration(plans.exact(10), trained_steps=1, guided=True, kl=False, shared=4).lookahead
+    )
+
+
+@pytest.fixture(scope="module")
+def head_file(train: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained head for node 1 of three steps of the command's pipeline."""
+    from densegrpo_fast.embedded.architecture import build_transformer
+
+    network = build_transformer()
+    config = network.config
+    path = tmp_path_factory.mktemp("head") / "head.safetensors"
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    save_head(head_of(HeadConfig(3, ((1,), (), ()), shape, config.patch_size, network.inner_dim, 16, 1)), path)
+    return path
+
+
+def options(head: Path, refresh: int, iterations: int = 3) -> dict[str, object]:
+    return {
+        "lookahead.plan": "nodes",
+        "lookahead.nodes": "[1]",
+        "lookahead.head": head,
+        "lookahead.head_refresh": refresh,
+        "lookahead.guard_every": 1,
+        "evaluation.every": 0,
+        "run.iterations": iterations,
+    }
+
+
+def without_seconds(run: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in record.items() if not key.startswith(("time/", "memory/"))}
+        for record in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def test_a_run_continues_to_the_bit_and_the_policy_is_left_alone(train: Any, head_file: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "whole", **options(head_file, 5)) == 0
+    assert train(tmp_path / "parts", **options(head_file, 5, iterations=2)) == 0
+    assert train(tmp_path / "parts", "--resume", **options(head_file, 5)) == 0
+    assert train(tmp_path / "still", **options(head_file, 0)) == 0
+    whole, parts, still = (without_seconds(tmp_path / name) for name in ("whole", "parts", "still"))
+    assert parts == whole
+    heads = [load_head(tmp_path / name / "completion_head.safetensors") for name in ("whole", "parts")]
+    for one, other in zip(heads[0].state_dict().values(), heads[1].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert not (tmp_path / "still" / "completion_head.safetensors").exists()
+
+    # the first update comes after the head has learnt, and knows nothing of it
+    learnt = {key: value for key, value in whole[0].items() if "guard/head" not in key and key != "nfe/guard"}
+    assert learnt == {key: value for key, value in still[0].items() if key != "nfe/guard"}
+    # exact completions 2 + 1 of three steps for each of 2 samples; the head sees state 0 at node 1, for both
+    assert (still[0]["nfe/guard"], whole[0]["nfe/guard"]) == (6, 8)
+    # states 0 and 1 of 2 samples, 5 steps
+    assert [record["guard/head_rows"] for record in whole] == [20, 20, 20]
+    # the zero function explains nothing
+    assert whole[0]["guard/head_explained"] == pytest.approx(0.0, abs=1e-6)
+    # from then on the completions are other ones
+    assert whole[1]["gain/step_0"] != still[1]["gain/step_0"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"lookahead.head": "null"}, "expected 0 without lookahead.head, got 5"),
+        ({"lookahead.guard_every": 0}, "expected 0 without lookahead.guard_every, got 5"),
+    ],
+)
+def test_what_it_needs(
+    train: Any,
+    head_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    problem: str,
+) -> None:
+    assert train(tmp_path / "run", **{**options(head_file, 5), **change}) == ExitCode.USAGE
+    assert f"lookahead.head_refresh: {problem}" in capsys.readouterr().err

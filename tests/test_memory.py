@@ -1,0 +1,264 @@
+"""Memory: the accounting against tensors that exist, the estimate's arithmetic, and what is said if it is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.exit_codes import ExitCode
+from densegrpo_fast.models import flops
+from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, peak_bytes, tensor_bytes
+from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.tiny import tiny_sd3
+from densegrpo_fast.runtime.lora import add_lora
+from densegrpo_fast.runtime.memory import (
+    GIB,
+    MemoryEstimate,
+    check,
+    estimate,
+    free_bytes,
+    peak_metrics,
+    readable,
+    refuse,
+)
+
+TARGETS = flops.ATTENTION_TARGETS
+ROWS = 3
+
+
+@pytest.fixture(scope="module")
+def model() -> SD3:
+    made = tiny_sd3()
+    add_lora(made.network, rank=4, alpha=4, targets=list(TARGETS), seed=0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def memory(model: SD3) -> ModelMemory:
+    return ModelMemory(flops.architecture_of(model), dtype=torch.float32, lora_rank=4)
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Most bytes that the CPU allocator has handed out at a time during a call, as torch's profiler saw them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = call()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    del kept
+    return peak
+
+
+def test_live_tensors_are_added_up() -> None:
+    # 4 kB and 8 kB; the view is nobody's memory, and the first is gone when the last of 2 kB is made
+    with PeakBytes() as counted:
+        one = torch.empty(1024)
+        view = one.view(32, 32)
+        two = torch.empty(2048)
+        assert counted.live == 12288
+        del one, view
+        assert counted.live == 8192
+        three = torch.empty(512)
+    assert (counted.live, counted.peak) == (10240, 12288)
+    assert len(two) + len(three) == 2560
+
+
+def test_tensors_from_before_do_not_count() -> None:
+    before = torch.empty(1000)
+    assert peak_bytes(lambda: before.view(10, 100).t()) == 0
+    assert peak_bytes(lambda: before + 1) == 4000
+
+
+def test_weights_are_those_of_the_loaded_model(model: SD3, memory: ModelMemory) -> None:
+    trained = tensor_bytes(model.trainable_parameters().values())
+    assert memory.adapter == trained > 0
+    assert memory.transformer == module_bytes(model.network) - trained
+    assert memory.full_decoder == module_bytes(model.pipeline.vae)
+    assert memory.preview_decoder == module_bytes(model.preview_decoder)
+    assert memory.picture == tensor_bytes([model.decode(torch.zeros(1, *model.latent_shape))])
+
+
+def inputs(model: SD3, rows: int) -> dict[str, Tensor]:
+    conditioning = model.encode(["a photo"] * rows)
+    return {
+        "hidden_states": torch.randn(rows, *model.latent_shape),
+        "encoder_hidden_states": conditioning.embeds[conditioning.rows],
+        "pooled_projections": conditioning.pooled[conditioning.rows],
+        "timestep": torch.full((rows,), 500.0),
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_takes_what_was_counted(model: SD3, memory: ModelMemory, checkpointing: bool) -> None:
+    network, given = model.network, inputs(model, ROWS)
+    parameters = list(model.trainable_parameters().values())
+    (network.enable_gradient_checkpointing if checkpointing else network.disable_gradient_checkpointing)()
+
+    def step() -> object:
+        return torch.autograd.grad(network(**given, return_dict=False)[0].float().square().mean(), parameters)
+
+    step()
+    taken, tracked = allocated(step), peak_bytes(step)
+    network.disable_gradient_checkpointing()
+    counted = memory.update(ROWS, forwards=0, checkpointing=checkpointing)
+    assert counted == tracked
+    # the allocator also holds scalars, and what checkpointing remembers of the random generators
+    assert counted == pytest.approx(taken, rel=0.05)
+
+
+def test_checkpointing_saves_memory_and_further_rows_cost_it(memory: ModelMemory) -> None:
+    kept = [memory.update(rows, forwards=0, checkpointing=False) for rows in (2, 4)]
+    dropped = memory.update(4, forwards=0, checkpointing=True)
+    # of two blocks one is there at a time
+    assert dropped < 0.85 * kept[1]
+    activations = [size - memory.adapter for size in kept]
+    assert activations[1] == pytest.approx(2 * activations[0], rel=0.15)
+    # a forward without gradient adds what it needs on top of what the backward waits for
+    assert memory.update(4, forwards=1, checkpointing=True) >= dropped
+
+
+def test_a_forward_and_a_decode_take_what_was_counted(model: SD3, memory: ModelMemory) -> None:
+    given, latents = inputs(model, ROWS), torch.randn(ROWS, *model.latent_shape)
+    with torch.no_grad():
+        assert memory.forward(ROWS) == pytest.approx(allocated(lambda: model.network(**given)), rel=0.15)
+        decoded = allocated(lambda: model.pipeline.vae.decode(latents).sample)
+        assert memory.decode(ROWS, "full") == pytest.approx(decoded, rel=0.35)
+    assert memory.decode(ROWS, "full", "sliced") < memory.decode(ROWS, "full")
+    assert memory.decode(ROWS, "preview") < memory.decode(ROWS, "full")
+    single = memory.decode(1, "full")
+    assert memory.decode(ROWS, "full", "sliced") == single + (ROWS - 1) * memory.picture
+
+
+def config(*overrides: str) -> Config:
+    return load_config(["--config", "embedded_paper", *overrides])[0]
+
+
+def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
+    # 2 prompts x 4 samples, 5 steps of which the first 4 are noisy (cps may switch the last one off by a level of 0)
+    chosen = config(
+        "data.num_prompts=2",
+        "sampler.group_size=4",
+        "sampler.num_steps=5",
+        "sampler.noise_level=[0.7, 0.7, 0.7, 0.7, 0.0]",
+        "sampler.micro_batch=2",
+        "lookahead.chunk=4",
+        "lookahead.decoder=preview",
+        "reward.overlap=false",
+        "ema.every=1",
+        "evaluation.num_prompts=3",
+        "evaluation.samples_per_prompt=2",
+    )
+    found = estimate(chosen, memory, encoders=7, rewards=11, copy=13)
+    latents, picture = 4 * 16 * 8 * 8, 4 * 3 * 64 * 64
+    assert found.weights == {
+        "transformer": memory.transformer,
+        "adapter": memory.adapter,
+        "text encoders": 7,
+        "decoders": memory.full_decoder + memory.preview_decoder,
+        "lookahead copy": 13,
+        "rewards": 11,
+    }
+    # gradients, two moments, the average, and the adapter while the average is in its place; 6 states and 5 velocities
+    assert found.state == {"training": 5 * memory.adapter, "trajectories": 8 * latents * 11}
+    assert found.phases == {
+        "rollout": memory.forward(2),
+        "lookahead": 4 * 4 * 8 * latents + memory.forward(4),
+        "pictures": 2 * 5 * 8 * picture + memory.decode(4, "preview"),
+        # guidance and the reference's two halves
+        "update": memory.update(2, forwards=3, checkpointing=False),
+        "evaluation": 6 * (latents + 2 * picture) + memory.decode(2, "full"),
+    }
+    assert found.to_come == sum(found.state.values()) + max(found.phases.values())
+    assert found.total == sum(found.weights.values()) + found.to_come
+    assert f"the phase that needs most is {found.largest}" in str(found)
+
+    sparse = config("credit.method=sparse", "objective.kl_coef=0", "sampler.guidance_scale=1", "ema.every=0")
+    alone = estimate(sparse, memory)
+    samples = sparse.data.num_prompts * sparse.sampler.group_size
+    assert alone.phases["lookahead"] == 0
+    assert alone.phases["update"] == memory.update(sparse.sampler.micro_batch, forwards=0, checkpointing=False)
+    assert alone.state == {"training": 3 * memory.adapter, "trajectories": samples * latents * 21}
+
+
+def test_the_24_gb_preset_fits_24_gb() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    chosen = load_config(["--config", "sd35_medium_pickscore_24gb"])[0]
+    memory = ModelMemory(flops.sd35_medium(), dtype=torch.bfloat16, vae_dtype=torch.bfloat16)
+    # PickScore's towers: ViT-H/14 and a text tower of 24 layers and width 1024, half precision
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    with torch.device("meta"):
+        towers = CLIPModel(CLIPConfig(text_config=text, vision_config=flops.CLIP_H, projection_dim=1024))
+    found = estimate(chosen, memory, rewards=module_bytes(towers) // 2)
+    # 2.47 billion weights in bfloat16, and what T5 would have taken is not there
+    assert found.weights["transformer"] == pytest.approx(4.94e9, rel=0.01)
+    assert found.weights["text encoders"] == 0 and chosen.model.prompt_cache
+    assert 8e9 < found.total < 0.8 * 24e9
+    assert check(found, 24 * 10**9 - sum(found.weights.values()), "cuda:0") is None
+    # without checkpointing the update alone would not fit
+    assert memory.update(chosen.sampler.micro_batch, forwards=0, checkpointing=False) > 15e9
+    assert found.phases["update"] < 3e9
+
+
+SMALL = MemoryEstimate({"transformer": 3 * GIB}, {"training": GIB}, {"rollout": GIB, "update": 9 * GIB})
+
+
+def test_only_what_is_clearly_too_much_is_a_problem() -> None:
+    assert (SMALL.largest, SMALL.to_come, SMALL.total) == ("update", 10 * GIB, 13 * GIB)
+    assert check(SMALL, None, "cuda:0") is None
+    assert check(SMALL, int(9.2 * GIB), "cuda:0") is None
+    problem = check(SMALL, 9 * GIB, "cuda:0")
+    assert problem is not None
+    for words in ("needs about 10.0 GiB", "cuda:0 has 9.0 GiB free", "the phase update (9.0 GiB)"):
+        assert words in problem
+    assert "model.gradient_checkpointing true" in problem and "sampler.micro_batch" in problem
+    assert refuse(problem).exit_code == ExitCode.ENVIRONMENT
+
+
+def test_sizes_are_readable() -> None:
+    assert [readable(size) for size in (0, 3 * 2**20, GIB, int(14.12 * GIB))] == [
+        "0 MiB",
+        "3 MiB",
+        "1.0 GiB",
+        "14.1 GiB",
+    ]
+
+
+def test_free_memory_is_the_container_s(tmp_path: Path) -> None:
+    here = free_bytes(torch.device("cpu"), tmp_path)
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert free_bytes(torch.device("cpu"), tmp_path) == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    unlimited = free_bytes(torch.device("cpu"), tmp_path)
+    assert here is None or unlimited == pytest.approx(here, rel=0.5)
+
+
+def test_the_peak_of_a_process_holds_what_it_touched() -> None:
+    touched = torch.ones(32 * 2**20 // 4)
+    # 32 MiB of floats, and an interpreter with torch
+    assert peak_metrics(torch.device("cpu"))["memory/peak_gib"] > touched.nbytes / GIB
+
+
+def test_a_run_says_what_it_needs_and_took(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from densegrpo_fast.runtime import preparation
+    from densegrpo_fast.runtime.metrics import read_metrics
+
+    monkeypatch.setattr(preparation, "free_bytes", lambda device: 1000)
+    assert train(tmp_path / "refused", **{"run.memory_check": "refuse"}) == 3
+    error = capsys.readouterr().err
+    assert "run.memory_check: this run needs about" in error and "python -m densegrpo_fast.train" in error
+    assert train(tmp_path / "run", **{"run.memory_check": "warn", "run.iterations": 1}) == 0
+    assert "memory: about" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["memory/peak_gib"] > 0

@@ -1,0 +1,123 @@
+"""The embedded presets: each does an iteration, and those of the methods differ in the method alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import densegrpo_fast
+from densegrpo_fast.calibration.during import NoiseLevels
+from densegrpo_fast.config import Config
+from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config_yaml import preset_names
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime import builders
+from densegrpo_fast.runtime.experience import Judge, draw
+from densegrpo_fast.runtime.learner import Learner
+from densegrpo_fast.runtime.metrics import PhaseTimer
+
+EMBEDDED = [name for name in preset_names() if name.startswith("embedded_")]
+METHODS = {
+    "embedded_stepwise": "2603.28718",
+    "embedded_value": "2601.20218",
+    "embedded_return_to_go": "2601.20218",
+    "embedded_mixture": "2602.04928",
+    "embedded_turning_point": "2602.06422",
+    "embedded_vgpo": "2512.12387",
+    "embedded_coca": "2505.19196",
+    "embedded_guard": "2510.22319",
+    "embedded_dppo": "2606.11025",
+    "embedded_mixgrpo": "2507.21802",
+    "embedded_calibrated": "2601.20218",
+}
+SMALL = {
+    "data.num_prompts": 1,
+    "sampler.micro_batch": 1,
+    "lookahead.decoder": "full",
+    "calibration.samples": 8,
+    "calibration.rounds": 1,
+}
+
+
+def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """Above 0, and different for any two pictures."""
+    return 1 + images.flatten(1).mean(1)
+
+
+REWARD = RewardMixture({"brightness": (brightness, 1.0)})
+
+
+def preset(name: str) -> Config:
+    return load_config(["--config", name])[0]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_iteration(name: str, tiny_policy: Callable[..., FlowModel]) -> None:
+    """What `train` does in an iteration, with a tiny model and eight samples."""
+    config = load_config(["--config", name, *(f"{key}={value}" for key, value in SMALL.items())])[0]
+    model, rows = tiny_policy(), ["a red circle"] * config.sampler.group_size
+    levels, learner = NoiseLevels(config, model, REWARD), Learner(model, builders.learner_options(config))
+    assert levels.due(0) == (name == "embedded_calibrated")
+    if levels.due(0):
+        assert levels.calibrate(0)["calibration/rounds"] == 1
+    table = builders.build_coefficients(config, model, builders.noisy_steps(config, 0), levels.levels)
+    trajectory = draw(config, model, rows, table, 0)
+    outcome = Judge(config, model, REWARD, builders.build_lookahead(config, model)).judge(
+        trajectory, rows, [{}] * len(rows), PhaseTimer()
+    )
+    advantages, steps = outcome.advantages.values.flatten(0, 1), builders.trained_steps(config, 0)
+    assert advantages[:, steps].any() and advantages.isfinite().all()
+    update = learner.update(trajectory, advantages, steps)
+    assert update["grad_norm"] > 0 and update["skipped_updates"] == 0 and update["first_ratio_deviation"] <= 1e-5
+    # with two updates the second one's ratios have left 1
+    assert (update["ratio_deviation"] > update["first_ratio_deviation"]) == (config.optimizer.updates_per_iteration > 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_preset_is_a_few_keys_and_names_its_source(name: str) -> None:
+    lines = (Path(densegrpo_fast.__file__).parent / "configs" / f"{name}.yaml").read_text().splitlines()
+    head = " ".join(line for line in lines if line.startswith("#"))
+    assert re.findall(r"arXiv (\d{4}\.\d{5})", head) == [METHODS[name]]
+    assert len([line for line in lines if re.match(r"  \w+:", line)]) <= 10
+    assert any(line in ("extends: embedded_dense", "extends: embedded_sparse") for line in lines)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_can_be_compared(name: str) -> None:
+    """Same start, prompts, rewards, evaluation and samples per iteration, as benches/study.py pairs them."""
+    dense, own = preset("embedded_dense"), preset(name)
+    for section in ("model", "lora", "data", "reward", "evaluation", "ema"):
+        assert getattr(own, section) == getattr(dense, section), section
+    assert (own.sampler.group_size, own.sampler.guidance_scale) == (8, 1.0)
+    assert own.run == dense.run and own.optimizer.lr == dense.optimizer.lr
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("embedded_stepwise", {"credit.method": "dense", "credit.normalize": "joint", "lookahead.n": 5}),
+        ("embedded_value", {"credit.method": "value"}),
+        ("embedded_return_to_go", {"credit.method": "return_to_go", "credit.discount": 1.0}),
+        ("embedded_mixture", {"credit.method": "mixture", "credit.terminal_coef": 1.0, "credit.dense_coef": 1.0}),
+        ("embedded_turning_point", {"credit.method": "turning_point", "credit.consistent": True}),
+        ("embedded_vgpo", {"credit.method": "vgpo", "lookahead.plan": "one_step"}),
+        ("embedded_coca", {"credit.method": "coca"}),
+        ("embedded_guard", {"credit.method": "sparse", "objective.policy": "guard", "objective.guard_weight": "paper"}),
+        ("embedded_dppo", {"credit.method": "sparse", "objective.policy": "dppo", "objective.dppo_threshold": 1e-5}),
+        (
+            "embedded_mixgrpo",
+            {"credit.method": "sparse", "window.schedule": "progressive", "window.remainder": "dpm_solver"},
+        ),
+        ("embedded_calibrated", {"credit.method": "dense", "calibration.every": 50, "sampler.dynamics": "flow_sde"}),
+    ],
+)
+def test_what_a_preset_takes_over(name: str, expected: dict[str, Any]) -> None:
+    settings = preset(name).model_dump()
+    found = {key: settings[key.partition(".")[0]][key.partition(".")[2]] for key in expected}
+    assert found == expected
