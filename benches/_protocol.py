@@ -13,7 +13,7 @@ from _models import EMBEDDED_RANDOM, SD35_RANDOM, model_options
 from _record import RESULTS, pairwise_ratio
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.runtime.builders import trained_steps
 

@@ -31,7 +31,7 @@ from _comparison import Run, compare, pairs, seconds_of
 from _record import NOISY_SPREAD, RESULTS, hardware, load_average, portable, provenance, spread, write_json
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 from densegrpo_fast.runtime.metrics import read_metrics
 from densegrpo_fast.runtime.run_directory import holds_run

@@ -55,7 +55,7 @@ def configuration(arguments: Sequence[str]) -> Config:
     Raises:
         UserError: exit code 2, naming every wrong key, or a flag that only training has.
     """
-    from densegrpo_fast.config_cli import load_config
+    from densegrpo_fast.config.cli import load_config
 
     config, flags = load_config(arguments)
     if flags.resume or flags.dry_run:

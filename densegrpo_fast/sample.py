@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.command_line import command_parser
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config, split_overrides
+from densegrpo_fast.config.cli import load_config, split_overrides
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 from densegrpo_fast.runtime.data import PromptSet, load_prompts
 from densegrpo_fast.runtime.subjects import BASE, Subject, check_models, locate, settings_source

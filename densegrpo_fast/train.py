@@ -20,8 +20,8 @@ import sys
 from collections.abc import Sequence
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
-from densegrpo_fast.config_yaml import dump_yaml
+from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 
 

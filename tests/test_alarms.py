@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.runtime import alarms as module
 from densegrpo_fast.runtime.alarms import Alarms, alarms_for
 

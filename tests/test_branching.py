@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.doctor.loop import configured_loop, rouse_adapter
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densegrpo_fast.calibration.during import NoiseLevels
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import UserError
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders

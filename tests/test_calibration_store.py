@@ -10,8 +10,8 @@ import pytest
 
 from densegrpo_fast.calibration.store import FORMAT, read_calibration
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
-from densegrpo_fast.config_yaml import dump_yaml
+from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import FlowModel

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.models.memory import peak_bytes

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from densegrpo_fast.config import Config, options
-from densegrpo_fast.config_cli import CliFlags, load_config, split_overrides, validate
-from densegrpo_fast.config_rewards import REWARD_NAMES
-from densegrpo_fast.config_yaml import dump_yaml, parse_yaml, preset_names, read_settings
+from densegrpo_fast.config.cli import CliFlags, load_config, split_overrides, validate
+from densegrpo_fast.config.rewards import REWARD_NAMES
+from densegrpo_fast.config.yaml_files import dump_yaml, parse_yaml, preset_names, read_settings
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.fingerprint import differences
 
@@ -403,7 +403,7 @@ def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
     script = (
         "import sys\n"
         "from densegrpo_fast.exit_codes import user_errors_exit\n"
-        "from densegrpo_fast.config_cli import load_config\n"
+        "from densegrpo_fast.config.cli import load_config\n"
         "try:\n"
         "    with user_errors_exit():\n"
         "        load_config(sys.argv[1:])\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.runtime import builders
 

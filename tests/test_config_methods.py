@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
-from densegrpo_fast.config_methods import credit_values
+from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
 from densegrpo_fast.exit_codes import ExitCode, UserError
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.smoothing import smooth_rewards

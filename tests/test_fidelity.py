@@ -190,7 +190,7 @@ def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path) -> None:
-    from densegrpo_fast.config_cli import load_config
+    from densegrpo_fast.config.cli import load_config
     from densegrpo_fast.fidelity.subject import pipeline_subject
     from densegrpo_fast.models.load import load_sd3
     from densegrpo_fast.runtime.lora import add_lora, save_lora

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.config_cli import load_config
-from densegrpo_fast.config_sections import ModelOptions
+from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.sampling import ModelOptions
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.load import load_sd3, pipeline_directory
 from densegrpo_fast.models.sd3 import SD3

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode
 from densegrpo_fast.models import flops
 from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, peak_bytes, tensor_bytes

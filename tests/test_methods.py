@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit import registry
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.policy import Objective

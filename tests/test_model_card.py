@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.intervals import Interval
 from densegrpo_fast.runtime.lora import save_lora

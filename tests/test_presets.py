@@ -13,8 +13,8 @@ from torch import Tensor
 import densegrpo_fast
 from densegrpo_fast.calibration.during import NoiseLevels
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
-from densegrpo_fast.config_yaml import preset_names
+from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.yaml_files import preset_names
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from densegrpo_fast.config_cli import load_config
-from densegrpo_fast.config_sections import ModelOptions
+from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.sampling import ModelOptions
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models import load
 from densegrpo_fast.models.sd3 import SD3

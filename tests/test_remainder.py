@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.exit_codes import UserError
 from densegrpo_fast.flow.dpm_solver import DPMSolver

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.rewards.options import OptionError
 from densegrpo_fast.rewards.registry import create

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from densegrpo_fast.config_cli import load_config
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel, Velocity

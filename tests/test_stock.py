@@ -22,7 +22,7 @@ from _variants import stock_cost  # noqa: E402
 from bench_iteration import check_work, evaluations  # noqa: E402
 
 from densegrpo_fast.config import Config  # noqa: E402
-from densegrpo_fast.config_cli import load_config  # noqa: E402
+from densegrpo_fast.config.cli import load_config  # noqa: E402
 from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
 from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from densegrpo_fast.config_yaml import preset_names
+from densegrpo_fast.config.yaml_files import preset_names
 from densegrpo_fast.train import main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -72,7 +72,7 @@ def ratio(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from densegrpo_fast.config_cli import load_config
+        from densegrpo_fast.config.cli import load_config
 
         config, flags = load_config(overrides)
         if flags.resume:

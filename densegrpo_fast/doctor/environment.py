@@ -49,8 +49,8 @@ def examine(arguments: Sequence[str], wait_policy: str | None) -> list[Finding]:
 
 
 def _configured(arguments: Sequence[str]) -> list[Finding]:
-    from densegrpo_fast.config_cli import load_config
-    from densegrpo_fast.config_yaml import preset_names
+    from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.config.yaml_files import preset_names
     from densegrpo_fast.embedded import WEIGHTS
 
     config, _ = load_config(arguments)

@@ -162,7 +162,7 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> Any:
     try:
-        from densegrpo_fast.config_yaml import DEFAULT_PRESET
+        from densegrpo_fast.config.yaml_files import DEFAULT_PRESET
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is missing: pip install densegrpo-fast[train], or use --analytic", ExitCode.ENVIRONMENT

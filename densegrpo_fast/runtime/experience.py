@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_methods import credit_values
+from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.evidence import Evidence

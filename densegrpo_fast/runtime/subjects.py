@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.config_yaml import DEFAULT_PRESET, read_settings
+from densegrpo_fast.config.yaml_files import DEFAULT_PRESET, read_settings
 from densegrpo_fast.exit_codes import ExitCode, UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_rewards import behind
+from densegrpo_fast.config.rewards import behind
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.rewards.registry import create

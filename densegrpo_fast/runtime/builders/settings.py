@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config_calibration import SIGNS
+from densegrpo_fast.config.calibration import SIGNS
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.runtime.learner import LearnerOptions
 

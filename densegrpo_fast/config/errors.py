@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from densegrpo_fast.config import options, sections
+from densegrpo_fast.config.schema import options, sections
 from densegrpo_fast.suggest import did_you_mean
 
 _EXPECTED = {

@@ -1,7 +1,7 @@
 """Every option of a training run, and what the options say about each other.
 
 The models hold no default values: those live in the presets (`configs/*.yaml`), so that a number is written
-in one place. `config_sections` has the option groups, `config_yaml` reads and writes the files, `config_cli` adds
+in one place. `sampling` and `learning` have the option groups, `yaml_files` reads and writes files, `cli` adds
 the command line. Nothing here imports torch.
 """
 
@@ -13,24 +13,26 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints, model_validator
 from pydantic.fields import FieldInfo
 
-from densegrpo_fast.config_branching import branching_problem
-from densegrpo_fast.config_calibration import CalibrationOptions, calibration_problem
-from densegrpo_fast.config_methods import credit_problem, objective_problem, remainder_problem
-from densegrpo_fast.config_rewards import meaning
-from densegrpo_fast.config_sections import (
+from densegrpo_fast.config.base import Section
+from densegrpo_fast.config.branching import branching_problem
+from densegrpo_fast.config.calibration import CalibrationOptions, calibration_problem
+from densegrpo_fast.config.learning import (
     CreditOptions,
-    DataOptions,
     EmaOptions,
     EvaluationOptions,
-    LookaheadOptions,
-    LoraOptions,
-    ModelOptions,
     ObjectiveOptions,
     OptimizerOptions,
     RewardOptions,
     RunOptions,
+)
+from densegrpo_fast.config.methods import credit_problem, objective_problem, remainder_problem
+from densegrpo_fast.config.rewards import meaning
+from densegrpo_fast.config.sampling import (
+    DataOptions,
+    LookaheadOptions,
+    LoraOptions,
+    ModelOptions,
     SamplerOptions,
-    Section,
     WindowOptions,
 )
 from densegrpo_fast.credit import registry

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.config_methods import quiet_steps
+from densegrpo_fast.config.methods import quiet_steps
 from densegrpo_fast.credit import registry
 
 if TYPE_CHECKING:
-    from densegrpo_fast.config import Config
+    from densegrpo_fast.config.schema import Config
 
 
 def branching_problem(config: Config) -> str | None:

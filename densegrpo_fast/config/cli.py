@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from densegrpo_fast.calibration.store import read_calibration
-from densegrpo_fast.config import Config, options
-from densegrpo_fast.config_errors import describe_errors
-from densegrpo_fast.config_help import help_text, takes_text
-from densegrpo_fast.config_yaml import (
+from densegrpo_fast.config.errors import describe_errors
+from densegrpo_fast.config.help import help_text, takes_text
+from densegrpo_fast.config.schema import Config, options
+from densegrpo_fast.config.yaml_files import (
     DEFAULT_PRESET,
     dump_yaml,
     parse_yaml,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from densegrpo_fast.config_sections import Section
+from densegrpo_fast.config.base import Section
 
 if TYPE_CHECKING:
-    from densegrpo_fast.config import Config
+    from densegrpo_fast.config.schema import Config
 
 SIGNS = 8
 """Fewest samples whose signs can move a level."""

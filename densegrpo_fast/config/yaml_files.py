@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from densegrpo_fast.config import Config
+from densegrpo_fast.config.schema import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.suggest import did_you_mean
 
 DEFAULT_PRESET = "embedded_dense"
-_PRESET_DIRECTORY = Path(__file__).parent / "configs"
+_PRESET_DIRECTORY = Path(__file__).parent.parent / "configs"
 
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _CORE_SCHEMA = [

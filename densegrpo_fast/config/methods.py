@@ -14,8 +14,8 @@ from densegrpo_fast.sampling.windows import remaining_steps
 from densegrpo_fast.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from densegrpo_fast.config import Config
-    from densegrpo_fast.config_sections import CreditOptions
+    from densegrpo_fast.config.learning import CreditOptions
+    from densegrpo_fast.config.schema import Config
 
 OUTSIDE = "path.py:NAME"
 

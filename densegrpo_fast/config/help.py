@@ -7,8 +7,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from densegrpo_fast.config import Config, options, sections
-from densegrpo_fast.config_yaml import DEFAULT_PRESET, inline_yaml, preset_names
+from densegrpo_fast.config.schema import Config, options, sections
+from densegrpo_fast.config.yaml_files import DEFAULT_PRESET, inline_yaml, preset_names
 from densegrpo_fast.exit_codes import ExitCode
 
 _USAGE = """\
