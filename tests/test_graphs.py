@@ -240,7 +240,7 @@ def test_gradients_are_refused(setting: Setting) -> None:
     trajectory = sampled(model)
     standing = list(lookahead.evaluate(trajectory).values())
     with pytest.raises(RuntimeError, match="captured without gradients"):
-        lookahead._visit(standing[:1], 3, trajectory)
+        lookahead._visit(standing[:1], [0], 3, trajectory, 0)
 
 
 def test_a_model_that_asks_the_device_runs_without_graphs(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:

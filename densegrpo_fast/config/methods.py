@@ -133,6 +133,11 @@ def remainder_problem(config: Config) -> str | None:
         for name in ("head", "cache"):
             if (given := getattr(lookahead, name)) is not None:
                 return f"lookahead.{name}: expected null {whole} {given}"
+    if window.remainder == "dpm_solver" and config.uses_lookahead and lookahead.head is not None:
+        return (
+            "lookahead.head: a head corrects Euler's last jump; expected null with window.remainder dpm_solver, "
+            f"got {lookahead.head}"
+        )
     return None
 
 
