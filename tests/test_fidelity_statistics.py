@@ -116,3 +116,23 @@ def test_missing_rewards_are_missing_on_both_sides() -> None:
 def test_rewards_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must both be \[P, G, T\+1\] with G, T >= 2, got \[1, 3, 2\]"):
         statistics.compare(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2))
+
+
+def test_persistence_is_the_pooled_correlation_inside_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64).cumsum(-1)
+    exact += 10 * torch.arange(3.0)[:, None, None]  # between groups, which must not count
+    exact[..., 3] = exact[..., 2]
+    centred = exact - exact.mean(1, keepdim=True)
+    found = statistics.persistence(exact)
+    for step in range(3):
+        expected = stats.pearsonr(centred[..., step].flatten(), centred[..., step + 1].flatten()).statistic
+        assert found[step] == pytest.approx(expected)
+    assert found[2] == pytest.approx(1.0)
+    # a missing reward takes its sample out of its group's two pairs
+    exact[1, 2, 1] = math.nan
+    rest = exact[1, [0, 1, 3, 4]]
+    pairs = [exact[0], rest, exact[2]]
+    expected = stats.pearsonr(*(torch.cat([g[:, k] - g[:, k].mean() for g in pairs]) for k in (0, 1))).statistic
+    assert statistics.persistence(exact)[0] == pytest.approx(expected)
+    assert math.isnan(statistics.persistence(torch.ones(2, 3, 3))[0])

@@ -81,7 +81,7 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     from densegrpo_fast.fidelity import report
     from densegrpo_fast.fidelity.measure import measure, reference
     from densegrpo_fast.fidelity.search import Thresholds
-    from densegrpo_fast.fidelity.statistics import compare
+    from densegrpo_fast.fidelity.statistics import compare, persistence
     from densegrpo_fast.runtime.provenance import provenance
 
     sampling = {"group_size": options.group_size, "seed": options.seed}
@@ -100,9 +100,11 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     }
     settings = subject.settings | sampling | {"groups": options.groups, "groups_measured": len(groups)}
     settings |= {"trained_steps": subject.trained_steps, "kl": subject.kl, "noisy": list(subject.coefficients.noisy)}
-    _show(settings, records, searched)
+    kept = persistence(exact)
+    _show(settings, records, searched, kept)
     if options.json:
-        report.write_json(options.json, {"plans": records, "search": searched, "settings": settings, **provenance()})
+        document = {"plans": records, "search": searched, "persistence": kept, "settings": settings}
+        report.write_json(options.json, document | provenance())
     if options.plot:
         report.save_plot(options.plot, records, searched)
     return ExitCode.OK
@@ -192,7 +194,9 @@ def _searched(
     return candidates, cheapest(candidates, thresholds)
 
 
-def _show(settings: dict[str, Any], records: dict[str, Any], searched: dict[str, Any] | None) -> None:
+def _show(
+    settings: dict[str, Any], records: dict[str, Any], searched: dict[str, Any] | None, kept: Sequence[float]
+) -> None:
     from densegrpo_fast.fidelity.report import ENOUGH, LEGEND, plan_table, step_table
 
     sampler = settings["sampler"]
@@ -205,6 +209,8 @@ def _show(settings: dict[str, Any], records: dict[str, Any], searched: dict[str,
     remaining = min((record["remaining_gains"] for record in records.values()), default=1.0)
     advice = "" if remaining >= ENOUGH else f"; below {ENOUGH:.0%}, judge by a more finely graded reward"
     print(f"\n{remaining:.0%} of the groups' steps remain, in the others all exact gains are equal{advice}.")
+    numbers = " ".join(f"{value:.2f}" for value in kept)
+    print(f"exact rewards of neighbouring states correlate by {numbers}; below .5 a gain is noisier than a reward.")
     if searched is None:
         return
     wanted = ", ".join(f"{name} {value:g}" for name, value in searched["thresholds"].items())

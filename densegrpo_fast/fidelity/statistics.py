@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from densegrpo_fast.credit.dense import dense_advantages, reward_gains
@@ -99,6 +100,24 @@ def compare(exact: Tensor, cheap: Tensor) -> Agreement:
         spearman_rewards=tuple(by_rewards.nanmean(0).tolist()),
         spearman_gains=tuple(by_gains.nanmean(0).tolist()),
     )
+
+
+def persistence(exact: Tensor) -> tuple[float, ...]:
+    """Correlation of each state's reward with the next state's inside a group, samples of all groups pooled.
+
+    What a step leaves standing of the reward. With equal spreads a gain has 2 (1 - correlation) times a reward's
+    variance: below 1/2, the difference is noisier than either of the two, and taking it costs more than it removes.
+
+    Args:
+        exact: [P, G, T+1] float; NaN = missing.
+
+    Returns:
+        T numbers in [-1, 1]; NaN where the rewards of a state are all equal in every group.
+    """
+    pairs = torch.stack([exact[..., :-1], exact[..., 1:]]).double()
+    pairs = pairs.where(pairs.isfinite().all(0), math.nan)
+    pairs = pairs - pairs.nanmean(2, keepdim=True)
+    return tuple(pearson(*(values.permute(2, 0, 1).flatten(1) for values in pairs)).tolist())
 
 
 def spearman(reference: Tensor, other: Tensor) -> Tensor:
