@@ -136,3 +136,14 @@ def test_persistence_is_the_pooled_correlation_inside_groups() -> None:
     expected = stats.pearsonr(*(torch.cat([g[:, k] - g[:, k].mean() for g in pairs]) for k in (0, 1))).statistic
     assert statistics.persistence(exact)[0] == pytest.approx(expected)
     assert math.isnan(statistics.persistence(torch.ones(2, 3, 3))[0])
+
+
+def test_gains_of_noise_free_steps_are_no_units() -> None:
+    generator = torch.Generator().manual_seed(1)
+    exact = torch.randn(2, 4, 5, generator=generator)
+    exact[..., 2:] = exact[..., 1:2]  # steps 1, 2 and 3 change nothing
+    whole, noisy = statistics.compare(exact, exact), statistics.compare(exact, exact, (True, False, False, False))
+    # of the steps 0..2 of 2 groups
+    assert (whole.remaining_gains, whole.excluded_gains) == (pytest.approx(1 / 3), 4)
+    assert (noisy.remaining_gains, noisy.excluded_gains) == (1.0, 0)
+    assert noisy.spearman_gains_mean == whole.spearman_gains_mean == 1.0

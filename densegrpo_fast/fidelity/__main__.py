@@ -95,8 +95,10 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
 
     rewards = measure(subject, variants, groups, progress=partial(_progress, "measured", len(groups)), **sampling)
     exact = rewards[reference(subject.coefficients.num_steps)]
+    noisy = subject.coefficients.noisy
     records = {
-        variant.name: report.plan_record(variant, compare(exact, rewards[variant]), subject) for variant in variants
+        variant.name: report.plan_record(variant, compare(exact, rewards[variant], noisy), subject)
+        for variant in variants
     }
     settings = subject.settings | sampling | {"groups": options.groups, "groups_measured": len(groups)}
     settings |= {"trained_steps": subject.trained_steps, "kl": subject.kl, "noisy": list(subject.coefficients.noisy)}

@@ -115,7 +115,7 @@ def search(
             variant = Variant(plan, guidance, decoder)
             rewards = assemble(table, end, nodes, subject.coefficients.noisy)
             forwards = cost_of(variant, subject).lookahead.forwards
-            candidates.append(Candidate(variant, forwards, compare(truth, rewards)))
+            candidates.append(Candidate(variant, forwards, compare(truth, rewards, subject.coefficients.noisy)))
     return sorted(candidates, key=_order)
 
 

@@ -7,6 +7,7 @@ group, per state. Everything is vectorised over groups and states, in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +57,14 @@ class Agreement:
     spearman_gains: tuple[float, ...]
 
 
-def compare(exact: Tensor, cheap: Tensor) -> Agreement:
+def compare(exact: Tensor, cheap: Tensor, noisy: Sequence[bool] | None = None) -> Agreement:
     """Agreement of two sets of lookahead rewards of the same trajectories.
 
     Args:
         exact: [P, G, T+1] float, the reference; NaN = missing.
         cheap: [P, G, T+1] float.
+        noisy: of each of the T steps whether it injects noise; the gains of the others, which are all 0, are no units.
+            None = all do.
 
     Raises:
         ValueError: the shapes differ, or T or G is below 2.
@@ -81,6 +84,7 @@ def compare(exact: Tensor, cheap: Tensor) -> Agreement:
     ]
     by_rewards = spearman(*(values.transpose(1, 2) for values in rewards))
     by_gains = spearman(*(values.transpose(1, 2) for values in gains))
+    units = by_gains if noisy is None else by_gains[:, torch.tensor(noisy[:states])]
     return Agreement(
         spearman_rewards_mean=_mean(by_rewards),
         spearman_rewards_error=_error(by_rewards),
@@ -93,9 +97,9 @@ def compare(exact: Tensor, cheap: Tensor) -> Agreement:
         spearman_advantages=_mean(spearman(*(values.flatten(1) for values in advantages))),
         sign_agreement_advantages=sign_agreement(*advantages),
         remaining_rewards=_share(~by_rewards.isnan()),
-        remaining_gains=_share(~by_gains.isnan()),
+        remaining_gains=_share(~units.isnan()),
         excluded_rewards=int(by_rewards.isnan().sum()),
-        excluded_gains=int(by_gains.isnan().sum()),
+        excluded_gains=int(units.isnan().sum()),
         missing=_share(~present),
         spearman_rewards=tuple(by_rewards.nanmean(0).tolist()),
         spearman_gains=tuple(by_gains.nanmean(0).tolist()),
