@@ -49,3 +49,23 @@ def test_values_of_any_dtype() -> None:
     assert host_values(torch.tensor([[1, 2], [3, 4]])) == (1.0, 2.0, 3.0, 4.0)
     assert host_values(torch.tensor(0.5, dtype=torch.bfloat16).requires_grad_()) == (0.5,)
     assert host_values(torch.tensor([0.1])) == (torch.tensor(0.1).item(),)
+
+
+def test_several_tensors_are_read_in_one_copy() -> None:
+    reader = HostReader()
+    times, sigmas, steps = torch.arange(12.0).reshape(3, 4), torch.tensor([1.0, 0.3, 0.0]), torch.tensor([5, 2**40 + 1])
+    reader.read_ahead(times[1], sigmas, steps)
+    assert reader.reads == 1
+    for tensor in (times, times[:, 2], sigmas, steps):
+        assert torch.equal(reader.read(tensor), tensor) and reader.read(tensor).dtype == tensor.dtype
+    assert reader.reads == 1
+    # what is known is not read again, and a single one is left to be read when it is wanted
+    reader.read_ahead(times, sigmas, steps)
+    sigmas[1] = 0.25
+    reader.read_ahead(times, sigmas, steps)
+    assert reader.reads == 1
+    assert reader.read(sigmas).tolist() == [1.0, 0.25, 0.0] and reader.reads == 2
+    with torch.inference_mode():
+        hidden = torch.ones(2)
+    reader.read_ahead(hidden, torch.ones(3), torch.ones(1 << 15))
+    assert reader.reads == 2

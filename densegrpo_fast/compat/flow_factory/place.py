@@ -1,6 +1,7 @@
 """Where Flow-Factory's steps are: the noise levels behind timesteps, and the coefficients of each row.
 
-Timesteps are read once per tensor (`_host_values`), so that neither a schedule's nor a batch's costs a wait per step.
+A schedule's tensors and the call's own timesteps are read in one copy, and once (`_host_values`): a schedule costs one
+wait, a stored batch another, and no step any.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat._host_values import host_tensor, host_values
+from densegrpo_fast.compat._host_values import host_tensor, host_values, read_ahead
 from densegrpo_fast.compat._steps import Row, device_table, host_rows
 from densegrpo_fast.flow.dynamics import Family
 
@@ -76,6 +77,8 @@ def places_of(
         ValueError: a timestep that is not in the schedule where it has to be, or values that do not belong together.
         TypeError: a timestep of another type.
     """
+    schedule = (scheduler.sigmas, scheduler.timesteps, getattr(scheduler, "current_sde_steps", None))
+    read_ahead(*(value for value in (*schedule, timestep, timestep_next, noise_level) if isinstance(value, Tensor)))
     grid = host_values(scheduler.sigmas)
     if timestep_next is None:
         steps = _schedule_steps(scheduler, timestep)
