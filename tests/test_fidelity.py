@@ -134,7 +134,9 @@ def test_an_analytic_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     arguments += ["--guidance", "full", "cond_only", "--decoder", "full", "preview"]
     assert fidelity.main([*arguments, "--json", str(out), "--plot", str(picture)]) == 0
     document = json.loads(out.read_text())
-    assert set(document) == {"plans", "search", "settings", "command", "commit", "hardware", "versions"}
+    own = {"plans", "search", "persistence", "settings"}
+    assert set(document) == own | {"command", "commit", "hardware", "versions"}
+    assert len(document["persistence"]) == 10 and all(0 < value <= 1 for value in document["persistence"])
     assert document["settings"]["group_size"] == 6 and document["search"] is None
     found = document["plans"]
     # exact and nodes with both guidances, one_step with one (it never evaluates), each with both decoders
