@@ -65,6 +65,9 @@ def test_several_tensors_are_read_in_one_copy() -> None:
     reader.read_ahead(times, sigmas, steps)
     assert reader.reads == 1
     assert reader.read(sigmas).tolist() == [1.0, 0.25, 0.0] and reader.reads == 2
+    fresh = torch.arange(4.0)
+    reader.read_ahead(fresh, fresh[1:])  # one tensor and a view of it are one
+    assert reader.reads == 2
     with torch.inference_mode():
         hidden = torch.ones(2)
     reader.read_ahead(hidden, torch.ones(3), torch.ones(1 << 15))

@@ -60,7 +60,7 @@ class HostReader:
         Numbers go through float64, which holds all of the hosts' (integers up to 2^53).
         """
         bases = [_whole(tensor) for tensor in tensors if _can_follow(_whole(tensor), tensor)]
-        unknown = [base for base in bases if self._find(base) is None]
+        unknown = list({base.untyped_storage()._cdata: base for base in bases if self._find(base) is None}.values())
         if len(unknown) < 2:
             return
         self.reads += 1
