@@ -19,6 +19,7 @@ from densegrpo_fast.models.analytic import AnalyticModel
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.data import PromptSet
+from densegrpo_fast.runtime.row_budget import RowBudget
 
 T = 4
 SMALL = (3, 1, 2)
@@ -36,8 +37,7 @@ def meter(model: FlowModel, prompts: Sequence[str], reward: Any = brightness, **
         "dynamics": "flow_sde",
         "prompts": PromptSet(tuple(prompts), ({},) * len(prompts)),
         "guidance_scale": 1.0,
-        "rows": 8,
-        "chunk": 64,
+        "rows": RowBudget(8, "rows"),
         "seed": 3,
         "max_missing": 0.0,
         "count": 12,
@@ -47,12 +47,30 @@ def meter(model: FlowModel, prompts: Sequence[str], reward: Any = brightness, **
 
 def test_the_same_draw_is_the_same_whatever_the_batches(mixture_model: FlowModel) -> None:
     prompts = ["0", "12", "01"]
-    one = meter(mixture_model, prompts, rows=8).gains([0.7] * T, 0)
-    two = meter(mixture_model, prompts, rows=5).gains([0.7] * T, 0)
+    one = meter(mixture_model, prompts).gains([0.7] * T, 0)
+    two = meter(mixture_model, prompts, rows=RowBudget(5, "rows")).gains([0.7] * T, 0)
     assert one.shape == (12, T) and one.dtype == torch.float64
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     other = meter(mixture_model, prompts).gains([0.7] * T, 1)
     assert not torch.isclose(one, other, atol=1e-4).any(0).all()
+
+
+def test_a_calibration_goes_on_with_fewer_samples_at_a_time(
+    mixture_model: FlowModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, original = ["0", "12", "01"], type(mixture_model).velocity
+    whole = meter(mixture_model, prompts).gains([0.7] * T, 0)
+
+    def velocity(self: FlowModel, latents: Tensor, *rest: Any) -> Any:
+        if len(latents) > 3:
+            raise torch.OutOfMemoryError("too many")
+        return original(self, latents, *rest)
+
+    monkeypatch.setattr(type(mixture_model), "velocity", velocity)
+    small = meter(mixture_model, prompts)
+    told: list[int] = []
+    torch.testing.assert_close(small.gains([0.7] * T, 0, told.append), whole, rtol=1e-5, atol=1e-6)
+    assert small.rows.rows == 2 and told == [2] * 6
 
 
 def test_levels_of_later_steps_change_no_earlier_gain(mixture_model: FlowModel) -> None:
@@ -115,7 +133,7 @@ def test_components_of_a_linear_flow_in_closed_form() -> None:
     def linear(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return images.double().flatten(1).logit() @ weight
 
-    found = meter(model, [""], linear, rows=1024, count=4096)
+    found = meter(model, [""], linear, rows=RowBudget(1024, "rows"), count=4096)
     result = found.consistency(levels, HELD_OUT_DRAW, 4)
 
     table = coefficients(model.sigmas(T), levels, "flow_sde")

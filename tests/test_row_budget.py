@@ -205,3 +205,31 @@ def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
     # from the second rollout on, rollout and update have one row each: the ratio of the first update is 1 again
     assert small[1]["first_ratio_deviation"] <= 1e-6
     assert (1, True) in rows and (2, True) not in rows and (1, False) in rows
+
+
+def test_the_guard_and_its_decodes_go_on_with_fewer_rows(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from densegrpo_fast.runtime.metrics import read_metrics
+
+    forward, decode = SD3._forward, SD3.decode
+
+    def narrow(original: Any, rows: int) -> Any:
+        def limited(self: SD3, latents: Tensor, *rest: Any) -> Tensor:
+            if len(latents) > rows:
+                raise torch.OutOfMemoryError("too many")
+            return original(self, latents, *rest)
+
+        return limited
+
+    # rollout and update have 2 rows per forward, the guard at first 6: one group of 2 in each of three states
+    settings = {"sampler.num_steps": 4, "lookahead.chunk": 6, "lookahead.guard_every": 1, "run.memory_check": "off"}
+    settings |= {"lookahead.plan": "one_step", "run.iterations": 1, "evaluation.every": 0}
+    assert train(tmp_path / "plain", **settings) == 0
+    monkeypatch.setattr(SD3, "_forward", narrow(forward, 2))
+    monkeypatch.setattr(SD3, "decode", narrow(decode, 3))
+    assert train(tmp_path / "small", **settings) == 0
+    (plain,), (small,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "small"))
+    assert "of the drift guard)" in caplog.text and "of the drift guard's decodes)" in caplog.text
+    agreement = "guard/spearman_rewards"
+    assert small[agreement] == plain[agreement]

@@ -9,7 +9,7 @@ the sample's number, the draw as epoch, and as step the denoising step or, for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,9 @@ from densegrpo_fast.flow.dynamics import C, Family, coefficients
 from densegrpo_fast.flow.noise import Stream, branch_stream, gaussian
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.runtime.chunks import lookahead_chunks
 from densegrpo_fast.runtime.data import PromptSet
+from densegrpo_fast.runtime.row_budget import RowBudget
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import lookahead_evaluations
@@ -58,8 +60,7 @@ class GainMeter:
         dynamics: family of the stochastic step.
         prompts: the samples take turns in them.
         guidance_scale: of the rollout and of the completions.
-        rows: samples at a time.
-        chunk: rows per forward of the completions and per decode.
+        rows: samples at a time, and rows per forward and decode; fewer from then on if the memory runs out.
         seed: of all noise.
         max_missing: share of missing scores that is endured.
         count: number of samples N.
@@ -71,8 +72,7 @@ class GainMeter:
     dynamics: Family
     prompts: PromptSet
     guidance_scale: float
-    rows: int
-    chunk: int
+    rows: RowBudget
     seed: int
     max_missing: float
     count: int
@@ -80,6 +80,7 @@ class GainMeter:
     @classmethod
     def of(cls, config: Config, model: FlowModel, reward: RewardMixture, prompts: PromptSet, count: int) -> GainMeter:
         """The meter for a configuration's sampler."""
+        chunks = lookahead_chunks(config, model, "full")
         return cls(
             model=model,
             reward=reward,
@@ -87,8 +88,9 @@ class GainMeter:
             dynamics=config.sampler.dynamics,
             prompts=prompts,
             guidance_scale=config.sampler.guidance_scale,
-            rows=config.sampler.micro_batch,
-            chunk=config.lookahead.chunk,
+            rows=RowBudget(
+                min(config.sampler.micro_batch, chunks.forward, chunks.decode), "sampler.micro_batch, of calibrations"
+            ),
             seed=config.seed,
             max_missing=config.reward.max_missing,
             count=count,
@@ -117,12 +119,12 @@ class GainMeter:
         Raises:
             UserError: (reward) the reward failed, or more scores are missing than `max_missing`.
         """
-        parts = []
-        for batch in self._batches(levels, draw, self.count):
-            rewards = self._state_rewards(batch)
-            parts.append(reward_gains(rewards.T[:, None])[:, 0])
-            progress(len(batch.prompts))
-        return torch.cat(parts)
+
+        def work(samples: slice) -> Tensor:
+            rewards = self._state_rewards(self._batch(levels, draw, samples))
+            return reward_gains(rewards.T[:, None])[:, 0]
+
+        return self._all(self.count, work, progress)
 
     def consistency(
         self,
@@ -139,37 +141,47 @@ class GainMeter:
         Raises:
             UserError: as `gains`.
         """
-        parts: list[Tensor] = []
-        for batch in self._batches(levels, draw, max(2, self.count // branches)):
-            table, before = batch.trajectory.coefficients, self._state_rewards(batch)
+        table = coefficients(self.sigmas, levels, self.dynamics)
+
+        def work(samples: slice) -> Tensor:
+            batch = self._batch(levels, draw, samples)
+            before = self._state_rewards(batch)
             still = torch.zeros(branches, len(batch.index), dtype=torch.float64)
             steps = [
                 self._branched(batch, step, branches) - before[step] if noisy else still
                 for step, noisy in enumerate(table.noisy)
             ]
-            parts.append(torch.stack(steps).permute(2, 1, 0))
-            progress(len(batch.index))
-        return step_consistency(torch.cat(parts), table.table[:, C].cpu())
+            return torch.stack(steps).permute(2, 1, 0)
 
-    def _batches(self, levels: Sequence[float], draw: int, count: int) -> Iterator[_Batch]:
+        gains = self._all(max(2, self.count // branches), work, progress)
+        return step_consistency(gains, table.table[:, C])
+
+    def _all(self, count: int, work: Callable[[slice], Tensor], progress: Callable[[int], object]) -> Tensor:
+        """The joined results of `work` on samples 0..count-1, as many at a time as the memory allows."""
+        parts = []
+        for part in self.rows.each(slice(0, count), work):
+            parts.append(part)
+            progress(len(part))
+        return torch.cat(parts)
+
+    def _batch(self, levels: Sequence[float], draw: int, samples: slice) -> _Batch:
         model, steps = self.model, len(self.sigmas) - 1
-        table = coefficients(self.sigmas, levels, self.dynamics).to(model.device)
         # prompts go on from draw to draw; the samples that judge come after those of draw 0
         first = self.count * {0: 0, HELD_OUT_DRAW: 1}.get(draw, draw + 1)
-        for index in torch.arange(count, device=model.device).split(self.rows):
-            chosen = [(first + sample) % len(self.prompts) for sample in index.tolist()]
-            prompts = [self.prompts.prompts[prompt] for prompt in chosen]
-            words: dict[str, Any] = {"seed": self.seed, "sample_index": index, "epoch": draw}
-            trajectory = rollout(
-                model,
-                gaussian(model.latent_shape, step=steps, stream=Stream.CALIBRATION, **words),
-                model.encode(prompts),
-                table,
-                **words,
-                guidance_scale=self.guidance_scale,
-                stream=Stream.CALIBRATION,
-            )
-            yield _Batch(trajectory, prompts, [self.prompts.metadata[prompt] for prompt in chosen], index)
+        index = torch.arange(samples.start, samples.stop, device=model.device)
+        chosen = [(first + sample) % len(self.prompts) for sample in index.tolist()]
+        prompts = [self.prompts.prompts[prompt] for prompt in chosen]
+        words: dict[str, Any] = {"seed": self.seed, "sample_index": index, "epoch": draw}
+        trajectory = rollout(
+            model,
+            gaussian(model.latent_shape, step=steps, stream=Stream.CALIBRATION, **words),
+            model.encode(prompts),
+            coefficients(self.sigmas, levels, self.dynamics).to(model.device),
+            **words,
+            guidance_scale=self.guidance_scale,
+            stream=Stream.CALIBRATION,
+        )
+        return _Batch(trajectory, prompts, [self.prompts.metadata[prompt] for prompt in chosen], index)
 
     def _branched(self, batch: _Batch, step: int, branches: int) -> Tensor:
         """Rewards [K, B] of completions after a step that is taken K times from the same state."""
@@ -192,13 +204,13 @@ class GainMeter:
                 self.sigmas[step + 1 :],
                 guidance_scale=self.guidance_scale,
             )
-            images = torch.cat([self.model.decode(part) for part in clean.split(self.chunk)])
+            images = torch.cat([self.model.decode(part) for part in clean.split(len(batch.index))])
             scores.append(self._scores(images[None], batch)[0])
         return torch.stack(scores)
 
     def _state_rewards(self, batch: _Batch) -> Tensor:
         """Rewards [T+1, B] of the completions of a batch's states."""
-        exact = Lookahead(self.model, plans.exact(len(self.sigmas) - 1), chunk=self.chunk)
+        exact = Lookahead(self.model, plans.exact(len(self.sigmas) - 1), chunk=len(batch.index))
         clean = exact.complete(batch.trajectory)
         return self._scores(exact.images(clean, batch.trajectory.coefficients.noisy, "full"), batch)
 

@@ -154,6 +154,12 @@ def draw_fitting(
     return budget.fitting(with_rows)
 
 
+def complete_in(lookahead: Lookahead, trajectory: Trajectory, chunk: int) -> Tensor:
+    """Completions as `Lookahead.complete` gives them, from then on with at most `chunk` rows per forward."""
+    lookahead.chunk = chunk
+    return lookahead.complete(trajectory)
+
+
 class Judge:
     """Turns trajectories into rewards, and rewards into advantages by the configured credit method.
 
@@ -181,7 +187,7 @@ class Judge:
         if self.lookahead is not None and sharing is not None:
             with timer("lookahead"):
                 self.lookahead.model.refresh()
-                clean = sharing.different(self.forwards.fitting(partial(self._complete, self.lookahead, trajectory)))
+                clean = sharing.different(self.forwards.fitting(partial(complete_in, self.lookahead, trajectory)))
         with timer("reward"):
             whose = range(batch) if sharing is None else sharing.samples(batch)
             scores = self._score(self._images(clean), [rows[b] for b in whose], [metadata[b] for b in whose])
@@ -259,11 +265,6 @@ class Judge:
         """Images of clean latents [m, ...], part after part; without a lookahead by the full decoder."""
         decoder: Decoder = "full" if self.lookahead is None else self.config.lookahead.decoder
         return self.decodes.each(slice(0, len(clean)), lambda rows: self.model.decode(clean[rows], decoder))
-
-    @staticmethod
-    def _complete(lookahead: Lookahead, trajectory: Trajectory, chunk: int) -> Tensor:
-        lookahead.chunk = chunk
-        return lookahead.complete(trajectory)
 
     def _score(self, parts: Iterable[Tensor], prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         """Scores of pictures that are made part after part, while they are made if `reward.overlap` says so."""

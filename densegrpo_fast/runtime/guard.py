@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from densegrpo_fast.config import Config
@@ -15,8 +17,9 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.chunks import lookahead_chunks
-from densegrpo_fast.runtime.experience import Outcome
+from densegrpo_fast.runtime.experience import Outcome, complete_in
 from densegrpo_fast.runtime.head_training import Examples, HeadRefresher, examples_of
+from densegrpo_fast.runtime.row_budget import RowBudget
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import Evaluations, guard_check, lookahead_evaluations
@@ -51,7 +54,9 @@ class DriftGuard:
         self.refresher = HeadRefresher(head, steps, config.seed) if steps and isinstance(head, CompletionHead) else None
         exact = plans.exact(config.sampler.num_steps)
         chunks = lookahead_chunks(config, model, "full")
-        self.exact = Lookahead(model, exact, chunk=chunks.forward, decode_chunk=chunks.decode, replan=plans.exact)
+        self.exact = Lookahead(model, exact, chunk=chunks.forward, replan=plans.exact)
+        self.forwards = RowBudget(chunks.forward, "lookahead.chunk, of the drift guard")
+        self.decodes = RowBudget(chunks.decode, "lookahead.chunk, of the drift guard's decodes")
 
     def due(self, iteration: int) -> bool:
         """Whether an iteration (from 0) is looked at."""
@@ -83,10 +88,11 @@ class DriftGuard:
         prompt = (iteration // options.guard_every) % (len(rows) // size)
         group = slice(prompt * size, (prompt + 1) * size)
         chosen, noisy = trajectory.select(group), trajectory.coefficients.noisy
-        clean = self.exact.complete(chosen)
-        images = self.exact.different_images(clean, noisy, "full")
-        count = len(images)
-        scores = score(self.reward, images.flatten(0, 1), rows[group] * count, metadata[group] * count)
+        clean = self.forwards.fitting(partial(complete_in, self.exact, chosen))
+        different = Sharing(noisy).different(clean)
+        decoded = self.decodes.each(slice(0, len(different)), lambda part: self.model.decode(different[part], "full"))
+        count = len(different) // size
+        scores = score(self.reward, torch.cat(list(decoded)), rows[group] * count, metadata[group] * count)
         exact = scores.values.view(count, 1, size).permute(1, 2, 0)[..., Sharing(noisy).positions]
         found = asdict(compare(exact, outcome.lookahead_rewards[prompt : prompt + 1].cpu()))
         if found["spearman_gains_mean"] < options.guard_alarm:
