@@ -229,8 +229,8 @@ def _show(
 
 
 def _progress(what: str, total: int, done: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{what} {done} of {total} groups", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    start, end = ("\r", "\n" if done == total else "") if sys.stderr.isatty() else ("", "\n")
+    print(f"{start}{what} {done} of {total} groups", end=end, file=sys.stderr, flush=True)
 
 
 def _made(make: MakePlan, num_steps: int) -> Plan:

@@ -99,6 +99,7 @@ def pipeline_subject(
     """
     from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, completion_head, count
     from densegrpo_fast.runtime import builders
+    from densegrpo_fast.runtime.chunks import lookahead_chunks
 
     if config.window.remainder_share < 1:
         raise UserError("window.remainder_share: plans are compared on all of the grid; set it to 1", ExitCode.USAGE)
@@ -113,6 +114,7 @@ def pipeline_subject(
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
     copy = None if copy_dtype is None else builders.build_copy(model, copy_dtype)
     coefficients, costs = builders.build_coefficients(config, model), {}
+    chunks = lookahead_chunks(config, model, "full")
     if copy is not None:
         costs[True, False] = unit.reference_forward
     if cache is not None:
@@ -135,7 +137,7 @@ def pipeline_subject(
         reward=reward,
         guidance_scale=config.sampler.guidance_scale,
         decoders=("full",) if model.preview_decoder is None else ("full", "preview"),
-        chunk=config.lookahead.chunk,
+        chunk=min(chunks.forward, chunks.decode),
         trained_steps=len(builders.trained_steps(config, 0)),
         kl=config.objective.kl_coef > 0,
         flops=unit if corrector is None else replace(unit, head=completion_head(corrector.config)),
