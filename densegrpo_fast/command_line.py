@@ -61,3 +61,14 @@ def configuration(arguments: Sequence[str]) -> Config:
     if flags.resume or flags.dry_run:
         raise UserError("--resume and --dry-run are options of training", ExitCode.USAGE)
     return config
+
+
+def positive(text: str) -> int:
+    """The type of an option that takes a whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -16,13 +16,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from densegrpo_fast.command_line import check_outputs, command_parser, configuration
+from densegrpo_fast.command_line import check_outputs, command_parser, configuration, positive
 from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from densegrpo_fast.models.completion_head import CompletionHead
     from densegrpo_fast.runtime.head_training import Examples
     from densegrpo_fast.sampling.lookahead import Lookahead
-
-_HELD_OUT = 8
-"""One batch of trajectories in so many is kept from training and judges the head."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,30 +96,16 @@ def collect(
     config: Config, model: FlowModel, lookahead: Lookahead, head: CompletionHead, trajectories: int
 ) -> tuple[Examples, Examples]:
     """Examples of `trajectories` rollouts, rounded up to whole batches, for training; and some more, held out."""
-    from tqdm import tqdm
-
-    from densegrpo_fast.runtime import builders
-    from densegrpo_fast.runtime.experience import sample
+    from densegrpo_fast.runtime.drawing import drawn
     from densegrpo_fast.runtime.head_training import Examples, examples_of
     from densegrpo_fast.sampling import plan as plans
     from densegrpo_fast.sampling.lookahead import Lookahead
 
-    prompts, windows = builders.build_prompts(config), builders.build_windows(config).reached()
     exact = Lookahead(model, plans.exact(config.sampler.num_steps), chunk=lookahead.chunk)
-    batch = config.data.num_prompts * config.sampler.group_size
-    count = max(2, math.ceil(trajectories / batch * _HELD_OUT / (_HELD_OUT - 1)))
     parts: tuple[list[Examples], list[Examples]] = ([], [])
-    for number in tqdm(range(count), desc="trajectories", disable=None):
-        rows, _ = prompts.rows(number, config.sampler.group_size)
-        # iterations of training count up from 0, these down from the largest epoch
-        epoch = 2**31 - 1 - number
-        # in both parts the windows take turns
-        held_out = number // _HELD_OUT
-        turn = held_out if number % _HELD_OUT == 0 else number - held_out - 1
-        coefficients = builders.build_coefficients(config, model, windows[turn % len(windows)])
-        trajectory = sample(config, model, rows, coefficients, epoch, keep_hidden=True, cache=lookahead.cache)
-        found = examples_of(lookahead, head, trajectory, exact.complete(trajectory))
-        parts[number % _HELD_OUT == 0].extend(found)
+    for batch in drawn(config, model, trajectories, keep_hidden=True, cache=lookahead.cache):
+        trajectory = batch.trajectory
+        parts[batch.held_out].extend(examples_of(lookahead, head, trajectory, exact.complete(trajectory)))
     return Examples.joined(parts[False]), Examples.joined(parts[True])
 
 
@@ -131,17 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("completion", __doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FILE.safetensors", help="where the head is written")
-    add("--trajectories", type=_positive, default=2048, help="to learn from; default: 2048")
-    add("--steps", type=_positive, default=1500, help="optimiser steps; default: 1500")
-    add("--width", type=_positive, default=128, help="of the head's blocks, a multiple of 4; default: 128")
-    add("--depth", type=_positive, default=2, help="number of blocks; default: 2")
+    add("--trajectories", type=positive, default=2048, help="to learn from; default: 2048")
+    add("--steps", type=positive, default=1500, help="optimiser steps; default: 1500")
+    add("--width", type=positive, default=128, help="of the head's blocks, a multiple of 4; default: 128")
+    add("--depth", type=positive, default=2, help="number of blocks; default: 2")
     return parser
-
-
-def _positive(text: str) -> Any:
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

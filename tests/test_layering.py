@@ -20,13 +20,13 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"sampling", "flow", "models.base"},
     "credit": {"credit", "flow", "outside"},
     "objective": {"objective", "flow"},
-    "models": {"models", "flow.schedule", "flow.analytic", "embedded", "exit_codes"},
-    "rewards": {"rewards", "outside"},
+    "models": {"models", "flow.schedule", "flow.analytic", "embedded", "exit_codes", "pretrained"},
+    "rewards": {"rewards", "outside", "pretrained"},
     "compat": {"compat", "flow", "sampling", "credit", "models.base"},
 }
 # Parts that need nothing but torch and the standard library to be imported (kernels: and Triton).
 TORCH_ONLY = ("flow", "kernels", "sampling", "credit", "objective", "compat")
-COMMANDS = ("train", "completion", "calibrate", "fidelity", "sample", "evaluate", "doctor", "launch")
+COMMANDS = ("train", "completion", "preview", "calibrate", "fidelity", "sample", "evaluate", "doctor", "launch")
 
 
 class Import(NamedTuple):

@@ -1,0 +1,117 @@
+"""Fit a preview decoder to the policy's own pictures: `python -m densegrpo_fast.preview`.
+
+    python -m densegrpo_fast.preview --output preview
+    python -m densegrpo_fast.fidelity --decoder preview full --model.preview_decoder preview
+    python -m densegrpo_fast.train --model.preview_decoder preview
+
+Gains are small differences between similar pictures, so a preview decoder has to agree with the full one on what the
+policy makes, not on pictures at large. The starting policy is rolled out on training prompts, the full decoder decodes
+the results, and the preview decoder that the configuration has is fitted to them. Held-out groups tell how far both
+decoders' rewards agree, before and after. The result is an AutoencoderTiny directory for `model.preview_decoder`.
+Options are those of training, and are parsed before torch is imported. Exit codes are in `exit_codes.py`.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from densegrpo_fast.command_line import check_outputs, command_parser, configuration, positive
+from densegrpo_fast.config import Config
+from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+
+if TYPE_CHECKING:
+    from densegrpo_fast.models.base import FlowModel
+    from densegrpo_fast.runtime.preview_training import Pictures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    with user_errors_exit():
+        config = configuration(overrides)
+        check_outputs(options, "output")
+        if options.output.exists():
+            raise UserError(f"--output: {options.output} is there already; give another directory", ExitCode.OUTPUT)
+        return int(preview(config, options))
+
+
+def preview(config: Config, options: argparse.Namespace) -> ExitCode:
+    """Draw pictures, fit the preview decoder to them, and write it.
+
+    Raises:
+        UserError: anything the user can act on.
+    """
+    from densegrpo_fast.models.sd3 import SD3
+    from densegrpo_fast.runtime import builders
+    from densegrpo_fast.runtime.files import STAGE_SUFFIX, output_errors
+    from densegrpo_fast.runtime.preview_training import agreement, train_preview
+
+    model = builders.build_model(config, builders.default_device())
+    if not isinstance(model, SD3) or model.preview_decoder is None:
+        raise UserError(
+            "model.preview_decoder: this pipeline brings no preview decoder to start from; name the directory of an "
+            "AutoencoderTiny for its latents (for SD3: TAESD3)",
+            ExitCode.USAGE,
+        )
+    reward = builders.build_reward(config.reward.terms, config.reward.options)
+    training, held_out = collect(config, model, options.pictures)
+    size, chunk = config.sampler.group_size, config.lookahead.chunk
+    before = agreement(model, held_out, reward, size, chunk)
+    train_preview(model, training, options.steps, options.batch, config.seed)
+    after = agreement(model, held_out, reward, size, chunk)
+    staged = options.output.with_name(f".{options.output.name}{STAGE_SUFFIX}")
+    with output_errors(f"cannot write {options.output}"):
+        model.preview_decoder.save_pretrained(staged, safe_serialization=True)
+        staged.rename(options.output)
+    print(f"{len(held_out)} held-out pictures, preview decoder against full decoder:")
+    print(f"  mean absolute pixel error               {before.pixel_error:.4f} -> {after.pixel_error:.4f}")
+    print(f"  rank correlation of rewards in a group  {before.spearman_rewards:.3f} -> {after.spearman_rewards:.3f}")
+    print(f"wrote {options.output}; use it with --model.preview_decoder {options.output}")
+    return ExitCode.OK
+
+
+def collect(config: Config, model: FlowModel, pictures: int) -> tuple[Pictures, Pictures]:
+    """Pictures of `pictures` rollouts, rounded up to whole batches, for training; and some more, held out."""
+    import torch
+
+    from densegrpo_fast.runtime.drawing import drawn
+    from densegrpo_fast.runtime.preview_training import Pictures, decoded
+
+    parts: tuple[list[Pictures], list[Pictures]] = ([], [])
+    for batch in drawn(config, model, pictures):
+        latents = batch.trajectory.latents[-1]
+        images = decoded(model, latents, "full", config.lookahead.chunk)
+        parts[batch.held_out].append(Pictures(latents.cpu(), images, batch.rows, batch.metadata))
+    training, held_out = (
+        Pictures(
+            torch.cat([part.latents for part in own]),
+            torch.cat([part.images for part in own]),
+            [prompt for part in own for prompt in part.prompts],
+            [item for part in own for item in part.metadata],
+        )
+        for own in (parts[False], parts[True])
+    )
+    return training, held_out
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("preview", __doc__)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="where the decoder is written; must not exist")
+    add("--pictures", type=positive, default=3072, help="to learn from; default: 3072")
+    add("--steps", type=positive, default=2400, help="optimiser steps; default: 2400")
+    add("--batch", type=positive, default=32, help="pictures in a step; default: 32")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
