@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="where the decoder is written; must not exist")
     add("--pictures", type=positive, default=3072, help="to learn from; default: 3072")
-    add("--steps", type=positive, default=2400, help="optimiser steps; default: 2400")
+    add("--steps", type=positive, default=4500, help="optimiser steps; default: 4500")
     add("--batch", type=positive, default=32, help="pictures in a step; default: 32")
     return parser
 

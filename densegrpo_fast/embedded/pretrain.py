@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from densegrpo_fast.embedded import architecture, card, scenes
 from densegrpo_fast.embedded.stages import Loop, Stages, save
+from densegrpo_fast.models.pixel_loss import pixel_loss
 
 _LATENT_NOISE = 0.1
 _ANCHOR = 2.0
@@ -220,12 +221,6 @@ def train_flow(
     for module in modules.values():
         module.eval()
     return loop.curve
-
-
-def pixel_loss(decoded: Tensor, target: Tensor) -> Tensor:
-    """L1 on pixels plus L1 on horizontal and vertical differences, which keeps edges crisp."""
-    error = decoded - target
-    return error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
 def tokenize(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> Tensor:

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from densegrpo_fast.fidelity.statistics import spearman
 from densegrpo_fast.models.base import Decoder, FlowModel
+from densegrpo_fast.models.pixel_loss import pixel_loss
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.scoring import score
 
-_LR = 1e-3
+_LR = 3e-3
 _WARMUP = 50
 
 
@@ -46,7 +47,7 @@ def decoded(model: FlowModel, latents: Tensor, decoder: Decoder, chunk: int) -> 
 
 
 def train_preview(model: SD3, pictures: Pictures, steps: int, batch: int, seed: int) -> None:
-    """Fit the model's preview decoder in place, by absolute and squared error of the pixels.
+    """Fit the model's preview decoder in place, by `pixel_loss`.
 
     Args:
         model: with a preview decoder, which is left frozen and in evaluation mode.
@@ -65,8 +66,7 @@ def train_preview(model: SD3, pictures: Pictures, steps: int, batch: int, seed: 
             group["lr"] = _LR * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         index = torch.randint(len(pictures), (batch,), generator=generator)
         made = preview.decode(pictures.latents[index].to(model.device)).sample / 2 + 0.5
-        error = made - pictures.images[index].to(model.device).float()
-        loss = error.abs().mean() + 4 * error.square().mean()
+        loss = pixel_loss(made, pictures.images[index].to(model.device).float())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
