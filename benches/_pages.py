@@ -1,8 +1,8 @@
-"""Writes measurements of the drop-ins into the pages of `densegrpo_fast/compat`: `python benches/_pages.py`.
+"""Writes measurements into the pages that quote them: `python benches/_pages.py`.
 
-They are those of `bench_dropin.py` and `bench_turning_point.py`.
-
-A test holds the pages to the recorded result, so that neither changes without the other.
+Those of the drop-ins (`bench_dropin.py`, `bench_turning_point.py`) go into the pages of `densegrpo_fast/compat`, those
+of the step ops on the CPU (`bench_sde_step.py` and its like) into `csrc/README.md`. Tests hold the pages to what was
+recorded, so that neither changes without the other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ WORDS = {
     "mixed": "mixed sampling, ten steps, nine noisy, guided",
     "batched": "the same, `chunk=8 * B`",
     "shared": "mixed sampling and the noise-free image, `shared_noise`",
+}
+STEP_PAGE = ROOT / "csrc" / "README.md"
+STEPS = {
+    "sde_step": "`sde_step`, its noise included",
+    "sde_log_prob": "`sde_log_prob`, forward and backward",
+    "sde_log_prob_kl": "`sde_log_prob_kl`, forward and backward",
+    "euler_jump": "`euler_jump`",
+    "grpo_loss": "`grpo_loss`, forward and backward",
 }
 START, END = "<!-- measured: python benches/_pages.py -->", "<!-- end of what was measured -->"
 
@@ -51,17 +59,53 @@ def table(host: str, document: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def step_result_of(op: str) -> dict[str, Any]:
+    """What was recorded for a step op on the CPU."""
+    return json.loads((RESULTS / f"{op}_cpu.json").read_text(encoding="utf-8"))
+
+
+def step_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was measured for the step ops, as Markdown.
+
+    Args:
+        documents: recorded result of every op of `STEPS`.
+    """
+    machine = documents["sde_step"]["hardware"]["cpu"]
+    rows = [
+        f"| {machine}, float32 | shape | threads | csrc | eager | compiled | over eager | over compiled | spread |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for op, words in STEPS.items():
+        settings, variants = documents[op]["settings"], documents[op]["variants"]
+        own, eager, compiled = (variants[name] for name in ("csrc", "eager", "eager_compiled"))
+        cells = [words, str(settings["shape"]), settings["threads"]]
+        cells += [_time(variant["median_seconds"]) for variant in (own, eager, compiled)]
+        cells += [f"{own[f'times_faster_than_{name}']:.1f}x" for name in ("eager", "eager_compiled")]
+        cells += [f"{max(variant['spread'] for variant in (own, eager, compiled)):.0%}"]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows)
+
+
 def with_table(page: str, host: str, document: Mapping[str, Any]) -> str:
-    """A page with the table between its two marks.
+    """A host's page with the table between its two marks.
 
     Raises:
         ValueError: it has no such marks.
     """
+    return _between_marks(page, host, table(host, document))
+
+
+def with_step_table(page: str, documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of csrc/ likewise."""
+    return _between_marks(page, "csrc", step_table(documents))
+
+
+def _between_marks(page: str, name: str, text: str) -> str:
     before, start, rest = page.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise ValueError(f"the page of {host} needs the lines {START} and {END}")
-    return f"{before}{start}\n\n{table(host, document)}\n\n{end}{after}"
+        raise ValueError(f"the page of {name} needs the lines {START} and {END}")
+    return f"{before}{start}\n\n{text}\n\n{end}{after}"
 
 
 def _time(seconds: float) -> str:
@@ -73,6 +117,8 @@ def main() -> None:
     for host in KINDS:
         page = page_of(host)
         page.write_text(with_table(page.read_text(encoding="utf-8"), host, result_of(host)), encoding="utf-8")
+    text = with_step_table(STEP_PAGE.read_text(encoding="utf-8"), {op: step_result_of(op) for op in STEPS})
+    STEP_PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CALLS = 20 if DEVICE.type == "cuda" else 1
 """Calls in one timing."""
 BEST_OF = 1 if DEVICE.type == "cuda" else 20
-"""Timings in a turn, of which the fastest counts: what other processes took of a millisecond is left out, for all alike."""
+"""Timings in a turn, of which the fastest counts: what other processes took of it is left out, for all alike."""
 ROW_OF = {"cpu": "csrc", "triton": "triton", "cuda": "csrc_cuda", "reference": "reference"}
 ROWS = (*ROW_OF.values(), "eager", "eager_compiled", "copy")
 

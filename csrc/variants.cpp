@@ -42,7 +42,7 @@ int32_t current_variant() { return choice().load(std::memory_order_relaxed); }
 }  // namespace densegrpo
 
 // Version of this interface; native.py refuses a library of another one.
-DENSEGRPO_API int32_t densegrpo_abi_version() { return 3; }
+DENSEGRPO_API int32_t densegrpo_abi_version() { return 4; }
 
 // Name of a variant, 0 being the narrowest; null when there is none of that number, or it does not run here.
 DENSEGRPO_API const char* densegrpo_variant_name(int32_t variant) {

@@ -175,7 +175,7 @@ def test_the_table_is_written(build: Build, code) -> None:
     lines = [
         "# Resources of the compiled CUDA kernels",
         "",
-        f"Written by tests/test_csrc_cuda.py with {build.compiler}; do not edit. It was compiled and read, not run.",
+        f"Written by tests/test_csrc_cuda.py with {build.compiler}; do not edit. Compiled, never run on a GPU.",
         "Samples have a multiple of four elements unless marked odd. Instructions are per element, accesses of 128 and",
         "64 bits in the code as it stands.",
         "",

@@ -67,7 +67,7 @@ def test_compiled_jump_does_not_depend_on_the_number_of_threads() -> None:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_states_and_half_precision_levels(implementation: str, batch: int) -> None:
     latents, velocity = torch.randn(2, batch, 7, 5).transpose(2, 3)
-    levels = torch.rand(2, 2 * batch).half()[:, ::2]
+    levels = torch.rand(2, 2 * batch).sort(dim=0, descending=True).values.half()[:, ::2]
     moved = euler_jump(latents, velocity, *levels, implementation=implementation)
     assert moved.is_contiguous()
     dt = (levels[1] - levels[0]).float()[:, None, None]
@@ -141,3 +141,19 @@ def test_bad_arguments_are_named() -> None:
         euler_jump(latents, latents, 1.0, NEXT)
     with pytest.raises(ValueError, match="euler_jump: velocity must have shape"):
         euler_jump(latents, latents[:2], SIGMA, NEXT)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("sigma", "next_sigma", "message"),
+    [
+        ([1.0, 0.5, 0.5], [0.5, 0.75, 0.25], "got next_sigma 0.75 and sigma 0.5 in row 1"),
+        ([1.0, 0.5, 1.5], [0.5, 0.5, 0.25], "got next_sigma 0.25 and sigma 1.5 in row 2"),
+        ([1.0, 0.5, 0.5], [-0.5, 0.5, 0.25], "got next_sigma -0.5 and sigma 1.0 in row 0"),
+        ([1.0, float("nan"), 0.5], [0.5, 0.25, 0.25], "got next_sigma 0.25 and sigma nan in row 1"),
+    ],
+)
+def test_noise_levels_go_down_within_0_and_1(implementation: str, sigma, next_sigma, message: str) -> None:
+    with pytest.raises(ValueError, match=f"euler_jump: must have 0 <= next_sigma <= sigma <= 1, {message}"):
+        levels = (torch.tensor(sigma), torch.tensor(next_sigma))
+        euler_jump(torch.zeros(3, 4), torch.zeros(3, 4), *levels, implementation=implementation)

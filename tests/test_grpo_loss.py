@@ -9,8 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from densegrpo_fast.flow import native
 from densegrpo_fast.flow.ops import grpo_loss
 from densegrpo_fast.flow.reference import grpo_loss_ref
+
+needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
+IMPLEMENTATIONS = ["reference", pytest.param("cpu", marks=needs_native)]
 
 
 def rows(*values: float) -> Tensor:
@@ -67,6 +71,94 @@ def test_scale_bias_and_weight_by_hand() -> None:
     torch.testing.assert_close(log_prob.grad, rows(3 * math.exp(0.4), -0.25 * math.exp(-0.3)))
 
 
+def case(rows: int, spread: float = 0.3) -> dict[str, Tensor]:
+    """Every row argument of the loss, with log-ratios of about `spread`."""
+    old, change, advantages, kl, scale, bias, weight = torch.randn(7, rows)
+    return {
+        "log_prob": old + spread * change,
+        "old_log_prob": old,
+        "advantages": advantages,
+        "kl": kl.abs(),
+        "log_ratio_scale": (0.3 * scale).exp(),
+        "log_ratio_bias": 0.1 * spread * bias,
+        "weight": weight.abs(),
+    }
+
+
+def loss_of(values: dict, implementation: str, clip_range: float = 0.2) -> tuple[Tensor, Tensor]:
+    return grpo_loss(**values, clip_range=clip_range, kl_coef=0.04, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
+@pytest.mark.parametrize(("spread", "clip_range"), [(0.3, 0.2), (1e-3, 1e-3), (3.0, 0.5), (0.3, math.inf)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_value_metrics_and_gradients_against_float64(
+    implementation: str, rows: int, spread: float, clip_range: float
+) -> None:
+    values = case(rows, spread)
+    exact = {name: value.double() for name, value in values.items()}
+    leaves = [values[name].requires_grad_() for name in ("log_prob", "kl")]
+    loss, metrics = loss_of(values, implementation, clip_range)
+    gradients = torch.autograd.grad(loss, leaves, torch.tensor(2.0))
+    expected, expected_metrics, expected_grad = grpo_loss_ref(*exact.values(), clip_range, 0.04)
+    # The reference's float32 log-ratios are differences of numbers of size 1, known to 1e-7, which the exponential
+    # of a log-ratio of up to 25 multiplies; ours in C++ are double.
+    relative = 1e-6 if implementation == "cpu" else 1e-3
+    torch.testing.assert_close(loss.double(), expected, rtol=relative, atol=2e-6)
+    torch.testing.assert_close(metrics.double(), expected_metrics, rtol=relative, atol=1e-9 if spread > 0.01 else 1e-7)
+    torch.testing.assert_close(
+        gradients[0].double(), 2 * expected_grad, rtol=1e-6 if implementation == "cpu" else 5e-5, atol=1e-9
+    )
+    torch.testing.assert_close(gradients[1], torch.full((rows,), 0.08 / rows))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["log_prob", "old_log_prob", "advantages", "kl", "weight"])
+def test_nan_reaches_the_loss(implementation: str, name: str) -> None:
+    values = case(40)
+    values[name][17] = torch.nan
+    loss, metrics = loss_of(values, implementation)
+    assert loss.isnan()
+    assert metrics.isnan().any()
+    assert metrics[4].isnan() == (name in ("log_prob", "old_log_prob"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_two_runs_strided_rows_and_left_out_ones(implementation: str) -> None:
+    values = case(40)
+    strided = {name: torch.stack([value, value], dim=1)[:, 0] for name, value in values.items()}
+    first = loss_of(values, implementation)
+    for again in (loss_of(values, implementation), loss_of(strided, implementation)):
+        assert torch.equal(again[0], first[0])
+        assert torch.equal(again[1], first[1])
+    spelt = values | {"kl": torch.zeros(40), "log_ratio_scale": torch.ones(40), "log_ratio_bias": torch.zeros(40)}
+    spelt["weight"] = torch.ones(40)
+    left_out = {name: values[name] for name in ("log_prob", "old_log_prob", "advantages")} | {"kl": None}
+    for found, expected in zip(loss_of(left_out, implementation), loss_of(spelt, implementation), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_it_is_one_node_of_a_compiled_graph(implementation: str, with_kl: bool) -> None:
+    values = case(6)
+    names = ("log_prob", "kl") if with_kl else ("log_prob",)
+
+    def run(leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        given = {**values, "kl": None} | {name: 2 * leaf for name, leaf in zip(names, leaves, strict=True)}
+        return loss_of(given, implementation)
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaves = tuple(values[name].clone().requires_grad_() for name in names)
+        loss, metrics = function(leaves)
+        results.append((loss, metrics, *torch.autograd.grad(3 * loss, leaves)))
+        assert not metrics.requires_grad
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
 VALUES = st.lists(
     st.tuples(*[st.floats(-2, 2) for _ in range(3)], st.floats(0, 1), st.floats(0.1, 3), st.floats(-0.5, 0.5)),
     min_size=1,
@@ -95,9 +187,8 @@ def test_gradients_equal_autograd_through_the_reference(values, clip_range: floa
                 weight=weight,
             )
         else:
-            loss, metrics = grpo_loss_ref(
-                leaves[0], old, advantages, leaves[1], scale, bias, weight, clip_range, kl_coef
-            )
+            arguments = (leaves[0], old, advantages, leaves[1], scale, bias, weight, clip_range, kl_coef)
+            loss, metrics, _ = grpo_loss_ref(*arguments)
         results.append([loss.detach(), metrics, *torch.autograd.grad(2 * loss, leaves)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
@@ -126,9 +217,11 @@ def test_half_precision_inputs_are_computed_in_float32() -> None:
     assert (loss.dtype, metrics.dtype, log_prob.grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
 
 
-def test_opcheck() -> None:
-    log_prob, kl = (torch.randn(4, requires_grad=True) for _ in range(2))
-    arguments = (log_prob, torch.randn(4), torch.randn(4), kl, *torch.rand(3, 4), 0.2, 0.04, "auto")
+@pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("full", [False, True])
+def test_opcheck(implementation: str, full: bool) -> None:
+    required, optional = torch.randn(3, 4), torch.rand(4, 4) if full else [None] * 4
+    arguments = (*required, *optional, 0.2, 0.04, implementation)
     torch.library.opcheck(torch.ops.densegrpo_fast.grpo_loss.default, arguments)
 
 

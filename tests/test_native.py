@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.flow import native, shared_library
+from densegrpo_fast.flow import native, native_probe, shared_library
 from densegrpo_fast.flow.dynamics import C, coefficients
 from densegrpo_fast.flow.noise import gaussian
 from densegrpo_fast.flow.ops import sde_step
@@ -69,7 +69,7 @@ def everything(*shape: int) -> list[Tensor]:
     ],
 )
 def test_philox_known_answers(counter, key, expected) -> None:
-    assert native.philox4x32(counter, key) == expected
+    assert native_probe.philox4x32(counter, key) == expected
 
 
 @needs_native
@@ -77,7 +77,7 @@ def test_normals_are_accurate_at_the_ends_of_their_range() -> None:
     # All-zero words are the largest radius; from there, and near u = 1, where the radius goes to 0, every value.
     words = torch.cat([torch.arange(4096), 2**24 - 1 - torch.arange(4096)]) << 8 | 0xA5
     turns = torch.arange(8192) * 2**19 + 0x5A
-    cosine, sine = native.box_muller(words, turns)
+    cosine, sine = native_probe.box_muller(words, turns)
     radius = torch.sqrt(-2 * torch.log(((words >> 8) + 1).double() * 2.0**-24))
     angle = (turns >> 8).double() * (2.0**-24 * 2 * math.pi)
     error = torch.maximum((cosine - radius * angle.cos()).abs(), (sine - radius * angle.sin()).abs())
@@ -85,7 +85,7 @@ def test_normals_are_accurate_at_the_ends_of_their_range() -> None:
     assert cosine[4096] == sine[4096] == 0
     # Quarters of a turn are exact: one of the two is 0.
     quarters = torch.arange(4) << 30
-    cosine, sine = native.box_muller(torch.full((4,), 2**31 - 1), quarters)
+    cosine, sine = native_probe.box_muller(torch.full((4,), 2**31 - 1), quarters)
     radius = math.sqrt(2 * math.log(2))
     expected = radius * torch.tensor([[1.0, 0, -1, 0], [0, 1, 0, -1]])
     torch.testing.assert_close(torch.stack([cosine, sine]), expected, rtol=3e-7, atol=0)
@@ -102,6 +102,12 @@ def test_every_variant_draws_the_noise_of_the_layout(variant: str) -> None:
         )  # fmt: skip
     expected = gaussian(zeros.shape[1:], seed=2**62 + 3, sample_index=samples, step=0, stream=0xFFFF, epoch=2**32 - 1)
     torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_what_is_not_written_would_be_seen() -> None:
+    fresh = (torch.empty(300), torch.ones(4, 5).transpose(0, 1).new_empty(7), torch.empty_like(torch.ones(3, 3)))
+    assert all(tensor.isnan().all() for tensor in fresh)
 
 
 @needs_native
@@ -136,7 +142,7 @@ def test_variants_are_named_and_put_back() -> None:
     with pytest.raises(ValueError, match="variant must be one of portable.*, got 'avx1024'"):
         with native.using_variant("avx1024"):
             pass
-    library = native._library()
+    library = native.library()
     before = library.densegrpo_variant()
     assert library.densegrpo_variant_name(before).decode() == VARIANTS[-1]
     with pytest.raises(ZeroDivisionError), native.using_variant("portable"):
@@ -167,7 +173,7 @@ def test_without_the_library_the_reference_serves_and_cpu_is_an_error(package: P
     with pytest.raises(RuntimeError, match="sde_step: implementation 'cpu' cannot serve this call: .* not built"):
         sde_step(latents, latents, table, 1, implementation="cpu", **options)
     with pytest.raises(RuntimeError, match="not available"):
-        native.philox4x32((0, 0, 0, 0), (0, 0))
+        native_probe.philox4x32((0, 0, 0, 0), (0, 0))
 
 
 def test_a_broken_library_is_named(package: Path) -> None:
@@ -183,4 +189,4 @@ def test_a_library_of_another_interface_is_refused(package: Path, monkeypatch: p
     assert native.available()
     native._load.cache_clear()
     monkeypatch.setattr(native, "ABI_VERSION", 99)
-    assert "has interface 3, expected 99" in native.why_not()
+    assert "has interface 4, expected 99" in native.why_not()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from densegrpo_fast.flow.noise import Stream, branch_stream, gaussian, philox4x32
+from densegrpo_fast.flow.noise import Stream, _box_muller, branch_stream, gaussian, philox4x32
 
 # Known answers of the Random123 distribution for philox4x32-10: counter, key, output.
 KNOWN_ANSWERS = [
@@ -72,32 +72,88 @@ def test_layout_is_the_documented_one() -> None:
     torch.testing.assert_close(noise[0, 2], torch.tensor(expected), rtol=2e-7, atol=0)
 
 
-def test_distribution_is_standard_normal() -> None:
-    noise = draw((16, 32, 32), batch=16).flatten()
-    count = noise.numel()
+MILLION = 2**20
+
+
+@pytest.fixture(scope="module")
+def million() -> Tensor:
+    """2^20 normals of 16 samples."""
+    return draw((16, 64, 64), batch=16)
+
+
+def test_distribution_is_standard_normal(million: Tensor) -> None:
+    noise = million.flatten().double()
     # Five standard errors of each moment of a normal sample.
-    assert abs(noise.mean()) < 5 / math.sqrt(count)
-    assert abs(noise.var() - 1) < 5 * math.sqrt(2 / count)
-    assert abs((noise**3).mean()) < 5 * math.sqrt(15 / count)
-    assert abs((noise**4).mean() - 3) < 5 * math.sqrt(96 / count)
+    assert abs(noise.mean()) < 5 / math.sqrt(MILLION)
+    assert abs(noise.var() - 1) < 5 * math.sqrt(2 / MILLION)
+    assert abs((noise**3).mean()) < 5 * math.sqrt(15 / MILLION)
+    assert abs((noise**4).mean() - 3) < 5 * math.sqrt(96 / MILLION)
     assert stats.kstest(noise.numpy(), "norm").pvalue > 0.01
+    # Beyond 4.5 lie 6.8e-6 of a normal distribution: 7.1 are expected, and at most 18 with probability .9998.
+    assert 1 <= (noise.abs() > 4.5).sum() <= 18
 
 
-def test_neighbouring_draws_are_uncorrelated() -> None:
-    base = {"seed": 7, "step": 3, "stream": Stream.STEP, "epoch": 2}
-    others = [
-        {"seed": 8},
-        {"step": 4},
+def test_each_of_the_four_normals_of_a_counter_is_standard(million: Tensor) -> None:
+    # Cosine and sine of either pair of words: each alone, so that a fault of one is not diluted by the others.
+    for normals in million.reshape(-1, 4).unbind(1):
+        assert stats.kstest(normals.numpy(), "norm").pvalue > 0.01
+
+
+def assert_independent(one: Tensor, other: Tensor) -> None:
+    """Neither values nor sizes of two sets of normals go together: correlations within five standard errors of 0."""
+    one, other = one.flatten().double(), other.flatten().double()
+    bound = 5 / math.sqrt(one.numel())
+    assert abs((one * other).mean()) < bound
+    # (x^2 - 1) / sqrt(2) has mean 0 and variance 1
+    assert abs(((one**2 - 1) * (other**2 - 1)).mean() / 2) < bound
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 7, 64, 4096])
+def test_elements_of_a_sample_are_independent(million: Tensor, lag: int) -> None:
+    rows = million.flatten(1)
+    assert_independent(rows[:, :-lag], rows[:, lag:])
+
+
+@pytest.mark.parametrize("shift", [1, 2, 8])
+def test_samples_are_independent(million: Tensor, shift: int) -> None:
+    assert_independent(million, million.roll(shift, 0))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"step": 1},
+        {"step": 9},
+        {"stream": Stream.STEP},
         {"stream": Stream.EVALUATION},
-        {"epoch": 3},
         {"stream": branch_stream(0)},
-    ]
-    draws = [draw((8192,), batch=2, **{**base, **other}) for other in [{}, *others]]
-    rows = torch.cat(draws)
-    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
-    assert correlation.abs().max() < 5 / math.sqrt(8192)
-    lagged = torch.corrcoef(torch.stack([draws[0][0, shift : 8000 + shift] for shift in range(6)])) - torch.eye(6)
-    assert lagged.abs().max() < 5 / math.sqrt(8000)
+        {"epoch": 1},
+        {"seed": 8},
+        {"seed": 7 + (1 << 32)},
+        {"sample_index": torch.arange(16) + 16},
+    ],
+    ids=str,
+)
+def test_steps_streams_epochs_and_seeds_are_independent(million: Tensor, other: dict) -> None:
+    assert_independent(million, draw((16, 64, 64), batch=16, **other))
+
+
+def test_the_check_of_independence_can_fail(million: Tensor) -> None:
+    mixed = (million + 0.01 * million.roll(1, 0)) / math.sqrt(1 + 0.01**2)
+    for dependent in (million, mixed, million * draw((16, 64, 64), batch=16, step=1).sign()):
+        with pytest.raises(AssertionError):
+            assert_independent(dependent, million.roll(1, 0) if dependent is mixed else million)
+
+
+def test_the_radius_keeps_its_digits_near_1() -> None:
+    # u = 1 - k*2^-24: -ln u = k*2^-24 + ..., of which log1p knows every digit.
+    distance = torch.arange(1, 4097)
+    words = (2**24 - 1 - distance) << 8
+    cosine, sine = _box_muller(words, torch.zeros_like(words))
+    expected = torch.sqrt(-2 * torch.log1p(-distance.double() * 2.0**-24))
+    torch.testing.assert_close(cosine.double(), expected, rtol=1e-7, atol=0)
+    assert (sine == 0).all()
+    assert _box_muller(torch.tensor([2**32 - 1]), torch.tensor([0]))[0] == 0
 
 
 @settings(deadline=None, max_examples=20)

@@ -222,5 +222,5 @@ def test_bad_arguments_are_named() -> None:
     ):
         sde_log_prob(latents, velocity.half(), next_latents, TABLE, STEPS, implementation="cpu")
     for implementation in ("reference", *(["cpu"] if native.available() else [])):
-        with pytest.raises(IndexError, match="out of range"):
+        with pytest.raises(ValueError, match=r"sde_log_prob: step_index must be in \[0, 10\), got 10 in row 2"):
             sde_log_prob(latents, velocity, next_latents, TABLE, STEPS + 2, implementation=implementation)

@@ -266,16 +266,11 @@ def test_it_is_one_node_of_a_compiled_graph(implementation: str) -> None:
         ({"seed": -3}, ValueError, "seed must be in"),
         ({"stream": -1}, ValueError, "stream must be in"),
         ({"implementation": "fast"}, ValueError, "implementation must be one of auto, reference, cpu"),
-        ({"step_index": 10, "implementation": "reference"}, IndexError, "out of range"),
+        ({"step_index": 10}, ValueError, r"sde_step: step_index must be in \[0, 10\), got 10 in row 0"),
+        ({"step_index": STEPS - 1}, ValueError, r"sde_step: step_index must be in \[0, 10\), got -1 in row 0"),
     ],
 )
 def test_bad_arguments_are_named(options: dict, error: type[Exception], message: str) -> None:
     inputs = {"latents": torch.zeros(5, 4, 8), "velocity": torch.zeros(5, 4, 8), **options}
     with pytest.raises(error, match=message):
         step(**inputs)
-
-
-@needs_native
-def test_compiled_step_refuses_a_step_outside_the_table() -> None:
-    with pytest.raises(IndexError, match="out of range"):
-        step(*states(8), "cpu", step_index=10)

@@ -32,7 +32,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "sde_step": ("triton", "cuda", "cpu", "reference"),
     "sde_log_prob": ("triton", "cuda", "cpu", "reference"),
     "euler_jump": ("triton", "cpu", "reference"),
-    "grpo_loss": ("triton", "reference"),
+    "grpo_loss": ("triton", "cpu", "reference"),
     "guided_sde_step": ("triton", "cpu", "reference"),
     "sde_step_outputs": ("triton", "cpu", "reference"),
     "guided_sde_log_prob": ("triton", "cpu", "reference"),

@@ -1,4 +1,4 @@
-"""Argument checks of the public ops: shapes, dtypes and devices, so that nothing is read from an accelerator."""
+"""Argument checks of the public ops: shapes, dtypes, devices, and numbers where no device is waited for."""
 
 from __future__ import annotations
 
@@ -62,6 +62,35 @@ def check_finite(op: str, table: Tensor) -> None:
         raise ValueError(
             f"{op}: table must be finite, got {table[step, column].item()} in column {column} of step {step}"
         )
+
+
+def check_steps(op: str, step_index: Tensor, table: Tensor) -> None:
+    """Check the steps of all rows, likewise on the CPU alone.
+
+    Raises:
+        ValueError: one is not in the table.
+    """
+    if step_index.device.type == "cpu":
+        for row, step in enumerate(step_index.tolist()):
+            if not 0 <= step < len(table):
+                raise ValueError(f"{op}: step_index must be in [0, {len(table)}), got {step} in row {row}")
+
+
+def check_levels(op: str, sigma: Tensor, next_sigma: Tensor) -> None:
+    """Check the noise levels of a move, likewise on the CPU alone.
+
+    Args:
+        op: name for messages.
+        sigma, next_sigma: levels that every row leaves and reaches, [B].
+
+    Raises:
+        ValueError: not 0 <= next_sigma <= sigma <= 1.
+    """
+    if sigma.device.type == "cpu":
+        for row, (before, after) in enumerate(zip(sigma.tolist(), next_sigma.tolist(), strict=True)):
+            if not 0 <= after <= before <= 1:
+                given = f"next_sigma {after} and sigma {before} in row {row}"
+                raise ValueError(f"{op}: must have 0 <= next_sigma <= sigma <= 1, got {given}")
 
 
 def step_rows(op: str, index: int | Tensor, latents: Tensor) -> Tensor:

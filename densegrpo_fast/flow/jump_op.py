@@ -26,15 +26,15 @@ def euler_jump(
     Args:
         latents: states at `sigma`, [B, ...] floating.
         velocity: model output there, same shape.
-        sigma: noise level of every row, [B] float32; a scalar tensor serves all rows.
-        next_sigma: noise level to move to, likewise.
+        sigma: noise level of every row, [B] float32 in [0, 1]; a scalar tensor serves all rows.
+        next_sigma: noise level to move to, at most `sigma`, likewise; 0 gives clean latents.
         implementation: "auto" or a name of `backends.IMPLEMENTATIONS`.
 
     Returns:
         states at `next_sigma`, [B, ...] in the dtype of `latents`, contiguous.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `sde_step`.
+        TypeError, ValueError, RuntimeError: as `sde_step`; noise levels out of range or order, seen on the CPU alone.
     """
     checks.check_latents("euler_jump", latents, velocity=velocity)
     levels = []
@@ -54,6 +54,7 @@ def euler_jump(
 )
 def _euler_jump(latents, velocity, sigma, next_sigma, implementation):
     chosen = backends.choose("euler_jump", implementation, latents, velocity)
+    checks.check_levels("euler_jump", sigma, next_sigma)
     if chosen != "reference":
         return backends.compiled(chosen, "euler_jump")(latents, velocity, sigma, next_sigma)
     return reference.euler_jump_ref(latents, velocity, sigma, next_sigma).contiguous()

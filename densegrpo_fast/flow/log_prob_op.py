@@ -145,6 +145,8 @@ def _sde_log_prob(latents, velocity, uncond, scale, ref, ref_uncond, next_latent
     op = _form(uncond, ref)
     chosen = backends.choose(op, named, *_given(latents, velocity, next_latents, uncond, ref, ref_uncond))
     checks.check_finite(op, table)
+    if chosen != "triton":  # which in its interpreter does as it does on a device
+        checks.check_steps(op, step_index, table)
     if chosen in ("triton", "cpu"):
         launch = backends.compiled(chosen, "sde_log_prob")
         return launch(latents, velocity, uncond, scale, ref, ref_uncond, next_latents, table, step_index, kl_std)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,57 +62,57 @@ def grpo_loss(
         raise ValueError(f"grpo_loss: clip_range must be positive, got {clip_range}")
     if not 0 <= kl_coef < math.inf:
         raise ValueError(f"grpo_loss: kl_coef must be finite and at least 0, got {kl_coef}")
-    rows = {
-        "old_log_prob": old_log_prob,
-        "advantages": advantages,
-        "kl": torch.zeros_like(log_prob) if kl is None else kl,
-        "log_ratio_scale": torch.ones_like(log_prob) if log_ratio_scale is None else log_ratio_scale,
-        "log_ratio_bias": torch.zeros_like(log_prob) if log_ratio_bias is None else log_ratio_bias,
-        "weight": torch.ones_like(log_prob) if weight is None else weight,
-    }
-    for name, value in rows.items():
+    required = {"old_log_prob": old_log_prob, "advantages": advantages}
+    optional = {"kl": kl, "log_ratio_scale": log_ratio_scale, "log_ratio_bias": log_ratio_bias, "weight": weight}
+    given = {name: value for name, value in optional.items() if value is not None}
+    for name, value in (required | given).items():
         checks.check_rows("grpo_loss", name, value, log_prob)
     backends.check_name(implementation)
     dtype = reference.compute_dtype(log_prob)
-    values = [value.to(dtype) for value in (log_prob, *rows.values())]
-    loss, metrics, _ = _grpo_loss(*values, float(clip_range), float(kl_coef), implementation)
+    values = [None if value is None else value.to(dtype) for value in (log_prob, *(required | optional).values())]
+    loss, metrics = _Loss.apply(*values, float(clip_range), float(kl_coef), implementation)
     return loss, metrics.detach()
+
+
+class _Loss(torch.autograd.Function):
+    """Around the op, not registered with it: on [B] numbers, overhead is all there is, and this way has the least."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        loss, metrics, grad_log_prob = _grpo_loss(*inputs)
+        ctx.kl_coef = None if inputs[3] is None else inputs[8]
+        ctx.save_for_backward(grad_log_prob)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _metrics: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad_log_prob,) = ctx.saved_tensors
+        grad_kl = None
+        if ctx.kl_coef is not None:
+            grad_kl = (grad * (ctx.kl_coef / len(grad_log_prob))).expand_as(grad_log_prob)
+        return grad * grad_log_prob, None, None, grad_kl, *[None] * 6
 
 
 @custom_op(
     "densegrpo_fast::grpo_loss",
     mutates_args=(),
-    schema="(Tensor log_prob, Tensor old_log_prob, Tensor advantages, Tensor kl, Tensor log_ratio_scale, "
-    "Tensor log_ratio_bias, Tensor weight, float clip_range, float kl_coef, str implementation) "
+    schema="(Tensor log_prob, Tensor old_log_prob, Tensor advantages, Tensor? kl, Tensor? log_ratio_scale, "
+    "Tensor? log_ratio_bias, Tensor? weight, float clip_range, float kl_coef, str implementation) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _grpo_loss(log_prob, old_log_prob, advantages, kl, scale, bias, weight, clip_range, kl_coef, implementation):
     chosen = backends.choose("grpo_loss", implementation, log_prob)
-    if chosen != "reference":
-        launch = backends.compiled(chosen, "grpo_loss")
-        return launch(log_prob, old_log_prob, advantages, kl, scale, bias, weight, clip_range, kl_coef)
-    loss, metrics = reference.grpo_loss_ref(
-        log_prob, old_log_prob, advantages, kl, scale, bias, weight, clip_range, kl_coef
+    optional = [kl, scale, bias, weight]
+    if chosen != "cpu":
+        zero, one = torch.zeros_like(log_prob), torch.ones_like(log_prob)
+        absent = (zero, one, zero, one)
+        optional = [other if value is None else value for value, other in zip(optional, absent, strict=True)]
+    compute: Callable[..., Any] = (
+        reference.grpo_loss_ref if chosen == "reference" else backends.compiled(chosen, "grpo_loss")
     )
-    # Made in the forward pass: a fused kernel has every number of the gradient at hand.
-    grad = reference.grpo_loss_grad_ref(log_prob, old_log_prob, advantages, scale, bias, weight, clip_range)
-    return loss, metrics, grad
+    return compute(log_prob, old_log_prob, advantages, *optional, clip_range, kl_coef)
 
 
 @_grpo_loss.register_fake
 def _(log_prob, old_log_prob, advantages, kl, scale, bias, weight, clip_range, kl_coef, implementation):
     return log_prob.new_empty(()), log_prob.new_empty(5), torch.empty_like(log_prob)
-
-
-def _grpo_loss_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.kl_coef = inputs[8]
-    ctx.save_for_backward(output[2])
-
-
-def _grpo_loss_grad(ctx: Any, grad: Tensor, _metrics: Tensor | None, _grad_log_prob: Tensor | None) -> tuple:
-    (grad_log_prob,) = ctx.saved_tensors
-    grad_kl = (grad * (ctx.kl_coef / grad_log_prob.numel())).expand_as(grad_log_prob)
-    return grad * grad_log_prob, None, None, grad_kl, *[None] * 6
-
-
-_grpo_loss.register_autograd(_grpo_loss_grad, setup_context=_grpo_loss_setup)

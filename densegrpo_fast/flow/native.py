@@ -17,8 +17,9 @@ from torch import Tensor
 
 from densegrpo_fast.flow import shared_library
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
+_number = ctypes.c_double
 _pointer, _integer, _size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _SHAPE_AND_THREADS = (_size, _size, _integer)
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
@@ -34,6 +35,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (*(_pointer,) * 10, _integer, *_SHAPE_AND_THREADS, *(_pointer,) * 2),
     ),
     "densegrpo_euler_jump_f32": (_integer, (*(_pointer,) * 3, *_SHAPE_AND_THREADS, _pointer)),
+    "densegrpo_grpo_loss_f32": (_integer, (*(_pointer,) * 7, *(_number,) * 2, *_SHAPE_AND_THREADS, *(_pointer,) * 3)),
 }
 
 _HALF = {None: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -190,42 +192,35 @@ def euler_jump(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Ten
     return next_latents
 
 
-def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The library's own random words, for the known-answer tests.
+def grpo_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    kl: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    clip_range: float,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.grpo_loss` on the CPU, summed in double precision.
 
     Args:
-        counter: four words in [0, 2^32).
-        key: two words in [0, 2^32).
+        log_prob, old_log_prob, advantages: [B] float32.
+        kl, scale, bias, weight: [B] float32; None for 0, 1, 0 and 1.
+        clip_range: half width of the trusted interval around ratio 1.
+        kl_coef: weight of mean(kl).
 
     Returns:
-        four words in [0, 2^32).
+        loss, scalar; metrics, [5]; gradient of the loss with respect to `log_prob`, [B]; float32.
 
     Raises:
         RuntimeError: the library is missing.
     """
-    out = (ctypes.c_uint32 * 4)()
-    _library().densegrpo_philox4x32((ctypes.c_uint32 * 4)(*counter), (ctypes.c_uint32 * 2)(*key), out)
-    return out[0], out[1], out[2], out[3]
-
-
-def box_muller(radius_words: Tensor, turn_words: Tensor) -> tuple[Tensor, Tensor]:
-    """The library's own normals of given random words, for the tests of their accuracy.
-
-    Args:
-        radius_words, turn_words: [N] int64, values in [0, 2^32).
-
-    Returns:
-        radius * cosine and radius * sine, each [N] float32.
-
-    Raises:
-        RuntimeError: the library is missing.
-    """
-    # The low halves of the words, as the bits of int32.
-    words = [tensor.contiguous().view(torch.int32)[::2].contiguous() for tensor in (radius_words, turn_words)]
-    cosine, sine = (torch.empty(len(radius_words)) for _ in range(2))
-    pointers = [tensor.data_ptr() for tensor in (*words, cosine, sine)]
-    _library().densegrpo_box_muller(*pointers[:2], len(radius_words), *pointers[2:])
-    return cosine, sine
+    loss, metrics, grad = log_prob.new_empty(()), log_prob.new_empty(5), log_prob.new_empty(len(log_prob))
+    rows = (log_prob, old_log_prob, advantages, kl, scale, bias, weight)
+    _run("grpo_loss", rows, (loss, metrics, grad), log_prob, clip_range, kl_coef)
+    return loss, metrics, grad
 
 
 def variants() -> tuple[str, ...]:
@@ -234,7 +229,7 @@ def variants() -> tuple[str, ...]:
     Raises:
         RuntimeError: the library is missing.
     """
-    names = map(_library().densegrpo_variant_name, range(8))
+    names = map(library().densegrpo_variant_name, range(8))
     return tuple(name.decode() for name in names if name is not None)
 
 
@@ -249,16 +244,16 @@ def using_variant(name: str) -> Iterator[None]:
         RuntimeError: the library is missing.
         ValueError: not one of them.
     """
-    library = _library()
-    numbers = {library.densegrpo_variant_name(number): number for number in range(8)}
+    functions = library()
+    numbers = {functions.densegrpo_variant_name(number): number for number in range(8)}
     if name.encode() not in numbers:
         raise ValueError(f"variant must be one of {', '.join(variants())}, got {name!r}")
-    before = library.densegrpo_variant()
-    library.densegrpo_use_variant(numbers[name.encode()])
+    before = functions.densegrpo_variant()
+    functions.densegrpo_use_variant(numbers[name.encode()])
     try:
         yield
     finally:
-        library.densegrpo_use_variant(before)
+        functions.densegrpo_use_variant(before)
 
 
 def _run(
@@ -266,16 +261,16 @@ def _run(
     inputs: tuple[Tensor | None, ...],
     outputs: tuple[Tensor | None, ...],
     latents: Tensor,
-    *options: int,
+    *options: int | float,
 ) -> None:
     """Call densegrpo_<op>_f32(inputs, options, batch, elements, threads, outputs); None is a null pointer."""
     # Named, so that the contiguous copies outlive the call that holds only their addresses.
     packed = [None if tensor is None else tensor.contiguous() for tensor in inputs]
-    failed = getattr(_library(), f"densegrpo_{op}_f32")(
+    failed = getattr(library(), f"densegrpo_{op}_f32")(
         *(None if tensor is None else tensor.data_ptr() for tensor in packed),
         *options,
         len(latents),
-        latents[0].numel() if len(latents) else 0,
+        latents.numel() // max(len(latents), 1),
         torch.get_num_threads(),
         *(None if tensor is None else tensor.data_ptr() for tensor in outputs),
     )
@@ -283,11 +278,16 @@ def _run(
         raise RuntimeError(f"{op}: the compiled CPU library could not allocate memory")
 
 
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
+def library() -> ctypes.CDLL:
+    """The loaded library, its functions declared.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    found, reason = _load()
+    if found is None:
         raise RuntimeError(f"the compiled CPU library is not available: {reason}")
-    return library
+    return found
 
 
 @lru_cache(maxsize=1)

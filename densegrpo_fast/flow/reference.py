@@ -173,7 +173,7 @@ def grpo_loss_ref(
     weight: Tensor,
     clip_range: float,
     kl_coef: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Clipped policy-gradient loss of PPO (Schulman et al. 2017, eq. 7) with a KL penalty.
 
     Args:
@@ -184,52 +184,28 @@ def grpo_loss_ref(
         kl_coef: weight of mean(kl).
 
     Returns:
-        loss, scalar; metrics, [5]: policy loss, mean kl, share of rows with |ratio-1| > clip_range, the
-        low-variance estimate mean((ratio-1) - log ratio) of the KL to the old policy, and max |ratio-1|.
-        Metrics carry no gradient.
+        loss, scalar, differentiable; metrics, [5]: policy loss, mean kl, share of rows with |ratio-1| > clip_range,
+        the low-variance estimate mean((ratio-1) - log ratio) of the KL to the old policy, and max |ratio-1|; the
+        gradient of the loss with respect to `log_prob` in closed form, [B], 0 where the clipped branch is the larger
+        one. Metrics and gradient carry no gradient of their own.
     """
     log_ratio = (log_prob - old_log_prob + log_ratio_bias) * log_ratio_scale
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    policy_loss = (weight * torch.maximum(unclipped, clipped)).mean()
-    mean_kl = kl.mean()
+    ratio, descent = log_ratio.exp(), -advantages
+    unclipped, clipped = descent * ratio, descent * ratio.clamp(1 - clip_range, 1 + clip_range)
     deviation = (ratio - 1).abs()
-    metrics = torch.stack(
+    means = torch.stack(
         [
-            policy_loss,
-            mean_kl,
-            (deviation > clip_range).to(ratio.dtype).mean(),
+            weight * torch.maximum(unclipped, clipped),
+            kl,
+            (deviation > clip_range).to(ratio.dtype),
             # expm1 keeps the digits that (ratio - 1) loses when the log-ratio is about 1e-4, as it is here.
-            (torch.expm1(log_ratio) - log_ratio).mean(),
-            deviation.max(),
+            torch.expm1(log_ratio) - log_ratio,
         ]
-    ).detach()
-    return policy_loss + kl_coef * mean_kl, metrics
-
-
-def grpo_loss_grad_ref(
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    log_ratio_scale: Tensor,
-    log_ratio_bias: Tensor,
-    weight: Tensor,
-    clip_range: float,
-) -> Tensor:
-    """Gradient of `grpo_loss_ref` with respect to `log_prob`: 0 where the clipped branch is the larger one.
-
-    Args:
-        log_prob, old_log_prob, advantages, log_ratio_scale, log_ratio_bias, weight, clip_range: as there.
-
-    Returns:
-        gradient, [B].
-    """
-    ratio = ((log_prob - old_log_prob + log_ratio_bias) * log_ratio_scale).exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    slope = torch.where(clipped > unclipped, 0.0, unclipped * log_ratio_scale)
-    return weight * slope / log_prob.numel()
+    ).mean(1)
+    policy_loss, mean_kl, _, _ = means.unbind()
+    metrics = torch.cat([means, deviation.max()[None]])
+    slope = (unclipped * log_ratio_scale).masked_fill(clipped > unclipped, 0.0)
+    return policy_loss + kl_coef * mean_kl, metrics.detach(), (weight * slope / len(log_prob)).detach()
 
 
 def _rows(table: Tensor, step_index: Tensor, ndim: int, dtype: torch.dtype) -> list[Tensor]:

@@ -75,8 +75,8 @@ def sde_step(
 
     Raises:
         TypeError: a dtype that is not accepted.
-        ValueError: a shape, device, number or implementation name that is not; a coefficient that is not finite, seen
-            on the CPU alone (elsewhere its rows become NaN).
+        ValueError: a shape, device, number or implementation name that is not; a coefficient that is not finite or a
+            step outside the table, seen on the CPU alone (elsewhere its rows become NaN).
         RuntimeError: the named implementation cannot serve the call.
     """
     counters = (seed, sample_index, epoch, stream)
@@ -168,6 +168,8 @@ def _sde_step(
     op = _form(uncond, input_dtype is not None or with_mean)
     chosen = backends.choose(op, implementation, *_given(latents, velocity, uncond))
     checks.check_finite(op, table)
+    if chosen != "triton":  # which in its interpreter does as it does on a device
+        checks.check_steps(op, step_index, table)
     words = (step_index, seed, sample_index, epoch, stream)
     if chosen in ("triton", "cpu"):
         launch = backends.compiled(chosen, "sde_step")

@@ -35,6 +35,37 @@ def test_a_replayed_step_draws_new_noise(device, batch) -> None:
             assert torch.equal(replayed, expected)
 
 
+def test_a_replayed_update_follows_its_inputs(device, batch) -> None:
+    latents, velocity, reference = torch.randn(3, 5, 16, 32, 32, device=device)
+    counters = {"seed": 3, "sample_index": batch.samples, "epoch": 0, "implementation": "triton"}
+    next_latents, old = sde_step(latents, velocity, batch.table, batch.steps, **counters)
+    advantages, leaf = torch.randn(5, device=device), velocity.clone().requires_grad_()
+
+    def run() -> tuple[torch.Tensor, ...]:
+        transition = (next_latents, batch.table, batch.steps)
+        log_prob, kl = sde_log_prob_kl(latents, leaf, reference, *transition, implementation="triton")
+        options = {"clip_range": 0.2, "kl_coef": 0.1, "implementation": "triton"}
+        loss, metrics = grpo_loss(log_prob, old, advantages, kl, **options)
+        return loss.detach(), metrics, *torch.autograd.grad(loss, leaf)
+
+    # as PyTorch asks of what is to be captured with a backward pass: first on a stream of its own
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(2):
+        advantages.normal_()
+        with torch.no_grad():
+            leaf.add_(1e-3 * torch.randn_like(leaf))
+        graph.replay()
+        for replayed, expected in zip(captured, run(), strict=True):
+            assert torch.equal(replayed, expected)
+
+
 def test_nothing_waits_for_the_device(device, batch) -> None:
     latents, velocity, uncond = torch.randn(3, 5, 16, 32, 32, device=device)
     leaf = velocity.clone().requires_grad_()

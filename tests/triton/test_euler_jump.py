@@ -81,3 +81,23 @@ def test_half_precision_levels(device, levels) -> None:
 def test_opcheck(device, levels) -> None:
     latents, velocity = (tensor.requires_grad_() for tensor in states(device, 2, 4))
     torch.library.opcheck(torch.ops.densegrpo_fast.euler_jump.default, (latents, velocity, *levels, "triton"))
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_two_runs_and_rows_of_any_batch(device, rows: int) -> None:
+    latents, velocity = (values.to(device) for values in torch.randn(2, rows, 3, 29, 41))
+    sigma = torch.linspace(1, 0.5, rows, device=device)
+    levels = (sigma, sigma / 2)
+    moved = euler_jump(latents, velocity, *levels, implementation="triton")
+    assert torch.equal(euler_jump(latents, velocity, *levels, implementation="triton"), moved)
+    last = [values[-1:] for values in (latents, velocity, *levels)]
+    assert torch.equal(euler_jump(*last, implementation="triton"), moved[-1:])
+
+
+def test_under_torch_compile(device, levels) -> None:
+    inputs = states(device, 3, 4)
+
+    def run(x: Tensor, v: Tensor) -> Tensor:
+        return euler_jump(x + 1, v, *levels, implementation="triton")
+
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), run(*inputs))
