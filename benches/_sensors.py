@@ -64,7 +64,11 @@ class Sensors:
 
     def _watch(self, library: Any, handle: Any) -> None:
         while not self._stop.wait(self.seconds):
-            self.readings.append(_read(library, handle))
+            try:
+                self.readings.append(_read(library, handle))
+            except Exception as error:  # a driver that stops answering ends the readings, not the measurement
+                self.why_not = f"after {len(self.readings)} readings: {type(error).__name__}: {error}"
+                return
 
 
 def _read(library: Any, handle: Any) -> dict[str, float]:

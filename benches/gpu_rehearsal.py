@@ -7,7 +7,7 @@
 Settings are those of the other benches (ten steps, guidance 4.5, nine trained steps, KL); the lookahead is the fast
 one unless the options say otherwise. Written to results/gpu_rehearsal_gpu.json: seconds, floating-point operations and
 their rate by phase, against the rate of plain matrix products on the same device; network forwards; the peak of the
-memory beside its estimate; power and clocks.
+memory beside its estimate; power and clocks; and, in one more iteration, the lines where Python waits for the GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from _host_syncs import HostSyncs
 from _models import SD35_RANDOM, load
 from _protocol import DENSE_FAST, Protocol, default_output, parser, protocol_of
 from _record import load_average, portable, provenance, spread, write_json
@@ -38,7 +39,6 @@ from _variants import Variant
 from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.models.flops import ModelFlops, architecture_of, clip_h_image, count
-from densegrpo_fast.models.memory import module_bytes
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.memory import peak_bytes, start_peak
@@ -107,12 +107,17 @@ def rehearse(protocol: Protocol, *, rounds: int, warmup: int, model: SD3 | None 
             start_peak(device)
             variant()
             peaks.append(peak_bytes(device))
+    phases = variant.phases[-rounds:]
+    with HostSyncs(device) as waits:
+        if device.type == "cuda":
+            variant()
     return provenance() | {
         "settings": portable({"rounds": rounds, "warmup": warmup, "config": config.model_dump(mode="json")}),
         "load_average": {"start": started, "end": load_average()},
         "memory": {"peak_bytes": max(peaks), "estimate_bytes": estimated_bytes(config, model, reward)},
         "sensors": {"readings": sensors.summary(), "why_not": sensors.why_not},
-        **rates(variant, config, model, variant.phases[-rounds:]),
+        "host_syncs": waits.where,
+        **rates(variant, config, model, phases),
     }
 
 
@@ -148,8 +153,7 @@ def rates(variant: Variant, config: Config, model: SD3, phases: Sequence[Mapping
 
 def estimated_bytes(config: Config, model: SD3, reward: Any) -> int:
     """What the run's memory check would have said, the reward's network included."""
-    towers = [getattr(scorer, "tower", None) for scorer, _ in reward.terms.values()]
-    return estimate_memory(config, model).total + sum(module_bytes(tower) for tower in towers)
+    return estimate_memory(config, model, reward=reward).total
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -130,7 +130,8 @@ def score_files(config: Config, options: argparse.Namespace) -> ExitCode:
         texts.append(fields.get("prompt", ""))
     rows = texts if prompts is None else list(prompts.prompts)
     if not all(rows):
-        logger.warning("%d pictures have no prompt: give one with --prompt or --prompts", rows.count(""))
+        words = "%d of %d pictures have no prompt, which most rewards need: give one with --prompt or --prompts"
+        logger.warning(words, rows.count(""), len(rows))
     metadata = [{} for _ in files] if prompts is None else list(prompts.metadata)
     reward = builders.build_reward(config.reward.terms, config.reward.options)
     found = _scores(reward, pictures, rows, metadata)

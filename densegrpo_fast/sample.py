@@ -134,15 +134,16 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, A
 
     Args:
         sampler: as `sampler_settings` returns it.
-        chunk: rows per forward.
+        chunk: rows per forward; fewer where the memory runs out.
 
     Raises:
-        UserError: exit code 2, if a noise level does not fit the dynamics.
+        UserError: exit code 2, if a noise level does not fit the dynamics; 3, if one row is too many for the memory.
     """
     import torch
 
     from densegrpo_fast.flow.dynamics import coefficients
     from densegrpo_fast.flow.noise import Stream
+    from densegrpo_fast.runtime.row_budget import RowBudget
     from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
 
     sigmas, guidance_scale = model.sigmas(sampler["num_steps"]), sampler["guidance_scale"]
@@ -152,9 +153,9 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, A
             table = coefficients(sigmas, sampler["noise_level"], sampler["dynamics"]).to(model.device)
         except ValueError as error:
             raise UserError(f"sampler: {error}", ExitCode.USAGE) from None
-    images = []
-    for start in range(0, len(rows), chunk):
-        prompts, seeds = zip(*rows[start : start + chunk], strict=True)
+
+    def drawn(part: slice) -> Tensor:
+        prompts, seeds = zip(*rows[part], strict=True)
         # the seed takes the place of the sample's number, so rows of different seeds can share a forward
         index = torch.tensor(seeds, device=model.device)
         noise = initial_noise(model, index, seed=0, epoch=0, stream=Stream.EVALUATION)
@@ -166,8 +167,9 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, A
                 model, noise, conditioning, table, sample_index=index, seed=0, epoch=0, guidance_scale=guidance_scale
             )
             latents = trajectory.latents[-1]
-        images.append(model.decode(latents).cpu())
-    return torch.cat(images)
+        return model.decode(latents).cpu()
+
+    return torch.cat(list(RowBudget(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
 
 
 def _prompts(options: argparse.Namespace) -> PromptSet:

@@ -48,11 +48,12 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     from densegrpo_fast.runtime.loggers import Loggers, RunFacts
     from densegrpo_fast.runtime.memory import peak_metrics, start_peak
     from densegrpo_fast.runtime.metrics import MetricsLog, PhaseTimer, Progress
-    from densegrpo_fast.runtime.preparation import prepare
+    from densegrpo_fast.runtime.preparation import check_device, prepare
     from densegrpo_fast.runtime.records import RunRecords, iteration_record
     from densegrpo_fast.runtime.run_directory import open_run_directory
     from densegrpo_fast.runtime.signals import GracefulStop
 
+    check_device(config, builders.default_device())
     with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
         prompts, held_out = builders.build_prompts(config), builders.build_held_out(config)
         reward = builders.build_reward(config.reward.terms, config.reward.options)
@@ -65,7 +66,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         forwards = model.forwards(config.sampler.guidance_scale)
         builders.build_coefficients(config, model)  # a sampler that cannot be is refused before anything is drawn
         levels = NoiseLevels(config, model, reward)
-        prepare(config, model, judge.lookahead, prompts.used(config.run.iterations) + held_out.prompts)
+        prepare(config, model, judge.lookahead, prompts.used(config.run.iterations) + held_out.prompts, observed)
         records = RunRecords(directory, config, model, learner, levels, guard.refresher)
         timer = PhaseTimer(builders.synchronizer(model.device))
 

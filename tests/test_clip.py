@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -173,12 +175,12 @@ def of_another_kind(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (pickled_only, r"expected model.safetensors, found only pytorch_model.bin: a pickle file can run any code"),
-        (without_a_tensor, r"lack 1 of the model's tensors, such as visual_projection.weight"),
+        (pickled_only, r"expected safetensors weights, found only pytorch_model.bin: a pickle file can run any code"),
+        (without_a_tensor, r"lack 1 of the network's tensors, such as visual_projection.weight"),
         (of_another_shape, r"asks for visual_projection.weight of shape \[8, 16\], its weights have \[5, 16\]"),
         (cut, r"Error while deserializing header"),
-        (of_another_kind, r"expected a clip model, its config.json says t5"),
-        (lambda copy: (copy / "model.safetensors").unlink(), r"expected the file model.safetensors in this directory"),
+        (of_another_kind, r"expected a network of the kind clip, its config.json says t5"),
+        (lambda copy: (copy / "model.safetensors").unlink(), r"expected safetensors weights, found none"),
         (lambda copy: (copy / "config.json").unlink(), r"expected the file config.json in this directory"),
         (lambda copy: (copy / "config.json").write_text("["), r"its config.json is not a JSON object"),
         (lambda copy: (copy / "config.json").write_text("[]"), r"its config.json is not a JSON object"),
@@ -218,13 +220,26 @@ def test_a_missing_directory_is_named_with_the_way_out(clip_directory, tmp_path,
         Clip("pickscore", **(sources | {option: str(tmp_path / "absent")}), device="cpu")
 
 
-def test_a_hub_id_that_cannot_be_fetched_is_named(clip_directory, monkeypatch):
-    def offline(source, **options):
-        assert options["use_safetensors"] is True, "weights in pickle form are never loaded"
-        raise OSError("no connection")
+def test_a_hub_id_is_downloaded_as_safetensors(clip_directory, monkeypatch):
+    asked = []
 
-    monkeypatch.setattr(CLIPModel, "from_pretrained", offline)
-    with pytest.raises(OSError, match=r"model from 'some/model': no connection"):
+    def download(repository, **options):
+        asked.append((repository, options["allow_patterns"]))
+        return str(clip_directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    Clip("pickscore", "some/model", "another/tokenizer", device="cpu")
+    assert [name for name, _ in asked] == ["another/tokenizer", "some/model"]
+    assert not any(fnmatch(name, pattern) for _, files in asked for pattern in files for name in ("pytorch_model.bin",))
+    assert any(fnmatch("model.safetensors", pattern) for pattern in asked[1][1])
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_named(clip_directory, monkeypatch):
+    def offline(repository, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(OSError, match=r"model from 'some/model': the hub cannot be reached[\s\S]*{model: DIRECTORY}"):
         Clip("pickscore", "some/model", str(clip_directory), device="cpu")
 
 

@@ -208,7 +208,7 @@ def test_files_are_scored_in_order_whatever_their_sizes(
     )
     save_picture(torch.rand(3, 8, 8), files[0], {})
     assert command(*score) == 0
-    assert "1 pictures have no prompt" in caplog.text
+    assert "1 of 3 pictures have no prompt" in caplog.text
 
 
 def test_several_rewards_are_scored_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benches"))
 
 import gpu_rehearsal  # noqa: E402
+from _host_syncs import HostSyncs  # noqa: E402
 from _protocol import Protocol  # noqa: E402
 from _sensors import Sensors  # noqa: E402
 
@@ -68,6 +70,7 @@ def test_three_iterations_on_a_small_model(
         assert document["tflops_per_second"][phase] == pytest.approx(expected)
     assert document["memory"]["peak_bytes"] > 0 and document["memory"]["estimate_bytes"] > 0
     assert document["sensors"] == {"readings": None, "why_not": "no GPU"}
+    assert document["host_syncs"] is None
     assert document["bar"] == {"share": 0.45, "met": None}
     assert "commit" in document and "hardware" in document
     assert "of matmul" in capsys.readouterr().out
@@ -103,6 +106,52 @@ def test_sensors_are_read_while_something_runs(monkeypatch: pytest.MonkeyPatch) 
     # 100 W, 200 W, ... up to the last reading
     assert summary["watts"] == {"mean": pytest.approx(50 * (count + 1)), "max": 100.0 * count}
     assert summary["sm_mhz"] == {"mean": 1500.0, "min": 1500.0}
+
+
+def test_a_driver_that_stops_answering_ends_the_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    watts = iter([100_000.0, 200_000.0])
+    library = SimpleNamespace(
+        NVML_CLOCK_SM=1,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda name: "handle",
+        nvmlDeviceGetPowerUsage=lambda handle: next(watts),
+        nvmlDeviceGetClockInfo=lambda handle, clock: 1500,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    with Sensors(torch.device("cuda"), seconds=0.001) as sensors:
+        for _ in range(5000):
+            if sensors.why_not is not None:
+                break
+            time.sleep(0.001)
+    assert sensors.why_not == "after 2 readings: StopIteration: "
+    summary = sensors.summary()
+    assert summary is not None and summary["watts"] == {"mean": 150.0, "max": 200.0}
+
+
+def test_host_syncs_are_counted_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.warns(UserWarning, match="another matter"), HostSyncs(torch.device("cuda")) as waits:
+        for _ in range(3):
+            # as torch does where an operation waits
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("another matter", stacklevel=1)
+    assert modes == ["warn", 0]
+    assert waits.where is not None and list(waits.where.values()) == [3, 1]
+    assert all(place.startswith("test_gpu_rehearsal.py:") for place in waits.where)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_copy_to_the_host_is_a_host_sync() -> None:
+    device = torch.device("cuda")
+    numbers = torch.ones(4, device=device)
+    with HostSyncs(device) as waits:
+        numbers.sum().item()
+    assert waits.where is not None and sum(waits.where.values()) == 1
 
 
 def test_without_the_library_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

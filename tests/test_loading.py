@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.sampling import ModelOptions
+from densegrpo_fast.embedded.architecture import build_tokenizer
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.load import load_sd3, pipeline_directory
 from densegrpo_fast.models.sd3 import SD3
@@ -188,6 +190,61 @@ def test_pickles_are_refused_and_gaps_are_named(damaged: Path) -> None:
     assert "text_encoder_2: expected the file config.json" in problem()
 
 
+def without_a_tensor(directory: Path) -> None:
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[min(tensors)]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def of_another_shape(directory: Path) -> None:
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    matrix = min(name for name in tensors if tensors[name].ndim == 2)
+    save_file(tensors | {matrix: torch.zeros(3, 5)}, file, metadata={"format": "pt"})
+
+
+def of_another_class(directory: Path) -> None:
+    for file in directory.glob("*config.json"):
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps(settings | {"_class_name": "Another", "model_type": "another"}))
+
+
+def emptied(directory: Path) -> None:
+    for file in directory.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "expected"),
+    [
+        ("transformer", without_a_tensor, r"its weights lack 1 of the network's tensors, such as \w+"),
+        ("vae", without_a_tensor, r"its weights lack 1 of the network's tensors, such as \w+"),
+        ("text_encoder_2", without_a_tensor, r"its weights lack 1 of the network's tensors, such as \w+"),
+        ("transformer", of_another_shape, r"\S+ expected shape .*\[32, 128\].*, but got .*\[3, 5\]"),
+        ("text_encoder", of_another_shape, r"asks for \S+ of shape \[16, 64\], its weights have \[3, 5\]"),
+        ("transformer", of_another_class, r"expected a network of the kind SD3Transformer2DModel, .* says Another"),
+        ("text_encoder", of_another_class, r"expected a network of the kind clip_text_model, .* says another"),
+        ("scheduler", of_another_class, r"expected a FlowMatchEulerDiscreteScheduler, .* says Another"),
+        ("scheduler", emptied, r"scheduler_config.json"),
+        ("tokenizer_2", emptied, r"expected tokenizer.json, or vocab.json and merges.txt"),
+    ],
+)
+def test_a_wrong_or_partial_component_is_named(
+    damaged: Path, part: str, damage: Callable[[Path], None], expected: str
+) -> None:
+    damage(damaged / part)
+    with pytest.raises(UserError, match=rf"model.path: cannot load {damaged}: {part}: .*{expected}") as caught:
+        load_sd3(str(damaged), device=CPU, dtype=torch.float32, max_sequence_length=8)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_a_tokenizer_of_another_encoder_is_named(damaged: Path) -> None:
+    build_tokenizer([f"word{number}" for number in range(2000)]).save_pretrained(damaged / "tokenizer_2")
+    with pytest.raises(UserError, match=r"tokenizer_2: it has \d+ tokens, text_encoder_2 has \d+"):
+        load_sd3(str(damaged), device=CPU, dtype=torch.float32, max_sequence_length=8)
+
+
 def test_weights_that_do_not_fit_the_device_say_what_to_do(
     tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,13 +270,13 @@ def test_a_hub_id_is_downloaded_as_safetensors(
     def download(name: str, **given: object) -> str:
         asked.append((name, given))
         if given["revision"] == "nowhere":
-            raise OSError("no such revision")
+            raise ConnectionError("no route to host")
         return str(tiny_directory)
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
     assert pipeline_directory("someone/something", "v1") == tiny_directory
     assert asked == [("someone/something", {"revision": "v1", "use_safetensors": True})]
-    with pytest.raises(UserError, match="cannot load someone/something: no such revision"):
+    with pytest.raises(UserError, match="cannot load someone/something: the hub cannot be reached"):
         pipeline_directory("someone/something", "nowhere")
     caplog.clear()
     assert load_model(options(path="someone/something", max_sequence_length=8), CPU).latent_shape == (16, 8, 8)

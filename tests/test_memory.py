@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from densegrpo_fast.config import Config
@@ -17,6 +18,7 @@ from densegrpo_fast.models import flops
 from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, peak_bytes, tensor_bytes
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
+from densegrpo_fast.rewards.pickscore import PickScore
 from densegrpo_fast.runtime.lora import add_lora
 from densegrpo_fast.runtime.memory import (
     GIB,
@@ -24,6 +26,7 @@ from densegrpo_fast.runtime.memory import (
     check,
     estimate,
     free_bytes,
+    held_bytes,
     peak_metrics,
     readable,
     refuse,
@@ -243,6 +246,23 @@ def test_free_memory_is_the_container_s(tmp_path: Path) -> None:
     assert here is None or unlimited == pytest.approx(here, rel=0.5)
 
 
+def test_the_networks_of_rewards_are_counted_where_they_are(clip_directory: Path) -> None:
+    class Own:
+        def __init__(self) -> None:
+            self.head = torch.nn.Linear(3, 2)  # 8 numbers
+            self.same, self.elsewhere = self.head, torch.nn.Linear(3, 2, device="meta")
+
+    clip = PickScore(str(clip_directory), str(clip_directory), device="cpu")
+    weights = load_file(clip_directory / "model.safetensors").values()
+    # the positions of both towers are not saved: 77 tokens or fewer, and patches, in whole numbers
+    positions = sum(
+        module.position_ids.nbytes for module in clip.clip._model.modules() if hasattr(module, "position_ids")
+    )
+    expected = 8 * 4 + sum(tensor.nbytes for tensor in weights) + positions
+    assert held_bytes([Own(), clip, len], torch.device("cpu")) == expected
+    assert held_bytes([Own()], torch.device("meta")) == 8 * 4
+
+
 def test_the_peak_of_a_process_holds_what_it_touched() -> None:
     touched = torch.ones(32 * 2**20 // 4)
     # 32 MiB of floats, and an interpreter with torch
@@ -260,5 +280,6 @@ def test_a_run_says_what_it_needs_and_took(
     error = capsys.readouterr().err
     assert "run.memory_check: this run needs about" in error and "python -m densegrpo_fast.train" in error
     assert train(tmp_path / "run", **{"run.memory_check": "warn", "run.iterations": 1}) == 0
-    assert "memory: about" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "memory: about" in said and "GiB in an iteration" in said
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["memory/peak_gib"] > 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
+import textwrap
 import threading
 import urllib.error
 import urllib.request
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,6 +64,18 @@ def test_remote_scores_are_the_local_ones() -> None:
     # six digits: scores travel as text, and are float32 in the end
     assert scores == pytest.approx(JpegIncompressibility()(images, ["p"] * 7), rel=1e-6)
     assert len(set(scores)) > 1
+
+
+def test_the_example_of_the_server_s_page_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = sys.modules[RewardServer.__module__].__doc__ or ""
+    code = page.partition("`image_reward.py` is")[2].partition("served with")[0]
+    (tmp_path / "image_reward.py").write_text(textwrap.dedent(code))
+    # the package's interface: a named model whose score takes a prompt and a Pillow picture
+    model = SimpleNamespace(score=lambda prompt, picture: len(prompt) + picture.width / 100)
+    monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=lambda name: model))
+    judge = create(f"{tmp_path / 'image_reward.py'}:Judge")
+    with served(RewardServer(judge, "image_reward")) as url:
+        assert score(url, pictures(2), ["ab", "abc"]) == pytest.approx([2.24, 3.24])
 
 
 def test_prompts_metadata_and_missing_scores_travel() -> None:

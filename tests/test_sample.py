@@ -114,6 +114,23 @@ def test_without_noise_both_samplers_agree() -> None:
     assert (noisy - expected).abs().max() > 0.01
 
 
+def test_fewer_rows_are_drawn_together_when_the_memory_runs_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, rows = tiny_sd3(), [(prompt, seed) for prompt in PROMPTS for seed in (1, 2)]
+    sampler = {"kind": "ode", "num_steps": 2, "guidance_scale": 2.0}
+    expected, decode = draw(model, rows, sampler, chunk=1), model.decode
+
+    def small(latents: Tensor) -> Tensor:
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents)
+
+    monkeypatch.setattr(model, "decode", small)
+    torch.testing.assert_close(draw(model, rows, sampler, chunk=4), expected, atol=1e-5, rtol=1e-5)
+    assert "sampler.micro_batch); going on with 2" in caplog.text
+
+
 def test_an_adapter_is_worn(command: Callable[..., int], tiny_policy: Callable[..., FlowModel], tmp_path: Path) -> None:
     policy = tiny_policy(spread=0.3)
     save_lora(policy.network, tmp_path / "adapter", rank=2, alpha=4)

@@ -101,7 +101,7 @@ def test_metrics(whole_run: Path) -> None:
         *("loss", "policy_loss", "kl", "clip_fraction", "approx_kl", "ratio_deviation", "grad_norm"),
         *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
         *("first_ratio_deviation", "learning_rate"),
-        *("skipped_updates", "nfe/rollout", "nfe/lookahead", "nfe/update", "micro_batch", "memory/peak_gib"),
+        *("skipped_updates", "nfe/rollout", "nfe/lookahead", "nfe/update", "micro_batch"),
     }
     evaluated = {f"eval/{name}" for name in ("reward", "jpeg_incompressibility", "scenes")}
     assert [set(line) for line in lines] == [common, common | evaluated, common]

@@ -40,7 +40,7 @@ def test_a_pipeline_of_another_class_is_refused(
     assert f"{damaged_pipeline} is a FluxPipeline, expected a StableDiffusion3Pipeline" in capsys.readouterr().err
     index.write_text("{")
     assert train(tmp_path / "run", **{"model.path": damaged_pipeline}) == 3
-    assert "model_index.json is not valid JSON" in capsys.readouterr().err
+    assert "its model_index.json is not a JSON object" in capsys.readouterr().err
 
 
 def test_a_missing_component_is_named(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -14,11 +13,31 @@ import torch
 from densegrpo_fast.embedded import WEIGHTS
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.sd3 import SD3, PromptStore, StoredPrompts
+from densegrpo_fast.pretrained import (
+    files_problem,
+    load_network,
+    load_tokenizer,
+    quiet,
+    read_settings,
+    why_not_fetched,
+)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-_TEXT = (*_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_TEXT = (*_ENCODERS, *_TOKENIZERS)
 _T5 = ("text_encoder_3", "tokenizer_3")
+_KINDS = {
+    "transformer": "SD3Transformer2DModel",
+    "vae": "AutoencoderKL",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+    "text_encoder": "CLIPTextModelWithProjection",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "text_encoder_3": "T5EncoderModel",
+    "tokenizer": "CLIPTokenizer",
+    "tokenizer_2": "CLIPTokenizer",
+    "tokenizer_3": "T5TokenizerFast",
+}
 _NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -27,6 +46,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return _DTYPES[name]
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `model.path` names a repository of the hub: OWNER/NAME, and no directory here."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
 
 
 def pipeline_directory(path: str, revision: str | None = None) -> Path:
@@ -38,7 +62,7 @@ def pipeline_directory(path: str, revision: str | None = None) -> Path:
     """
     directory = WEIGHTS if path == "embedded" else Path(path).expanduser()
     if path != "embedded" and not directory.is_dir():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        if not is_hub_id(path):
             raise UserError(
                 f"model.path: {path!r} is no directory; give a pipeline directory, a hub id such as "
                 "stabilityai/stable-diffusion-3.5-medium, or embedded",
@@ -132,13 +156,14 @@ def _absent_t5(directory: Path) -> dict[str, None]:
 
 
 def _download(path: str, revision: str | None) -> Path:
-    with _quiet():
+    with quiet():
         from diffusers import StableDiffusion3Pipeline
 
-        try:
-            return Path(StableDiffusion3Pipeline.download(path, revision=revision, use_safetensors=True))
-        except (OSError, ValueError) as error:
-            raise _cannot_load(path, str(error).strip()) from None
+    try:
+        return Path(StableDiffusion3Pipeline.download(path, revision=revision, use_safetensors=True))
+    # connections fail with errors of the HTTP library, which are not OSErrors
+    except Exception as error:
+        raise _cannot_load(path, why_not_fetched(path, error)) from None
 
 
 def _check_directory(directory: Path) -> None:
@@ -150,9 +175,9 @@ def _check_directory(directory: Path) -> None:
             ExitCode.ENVIRONMENT,
         )
     try:
-        parts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"model.path: {index} is not valid JSON ({error})", ExitCode.ENVIRONMENT) from None
+        parts = read_settings(index)
+    except OSError as error:
+        raise UserError(f"model.path: {directory}: {error}", ExitCode.ENVIRONMENT) from None
     if parts.get("_class_name") != "StableDiffusion3Pipeline":
         raise UserError(
             f"model.path: {directory} is a {parts.get('_class_name')}, expected a StableDiffusion3Pipeline",
@@ -162,45 +187,50 @@ def _check_directory(directory: Path) -> None:
     if missing:
         raise UserError(f"model.path: {directory} lacks {', '.join(missing)}", ExitCode.ENVIRONMENT)
     for name in ("transformer", "vae", *_ENCODERS):
-        problem = _component_problem(directory / name) if (directory / name).is_dir() else None
+        problem = files_problem(directory / name) if (directory / name).is_dir() else None
         if problem:
             raise _cannot_load(str(directory), f"{name}: {problem}")
 
 
-def _component_problem(directory: Path) -> str | None:
-    """What keeps a component's directory from being loaded, as far as its file names tell."""
-    if not (directory / "config.json").is_file():
-        return "expected the file config.json"
-    for index in directory.glob("*.safetensors.index.json"):
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            return f"{index.name} is not the index of a model's files"
-        absent = [shard for shard in shards if not (directory / shard).is_file()]
-        if absent:
-            return f"expected {len(shards)} files of weights, {absent[0]} is missing"
-    if any(directory.glob("*.safetensors")):
-        return None
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-    if pickled:
-        return (
-            f"expected safetensors weights, found only {pickled[0]}: a pickle file can run any code when it is read, "
-            "so such weights are refused"
-        )
-    return "expected safetensors weights, found none"
-
-
 def _load_pipeline(directory: Path, dtype: dict[str, torch.dtype], given: dict[str, Any]) -> Any:
-    with _quiet():
-        from diffusers import StableDiffusion3Pipeline
-        from safetensors import SafetensorError
+    """A pipeline whose parts are loaded one by one, so that a fault has the name of its part.
 
+    Args:
+        dtype: by part, else under "default".
+        given: parts that are not loaded; None leaves one out.
+    """
+    with quiet():
+        from diffusers import StableDiffusion3Pipeline
+
+    parts = dict(given)
+    for name in (*_NEEDED, *_T5):
+        if name in parts:
+            continue
         try:
-            return StableDiffusion3Pipeline.from_pretrained(
-                str(directory), dtype=dtype, use_safetensors=True, local_files_only=True, **given
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise _cannot_load(str(directory), str(error).strip()) from None
+            parts[name] = _load_part(name, directory / name, dtype.get(name, dtype["default"]))
+        except OSError as error:
+            raise _cannot_load(str(directory), f"{name}: {error}") from None
+    for encoder, tokenizer in zip(_ENCODERS, _TOKENIZERS, strict=True):
+        network, words = parts[encoder], parts[tokenizer]
+        if network is not None and words is not None and len(words) > network.config.vocab_size:
+            problem = f"it has {len(words)} tokens, {encoder} has {network.config.vocab_size}"
+            raise _cannot_load(str(directory), f"{tokenizer}: {problem}")
+    return StableDiffusion3Pipeline(**parts)
+
+
+def _load_part(name: str, directory: Path, dtype: torch.dtype) -> Any:
+    import diffusers
+    import transformers
+
+    kind = getattr(diffusers if name in ("transformer", "vae", "scheduler") else transformers, _KINDS[name])
+    if name in _TOKENIZERS:
+        return load_tokenizer(kind, directory)
+    if name != "scheduler":
+        return load_network(kind, directory, dtype)
+    said = read_settings(directory / "scheduler_config.json").get("_class_name")
+    if said != _KINDS[name]:
+        raise OSError(f"expected a {_KINDS[name]}, its scheduler_config.json says {said}")
+    return kind.from_pretrained(directory)
 
 
 def _load_preview(pipeline: Path, given: str | None, channels: int, device: torch.device) -> Any:
@@ -209,18 +239,14 @@ def _load_preview(pipeline: Path, given: str | None, channels: int, device: torc
         if given is None:
             return None
         raise UserError(f"model.preview_decoder: {directory} is no directory", ExitCode.ENVIRONMENT)
-    problem = _component_problem(directory)
-    with _quiet():
+    with quiet():
         from diffusers import AutoencoderTiny
-        from safetensors import SafetensorError
 
-        try:
-            if problem:
-                raise ValueError(problem)
-            preview = AutoencoderTiny.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            words = f"cannot load an AutoencoderTiny from {directory}: {str(error).strip()}"
-            raise UserError(f"model.preview_decoder: {words}", ExitCode.ENVIRONMENT) from None
+    try:
+        preview = load_network(AutoencoderTiny, directory, torch.float32)
+    except OSError as error:
+        words = f"cannot load an AutoencoderTiny from {directory}: {error}"
+        raise UserError(f"model.preview_decoder: {words}", ExitCode.ENVIRONMENT) from None
     if preview.config.latent_channels != channels:
         raise UserError(
             f"model.preview_decoder: {directory} decodes latents of {preview.config.latent_channels} channels, "
@@ -250,22 +276,3 @@ def _fits(path: str, device: torch.device) -> Iterator[None]:
             "a GPU with more",
             ExitCode.ENVIRONMENT,
         ) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading bars and advice about absent optional packages stay off the screen; errors do not."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-            library.enable_progress_bar()

@@ -16,6 +16,7 @@ from torch import Tensor
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.attention import Attention, use_attention
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
+from densegrpo_fast.pretrained import quiet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
@@ -145,14 +146,16 @@ class SD3(FlowModel):
                     yield prompt, (embeds, pooled)
 
     def _encode_by(self, pipeline: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            prompt=prompts,
-            prompt_2=None,
-            prompt_3=None,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
+        # a prompt longer than CLIP's 77 tokens is cut there, and T5 reads on: nothing to warn of each time
+        with quiet():
+            embeds, _, pooled, _ = pipeline.encode_prompt(
+                prompt=prompts,
+                prompt_2=None,
+                prompt_3=None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+                device=self.device,
+            )
         return embeds.to(self.transformer.dtype), pooled.to(self.transformer.dtype)
 
     @property

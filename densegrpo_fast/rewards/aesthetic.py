@@ -160,8 +160,11 @@ def convert(source: Path, target: Path, activation: Activation) -> Layers:
     try:
         # weights_only: the reader knows tensors and containers, and refuses everything else
         tensors = torch.load(source, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{source} is not a file of tensors: {str(error).splitlines()[0]}") from None
+    except (UnpicklingError, RuntimeError, EOFError, ValueError):
+        # torch's own words advise to read it all the same, with everything that it would run
+        raise ValueError(
+            f"{source} is not a file of tensors: it is damaged, or holds something else, which is neither read nor run"
+        ) from None
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{source} is not a state dict, a mapping of names to tensors")
     try:

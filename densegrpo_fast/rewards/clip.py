@@ -6,7 +6,7 @@ nothing is rounded, so small gains between similar pictures are not lost.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from densegrpo_fast.pretrained import NETWORK_FILES, TOKENIZER_FILES, fetch, load_network, load_tokenizer
+
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _CACHED_PROMPTS = 8192
-_WEIGHTS = "model.safetensors"
 
 
 class Clip:
@@ -157,79 +158,29 @@ def _dtype(reward: str, given: torch.dtype | str | None) -> torch.dtype | None:
 def _load_tokenizer(reward: str, source: str) -> Any:
     from transformers import CLIPTokenizer
 
-    directory = _local(reward, "processor", source)
-    if directory is not None:
-        files = {path.name for path in directory.iterdir()}
-        if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
-            words = "expected tokenizer.json, or vocab.json and merges.txt, in this directory"
-            raise _cannot_load(reward, "processor", source, words)
     try:
-        return CLIPTokenizer.from_pretrained(str(directory or source))
-    # a damaged file comes as one of these, or as the bare Exception of the tokenizers library
-    except Exception as error:
-        raise _cannot_load(reward, "processor", source, str(error).strip()) from None
+        return load_tokenizer(CLIPTokenizer, _directory(source, TOKENIZER_FILES))
+    except OSError as error:
+        raise _cannot_load(reward, "processor", source, str(error)) from None
 
 
 def _load_model(reward: str, source: str, dtype: torch.dtype) -> Any:
-    from safetensors import SafetensorError
     from transformers import CLIPModel
 
-    directory = _local(reward, "model", source)
-    if directory is not None:
-        problem = _model_problem(directory)
-        if problem:
-            raise _cannot_load(reward, "model", source, problem)
     try:
-        model, found = CLIPModel.from_pretrained(
-            str(directory or source),
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _cannot_load(reward, "model", source, str(error).strip()) from None
-    # transformers would go on with random numbers in place of either
-    missing = sorted(found["missing_keys"])
-    if missing:
-        words = f"its weights lack {len(missing)} of the model's tensors, such as {missing[0]}"
-        raise _cannot_load(reward, "model", source, words)
-    for name, *shapes in found["mismatched_keys"]:
-        stored, expected = (list(shape) for shape in shapes)
-        words = f"its config.json asks for {name} of shape {expected}, its weights have {stored}"
-        raise _cannot_load(reward, "model", source, words)
-    return model
+        return load_network(CLIPModel, _directory(source, NETWORK_FILES), dtype)
+    except OSError as error:
+        raise _cannot_load(reward, "model", source, str(error)) from None
 
 
-def _local(reward: str, option: str, source: str) -> Path | None:
-    """The directory that a source names, or None for a hub id."""
+def _directory(source: str, files: Sequence[str]) -> Path:
+    """The directory that a source names, or to which these files of a hub id were downloaded."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if source.startswith((".", "/", "~")):
-        raise _cannot_load(reward, option, source, "there is no such directory")
-    return None
-
-
-def _model_problem(directory: Path) -> str | None:
-    """What keeps a directory from being a CLIP model with safetensors weights, as far as its file names tell."""
-    try:
-        kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except OSError:
-        return "expected the file config.json in this directory"
-    except (ValueError, AttributeError):
-        return "its config.json is not a JSON object"
-    if kind != "clip":
-        return f"expected a clip model, its config.json says {kind}"
-    if any(directory.glob("*.safetensors")):
-        return None
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-    if pickled:
-        return (
-            f"expected {_WEIGHTS}, found only {pickled[0]}: a pickle file can run any code when it is read, so "
-            "such weights are refused"
-        )
-    return f"expected the file {_WEIGHTS} in this directory"
+        raise OSError("there is no such directory")
+    return fetch(source, files)
 
 
 def _cannot_load(reward: str, option: str, source: str, problem: str) -> OSError:

@@ -3,6 +3,25 @@
     python -m densegrpo_fast.rewards.server --reward scenes --port 8000
     python -m densegrpo_fast.rewards.server --reward my_reward.py:score --option threshold=0.5
 
+A reward whose package wants versions of its own gets an environment of its own, with this package beside it. For
+ImageReward, say, `image_reward.py` is
+
+    from PIL import Image
+    from densegrpo_fast.rewards.pictures import to_bytes
+
+    class Judge:
+        def __init__(self, name: str = "ImageReward-v1.0"):
+            import ImageReward
+            self.model = ImageReward.load(name)
+
+        def __call__(self, images, prompts, metadata):
+            pictures = [Image.fromarray(picture) for picture in to_bytes(images)]
+            return [self.model.score(prompt, picture) for prompt, picture in zip(prompts, pictures)]
+
+served with `--reward image_reward.py:Judge`, and asked by the trainer as
+
+    --reward.terms '{remote: 1.0}' --reward.options '{remote: {url: "http://HOST:8000", token_env: TOKEN}}'
+
 It listens on this machine alone unless told otherwise, and then should ask for a token. Only JSON and PNG are read.
 """
 

@@ -81,7 +81,11 @@ def load_prompts(path: Path | str, *, max_chars: int = 2000) -> PromptSet:
     try:
         content = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     except OSError as error:
-        raise UserError(f"{path}: cannot read this prompt file: {error.strerror}", ExitCode.USAGE) from None
+        raise UserError(
+            f"{path}: cannot read this prompt file: {error.strerror}; name your own, one prompt per line, or a set of "
+            f"the package: {', '.join(BUILT_IN)}",
+            ExitCode.USAGE,
+        ) from None
     # Split at line feeds only: a prompt may hold other characters that str.splitlines would split at.
     lines = content.removesuffix(b"\n").split(b"\n")
     if lines == [b""]:

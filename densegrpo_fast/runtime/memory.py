@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.models.memory import ModelMemory
+from densegrpo_fast.models.memory import ModelMemory, tensor_bytes
 from densegrpo_fast.runtime.chunks import Chunks
 
 GIB = 2**30
@@ -180,6 +181,20 @@ def free_bytes(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> i
     except (OSError, ValueError):
         pass
     return min(found, default=None)
+
+
+def held_bytes(objects: Iterable[object], device: torch.device, depth: int = 2) -> int:
+    """Bytes on a device of the networks among the attributes of objects, and among their attributes' attributes."""
+    networks: dict[int, nn.Module] = {}
+    found = list(objects)
+    for _ in range(depth + 1):
+        networks |= {id(thing): thing for thing in found if isinstance(thing, nn.Module)}
+        own = (getattr(thing, "__dict__", {}) for thing in found if not isinstance(thing, nn.Module))
+        found = [value for attributes in own for value in attributes.values()]
+    tensors = {
+        id(tensor): tensor for each in networks.values() for tensor in (*each.parameters(), *each.buffers())
+    }.values()
+    return tensor_bytes(tensor for tensor in tensors if tensor.device.type == device.type)
 
 
 def start_peak(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from densegrpo_fast import __version__
 from densegrpo_fast.config import Config
+from densegrpo_fast.models.load import is_hub_id
 from densegrpo_fast.runtime.alarms import alarms_for
 from densegrpo_fast.runtime.files import replace_text
 from densegrpo_fast.runtime.intervals import Interval
@@ -143,7 +144,7 @@ def _header(config: Config) -> str:
     lines = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags: [lora, reinforcement-learning]"]
     if config.model.path == "embedded":
         lines.append("license: apache-2.0")
-    elif _is_hub_id(config):
+    elif is_hub_id(config.model.path):
         lines.append(f"base_model: {config.model.path}")
     return "---\n" + "\n".join(lines) + "\n---\n"
 
@@ -152,17 +153,12 @@ def _base_name(config: Config) -> str:
     if config.model.path == "embedded":
         return "the model embedded in densegrpo-fast"
     name = _base_path(config)
-    return f"[{name}](https://huggingface.co/{name})" if _is_hub_id(config) else name
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(config.model.path) else name
 
 
 def _base_path(config: Config) -> str:
     """The hub id, or the name of a local directory: where it lies on one machine helps nobody else."""
-    return config.model.path if _is_hub_id(config) else Path(config.model.path).name
-
-
-def _is_hub_id(config: Config) -> bool:
-    path = config.model.path
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
+    return config.model.path if is_hub_id(config.model.path) else Path(config.model.path).name
 
 
 def _licence(config: Config) -> str:

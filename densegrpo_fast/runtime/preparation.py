@@ -5,20 +5,45 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from densegrpo_fast.config import Config
+from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.flops import architecture_of
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.models.memory import ModelMemory, module_bytes
 from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.chunks import Chunks
-from densegrpo_fast.runtime.memory import MemoryEstimate, check, estimate, free_bytes, refuse
+from densegrpo_fast.runtime.loading import is_slow, without_gpu
+from densegrpo_fast.runtime.memory import MemoryEstimate, check, estimate, free_bytes, held_bytes, refuse
 from densegrpo_fast.sampling.lookahead import Lookahead
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: Config, model: FlowModel, lookahead: Lookahead | None, prompts: Sequence[str]) -> None:
+def check_device(config: Config, device: torch.device) -> None:
+    """Refuse to start on a large model without a GPU, before anything is downloaded or loaded.
+
+    Raises:
+        UserError: (environment) as `run.memory_check refuse` asks for.
+    """
+    if config.run.memory_check == "refuse" and is_slow(config.model, device):
+        raise UserError(
+            f"there is no CUDA device: {without_gpu(config.model)}. --dry-run tries these settings on a tiny random "
+            "model; run.memory_check warn goes on all the same",
+            ExitCode.ENVIRONMENT,
+        )
+
+
+def prepare(
+    config: Config,
+    model: FlowModel,
+    lookahead: Lookahead | None,
+    prompts: Sequence[str],
+    reward: RewardMixture | None = None,
+) -> None:
     """Encode a run's prompts into its cache, say how its network runs, and see whether the memory will do.
 
     Args:
@@ -26,6 +51,7 @@ def prepare(config: Config, model: FlowModel, lookahead: Lookahead | None, promp
         model: with its adapter.
         lookahead: the run's, whose model may be a copy.
         prompts: all that the run will use, training and held-out.
+        reward: all that the run scores with; networks on the model's device are counted.
 
     Raises:
         UserError: (environment) the device's free memory is clearly too small; (output) the cache cannot be written.
@@ -40,7 +66,7 @@ def prepare(config: Config, model: FlowModel, lookahead: Lookahead | None, promp
         print(f"attention: {by}, {str(model.transformer.dtype).removeprefix('torch.')} on {model.device}", flush=True)
     if config.run.memory_check == "off":
         return
-    needed = estimate_memory(config, model, lookahead)
+    needed = estimate_memory(config, model, lookahead, reward)
     print(needed, flush=True)
     problem = check(needed, free_bytes(model.device), str(model.device))
     if problem is None:
@@ -52,11 +78,14 @@ def prepare(config: Config, model: FlowModel, lookahead: Lookahead | None, promp
     logger.warning("%s", problem)
 
 
-def estimate_memory(config: Config, model: SD3, lookahead: Lookahead | None = None) -> MemoryEstimate:
+def estimate_memory(
+    config: Config, model: SD3, lookahead: Lookahead | None = None, reward: RewardMixture | None = None
+) -> MemoryEstimate:
     """What the run will need on the model's device, the model's own weights included.
 
     Args:
         lookahead: the run's; a copy that it evaluates is counted.
+        reward: of the run; its networks on the device are counted.
     """
     pipeline, lora = model.pipeline, config.lora
     memory = ModelMemory(
@@ -74,5 +103,6 @@ def estimate_memory(config: Config, model: SD3, lookahead: Lookahead | None = No
         memory,
         chunks=chunks,
         encoders=sum(module_bytes(encoder) for encoder in encoders),
+        rewards=0 if reward is None else held_bytes([scorer for scorer, _ in reward.terms.values()], model.device),
         copy=evaluated.bytes() if isinstance(evaluated, LookaheadCopy) else 0,
     )

@@ -211,6 +211,9 @@ class RunRecords:
                 f"change {moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}] (95%)"
             )
         lines.append("seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in phases.items()))
+        peaks = [record["memory/peak_gib"] for record in metrics if record.get("memory/peak_gib") is not None]
+        if peaks:
+            lines.append(f"memory: at most {max(peaks):.1f} GiB in an iteration")
         return "\n".join(
             [*lines, f"report:  {report}", f"adapter: {self.directory / 'adapter'}", f"metrics: {log.path}"]
         )

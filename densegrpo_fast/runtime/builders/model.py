@@ -12,6 +12,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.pretrained import quiet
 from densegrpo_fast.runtime.loading import load_model, set_up
 from densegrpo_fast.runtime.lora import add_lora
 
@@ -35,7 +36,8 @@ def build_model(config: Config, device: torch.device, dry_run: bool = False) -> 
     """The model with its adapter; in a dry run of a model that is not in the package, a tiny random one."""
     options = config.model
     if dry_run and options.path != "embedded":
-        from densegrpo_fast.models.tiny import tiny_sd3
+        with quiet():
+            from densegrpo_fast.models.tiny import tiny_sd3
 
         model = tiny_sd3()
         set_up(model, options)

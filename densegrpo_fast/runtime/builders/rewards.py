@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.rewards import behind
 from densegrpo_fast.exit_codes import ExitCode, UserError
@@ -33,6 +35,12 @@ def build_reward(
         return RewardMixture({name: (rewards[name], weight) for name, weight in terms.items()})
     except ValueError as error:
         raise UserError(f"reward.terms, reward.options: {error}", ExitCode.USAGE) from None
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"reward.terms: the GPU has no memory for the networks of {', '.join(terms)}: score on the CPU "
+            "(--reward.options='{NAME: {device: cpu}}'), in another process (remote), or end what else runs there",
+            ExitCode.REWARD,
+        ) from None
     except (ImportError, OSError) as error:
         raise UserError(f"reward.terms, reward.options: {error}", ExitCode.REWARD) from None
 
