@@ -1,16 +1,23 @@
 """Writes measurements into the pages that quote them: `python benches/_pages.py`.
 
 Those of the drop-ins (`bench_dropin.py`, `bench_turning_point.py`) go into the pages of `densegrpo_fast/compat`, those
-of the step ops on the CPU (`bench_sde_step.py` and its like) into `csrc/README.md`. Tests hold the pages to what was
-recorded, so that neither changes without the other.
+of the step ops on the CPU (`bench_sde_step.py` and its like) into `csrc/README.md`, those of the methods (`study.py`)
+into `benches/README.md`. Tests hold the pages to what was recorded, so that neither changes without the other.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+# what is quoted is what the checkout around this file makes of it
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from densegrpo_fast.runtime.intervals import paired_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
@@ -32,6 +39,26 @@ STEPS = {
     "euler_jump": "`euler_jump`",
     "grpo_loss": "`grpo_loss`, forward and backward",
 }
+METHODS_PAGE = ROOT / "benches" / "README.md"
+METHODS = {
+    "sparse": "Flow-GRPO (sparse)",
+    "dense": "DenseGRPO (gain)",
+    "value": "value",
+    "return_to_go": "return-to-go",
+    "mixture": "terminal and dense",
+    "stepwise": "Stepwise",
+    "turning_point": "TP-GRPO",
+    "vgpo": "VGPO",
+    "coca": "CoCA",
+    "tempflow": "TempFlow-GRPO",
+    "g2rpo": "G2RPO",
+    "guard": "GRPO-Guard",
+    "dppo": "Flow-DPPO",
+    "mixgrpo": "MixGRPO-Flash",
+    "fast": "Flow-GRPO-Fast",
+}
+STUDIES = {"methods": "", "methods_noise": ", flow_sde at .7"}
+"""Recorded studies of the methods, and what sets the runs of each apart."""
 START, END = "<!-- measured: python benches/_pages.py -->", "<!-- end of what was measured -->"
 
 
@@ -86,6 +113,38 @@ def step_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def methods_results() -> dict[str, dict[str, Any]]:
+    """What was recorded of the methods, by study."""
+    return {study: json.loads((RESULTS / f"{study}.json").read_text(encoding="utf-8")) for study in STUDIES}
+
+
+def methods_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """What every method learnt, the most first, as Markdown.
+
+    Args:
+        documents: recorded result of every study of `STUDIES`.
+    """
+    found = []
+    for study, mark in STUDIES.items():
+        for run in documents[study]["runs"]:
+            name = run["variant"].removeprefix("embedded_")
+            change = paired_interval(run["before"]["reward"], run["after"]["reward"])
+            strict = [
+                mean(value for row in run[when]["scenes_strict"] for value in row) for when in ("before", "after")
+            ]
+            forwards = sum(run["points"][-1]["nfe"].values())
+            found.append(
+                (
+                    change.mean,
+                    f"| {METHODS[name]}{mark} | `{run['variant']}` "
+                    f"| {change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}] "
+                    f"| {strict[0]:.0%} -> {strict[1]:.0%} | {forwards / 1000:.0f} |",
+                )
+            )
+    lines = [line for _, line in sorted(found, reverse=True)]
+    return "\n".join(["| method | preset | reward | strict | forwards |", "|---|---|---|---|---|", *lines])
+
+
 def with_table(page: str, host: str, document: Mapping[str, Any]) -> str:
     """A host's page with the table between its two marks.
 
@@ -98,6 +157,11 @@ def with_table(page: str, host: str, document: Mapping[str, Any]) -> str:
 def with_step_table(page: str, documents: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of csrc/ likewise."""
     return _between_marks(page, "csrc", step_table(documents))
+
+
+def with_methods_table(page: str, documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of benches/ likewise."""
+    return _between_marks(page, "benches", methods_table(documents))
 
 
 def _between_marks(page: str, name: str, text: str) -> str:
@@ -119,6 +183,8 @@ def main() -> None:
         page.write_text(with_table(page.read_text(encoding="utf-8"), host, result_of(host)), encoding="utf-8")
     text = with_step_table(STEP_PAGE.read_text(encoding="utf-8"), {op: step_result_of(op) for op in STEPS})
     STEP_PAGE.write_text(text, encoding="utf-8")
+    text = with_methods_table(METHODS_PAGE.read_text(encoding="utf-8"), methods_results())
+    METHODS_PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

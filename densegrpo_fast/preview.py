@@ -52,6 +52,7 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     """
     from densegrpo_fast.models.sd3 import SD3
     from densegrpo_fast.runtime import builders
+    from densegrpo_fast.runtime.chunks import lookahead_chunks
     from densegrpo_fast.runtime.files import STAGE_SUFFIX, output_errors
     from densegrpo_fast.runtime.preview_training import agreement, train_preview
 
@@ -63,8 +64,8 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
             ExitCode.USAGE,
         )
     reward = builders.build_reward(config.reward.terms, config.reward.options)
-    training, held_out = collect(config, model, options.pictures)
-    size, chunk = config.sampler.group_size, config.lookahead.chunk
+    size, chunk = config.sampler.group_size, lookahead_chunks(config, model, "full").decode
+    training, held_out = collect(config, model, options.pictures, chunk)
     before = agreement(model, held_out, reward, size, chunk)
     train_preview(model, training, options.steps, options.batch, config.seed)
     after = agreement(model, held_out, reward, size, chunk)
@@ -79,8 +80,11 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
-def collect(config: Config, model: FlowModel, pictures: int) -> tuple[Pictures, Pictures]:
-    """Pictures of `pictures` rollouts, rounded up to whole batches, for training; and some more, held out."""
+def collect(config: Config, model: FlowModel, pictures: int, chunk: int) -> tuple[Pictures, Pictures]:
+    """Pictures of `pictures` rollouts, rounded up to whole batches, for training; and some more, held out.
+
+    At most `chunk` are decoded at a time.
+    """
     import torch
 
     from densegrpo_fast.runtime.drawing import drawn
@@ -89,7 +93,7 @@ def collect(config: Config, model: FlowModel, pictures: int) -> tuple[Pictures, 
     parts: tuple[list[Pictures], list[Pictures]] = ([], [])
     for batch in drawn(config, model, pictures):
         latents = batch.trajectory.latents[-1]
-        images = decoded(model, latents, "full", config.lookahead.chunk)
+        images = decoded(model, latents, "full", chunk)
         parts[batch.held_out].append(Pictures(latents.cpu(), images, batch.rows, batch.metadata))
     training, held_out = (
         Pictures(

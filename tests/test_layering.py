@@ -125,7 +125,9 @@ def test_commands_are_imported_by_nobody() -> None:
 
 def test_configuration_never_reaches_torch() -> None:
     """Follow module-level imports from config and the top of commands: help and errors must be instant."""
-    commands = tuple(f"{PACKAGE}.{name}" for name in ("train", "sample", "evaluate", "fidelity.__main__"))
+    commands = tuple(
+        f"{PACKAGE}.{name}" for name in ("train", "sample", "evaluate", "fidelity.__main__", "completion", "preview")
+    )
     pending = [name for name in FILES if part_of(name).startswith("config") or name in commands]
     seen = {*pending, PACKAGE}
     external = set()

@@ -47,9 +47,9 @@ def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> No
 
     config, _ = load_config(train.arguments(tmp_path / "unused", **SMALL))
     model = builders.build_model(config, torch.device("cpu"))
-    training, held_out = collect(config, model, 9)
-    size = config.data.num_prompts * config.sampler.group_size
-    assert (len(training), len(held_out)) == (12, size * 1) and size == 4
+    training, held_out = collect(config, model, 9, 4)
+    # batches of 2 prompts with 2 samples each
+    assert (len(training), len(held_out)) == (12, 4)
     assert len(torch.cat([training.latents, held_out.latents]).unique(dim=0)) == 16
     assert torch.equal(held_out.images, model.decode(held_out.latents).half())
     # groups are whole

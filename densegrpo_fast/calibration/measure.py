@@ -204,8 +204,7 @@ class GainMeter:
                 self.sigmas[step + 1 :],
                 guidance_scale=self.guidance_scale,
             )
-            images = torch.cat([self.model.decode(part) for part in clean.split(len(batch.index))])
-            scores.append(self._scores(images[None], batch)[0])
+            scores.append(self._scores(self.model.decode(clean)[None], batch)[0])
         return torch.stack(scores)
 
     def _state_rewards(self, batch: _Batch) -> Tensor:

@@ -1,9 +1,10 @@
-"""The hosts' pages say what is true: what is replaced, which fixes there are, what was measured."""
+"""Pages say what is true: the hosts' what is replaced and fixed, and all of them what was measured."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import pytest
 
 from densegrpo_fast.compat import flow_grpo
 from densegrpo_fast.compat._patch import Target
+from densegrpo_fast.flow import backends
 from densegrpo_fast.launch import HOSTS
 from densegrpo_fast.sampling import plan as plans
 
@@ -28,6 +30,7 @@ def load_pages() -> ModuleType:
 
 
 PAGES = load_pages()
+STEPS = {op: PAGES.step_result_of(op) for op in PAGES.STEPS}
 
 
 def targets_of(host: str) -> list[Target]:
@@ -70,6 +73,8 @@ def test_a_page_quotes_what_was_measured(host: str) -> None:
 def test_a_page_without_its_marks() -> None:
     with pytest.raises(ValueError, match="the page of mix_grpo needs the lines"):
         PAGES.with_table("# MixGRPO\n", "mix_grpo", PAGES.result_of("mix_grpo"))
+    with pytest.raises(ValueError, match="the page of csrc needs the lines"):
+        PAGES.with_step_table("# csrc\n", STEPS)
 
 
 def test_evaluations_of_turning_point() -> None:
@@ -82,3 +87,58 @@ def test_evaluations_of_turning_point() -> None:
     assert f"| completions of 8 states | {host} | {here} | {here} |" in page
     assert f"| noise-free image | 10 | 10 | {completed[0]} |" in page
     assert f"| sum | {20 + host} | {20 + here} | {10 + here + completed[0]} |" in page
+
+
+def test_the_steps_page_quotes_what_was_recorded() -> None:
+    page = PAGES.STEP_PAGE.read_text(encoding="utf-8")
+    assert PAGES.with_step_table(page, STEPS) == page
+    own = STEPS["sde_step"]["variants"]["csrc"]
+    assert f"{own['times_faster_than_eager']:.1f}x | {own['times_faster_than_eager_compiled']:.1f}x" in page
+    changed = {**STEPS, "sde_step": STEPS["sde_log_prob"]}
+    assert PAGES.with_step_table(page, changed) != page
+
+
+def test_every_op_with_a_compiled_form_is_there() -> None:
+    forms = {"guided_sde_step", "sde_step_outputs", "guided_sde_log_prob"}
+    assert set(PAGES.STEPS) == {op for op, names in backends.OPS.items() if "cpu" in names} - forms
+
+
+@pytest.mark.parametrize("op", PAGES.STEPS)
+def test_what_was_recorded_says_how(op: str) -> None:
+    document = STEPS[op]
+    assert document["settings"]["shape"] == ([16] if op == "grpo_loss" else [16, 16, 64, 64])
+    assert (document["settings"]["dtype"], document["settings"]["threads"]) == ("float32", 2)
+    assert document["command"].split(" --rounds ")[0] == f"python benches/bench_{op}.py"
+    assert document["noisy"] == any(variant["spread"] > 0.2 for variant in document["variants"].values())
+    assert {"csrc", "reference", "eager", "eager_compiled", "copy"} == set(document["variants"])
+    own, eager = document["variants"]["csrc"], document["variants"]["eager"]
+    medians = eager["median_seconds"] / own["median_seconds"]
+    assert math.isclose(own["times_faster_than_eager"], medians, rel_tol=0.3), "another run's ratio"
+
+
+@pytest.mark.parametrize(
+    ("op", "over", "least"),
+    [
+        ("sde_step", "eager", 3.0),
+        ("sde_step", "eager_compiled", 1.5),
+        ("sde_log_prob", "eager", 3.0),
+        ("grpo_loss", "eager", 1.0),
+    ],
+)
+def test_what_was_recorded_meets_the_bars(op: str, over: str, least: float) -> None:
+    assert STEPS[op]["variants"]["csrc"][f"times_faster_than_{over}"] >= least
+
+
+def test_the_methods_page_quotes_what_was_recorded() -> None:
+    page, documents = PAGES.METHODS_PAGE.read_text(encoding="utf-8"), PAGES.methods_results()
+    assert PAGES.with_methods_table(page, documents) == page
+    changes = {}
+    for run in documents["methods"]["runs"]:
+        scores = [sum(map(sum, run[when]["reward"])) / 512 for when in ("before", "after")]
+        changes[run["variant"]] = scores[1] - scores[0]
+    # every method has a run, from the same start, and its change is in the table
+    assert changes.keys() == {f"embedded_{name}" for name in PAGES.METHODS}
+    assert all(f"| `{variant}` | {change:+.3f} [" in page for variant, change in changes.items())
+    assert max(changes, key=changes.__getitem__) == "embedded_g2rpo"
+    starts = [run["before"] for document in documents.values() for run in document["runs"]]
+    assert all(start == starts[0] for start in starts)
