@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.runtime.builders import trained_steps
 
-SPARSE, DENSE_FAST, DENSE_EXACT = "sparse", "dense_fast", "dense_exact"
+SPARSE, DENSE_FAST, DENSE_EXACT, DENSE_BRANCHED = "sparse", "dense_fast", "dense_exact", "dense_branched"
 STOCK_SPARSE, STOCK_DENSE = "stock_sparse", "stock_dense"
-NAMES = (SPARSE, DENSE_FAST, DENSE_EXACT, STOCK_SPARSE, STOCK_DENSE)
+NAMES = (SPARSE, DENSE_FAST, DENSE_EXACT, DENSE_BRANCHED, STOCK_SPARSE, STOCK_DENSE)
 
 KL_COEF = 0.01
 PINNED: dict[str, Any] = {
@@ -41,8 +42,9 @@ class Protocol:
         prompts: P.
         group_size: G.
         plan: of dense_fast, as "nodes:4,7", "n_step:2" or a plan's name.
-        guidance, decoder: of dense_fast's lookahead.
-        head, copy_dtype, cache: of its lookahead, as in the configuration; "null" for none.
+        guidance: of dense_fast's lookahead.
+        decoder, copy_dtype: of dense_fast's and dense_branched's; "null" for no copy.
+        head, cache: of dense_fast's, as in the configuration; "null" for none.
         overrides: further options of all variants, as `key=value`, such as a micro-batch that fits the memory.
     """
 
@@ -73,11 +75,13 @@ class Protocol:
             }
         else:
             lookahead = _plan("exact") | {"lookahead.guidance": "full", "lookahead.decoder": "full"}
-        dense = name in (DENSE_FAST, DENSE_EXACT, STOCK_DENSE)
+        if name == DENSE_BRANCHED:
+            lookahead |= {"lookahead.decoder": self.decoder, "lookahead.copy_dtype": self.copy_dtype}
+        methods = {DENSE_BRANCHED: "branch", SPARSE: "sparse", STOCK_SPARSE: "sparse"}
         fixed = lookahead | {
             "data.num_prompts": self.prompts,
             "sampler.group_size": self.group_size,
-            "credit.method": "dense" if dense else "sparse",
+            "credit.method": methods.get(name, "dense"),
             "objective.kl_coef": KL_COEF if kl else 0.0,
             # the policy stays what it was, so that every round scores pictures of the same kind
             "optimizer.lr": 1e-6,
@@ -90,6 +94,10 @@ class Protocol:
                 problem = "is set by the protocol" if equals else "must be KEY=VALUE"
                 raise UserError(f"--override: {text} {problem}", ExitCode.USAGE)
             chosen[key] = value
+        if name == DENSE_BRANCHED:
+            # one trunk per prompt, and of those no more in a forward than the other variants have rows
+            fixed["sampler.branches"] = self.group_size
+            chosen["sampler.micro_batch"] = math.gcd(self.prompts, int(chosen["sampler.micro_batch"]))
         arguments = [f"{key}={value}" for key, value in (chosen | fixed).items()]
         config = load_config(["--config", "embedded_paper", *arguments])[0]
         expected = PINNED | {"objective.kl_coef": fixed["objective.kl_coef"]}
@@ -134,10 +142,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add(
         "--guidance", choices=("full", "cond_only", "reuse"), default=default.guidance, help="of dense_fast's lookahead"
     )
-    add("--decoder", choices=("preview", "full"), default=default.decoder, help="of dense_fast's lookahead")
+    both = "of dense_fast's and dense_branched's lookahead"
+    add("--decoder", choices=("preview", "full"), default=default.decoder, help=both)
     add("--head", default=default.head, metavar="FILE", help="completion head of dense_fast's lookahead")
-    add("--copy-dtype", default=default.copy_dtype, metavar="DTYPE", help="precision of a copy that it evaluates")
-    add("--cache", default=default.cache, metavar="SPEC", help="features that it takes over from the rollout")
+    add("--copy-dtype", default=default.copy_dtype, metavar="DTYPE", help=f"precision of a copy, {both}")
+    add("--cache", default=default.cache, metavar="SPEC", help="features that dense_fast takes over from the rollout")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further options of all variants")
     add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: 5")
     add("--warmup", type=int, default=1, choices=range(1001), metavar="N", help="rounds before them; default: 1")

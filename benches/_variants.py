@@ -16,10 +16,16 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import Judge, sample
+from densegrpo_fast.runtime.experience import Judge, draw
 from densegrpo_fast.runtime.learner import Learner
 from densegrpo_fast.runtime.metrics import PhaseTimer
-from densegrpo_fast.sampling.cost import Evaluations, IterationCost, dense_iteration, sparse_iteration
+from densegrpo_fast.sampling.cost import (
+    Evaluations,
+    IterationCost,
+    branched_iteration,
+    dense_iteration,
+    sparse_iteration,
+)
 from densegrpo_fast.sampling.plan import make_plan
 
 
@@ -63,7 +69,7 @@ def _ours(config: Config, model: SD3, reward: RewardMixture) -> _Step:
 
     def step(rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer, iteration: int) -> None:
         with timer("rollout"):
-            trajectory = sample(config, model, rows, coefficients, iteration, cache=judge.cache)
+            trajectory = draw(config, model, rows, coefficients, iteration, cache=judge.cache)
         outcome = judge.judge(trajectory, rows, metadata, timer)
         with timer("update"):
             learner.update(trajectory, outcome.advantages.values.flatten(0, 1).to(model.device), steps)
@@ -92,6 +98,11 @@ def _cost(name: str, config: Config) -> IterationCost:
     if name == SPARSE:
         return sparse_iteration(steps, **options)
     plan = make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1)
+    if config.sampler.branches is not None:
+        branching = builders.noisy_steps(config, 0)
+        noisy = tuple(step in branching for step in range(steps))
+        branches = config.sampler.branches
+        return branched_iteration(plan, branches=branches, decoder=ahead.decoder, noisy=noisy, **options)
     return dense_iteration(plan, guidance=ahead.guidance, decoder=ahead.decoder, **options)
 
 

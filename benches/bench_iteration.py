@@ -9,6 +9,8 @@ Ten steps, guidance 4.5, nine trained steps, one update per sample, with a KL te
     sparse          one reward per image; every exact optimisation that dense has, one decode
     dense_fast      a reward per state by the plan, guidance and decoder that are asked for
     dense_exact     a reward per state by the exact plan, full guidance, full decoder
+    dense_branched  a reward per branch: a prompt's samples leave one noise-free trunk at every trained step; the exact
+                    plan, full guidance, the decoder and the copy that are asked for
     stock_sparse    Flow-GRPO          } `_stock.py` lists where they are slow
     stock_dense     n = t, serially    }
 
@@ -61,6 +63,8 @@ RATIOS = (
     "dense_fast/sparse",
     "dense_fast/stock_sparse",
     "dense_exact/sparse",
+    "dense_branched/sparse",
+    "dense_branched/stock_sparse",
     "dense_exact/stock_dense",
     "stock_dense/stock_sparse",
 )
@@ -68,7 +72,7 @@ RATIOS = (
 
 @dataclass(frozen=True)
 class Bench:
-    """The five variants on one model.
+    """The variants on one model.
 
     Attributes:
         protocol: what was asked for.
@@ -165,7 +169,7 @@ def timed(bench: Bench, *, rounds: int, warmup: int) -> dict[str, Any]:
     }
 
 
-def evaluations(cost: IterationCost) -> dict[str, int]:
+def evaluations(cost: IterationCost) -> dict[str, int | float]:
     """Network forwards by phase, decodes and rewards per trajectory."""
     phases = ("rollout", "lookahead", "policy", "reference")
     found = {phase: getattr(cost, phase).forwards for phase in phases} | {"total": cost.forwards}
@@ -216,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, own in part["seconds"].items():
             phases = ", ".join(f"{phase} {value:.3f}" for phase, value in own["phases"].items())
             total = part["nfe"][name]["total"]
-            print(f"  {name:13} {own['median']:8.3f} s  spread {own['spread']:4.0%}  {total:4d} NFE  {phases}")
+            print(f"  {name:14} {own['median']:8.3f} s  spread {own['spread']:4.0%}  {total:6.1f} NFE  {phases}")
         for pair, value in part["ratios"].items():
             print(f"  {pair:26} {value:6.3f}")
     if document["noisy"]:

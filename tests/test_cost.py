@@ -16,7 +16,13 @@ from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocit
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations, sparse_iteration
+from densegrpo_fast.sampling.cost import (
+    Evaluations,
+    branched_iteration,
+    dense_iteration,
+    lookahead_evaluations,
+    sparse_iteration,
+)
 from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 
@@ -102,6 +108,34 @@ def test_the_published_settings_by_hand() -> None:
     assert (cost.full_decodes, cost.preview_decodes, cost.rewards) == (0, 11, 11)
     assert cost.forwards == 67
     assert cost.flops(Unit()) == 49 + 18e3 + 9e5 + 11e9 + 11e11
+
+
+def test_a_branched_iteration_by_hand() -> None:
+    """T = 10, guided, 9 trained steps, KL, 8 branches of one trunk at each step but the last, exact plan, previews.
+
+    Evaluations per sample: 9/8 of the trunk and 9 where its branches lead, 8 + 7 + ... + 0 = 36 to complete those, and
+    9/8 in the replay; forwards are twice as many.
+    """
+    cost = branched_iteration(
+        plans.exact(10),
+        branches=8,
+        trained_steps=9,
+        guided=True,
+        kl=True,
+        decoder="preview",
+        noisy=(True,) * 9 + (False,),
+    )
+    assert (cost.rollout.forwards, cost.lookahead.forwards) == (2.25 + 18, 72)
+    assert (cost.policy.forwards, cost.reference.forwards, cost.backwards) == (2.25, 2.25, 1.125)
+    assert (cost.full_decodes, cost.preview_decodes, cost.rewards) == (0, 9, 9)
+    # a branch at the last step is a picture, with nothing to evaluate
+    noisy = (False,) * 3 + (True,)
+    last = branched_iteration(plans.exact(4), branches=2, trained_steps=1, guided=False, kl=False, noisy=noisy)
+    assert (last.rollout.total, last.lookahead.total, last.full_decodes) == (4 / 2, 0, 1)
+    with pytest.raises(ValueError, match="at least one branch, got 10 and 0"):
+        branched_iteration(plans.exact(10), branches=0, trained_steps=9, guided=True, kl=True)
+    with pytest.raises(ValueError, match=r"one entry per step \(10\), got 1"):
+        branched_iteration(plans.exact(10), branches=2, trained_steps=9, guided=True, kl=True, noisy=(True,))
 
 
 def test_the_sparse_iteration_by_hand() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from densegrpo_fast.exit_codes import ExitCode
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity import statistics
 from densegrpo_fast.fidelity.measure import Variant, measure, reference, score, trajectories
@@ -24,6 +25,7 @@ from densegrpo_fast.sampling import path_tree
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.tree import grow
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,36 @@ def test_the_search_finds_what_measuring_finds(subject: Subject) -> None:
     for candidate in picked:
         direct = statistics.compare(rewards[reference(5)], rewards[candidate.variant])
         assert candidate.agreement.spearman_gains_mean == pytest.approx(direct.spearman_gains_mean, abs=1e-6)
+
+
+def test_branches_are_judged_among_those_of_their_state(subject: Subject) -> None:
+    """Against a tree that is grown, completed and scored here."""
+    branched = replace(subject, coefficients=subject.coefficients.only((0, 1, 2)), branched=True)
+    variants = [Variant(plans.one_step(5), "full", "full"), Variant(plans.exact(5), "full", "preview")]
+    rewards = measure(branched, variants, range(3), group_size=4, seed=7)
+    trunks, rows = torch.arange(0, 12, 4), [branched.prompts.prompts[group] for group in range(3) for _ in range(4)]
+    model, metadata = branched.model, [{} for _ in rows]
+    tree = grow(
+        model,
+        initial_noise(model, trunks, seed=7, epoch=0),
+        model.encode(rows),
+        branched.coefficients,
+        branches=4,
+        sample_index=trunks,
+        seed=7,
+        epoch=0,
+        guidance_scale=branched.guidance_scale,
+    )
+    clean = tree.completions(Lookahead(model, plans.exact(5), chunk=100))
+    expected = branched.reward(model.decode(clean.flatten(0, 1), "full"), rows * 3, metadata * 3).values
+    torch.testing.assert_close(rewards[reference(5)], expected.view(3, 3, 4).permute(1, 2, 0), rtol=1e-5, atol=1e-6)
+    found = [statistics.compare_branches(rewards[reference(5)], rewards[variant]) for variant in variants]
+    assert found[1].spearman_rewards_mean == found[1].spearman_gains_mean > 0.9 > found[0].spearman_gains_mean
+    assert len(found[0].spearman_gains) == 3 and found[0].remaining_gains == 1
+    # in part: the same group in another range
+    torch.testing.assert_close(
+        measure(branched, [], range(2, 3), group_size=4, seed=7)[reference(5)], rewards[reference(5)][2:]
+    )
 
 
 def test_the_cheapest_plan_above_the_thresholds(subject: Subject) -> None:
@@ -189,6 +221,31 @@ def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
     assert 1.0 < record["iteration_flops_ratio"] < document["plans"]["exact/full/preview"]["iteration_flops_ratio"]
     assert document["settings"]["model"] == pipeline_directory.name
     assert str(pipeline_directory.parent) not in out.read_text()
+
+
+def test_a_preset_with_branches_is_judged_on_branches(
+    pipeline_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fidelity.json"
+    arguments = ["--config", "embedded_tempflow", "--groups", "2", "--group-size", "4", "--plans", "exact", "one_step"]
+    arguments += ["--model.path", str(pipeline_directory), "--reward.terms", "{jpeg_compressibility: 1.0}"]
+    arguments += ["--decoder", "full", "--copy-dtype", "bfloat16"]
+    assert fidelity.main([*arguments, "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert list(document["plans"]) == ["exact/full/full", "one_step/full/full", "exact+copy/full/full"]
+    exact = document["plans"]["exact/full/full"]
+    assert exact["spearman_gains_mean"] == exact["spearman_rewards_mean"] == pytest.approx(1.0)
+    # three of six steps branch: states 1, 2, 3 are completed with 4 + 3 + 2 evaluations, and one picture each
+    assert (exact["nfe_unguided"], exact["decodes"], len(exact["spearman_gains"])) == (9, 3, 3)
+    assert document["plans"]["exact+copy/full/full"]["spearman_rewards_mean"] > 0.5
+    assert document["settings"]["branched"] and document["persistence"] is None
+    assert "2 groups of 4 branches of one trunk" in capsys.readouterr().out
+    for wrong, problem in ((["--search"], "--search is for"), (["--guidance", "reuse"], "full or cond_only")):
+        extra = ["--sampler.guidance_scale", "2"] if "--guidance" in wrong else []
+        with pytest.raises(SystemExit) as ended:
+            fidelity.main([*arguments, *wrong, *extra])
+        assert ended.value.code == ExitCode.USAGE
+        assert problem in capsys.readouterr().err
 
 
 def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path) -> None:

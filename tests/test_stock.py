@@ -217,9 +217,15 @@ def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl:
     found = {name: evaluations(variant.cost) for name, variant in bench.variants.items()}
     # nodes {4, 7}: four states meet at 4 and seven at 7, without guidance
     lookahead = {"sparse": 0, "dense_fast": 4 + 7, "dense_exact": 2 * 45, "stock_sparse": 0, "stock_dense": 2 * 55}
+    branched = found.pop("dense_branched")
     assert {name: cost["lookahead"] for name, cost in found.items()} == lookahead
     for name, cost in found.items():
         assert cost["total"] == 20 + 18 + (18 if kl else 0) + lookahead[name]
+    # two branches share nine evaluations of the trunk and of its replay; states 1..9 are completed with 8 + 7 + ... + 0
+    assert branched["rollout"] == 2 * (9 / 2 + 9)
+    assert branched["lookahead"] == 2 * 36
+    assert (branched["policy"], branched["reference"]) == (2 * 9 / 2, 2 * 9 / 2 if kl else 0)
+    assert (branched["preview_decodes"], branched["rewards"]) == (9, 9)
     assert found["dense_fast"]["preview_decodes"] == 11
     assert set(bench.variants["stock_dense"].phases[0]) == {"rollout", "lookahead", "reward", "update"}
 
@@ -235,12 +241,21 @@ def test_work_that_is_not_the_closed_forms_is_noticed(tiny_policy: Policy) -> No
 def test_variants_differ_in_rewards_and_lookahead_alone() -> None:
     protocol = Protocol(plan="n_step:2", guidance="full", overrides=("sampler.micro_batch=4", "lookahead.chunk=3"))
     configs = {name: protocol.config(name, kl=True) for name in NAMES}
+    branched = configs.pop("dense_branched")
     shared = [config.model_dump(exclude={"lookahead": True, "credit": {"method"}}) for config in configs.values()]
     assert all(settings == shared[0] for settings in shared)
     fast, exact = configs["dense_fast"].lookahead, configs["dense_exact"].lookahead
     assert (fast.plan, fast.n, fast.guidance, fast.decoder, fast.chunk) == ("n_step", 2, "full", "preview", 3)
     assert (exact.plan, exact.n, exact.guidance, exact.decoder, exact.chunk) == ("exact", None, "full", "full", 3)
     assert [name for name, config in configs.items() if config.credit.method == "sparse"] == ["sparse", "stock_sparse"]
+    same = {"lookahead": True, "credit": {"method"}, "sampler": {"branches", "micro_batch"}}
+    assert branched.model_dump(exclude=same) == configs["dense_exact"].model_dump(exclude=same)
+    assert (branched.sampler.branches, branched.sampler.micro_batch) == (8, 2)
+    assert (branched.lookahead.plan, branched.lookahead.guidance, branched.lookahead.decoder) == (
+        "exact",
+        "full",
+        "preview",
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
     python -m densegrpo_fast.fidelity                                   the embedded model, held-out prompts
     python -m densegrpo_fast.fidelity --plans nodes:3,6 n_step:2 --json fidelity.json --plot fidelity.png
     python -m densegrpo_fast.fidelity --search --groups 128             the cheapest node set above the thresholds
+    python -m densegrpo_fast.fidelity --config embedded_tempflow        branches of one trunk, as that preset has them
     python -m densegrpo_fast.fidelity --analytic                        an exact flow; needs torch alone
     python -m densegrpo_fast.fidelity --cost                            costs for known models, without weights
 
 The reference is the exact plan with full guidance and the full decoder. All plans complete the same trajectories, and
-agreement is rank correlation inside each group, over states 0..T-2 and their gains. Options of the preset may be
-overridden as in training: `--sampler.num_steps 10`. Exit codes are in `exit_codes.py`. Options are parsed before torch
-is imported.
+agreement is rank correlation inside each group, over states 0..T-2 and their gains. With a preset that has
+sampler.branches a group is the branches of one noise-free trunk, and agreement that of their rewards in every step.
+Options of the preset may be overridden as in training: `--sampler.num_steps 10`. Exit codes are in `exit_codes.py`.
+Options are parsed before torch is imported.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     from densegrpo_fast.fidelity import report
     from densegrpo_fast.fidelity.measure import measure, reference
     from densegrpo_fast.fidelity.search import Thresholds
-    from densegrpo_fast.fidelity.statistics import compare, persistence
+    from densegrpo_fast.fidelity.statistics import compare, compare_branches, persistence
     from densegrpo_fast.runtime.provenance import provenance
 
     sampling = {"group_size": options.group_size, "seed": options.seed}
@@ -95,14 +97,14 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
 
     rewards = measure(subject, variants, groups, progress=partial(_progress, "measured", len(groups)), **sampling)
     exact = rewards[reference(subject.coefficients.num_steps)]
-    noisy = subject.coefficients.noisy
+    agree = compare_branches if subject.branched else partial(compare, noisy=subject.coefficients.noisy)
     records = {
-        variant.name: report.plan_record(variant, compare(exact, rewards[variant], noisy), subject)
+        variant.name: report.plan_record(variant, agree(exact, rewards[variant]), subject, options.group_size)
         for variant in variants
     }
     settings = subject.settings | sampling | {"groups": options.groups, "groups_measured": len(groups)}
     settings |= {"trained_steps": subject.trained_steps, "kl": subject.kl, "noisy": list(subject.coefficients.noisy)}
-    kept = persistence(exact)
+    kept = None if subject.branched else persistence(exact)
     _show(settings, records, searched, kept)
     if options.json:
         document = {"plans": records, "search": searched, "persistence": kept, "settings": settings}
@@ -119,6 +121,10 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
     from densegrpo_fast.fidelity.subject import analytic_subject, pipeline_subject
 
     make_plans = plans_of(options)
+    if config is not None and config.sampler.branches is not None:
+        if given := [name for name in ("head", "cache", "search") if getattr(options, name)]:
+            problem = f"is for trajectories, and {config.preset} has sampler.branches; leave it out"
+            raise UserError(f"--{given[0]} {problem}", ExitCode.USAGE)
     if config is None:
         subject = analytic_subject(options.groups)
         guidances, decoders = options.guidance or ["full"], options.decoder or ["full"]
@@ -137,6 +143,8 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
         decoders = options.decoder or [config.lookahead.decoder]
     if not set(decoders) <= set(subject.decoders):
         raise UserError("--decoder: this model has no preview decoder, expected full", ExitCode.USAGE)
+    if subject.branched and "reuse" in guidances:
+        raise UserError("--guidance: expected full or cond_only with sampler.branches, got reuse", ExitCode.USAGE)
     if not subject.guided:
         # without guidance there is nothing to drop after the first velocity
         guidances = ["full"]
@@ -197,13 +205,14 @@ def _searched(
 
 
 def _show(
-    settings: dict[str, Any], records: dict[str, Any], searched: dict[str, Any] | None, kept: Sequence[float]
+    settings: dict[str, Any], records: dict[str, Any], searched: dict[str, Any] | None, kept: Sequence[float] | None
 ) -> None:
     from densegrpo_fast.fidelity.report import ENOUGH, LEGEND, plan_table, step_table
 
     sampler = settings["sampler"]
     print(
-        f"{settings['subject']}: {settings['groups_measured']} groups of {settings['group_size']}, "
+        f"{settings['subject']}: {settings['groups_measured']} groups of {settings['group_size']}"
+        f"{' branches of one trunk' if settings.get('branched') else ''}, "
         f"{sampler['num_steps']} steps, {sampler['dynamics']} at noise level {sampler['noise_level']}, "
         f"guidance {sampler['guidance_scale']:g}\n"
     )
@@ -211,8 +220,9 @@ def _show(
     remaining = min((record["remaining_gains"] for record in records.values()), default=1.0)
     advice = "" if remaining >= ENOUGH else f"; below {ENOUGH:.0%}, judge by a more finely graded reward"
     print(f"\n{remaining:.0%} of the groups' steps remain, in the others all exact gains are equal{advice}.")
-    numbers = " ".join(f"{value:.2f}" for value in kept)
-    print(f"exact rewards of neighbouring states correlate by {numbers}; below .5 a gain is noisier than a reward.")
+    if kept is not None:
+        numbers = " ".join(f"{value:.2f}" for value in kept)
+        print(f"exact rewards of neighbouring states correlate by {numbers}; below .5 a gain is noisier than a reward.")
     if searched is None:
         return
     wanted = ", ".join(f"{name} {value:g}" for name, value in searched["thresholds"].items())

@@ -1,11 +1,11 @@
-"""Lookahead rewards of many variants on the very same trajectories."""
+"""Lookahead rewards of many variants on the very same trajectories, or branches of trajectories."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from densegrpo_fast.fidelity.subject import Subject
 from densegrpo_fast.models.base import Cache, Decoder
 from densegrpo_fast.runtime import scoring
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import IterationCost, dense_iteration, sparse_iteration
+from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.tree import Sampled, Tree, grow
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,19 @@ def reference(num_steps: int) -> Variant:
     return Variant(plans.exact(num_steps), "full", "full")
 
 
-def cost_of(variant: Variant, subject: Subject) -> IterationCost:
-    """Cost per trajectory of a training iteration with this lookahead."""
+def cost_of(variant: Variant, subject: Subject, group_size: int) -> IterationCost:
+    """Cost per sample of a training iteration with this lookahead."""
+    if subject.branched:
+        return branched_iteration(
+            variant.plan,
+            branches=group_size,
+            trained_steps=subject.trained_steps,
+            guided=subject.guided,
+            kl=subject.kl,
+            guidance=variant.guidance,
+            decoder=variant.decoder,
+            noisy=subject.coefficients.noisy,
+        )
     return dense_iteration(
         variant.plan,
         trained_steps=subject.trained_steps,
@@ -67,7 +79,7 @@ def cost_of(variant: Variant, subject: Subject) -> IterationCost:
     )
 
 
-def flops_ratio(variant: Variant, subject: Subject) -> float | None:
+def flops_ratio(variant: Variant, subject: Subject, group_size: int) -> float | None:
     """Operations of the dense iteration over those of the sparse one; None where they are not known."""
     if subject.flops is None:
         return None
@@ -75,7 +87,7 @@ def flops_ratio(variant: Variant, subject: Subject) -> float | None:
         subject.coefficients.num_steps, trained_steps=subject.trained_steps, guided=subject.guided, kl=subject.kl
     )
     cheap = subject.cheap_flops.get((variant.copy, variant.cache))
-    return cost_of(variant, subject).flops(subject.flops, cheap) / sparse.flops(subject.flops)
+    return cost_of(variant, subject, group_size).flops(subject.flops, cheap) / sparse.flops(subject.flops)
 
 
 def _lookahead(subject: Subject, variant: Variant, cache: Cache | None) -> Lookahead:
@@ -91,37 +103,57 @@ def _lookahead(subject: Subject, variant: Variant, cache: Cache | None) -> Looka
     )
 
 
+Drawn = TypeVar("Drawn", bound=Sampled, covariant=True)
+
+
 @dataclass(frozen=True)
-class Batch:
-    """Some groups' trajectories.
+class Batch(Generic[Drawn]):
+    """Some groups' trajectories, or trees with a trunk for each group.
 
     Attributes:
-        trajectory: B rows, group after group.
+        trajectory: B rows, group after group; those of a tree's branches.
         rows: prompt of each row.
         metadata: of each row.
         group_size: G.
         cache: what the rollout recorded, if the subject has a cache.
     """
 
-    trajectory: Trajectory
+    trajectory: Drawn
     rows: list[str]
     metadata: list[dict[str, Any]]
     group_size: int
     cache: Cache | None = None
 
 
-def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int) -> Iterator[Batch]:
-    """Roll out the named groups, as many at a time as fit the subject's chunk.
+def batches(subject: Subject, groups: range, *, group_size: int, seed: int) -> Iterator[Batch[Sampled]]:
+    """Draw the named groups, as many at a time as fit the subject's chunk: trees if it is branched, else trajectories.
 
     All noise is a function of (seed, group, sample) alone, so the same group is the same in any range.
     """
-    at_once = max(1, subject.chunk // group_size)
+    if not subject.branched:
+        yield from trajectories(subject, groups, group_size=group_size, seed=seed)
+        return
+    for rows, metadata, index in _rows(subject, groups, group_size):
+        trunks = index[::group_size]
+        tree = grow(
+            subject.model,
+            initial_noise(subject.model, trunks, seed=seed, epoch=0),
+            subject.model.encode(rows),
+            subject.coefficients,
+            branches=group_size,
+            sample_index=trunks,
+            seed=seed,
+            epoch=0,
+            guidance_scale=subject.guidance_scale,
+            chunk=subject.chunk,
+        )
+        yield Batch(tree, rows, metadata, group_size)
+
+
+def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int) -> Iterator[Batch[Trajectory]]:
+    """Roll out the named groups, as `batches` does without branches."""
     model = subject.model
-    for start in range(groups.start, groups.stop, at_once):
-        chosen = range(start, min(start + at_once, groups.stop))
-        rows = [subject.prompts.prompts[group] for group in chosen for _ in range(group_size)]
-        metadata = [subject.prompts.metadata[group] for group in chosen for _ in range(group_size)]
-        index = torch.arange(chosen.start * group_size, chosen.stop * group_size, device=model.device)
+    for rows, metadata, index in _rows(subject, groups, group_size):
         cache = None if subject.cache is None else subject.cache(len(rows))
         trajectory = rollout(
             model,
@@ -141,7 +173,21 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
         yield Batch(trajectory, rows, metadata, group_size, cache)
 
 
-def score(subject: Subject, batch: Batch, images: Tensor) -> Tensor:
+def _rows(subject: Subject, groups: range, group_size: int) -> Iterator[tuple[list[str], list[dict[str, Any]], Tensor]]:
+    """Prompts, metadata and global index of the rows of as many groups at a time as fit the chunk."""
+    at_once = max(1, subject.chunk // group_size)
+    for start in range(groups.start, groups.stop, at_once):
+        chosen = range(start, min(start + at_once, groups.stop))
+        rows = [subject.prompts.prompts[group] for group in chosen for _ in range(group_size)]
+        metadata = [subject.prompts.metadata[group] for group in chosen for _ in range(group_size)]
+        yield (
+            rows,
+            metadata,
+            torch.arange(chosen.start * group_size, chosen.stop * group_size, device=subject.model.device),
+        )
+
+
+def score(subject: Subject, batch: Batch[Sampled], images: Tensor) -> Tensor:
     """Rewards [P', G, S] of images [S, B, 3, H, W], S pictures for each row of a batch of P' groups; NaN = missing.
 
     Raises:
@@ -172,7 +218,8 @@ def measure(
         progress: is told how many groups are done.
 
     Returns:
-        Per variant [P, G, T+1] float32 on the CPU; index = steps done, NaN = missing.
+        Per variant [P, G, T+1] float32 on the CPU; index = steps done, NaN = missing. Of a branched subject [P, G, M],
+        of the G branches at each of the M steps with noise.
 
     Raises:
         UserError: (reward) the reward failed.
@@ -180,14 +227,29 @@ def measure(
     wanted = list(dict.fromkeys([reference(subject.coefficients.num_steps), *variants]))
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
     done = 0
-    for batch in trajectories(subject, groups, group_size=group_size, seed=seed):
+    for batch in batches(subject, groups, group_size=group_size, seed=seed):
         # what differs in the decoder alone shares its completions
         for way in dict.fromkeys(replace(variant, decoder="full") for variant in wanted):
             lookahead = _lookahead(subject, way, batch.cache)
-            clean = lookahead.complete(batch.trajectory)
-            for variant in (v for v in wanted if replace(v, decoder="full") == way):
-                images = lookahead.images(clean, subject.coefficients.noisy, variant.decoder)
+            alike = [variant for variant in wanted if replace(variant, decoder="full") == way]
+            for variant, images in _pictures(lookahead, batch, alike):
                 parts[variant].append(score(subject, batch, images))
         done += len(batch.rows) // group_size
         progress(done)
     return {variant: torch.cat(values) for variant, values in parts.items()}
+
+
+def _pictures(
+    lookahead: Lookahead, batch: Batch[Sampled], variants: Sequence[Variant]
+) -> Iterator[tuple[Variant, Tensor]]:
+    """Images [T+1, B, 3, H, W], or [M, B, 3, H, W] of branches, by every variant's decoder."""
+    drawn = batch.trajectory
+    if isinstance(drawn, Tree):
+        clean = drawn.completions(lookahead)
+        for variant in variants:
+            images = torch.cat(list(lookahead.decoded(clean.flatten(0, 1), variant.decoder)))
+            yield variant, images.unflatten(0, clean.shape[:2])
+        return
+    clean = lookahead.complete(drawn)
+    for variant in variants:
+        yield variant, lookahead.images(clean, drawn.coefficients.noisy, variant.decoder)

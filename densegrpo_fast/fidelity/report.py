@@ -41,13 +41,13 @@ sign, pooled       gains of the same sign; Pearson correlation of the gains over
 advantages         Spearman correlation over a group's samples and steps, and sign, of the normalised advantages"""
 
 
-def plan_record(variant: Variant, agreement: Agreement, subject: Subject) -> dict[str, Any]:
-    """What is known of one variant, as plain JSON data: cost per trajectory, and agreement with the reference.
+def plan_record(variant: Variant, agreement: Agreement, subject: Subject, group_size: int) -> dict[str, Any]:
+    """What is known of one variant, as plain JSON data: cost per sample of a group, and agreement with the reference.
 
     `nfe_guided` and `nfe_unguided` count evaluations, a guided one being two forwards; `forwards` counts those.
     """
-    cost = cost_of(variant, subject)
-    exact = cost_of(reference(subject.coefficients.num_steps), subject).lookahead.forwards
+    cost = cost_of(variant, subject, group_size)
+    exact = cost_of(reference(subject.coefficients.num_steps), subject, group_size).lookahead.forwards
     return {
         "plan": variant.plan.name,
         "guidance": variant.guidance,
@@ -61,7 +61,7 @@ def plan_record(variant: Variant, agreement: Agreement, subject: Subject) -> dic
         "decodes": cost.full_decodes + cost.preview_decodes,
         "rewards": cost.rewards,
         "cost_ratio": cost.lookahead.forwards / exact if exact else math.nan,
-        "iteration_flops_ratio": flops_ratio(variant, subject),
+        "iteration_flops_ratio": flops_ratio(variant, subject, group_size),
         **asdict(agreement),
     }
 

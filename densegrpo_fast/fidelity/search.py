@@ -15,6 +15,7 @@ from densegrpo_fast.models.base import Decoder
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.path_tree import Path, completions, node_sets, path_after
+from densegrpo_fast.sampling.trajectory import Trajectory
 
 Scored = dict[tuple[int, Path], Tensor]
 """Rewards [P, G] of the completions of one state along one path."""
@@ -114,7 +115,7 @@ def search(
             plan = plans.nodes(steps, nodes) if nodes else plans.one_step(steps)
             variant = Variant(plan, guidance, decoder)
             rewards = assemble(table, end, nodes, subject.coefficients.noisy)
-            forwards = cost_of(variant, subject).lookahead.forwards
+            forwards = cost_of(variant, subject, group_size).lookahead.forwards
             candidates.append(Candidate(variant, forwards, compare(truth, rewards, subject.coefficients.noisy)))
     return sorted(candidates, key=_order)
 
@@ -143,14 +144,14 @@ def _order(candidate: Candidate) -> tuple[int | float, bool, float]:
     return candidate.forwards, candidate.variant.decoder == "full", -gains if gains == gains else 0.0
 
 
-def _exact(subject: Subject, batch: Batch) -> Tensor:
+def _exact(subject: Subject, batch: Batch[Trajectory]) -> Tensor:
     variant = reference(subject.coefficients.num_steps)
     lookahead = Lookahead(subject.model, variant.plan, guidance=variant.guidance, chunk=subject.chunk)
     clean = lookahead.complete(batch.trajectory)
     return score(subject, batch, lookahead.images(clean, subject.coefficients.noisy, variant.decoder))
 
 
-def _decoded(subject: Subject, batch: Batch, clean: Tensor, decoder: Decoder) -> Tensor:
+def _decoded(subject: Subject, batch: Batch[Trajectory], clean: Tensor, decoder: Decoder) -> Tensor:
     """Rewards [P', G] of one clean latent per row."""
     images = torch.cat([subject.model.decode(part, decoder) for part in clean.split(subject.chunk)])
     return score(subject, batch, images[None])[..., 0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.credit.dense import dense_advantages, reward_gains
+from densegrpo_fast.credit.normalize import normalize_groups
 
 
 @dataclass(frozen=True)
@@ -79,31 +80,32 @@ def compare(exact: Tensor, cheap: Tensor, noisy: Sequence[bool] | None = None) -
     states = exact.shape[2] - 2
     rewards = [values[..., :states] for values in (exact, cheap)]
     gains = [reward_gains(values)[..., :states] for values in (exact, cheap)]
-    advantages = [
-        dense_advantages(values).values[..., :states].where(~gains[0].isnan(), math.nan) for values in (exact, cheap)
-    ]
-    by_rewards = spearman(*(values.transpose(1, 2) for values in rewards))
-    by_gains = spearman(*(values.transpose(1, 2) for values in gains))
-    units = by_gains if noisy is None else by_gains[:, torch.tensor(noisy[:states])]
-    return Agreement(
-        spearman_rewards_mean=_mean(by_rewards),
-        spearman_rewards_error=_error(by_rewards),
-        spearman_gains_mean=_mean(by_gains),
-        spearman_gains_error=_error(by_gains),
-        spearman_gains_worst_step=_smallest(by_gains.nanmean(0)),
-        sign_agreement=sign_agreement(*gains),
-        pooled_rewards=pearson(*(values.flatten() for values in rewards)).item(),
-        pooled_gains=pearson(*(values.flatten() for values in gains)).item(),
-        spearman_advantages=_mean(spearman(*(values.flatten(1) for values in advantages))),
-        sign_agreement_advantages=sign_agreement(*advantages),
-        remaining_rewards=_share(~by_rewards.isnan()),
-        remaining_gains=_share(~units.isnan()),
-        excluded_rewards=int(by_rewards.isnan().sum()),
-        excluded_gains=int(units.isnan().sum()),
-        missing=_share(~present),
-        spearman_rewards=tuple(by_rewards.nanmean(0).tolist()),
-        spearman_gains=tuple(by_gains.nanmean(0).tolist()),
-    )
+    advantages = [dense_advantages(values).values[..., :states] for values in (exact, cheap)]
+    return _agreement(rewards, gains, advantages, present, noisy)
+
+
+def compare_branches(exact: Tensor, cheap: Tensor) -> Agreement:
+    """Agreement of the rewards of branches, each step's with those that leave the same state.
+
+    The reward of the state itself is the same for all its branches, so their gains rank them as their rewards do; the
+    sign of a gain is here that of the reward over the branches' mean.
+
+    Args:
+        exact: [P, G, M] float, the reference: G branches at each of M steps of P trunks; NaN = missing.
+        cheap: [P, G, M] float.
+
+    Raises:
+        ValueError: the shapes differ, or G is below 2.
+    """
+    if exact.shape != cheap.shape or exact.ndim != 3 or exact.shape[1] < 2:
+        raise ValueError(
+            "compare_branches: exact and cheap must both be [P, G, M] with G >= 2, "
+            f"got {list(exact.shape)} and {list(cheap.shape)}"
+        )
+    present = ~(exact.isnan() | cheap.isnan())
+    rewards = [values.double().where(present, math.nan) for values in (exact, cheap)]
+    gains = [values - values.nanmean(1, keepdim=True) for values in rewards]
+    return _agreement(rewards, gains, [normalize_groups(values).values for values in rewards], present)
 
 
 def persistence(exact: Tensor) -> tuple[float, ...]:
@@ -183,6 +185,39 @@ def sign_agreement(reference: Tensor, other: Tensor) -> float:
     """Share of entries of equal sign, in [0, 1], among those present in both and not zero in both; NaN if none."""
     counted = ~(reference.isnan() | other.isnan()) & ((reference != 0) | (other != 0))
     return _share((reference.sign() == other.sign())[counted])
+
+
+def _agreement(
+    rewards: list[Tensor],
+    gains: list[Tensor],
+    advantages: list[Tensor],
+    present: Tensor,
+    noisy: Sequence[bool] | None = None,
+) -> Agreement:
+    """Agreement of exact and cheap rewards [P, G, N], gains [P, G, N] and their advantages; see `compare`."""
+    advantages = [values.where(~gains[0].isnan(), math.nan) for values in advantages]
+    by_rewards = spearman(*(values.transpose(1, 2) for values in rewards))
+    by_gains = spearman(*(values.transpose(1, 2) for values in gains))
+    units = by_gains if noisy is None else by_gains[:, torch.tensor(noisy[: by_gains.shape[1]])]
+    return Agreement(
+        spearman_rewards_mean=_mean(by_rewards),
+        spearman_rewards_error=_error(by_rewards),
+        spearman_gains_mean=_mean(by_gains),
+        spearman_gains_error=_error(by_gains),
+        spearman_gains_worst_step=_smallest(by_gains.nanmean(0)),
+        sign_agreement=sign_agreement(*gains),
+        pooled_rewards=pearson(*(values.flatten() for values in rewards)).item(),
+        pooled_gains=pearson(*(values.flatten() for values in gains)).item(),
+        spearman_advantages=_mean(spearman(*(values.flatten(1) for values in advantages))),
+        sign_agreement_advantages=sign_agreement(*advantages),
+        remaining_rewards=_share(~by_rewards.isnan()),
+        remaining_gains=_share(~units.isnan()),
+        excluded_rewards=int(by_rewards.isnan().sum()),
+        excluded_gains=int(units.isnan().sum()),
+        missing=_share(~present),
+        spearman_rewards=tuple(by_rewards.nanmean(0).tolist()),
+        spearman_gains=tuple(by_gains.nanmean(0).tolist()),
+    )
 
 
 def _mean(values: Tensor) -> float:

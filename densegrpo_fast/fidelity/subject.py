@@ -45,6 +45,7 @@ class Subject:
         trained_steps: steps that a training iteration replays.
         kl: whether its loss has a KL term.
         flops: of each part of the model; None where that means nothing.
+        branched: whether the samples of a group are branches of one noise-free trunk instead of trajectories.
         head: for the variants with one, or None.
         copy: for the variants that evaluate a copy of the model, or None.
         cache: makes a feature cache for so many rows, for the variants that take features over from the rollout, or
@@ -68,6 +69,7 @@ class Subject:
     copy: FlowModel | None = None
     cache: Callable[[int], Cache] | None = None
     cheap_flops: Mapping[tuple[bool, bool], float] = field(default_factory=dict)
+    branched: bool = False
 
     @property
     def guided(self) -> bool:
@@ -145,6 +147,7 @@ def pipeline_subject(
         copy=copy,
         cache=None if cache is None else lru_cache(maxsize=2)(features),
         cheap_flops=costs,
+        branched=config.sampler.branches is not None,
         settings={
             "subject": config.preset,
             # the directory of this machine is nobody else's business
@@ -153,8 +156,9 @@ def pipeline_subject(
             "head": None if head is None else head.name,
             "copy_dtype": copy_dtype,
             "cache": cache,
+            "branched": config.sampler.branches is not None,
             "sampler": config.sampler.model_dump(
-                mode="json", exclude={"group_size", "micro_batch", "shared_noise", "calibration"}
+                mode="json", exclude={"group_size", "micro_batch", "shared_noise", "calibration", "branches"}
             ),
             "reward": config.reward.terms,
         },

@@ -15,6 +15,10 @@ decoded and scored.
 
 Where all G samples of a prompt start from one noise, they are one sample up to the first noisy step, and its completion
 is the group's: a trajectory's share of it is 1/G, so that counts need not be whole numbers.
+
+Where C branches leave each state of one noise-free trunk (`sampling/tree.py`), they share the trunk's evaluations and
+the replay of its states: a sample's share is 1/C. What each branch takes for itself is the velocity of the state that
+it leads to and its completion, one image per step.
 """
 
 from __future__ import annotations
@@ -254,6 +258,51 @@ def dense_iteration(
     )
 
 
+def branched_iteration(
+    plan: Plan,
+    *,
+    branches: int,
+    trained_steps: int,
+    guided: bool,
+    kl: bool,
+    guidance: Guidance = "full",
+    decoder: Decoder = "full",
+    noisy: tuple[bool, ...] | None = None,
+) -> IterationCost:
+    """Cost of an iteration with a reward per branch (`sampling/tree.py`), for one of the samples that share a trunk.
+
+    Args:
+        plan: the lookahead's, for the states that branches lead to.
+        branches: C samples that share a trunk, each with a branch at every noisy step.
+        trained_steps, guided, kl: as in `sparse_iteration`.
+        guidance, noisy: as in `lookahead_evaluations`.
+        decoder: of the images.
+
+    Raises:
+        ValueError: `noisy` is for another number of steps or has no step with noise, branches is below 1, or
+            `trained_steps` is not in 0..T.
+    """
+    num_steps = plan.num_steps
+    if noisy is not None and len(noisy) != num_steps:
+        raise ValueError(f"noisy must have one entry per step ({num_steps}), got {len(noisy)}")
+    steps = [step for step in range(num_steps) if noisy is None or noisy[step]]
+    if not steps or branches < 1:
+        raise ValueError(f"expected a step with noise and at least one branch, got {len(steps)} and {branches}")
+    inner = [step + 1 for step in steps if step + 1 < num_steps]
+    own = _policy_path(num_steps, trained_steps, guided, kl)
+    shared = {key: _share(own[key], branches) for key in ("policy", "reference")}
+    completions = sum(len(plan.paths[state]) for state in inner)
+    return IterationCost(
+        **shared,
+        rollout=Evaluations.of((steps[-1] + 1) / branches + len(inner), guided),
+        lookahead=Evaluations.of(completions, guided and guidance == "full"),
+        full_decodes=len(steps) if decoder == "full" else 0,
+        preview_decodes=len(steps) if decoder == "preview" else 0,
+        rewards=len(steps),
+        corrections=0,
+    )
+
+
 def guard_check(
     exact: Plan,
     *,
@@ -280,6 +329,10 @@ def guard_check(
     images = len(_sharing(exact.num_steps, noisy, 1).states)
     own = Evaluations() if cheap is None else _evaluations(cheap, guided, guidance, noisy, shared)
     return GuardCost(_evaluations(exact, guided, "full", noisy, shared), own, images, images, head_rows)
+
+
+def _share(evaluations: Evaluations, samples: int) -> Evaluations:
+    return Evaluations(evaluations.guided / samples, evaluations.unguided / samples)
 
 
 def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> dict[str, Evaluations]:
