@@ -43,6 +43,30 @@ def test_a_lookahead_below_the_alarm_is_named(train: Train, tmp_path: Path, capl
         assert f"iteration {number}: gains of" in caplog.text
 
 
+@pytest.mark.parametrize("branches", [6, 3])
+def test_branches_are_guarded_among_those_of_their_state(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, branches: int
+) -> None:
+    options = {
+        "credit.method": "branch",
+        "sampler.branches": branches,
+        "sampler.micro_batch": 1,
+        "sampler.num_steps": 5,
+    }
+    options |= {"lookahead.decoder": "full", "lookahead.guard_every": 1, "lookahead.guard_alarm": 0.99}
+    with caplog.at_level(logging.WARNING):
+        assert train(tmp_path / "exact", **GROUPS | options, **{"lookahead.plan": "exact"}) == 0
+    for record in read_metrics(tmp_path / "exact" / "metrics.jsonl"):
+        assert [record[key] for key in sorted(KEYS)] == pytest.approx([1.0] * 4)
+        # one prompt is completed again as all of them were, and the lookahead itself is counted for each prompt
+        assert record["nfe/guard"] > 0 and record["nfe/lookahead"] % record["nfe/guard"] == 0
+    assert "agree with exact ones" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        assert train(tmp_path / "cheap", **GROUPS | options, **{"lookahead.plan": "one_step"}) == 0
+    assert any(record["guard/spearman_gains"] < 0.99 for record in read_metrics(tmp_path / "cheap" / "metrics.jsonl"))
+    assert "agree with exact ones" in caplog.text
+
+
 @pytest.mark.parametrize("options", [{"lookahead.guard_every": 0}, {"credit.method": "sparse"}])
 def test_no_guard_where_there_is_nothing_to_guard(train: Train, tmp_path: Path, options: dict[str, object]) -> None:
     assert train(tmp_path / "run", **{**GROUPS, "run.iterations": 1}, **options) == 0

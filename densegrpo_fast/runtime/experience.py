@@ -42,6 +42,8 @@ class Outcome:
         lookahead_rewards: [P, G, T+1] float32, of every state's completion; None without a lookahead.
         advantages: [P, G, T].
         scores: of every image that was scored, those of `rewards` last, for the metrics.
+        branch_rewards: [P, N, C, K] float32, of the finest completion of each of N trunks' C branches at K steps; None
+            without branches.
         forwards: network forwards per trajectory that the lookahead took (NFE), not always whole: samples that are one
             at first share theirs.
     """
@@ -51,6 +53,7 @@ class Outcome:
     advantages: Advantages
     scores: Scores
     forwards: int | float
+    branch_rewards: Tensor | None = None
 
     @property
     def gains(self) -> Tensor | None:
@@ -233,19 +236,20 @@ class Judge:
             scores = self._score(self._images(clean.flatten(0, 2)), rows * count, metadata * count)
         size, branches = self.config.sampler.group_size, tree.branches
         found = scores.values.view(*clean.shape[:2], -1, size).permute(2, 3, 1, 0)  # [P, G, K, L]
+        rewards = found.unflatten(1, (size // branches, branches))
         evidence = Evidence(
             rewards=found[..., -1].nanmean(-1),
             noisy=tree.coefficients.noisy,
             latents=tree.twigs.latents,
             velocities=tree.twigs.velocities,
             sigmas=tree.coefficients.sigmas,
-            branch_rewards=found.unflatten(1, (size // branches, branches)),
+            branch_rewards=rewards,
         )
         credit = self.config.credit
         advantages = registry.advantages(credit.method, evidence, credit_values(credit))
         scale = self.lookahead.guidance_scale(tree.guidance_scale)
         forwards = sum(tree.completion_evaluations(way) for way in ways) * self.model.forwards(scale)
-        return Outcome(found[..., -1].flatten(1), None, advantages, scores, forwards)
+        return Outcome(found[..., -1].flatten(1), None, advantages, scores, forwards, rewards[..., -1])
 
     def _ways(self, lookahead: Lookahead) -> list[Lookahead]:
         """The completions of a branch, the finest last."""

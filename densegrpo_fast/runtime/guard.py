@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit import registry
-from densegrpo_fast.fidelity.statistics import compare
+from densegrpo_fast.fidelity.statistics import Agreement, compare, compare_branches
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.rewards.base import RewardMixture
@@ -26,13 +26,13 @@ from densegrpo_fast.sampling.cost import Evaluations, guard_check, lookahead_eva
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.sharing import Sharing
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.tree import Sampled
+from densegrpo_fast.sampling.tree import Sampled, Tree
 
 logger = logging.getLogger(__name__)
 
 
 class DriftGuard:
-    """Scores one prompt's trajectories again, exactly: every step, full guidance, full decoder.
+    """Scores one prompt's trajectories, or branches, again, exactly: every step, full guidance, full decoder.
 
     The prompts take turns. There is nothing to guard without a lookahead, nor with a credit method that a plan of its
     own defines. The exact completions also show the lookahead's completion head what the policy does by then, which it
@@ -62,7 +62,8 @@ class DriftGuard:
         """Whether an iteration (from 0) is looked at."""
         every = self.config.lookahead.guard_every
         method = registry.find(self.config.credit.method)
-        return method.uses_lookahead and method.plan is None and every > 0 and iteration % every == 0
+        completes = method.uses_lookahead or method.uses_branches
+        return completes and method.plan is None and every > 0 and iteration % every == 0
 
     def check(
         self,
@@ -83,42 +84,83 @@ class DriftGuard:
         Raises:
             UserError: (reward) the reward failed.
         """
-        assert outcome.lookahead_rewards is not None and isinstance(trajectory, Trajectory)
         options, size = self.config.lookahead, self.config.sampler.group_size
         prompt = (iteration // options.guard_every) % (len(rows) // size)
         group = slice(prompt * size, (prompt + 1) * size)
-        chosen, noisy = trajectory.select(group), trajectory.coefficients.noisy
-        clean = self.forwards.fitting(partial(complete_in, self.exact, chosen))
-        different = Sharing(noisy).different(clean)
-        decoded = self.decodes.each(slice(0, len(different)), lambda part: self.model.decode(different[part], "full"))
-        count = len(different) // size
-        scores = score(self.reward, torch.cat(list(decoded)), rows[group] * count, metadata[group] * count)
-        exact = scores.values.view(count, 1, size).permute(1, 2, 0)[..., Sharing(noisy).positions]
-        found = asdict(compare(exact, outcome.lookahead_rewards[prompt : prompt + 1].cpu()))
-        if found["spearman_gains_mean"] < options.guard_alarm:
+        checked = self._branches if isinstance(trajectory, Tree) else self._trajectories
+        found, learned = checked(trajectory, rows[group], metadata[group], outcome, prompt, iteration)
+        if found.spearman_gains_mean < options.guard_alarm:
             logger.warning(
                 "iteration %d: gains of %r agree with exact ones at a rank correlation of %.2f only; "
                 "choose a plan with more nodes (python -m densegrpo_fast.fidelity --search --adapter ...)",
                 iteration + 1,
                 rows[group.start],
-                found["spearman_gains_mean"],
+                found.spearman_gains_mean,
             )
-        record = {
-            "guard/spearman_rewards": found["spearman_rewards_mean"],
-            "guard/spearman_gains": found["spearman_gains_mean"],
-            "guard/spearman_gains_worst_step": found["spearman_gains_worst_step"],
-            "guard/sign_agreement": found["sign_agreement"],
+        return learned | {
+            "guard/spearman_rewards": found.spearman_rewards_mean,
+            "guard/spearman_gains": found.spearman_gains_mean,
+            "guard/spearman_gains_worst_step": found.spearman_gains_worst_step,
+            "guard/sign_agreement": found.sign_agreement,
         }
+
+    def _trajectories(
+        self,
+        trajectory: Sampled,
+        rows: list[str],
+        metadata: list[dict[str, Any]],
+        outcome: Outcome,
+        prompt: int,
+        iteration: int,
+    ) -> tuple[Agreement, dict[str, float]]:
+        """Agreement on a prompt's trajectories, and what else is logged."""
+        assert outcome.lookahead_rewards is not None and isinstance(trajectory, Trajectory)
+        size = len(rows)
+        chosen, noisy = trajectory.select(slice(prompt * size, (prompt + 1) * size)), trajectory.coefficients.noisy
+        clean = self.forwards.fitting(partial(complete_in, self.exact, chosen))
+        different = Sharing(noisy).different(clean)
+        exact = self._rewards(different, rows, metadata)[..., Sharing(noisy).positions]
+        found = compare(exact, outcome.lookahead_rewards[prompt : prompt + 1].cpu())
         cost = guard_check(
             self.exact.plan_for(chosen.num_steps),
             guided=chosen.guidance_scale != 1.0,
             noisy=noisy,
             shared=chosen.shared,
         )
+        learned: dict[str, float] = {}
         if self.lookahead is not None and self.refresher is not None:
-            learned, own = self._refresh(self.lookahead, self.refresher, chosen, clean, group.start, iteration)
-            record, cost = record | learned, replace(cost, cheap=own)
-        return record | {"nfe/guard": cost.forwards * size}
+            learned, own = self._refresh(self.lookahead, self.refresher, chosen, clean, prompt * size, iteration)
+            cost = replace(cost, cheap=own)
+        return found, learned | {"nfe/guard": cost.forwards * size}
+
+    def _branches(
+        self,
+        tree: Sampled,
+        rows: list[str],
+        metadata: list[dict[str, Any]],
+        outcome: Outcome,
+        prompt: int,
+        iteration: int,
+    ) -> tuple[Agreement, dict[str, float]]:
+        """The same of a prompt's branches; a completion head, which is for trajectories, has no part in it."""
+        assert outcome.branch_rewards is not None and isinstance(tree, Tree)
+        own = outcome.branch_rewards[prompt].cpu()  # [N, C, K]
+        chosen = tree.select(slice(prompt * len(own), (prompt + 1) * len(own)))
+
+        def completions(chunk: int) -> Tensor:
+            self.exact.chunk = chunk
+            return chosen.completions(self.exact)
+
+        exact = self._rewards(self.forwards.fitting(completions).flatten(0, 1), rows, metadata).view_as(own)
+        forwards = chosen.completion_evaluations(self.exact) * self.model.forwards(tree.guidance_scale)
+        return compare_branches(exact, own), {"nfe/guard": float(forwards * chosen.batch)}
+
+    def _rewards(self, clean: Tensor, rows: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Rewards [1, G, S] of clean latents [S*G, ...], S for each of a group's rows, by the full decoder."""
+        decoded = self.decodes.each(slice(0, len(clean)), lambda part: self.model.decode(clean[part], "full"))
+        count = len(clean) // len(rows)
+        scores = score(self.reward, torch.cat(list(decoded)), rows * count, metadata * count)
+        return scores.values.view(count, 1, len(rows)).permute(1, 2, 0)
 
     def _refresh(
         self,

@@ -83,6 +83,10 @@ class Tree:
         ends = self.coefficients.noisy[-1]
         return self.trunk.num_steps + self.branches * (len(self.steps) - ends)
 
+    def select(self, rows: slice) -> Tree:
+        """Some trunks with their branches; tensors are shared, not copied."""
+        return replace(self, trunk=self.trunk.select(rows), twigs=self.twigs.select(self.taken(rows)))
+
     def taken(self, rows: slice) -> slice:
         """The branches' rows of some trunks."""
         return slice(rows.start * self.branches, rows.stop * self.branches)
