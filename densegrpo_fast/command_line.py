@@ -47,7 +47,7 @@ def check_outputs(options: argparse.Namespace, *names: str) -> None:
 
 
 def configuration(arguments: Sequence[str]) -> Config:
-    """The configuration of a command that does not train.
+    """The configuration of a command that does not train; without --config it starts from the base preset.
 
     Args:
         arguments: those that the command's own parser left over.
@@ -56,8 +56,9 @@ def configuration(arguments: Sequence[str]) -> Config:
         UserError: exit code 2, naming every wrong key, or a flag that only training has.
     """
     from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.config.yaml_files import BASE_PRESET
 
-    config, flags = load_config(arguments)
+    config, flags = load_config(arguments, default=BASE_PRESET)
     if flags.resume or flags.dry_run:
         raise UserError("--resume and --dry-run are options of training", ExitCode.USAGE)
     return config

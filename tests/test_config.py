@@ -16,6 +16,7 @@ from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.fingerprint import differences
 
 PRESETS = [
+    "embedded_branched",
     "embedded_calibrated",
     "embedded_coca",
     "embedded_dense",

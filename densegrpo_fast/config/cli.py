@@ -60,11 +60,12 @@ class _Arguments:
     overrides: dict[str, str] = field(default_factory=dict)
 
 
-def load_config(argv: Sequence[str]) -> tuple[Config, CliFlags]:
+def load_config(argv: Sequence[str], default: str = DEFAULT_PRESET) -> tuple[Config, CliFlags]:
     """Read the configuration that a command line asks for.
 
     Args:
         argv: the arguments, without the program's name.
+        default: preset to start from without --config.
 
     Returns:
         The validated configuration and the other flags.
@@ -76,7 +77,7 @@ def load_config(argv: Sequence[str]) -> tuple[Config, CliFlags]:
     arguments = _split(argv)
     if arguments.printing == "--list-presets":
         _print_and_exit("".join(f"{name:28}{preset_summary(name)}\n" for name in preset_names()))
-    settings = read_settings(_source(arguments))
+    settings = read_settings(_source(arguments, default))
     if arguments.resume_directory is not None:
         arguments.overrides.setdefault("run.output_dir", arguments.resume_directory)
     for key, text in arguments.overrides.items():
@@ -140,9 +141,9 @@ def _print_and_exit(text: str) -> None:
     raise SystemExit(int(ExitCode.OK))
 
 
-def _source(arguments: _Arguments) -> str:
+def _source(arguments: _Arguments, default: str) -> str:
     if arguments.source is not None or arguments.resume_directory is None:
-        return arguments.source or DEFAULT_PRESET
+        return arguments.source or default
     stored = Path(arguments.resume_directory) / "config.yaml"
     if not stored.is_file():
         raise UserError(f"--resume: {stored} does not exist, so there is no run to continue", ExitCode.CHECKPOINT)

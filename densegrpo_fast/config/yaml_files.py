@@ -16,7 +16,10 @@ from densegrpo_fast.config.schema import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.suggest import did_you_mean
 
-DEFAULT_PRESET = "embedded_dense"
+DEFAULT_PRESET = "embedded_branched"
+"""What is trained without --config."""
+BASE_PRESET = "embedded_dense"
+"""What a file that extends nothing goes by, and what the other commands describe the model and sampler with."""
 _PRESET_DIRECTORY = Path(__file__).parent.parent / "configs"
 
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
@@ -122,7 +125,7 @@ def read_settings(source: str) -> dict[str, Any]:
     """All settings of a preset or of a file, with what it extends filled in, not yet validated.
 
     A file may give any part of the keys. The others come from the preset named by its `extends` key, or from
-    the default preset.
+    `BASE_PRESET`.
 
     Args:
         source: name of a preset, or path of a file that ends in .yaml or .yml.
@@ -134,7 +137,7 @@ def read_settings(source: str) -> dict[str, Any]:
         return _read_preset(source, ())
     path = Path(source)
     settings = _read_mapping(path)
-    base = _read_preset(_pop_extends(settings, path) or DEFAULT_PRESET, ())
+    base = _read_preset(_pop_extends(settings, path) or BASE_PRESET, ())
     settings.setdefault("preset", re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "config")
     return _merged(base, settings)
 

@@ -174,12 +174,12 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> Any:
     try:
-        from densegrpo_fast.config.yaml_files import DEFAULT_PRESET
+        from densegrpo_fast.config.yaml_files import BASE_PRESET
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is missing: pip install densegrpo-fast[train], or use --analytic", ExitCode.ENVIRONMENT
         ) from None
-    return configuration(["--config", options.config or DEFAULT_PRESET, *overrides])
+    return configuration(["--config", options.config or BASE_PRESET, *overrides])
 
 
 def _searched(

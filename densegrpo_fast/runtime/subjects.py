@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.config.yaml_files import DEFAULT_PRESET, read_settings
+from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
 from densegrpo_fast.exit_codes import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def settings_source(subjects: Sequence[Subject], config: str | None) -> str:
     if config is not None:
         return config
     runs = [subject.run for subject in subjects if subject.run is not None]
-    return str(runs[0] / "config.yaml") if runs else DEFAULT_PRESET
+    return str(runs[0] / "config.yaml") if runs else BASE_PRESET
 
 
 def check_models(subjects: Sequence[Subject], model: str) -> None:
