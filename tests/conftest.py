@@ -211,6 +211,8 @@ class TrainCommand:
     def arguments(self, output: Path, *flags: str, **options: object) -> list[str]:
         """The command line for a run directory."""
         settings = {**self.SETTINGS, "model.path": self.model, "run.output_dir": output, **options}
+        if not any(flag.startswith("--config") for flag in flags):
+            flags = ("--config=embedded_dense", *flags)
         return [*flags, *(f"--{key}={value}" for key, value in settings.items())]
 
     def __call__(self, output: Path, *flags: str, **options: object) -> int:

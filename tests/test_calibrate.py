@@ -142,7 +142,7 @@ def test_what_is_shown() -> None:
     # nine against one of ten: 8 > 2 sqrt(10) = 6.3
     assert "steps out of balance: before 0; after none" in report.summary(content)
     lines = report.table(content).splitlines()
-    shown = "0 1.0000 0.70 0.30 1 9 0 5 5 0 -0.80* +0.00 - -"
+    shown = "0 1.0000 0.70 0.30 1 9 0 5 5 0 -0.80* +0.00 - - - -"
     assert lines[1].split() == shown.split()
     assert before["mean_gain"] == [-0.8, 0.0] and before["std_gain"][0] == pytest.approx(0.6)
     assert before["missing"] == [0, 1] and before["ties"] == [0, 1]

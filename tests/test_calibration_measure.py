@@ -152,6 +152,8 @@ def test_components_of_a_linear_flow_in_closed_form() -> None:
     torch.testing.assert_close(result.own, own_, rtol=0.12, atol=0)
     assert ((result.state - state_).abs() <= 0.2 * (state_ + own_ / 4)).all()
     torch.testing.assert_close(result.sensitivity, own_.sqrt() / rows[:, C], rtol=0.06, atol=0)
+    # affine in the noise: the opposite noise gives the opposite gain
+    assert (result.mirror < -0.9).all()
     assert result.states.tolist() == [1024] * T
 
 

@@ -34,6 +34,28 @@ def test_components_are_unbiased() -> None:
     torch.testing.assert_close(found.mean, torch.full((2,), -1.5, dtype=torch.float64), atol=0.03, rtol=0)
 
 
+def test_the_opposite_noise_by_hand() -> None:
+    # variances over branches 2 and 8 with the noise, 8 and 0 with its opposite: own 5 + 4 = 9.  Squared differences
+    # (9, 9) and (1, 9), means 9 and 5, their mean 7: 1 - 7 / 9.
+    gains, mirrored = torch.tensor([[[1.0], [3.0]], [[5.0], [9.0]]]), torch.tensor([[[4.0], [0.0]], [[6.0], [6.0]]])
+    found = step_consistency(gains, torch.ones(1), mirrored)
+    assert found.mirror.item() == pytest.approx(1 - 7 / 9)
+    assert found.own.item() == 5.0
+    assert step_consistency(gains, torch.ones(1)).mirror.isnan()
+    with pytest.raises(ValueError, match=r"mirrored must have the shape of gains, \[2, 2, 1\]"):
+        step_consistency(gains, torch.ones(1), mirrored[:1])
+
+
+def test_what_the_opposite_noise_tells() -> None:
+    """A line, a parabola, noise without slope, and the sum of a line and such noise of the same variance."""
+    noise, luck, other = torch.randn(3, 4000, 4, dtype=torch.float64)
+    start = torch.randn(4000, 1, dtype=torch.float64)
+    with_noise = torch.stack([start + 2 * noise, start - noise**2, start + luck, start + noise + luck], -1)
+    with_opposite = torch.stack([start - 2 * noise, start - noise**2, start + other, start - noise + other], -1)
+    mirror = step_consistency(with_noise, torch.ones(4), with_opposite).mirror
+    torch.testing.assert_close(mirror, torch.tensor([-1.0, 1.0, 0.0, -0.5]).double(), atol=0.05, rtol=0)
+
+
 def test_the_ends_of_the_share() -> None:
     branch_only = torch.tensor([[-1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]])[..., None]
     state_only = torch.tensor([[2.0, 2.0], [5.0, 5.0], [0.0, 0.0]])[..., None]

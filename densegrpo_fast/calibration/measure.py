@@ -21,7 +21,7 @@ from densegrpo_fast.credit.consistency import StepConsistency, step_consistency
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow import ops
-from densegrpo_fast.flow.dynamics import C, Family, coefficients
+from densegrpo_fast.flow.dynamics import A, B, C, Family, coefficients
 from densegrpo_fast.flow.noise import Stream, branch_stream, gaussian
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
@@ -136,7 +136,7 @@ class GainMeter:
         """How much of each step's gain its own noise decides (see `credit.consistency`), by repeated branches.
 
         From every state of N // `branches` trajectories (at least 2) the step is taken `branches` times with fresh
-        noise.
+        noise, and as often with the opposite of it.
 
         Raises:
             UserError: as `gains`.
@@ -146,15 +146,15 @@ class GainMeter:
         def work(samples: slice) -> Tensor:
             batch = self._batch(levels, draw, samples)
             before = self._state_rewards(batch)
-            still = torch.zeros(branches, len(batch.index), dtype=torch.float64)
+            still = torch.zeros(2, branches, len(batch.index), dtype=torch.float64)
             steps = [
                 self._branched(batch, step, branches) - before[step] if noisy else still
                 for step, noisy in enumerate(table.noisy)
             ]
-            return torch.stack(steps).permute(2, 1, 0)
+            return torch.stack(steps).permute(3, 1, 2, 0)
 
         gains = self._all(max(2, self.count // branches), work, progress)
-        return step_consistency(gains, table.table[:, C])
+        return step_consistency(gains[:, 0], table.table[:, C], gains[:, 1])
 
     def _all(self, count: int, work: Callable[[slice], Tensor], progress: Callable[[int], object]) -> Tensor:
         """The joined results of `work` on samples 0..count-1, as many at a time as the memory allows."""
@@ -184,8 +184,10 @@ class GainMeter:
         return _Batch(trajectory, prompts, [self.prompts.metadata[prompt] for prompt in chosen], index)
 
     def _branched(self, batch: _Batch, step: int, branches: int) -> Tensor:
-        """Rewards [K, B] of completions after a step that is taken K times from the same state."""
+        """Rewards [2, K, B] of completions after a step that is taken K times from the same state; second, mirrored."""
         trajectory, scores = batch.trajectory, []
+        drift, pull = trajectory.coefficients.table[step, A], trajectory.coefficients.table[step, B]
+        mean = drift * trajectory.latents[step] + pull * trajectory.velocities[step]
         for branch in range(branches):
             state, _ = ops.sde_step(
                 trajectory.latents[step],
@@ -197,15 +199,16 @@ class GainMeter:
                 epoch=_BRANCH_DRAW,
                 stream=branch_stream(branch),
             )
-            clean = sample_ode(
-                self.model,
-                state,
-                trajectory.conditioning,
-                self.sigmas[step + 1 :],
-                guidance_scale=self.guidance_scale,
-            )
-            scores.append(self._scores(self.model.decode(clean)[None], batch)[0])
-        return torch.stack(scores)
+            for arrival in (state, 2 * mean - state):
+                clean = sample_ode(
+                    self.model,
+                    arrival,
+                    trajectory.conditioning,
+                    self.sigmas[step + 1 :],
+                    guidance_scale=self.guidance_scale,
+                )
+                scores.append(self._scores(self.model.decode(clean)[None], batch)[0])
+        return torch.stack(scores).unflatten(0, (branches, 2)).transpose(0, 1)
 
     def _state_rewards(self, batch: _Batch) -> Tensor:
         """Rewards [T+1, B] of the completions of a batch's states."""

@@ -21,7 +21,8 @@ LEGEND = """\
 level      noise level of the step, before and after
 + - 0      gains above, below and equal to 0, of samples that the calibration has not seen
 imbalance  (positive - negative) / both; * = more than fair signs show by chance, 2 standard deviations
-own        share of the gains' variance that the step's own noise makes, the rest belongs to the state it starts from"""
+own        share of the gains' variance that the step's own noise makes, the rest belongs to the state it starts from
+mirror     correlation of a gain with that of the opposite noise: -1 = a straight line, 0 = no slope to learn from"""
 
 
 def round_record(measured: Round) -> dict[str, Any]:
@@ -91,18 +92,34 @@ def write_document(path: Path, content: Mapping[str, Any]) -> None:
 def table(content: Mapping[str, Any]) -> str:
     """Before and after, one line per step."""
     before, after = content["before"], content["after"]
-    header = ["step", "sigma", "level", "", "+ - 0 before", "after", "imbalance", "after", "own", "after"]
+    header = [
+        "step",
+        "sigma",
+        "level",
+        "",
+        "+ - 0 before",
+        "after",
+        "imbalance",
+        "after",
+        "own",
+        "after",
+        "mirror",
+        "after",
+    ]
     lines = [header]
     for step, sigma in enumerate(content["sigmas"][:-1]):
-        counts, shares, own = [], [], []
+        counts, shares = [], []
+        own: list[str] = []
+        mirror: list[str] = []
         for state in (before, after):
             signs = _signs(state, step)
             counts.append(f"{signs.positive} {signs.negative} {signs.ties}")
             shares.append(f"{signs.imbalance:+.2f}{'*' if is_imbalanced(signs) else ' '}" if signs.decided else "- ")
-            share = state["consistency"]["own_share"][step] if state["consistency"] else math.nan
-            own.append("-" if math.isnan(share) else f"{share:.2f}")
+            for cells, key in ((own, "own_share"), (mirror, "mirror")):
+                value = state["consistency"][key][step] if state["consistency"] else math.nan
+                cells.append("-" if math.isnan(value) else f"{value:.2f}")
         levels = [f"{state['noise_level'][step]:.2f}" for state in (before, after)]
-        lines.append([str(step), f"{sigma:.4f}", *levels, *counts, *shares, *own])
+        lines.append([str(step), f"{sigma:.4f}", *levels, *counts, *shares, *own, *mirror])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
