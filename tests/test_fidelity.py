@@ -206,6 +206,23 @@ def test_a_search_without_a_find_says_so(capsys: pytest.CaptureFixture[str]) -> 
     assert "none of 1 candidates reaches" in capsys.readouterr().out
 
 
+def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cost.json"
+    assert fidelity.main(["--cost", "--plans", "exact_but_last", "--guidance", "full", "--json", str(out)]) == 0
+    for record in json.loads(out.read_text())["models"].values():
+        unit, half = record["flops"], 2 if record["guided"] else 1
+        forward, reference = half * unit["forward"], half * unit["reference_forward"]
+        # 10 steps of the rollout, and 9 that are trained and held to the reference
+        sparse = 19 * forward + 9 * (reference + unit["backward"]) + unit["full_decode"] + unit["reward"]
+        assert record["sparse_kl"] == pytest.approx(sparse)
+        # a trunk of 9 steps, and their training, in eighths; 9 branches' first velocities; 7 + 6 + ... + 1 to complete
+        own = (2 * 9 / 8 + 9 + 28) * forward + 9 / 8 * (reference + unit["backward"])
+        row = record["plans"]["exact_but_last/full/preview, 8 branches"]
+        assert row["ratio_kl"] == pytest.approx((own + 9 * (unit["preview_decode"] + unit["reward"])) / sparse)
+        assert row["ratio_kl"] < record["plans"]["exact_but_last/full/preview"]["ratio_kl"]
+    assert "FLUX.1-dev, 512 px" in capsys.readouterr().out
+
+
 def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
     out = tmp_path / "fidelity.json"
     arguments = ["--groups", "2", "--group-size", "3", "--plans", "nodes:2", "--json", str(out)]

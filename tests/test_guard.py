@@ -41,6 +41,8 @@ def test_a_lookahead_below_the_alarm_is_named(train: Train, tmp_path: Path, capl
     assert drifted
     for number in drifted:
         assert f"iteration {number}: gains of" in caplog.text
+    # the lookahead of these runs is cheap in its plan and its decoder
+    assert "choose a plan with more nodes; or lookahead.decoder full" in caplog.text
 
 
 @pytest.mark.parametrize("branches", [6, 3])
@@ -64,7 +66,7 @@ def test_branches_are_guarded_among_those_of_their_state(
     with caplog.at_level(logging.WARNING):
         assert train(tmp_path / "cheap", **GROUPS | options, **{"lookahead.plan": "one_step"}) == 0
     assert any(record["guard/spearman_gains"] < 0.99 for record in read_metrics(tmp_path / "cheap" / "metrics.jsonl"))
-    assert "agree with exact ones" in caplog.text
+    assert "agree with exact ones" in caplog.text and "choose a plan with more nodes (python" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"lookahead.guard_every": 0}, {"credit.method": "sparse"}])

@@ -10,19 +10,22 @@ from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.models.base import Decoder
 from densegrpo_fast.models.flops import ARCHITECTURES, Architecture, ModelFlops, clip_h_image, count
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import dense_iteration, sparse_iteration
+from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Guidance
 from densegrpo_fast.sampling.plan import Plan
 
 STEPS = 10
 TRAINED = 9
+BRANCHES = 8
 _EMBEDDED_RANK = 16
 
 
 def cost_records(
     make_plans: Sequence[Callable[[int], Plan]], guidances: Sequence[Guidance], decoders: Sequence[Decoder]
 ) -> dict[str, Any]:
-    """Costs of T = 10 steps of which 9 are trained, one update per sample, per trajectory; plain JSON data.
+    """Costs of T = 10 steps of which 9 are trained, one update per sample, per sample; plain JSON data.
+
+    Each plan is counted for trajectories, and for samples of which 8 are branches of one trunk at every trained step.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
     and the full decoder, comes first.
@@ -73,7 +76,8 @@ def cost_text(records: dict[str, Any]) -> str:
             f"{_amount(record['sparse_no_kl'])} without\n{table(header, lines)}"
         )
     blocks.append(
-        "extra: operations that the dense iteration adds to the sparse one; KL, no KL: dense / sparse.\n"
+        "extra: operations that the dense iteration adds to the sparse one, or saves; KL, no KL: dense / sparse.\n"
+        f"{BRANCHES} branches: so many samples share a trunk, which they leave at every trained step.\n"
         "Both sides are this package's: first velocities reused, unconditional halves without a backward pass."
     )
     return "\n\n".join(blocks)
@@ -90,20 +94,20 @@ def _model_record(
     for plan, guidance, decoder in variants:
         if guidance != "full" and not (guided and plan.evaluations):
             continue
-        costs = {
-            kl: dense_iteration(plan, trained_steps=TRAINED, guided=guided, kl=kl, guidance=guidance, decoder=decoder)
-            for kl in (True, False)
-        }
-        cost = costs[True]
-        rows[f"{plan.name}/{guidance}/{decoder}"] = {
-            "nfe_guided": cost.lookahead.guided,
-            "nfe_unguided": cost.lookahead.unguided,
-            "decodes": cost.full_decodes + cost.preview_decodes,
-            "rewards": cost.rewards,
-            "extra_flops": cost.flops(unit) - sparse[True],
-            "ratio_kl": cost.flops(unit) / sparse[True],
-            "ratio_no_kl": costs[False].flops(unit) / sparse[False],
-        }
+        name = f"{plan.name}/{guidance}/{decoder}"
+        for branches, title in ((None, name), (BRANCHES, f"{name}, {BRANCHES} branches")):
+            costs = {kl: _cost(plan, guidance, decoder, branches, guided=guided, kl=kl) for kl in (True, False)}
+            cost = costs[True]
+            rows[title] = {
+                "branches": branches,
+                "nfe_guided": cost.lookahead.guided,
+                "nfe_unguided": cost.lookahead.unguided,
+                "decodes": cost.full_decodes + cost.preview_decodes,
+                "rewards": cost.rewards,
+                "extra_flops": cost.flops(unit) - sparse[True],
+                "ratio_kl": cost.flops(unit) / sparse[True],
+                "ratio_no_kl": costs[False].flops(unit) / sparse[False],
+            }
     return {
         "title": architecture.title,
         "guided": guided,
@@ -114,5 +118,17 @@ def _model_record(
     }
 
 
+def _cost(
+    plan: Plan, guidance: Guidance, decoder: Decoder, branches: int | None, *, guided: bool, kl: bool
+) -> IterationCost:
+    options: dict[str, Any] = {"trained_steps": TRAINED, "guided": guided, "kl": kl}
+    options |= {"guidance": guidance, "decoder": decoder}
+    if branches is None:
+        return dense_iteration(plan, **options)
+    return branched_iteration(
+        plan, branches=branches, noisy=(True,) * TRAINED + (False,) * (STEPS - TRAINED), **options
+    )
+
+
 def _amount(flops: float) -> str:
-    return f"{flops / 1e12:.3f} TFLOP" if flops >= 1e11 else f"{flops / 1e9:.3f} GFLOP"
+    return f"{flops / 1e12:.3f} TFLOP" if abs(flops) >= 1e11 else f"{flops / 1e9:.3f} GFLOP"

@@ -92,10 +92,11 @@ class DriftGuard:
         if found.spearman_gains_mean < options.guard_alarm:
             logger.warning(
                 "iteration %d: gains of %r agree with exact ones at a rank correlation of %.2f only; "
-                "choose a plan with more nodes (python -m densegrpo_fast.fidelity --search --adapter ...)",
+                "%s (python -m densegrpo_fast.fidelity --adapter ... tells)",
                 iteration + 1,
                 rows[group.start],
                 found.spearman_gains_mean,
+                self._advice(),
             )
         return learned | {
             "guard/spearman_rewards": found.spearman_rewards_mean,
@@ -103,6 +104,17 @@ class DriftGuard:
             "guard/spearman_gains_worst_step": found.spearman_gains_worst_step,
             "guard/sign_agreement": found.sign_agreement,
         }
+
+    def _advice(self) -> str:
+        """What would bring the lookahead closer to the exact one."""
+        options, ways = self.config.lookahead, []
+        if not options.plan.startswith("exact"):
+            ways.append("a plan with more nodes")
+        if options.guidance != "full":
+            ways.append("lookahead.guidance full")
+        if options.decoder != "full":
+            ways.append("lookahead.decoder full, or a decoder fitted by python -m densegrpo_fast.preview")
+        return f"choose {'; or '.join(ways)}" if ways else "leave out lookahead.copy_dtype, cache and head"
 
     def _trajectories(
         self,
