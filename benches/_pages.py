@@ -1,8 +1,9 @@
 """Writes measurements into the pages that quote them: `python benches/_pages.py`.
 
 Those of the drop-ins (`bench_dropin.py`, `bench_turning_point.py`) go into the pages of `densegrpo_fast/compat`, those
-of the step ops on the CPU (`bench_sde_step.py` and its like) into `csrc/README.md`, those of the methods (`study.py`)
-into `benches/README.md`. Tests hold the pages to what was recorded, so that neither changes without the other.
+of the step ops on the CPU (`bench_sde_step.py` and its like) into `csrc/README.md`, and those of `study.py` into
+`benches/README.md` (the methods) and the project's own page (dense against sparse). Tests hold the pages to what was
+recorded, so that neither changes without the other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 
 # what is quoted is what the checkout around this file makes of it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _comparison import compare
 
 from densegrpo_fast.runtime.intervals import paired_interval
 
@@ -59,6 +63,13 @@ METHODS = {
 }
 STUDIES = {"methods": "", "methods_noise": ", flow_sde at .7"}
 """Recorded studies of the methods, and what sets the runs of each apart."""
+STUDY_PAGE = ROOT / "README.md"
+REWARDED = {
+    "embedded_branched": "each branch of each step (the default)",
+    "dense": "each step of a trajectory (DenseGRPO's gains)",
+    "sparse": "each picture (Flow-GRPO)",
+}
+"""Variants of the recorded study of dense against sparse, and what a reward is for in each."""
 START, END = "<!-- measured: python benches/_pages.py -->", "<!-- end of what was measured -->"
 
 
@@ -164,6 +175,48 @@ def with_methods_table(page: str, documents: Mapping[str, Mapping[str, Any]]) ->
     return _between_marks(page, "benches", methods_table(documents))
 
 
+def study_result() -> dict[str, Any]:
+    """What was recorded of dense against sparse."""
+    return json.loads((RESULTS / "study_branched.json").read_text(encoding="utf-8"))
+
+
+def study_table(document: Mapping[str, Any]) -> str:
+    """Dense against sparse, as Markdown: changes of the held-out reward, and paired differences over seeds."""
+    runs = document["runs"]
+    rows = [
+        "| a reward for | held-out reward | strict | minus sparse, 95% | in the same time | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant, words in REWARDED.items():
+        own = [run["points"] for run in runs if run["variant"] == variant]
+        change = {
+            score: mean(points[-1]["held_out"][score] - points[0]["held_out"][score] for points in own)
+            for score in ("reward", "scenes_strict")
+        }
+        seconds = mean(sum(points[-1]["seconds"].values()) for points in own)
+        cells = [words, f"{change['reward']:+.3f}", f"{change['scenes_strict']:+.0%}"]
+        if variant == "sparse":
+            cells += ["", ""]
+        else:
+            found = compare(runs, variant, "sparse")["scores"]["reward"]
+            cells += [_interval(found["equal_iterations"][-1]), _interval(found["equal_seconds"])]
+        rows.append(f"| {' | '.join(cells)} | {seconds:.0f} |")
+    return "\n".join(rows)
+
+
+def with_study_table(page: str, document: Mapping[str, Any]) -> str:
+    """The project's page with the table between its marks.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    return _between_marks(page, "project", study_table(document))
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
 def _between_marks(page: str, name: str, text: str) -> str:
     before, start, rest = page.partition(START)
     _, end, after = rest.partition(END)
@@ -185,6 +238,8 @@ def main() -> None:
     STEP_PAGE.write_text(text, encoding="utf-8")
     text = with_methods_table(METHODS_PAGE.read_text(encoding="utf-8"), methods_results())
     METHODS_PAGE.write_text(text, encoding="utf-8")
+    text = with_study_table(STUDY_PAGE.read_text(encoding="utf-8"), study_result())
+    STUDY_PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

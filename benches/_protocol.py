@@ -76,6 +76,7 @@ class Protocol:
         else:
             lookahead = _plan("exact") | {"lookahead.guidance": "full", "lookahead.decoder": "full"}
         if name == DENSE_BRANCHED:
+            lookahead |= _plan("exact_but_last")
             lookahead |= {"lookahead.decoder": self.decoder, "lookahead.copy_dtype": self.copy_dtype}
         methods = {DENSE_BRANCHED: "branch", SPARSE: "sparse", STOCK_SPARSE: "sparse"}
         fixed = lookahead | {

@@ -221,9 +221,10 @@ def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl:
     assert {name: cost["lookahead"] for name, cost in found.items()} == lookahead
     for name, cost in found.items():
         assert cost["total"] == 20 + 18 + (18 if kl else 0) + lookahead[name]
-    # two branches share nine evaluations of the trunk and of its replay; states 1..9 are completed with 8 + 7 + ... + 0
-    assert branched["rollout"] == 2 * (9 / 2 + 9)
-    assert branched["lookahead"] == 2 * 36
+    # two branches share nine evaluations of the trunk and of its replay; states 1..9 are evaluated, and then
+    # completed, all but the last step, with 7 + 6 + ... + 1
+    assert branched["rollout"] == 2 * 9 / 2
+    assert branched["lookahead"] == 2 * (9 + 28)
     assert (branched["policy"], branched["reference"]) == (2 * 9 / 2, 2 * 9 / 2 if kl else 0)
     assert (branched["preview_decodes"], branched["rewards"]) == (9, 9)
     assert found["dense_fast"]["preview_decodes"] == 11

@@ -54,8 +54,10 @@ def grown(
 def test_trunks_follow_the_flow_as_far_as_they_branch(mixture_model: Any) -> None:
     tree = grown(mixture_model, [1, 3])
     assert (tree.batch, tree.branches, tree.steps) == (2, K, [1, 3])
-    # states 0..3 are evaluated, and where the branches of steps 1 and 3 lead
-    assert [rows for rows, _, _ in mixture_model.calls] == [2] * 4 + [2 * K] * 2
+    # states 0..3 are evaluated, and then where the branches of steps 1 and 3 lead
+    assert [rows for rows, _, _ in mixture_model.calls] == [2] * 4
+    assert not tree.reached and tree.reach(mixture_model, chunk=4).reached
+    assert [rows for rows, _, _ in mixture_model.calls[4:]] == [4, 2 * K - 4] * 2
     sigmas, latents = mixture_model.sigmas(T), initial_noise(mixture_model, INDEX, seed=3, epoch=1)
     for step in range(4):
         assert torch.equal(tree.latents[step], latents)
@@ -93,7 +95,7 @@ def test_branches_share_the_velocity_of_their_state_bit_for_bit(mixture_model: A
 
 def test_a_trunk_and_its_branches_depend_on_nothing_but_their_numbers(mixture_model: Any) -> None:
     """Neither on the other trunks, nor on how many branches there are, nor on which other steps branch."""
-    tree = grown(mixture_model, [1, 3], branches=4, micro_batch=1, chunk=3)
+    tree = grown(mixture_model, [1, 3], branches=4, micro_batch=1)
     more = grown(mixture_model, [0, 1, 3], branches=4, prompts=[*PROMPTS, "2"])
     close = {"rtol": 1e-5, "atol": 1e-5}
     for step in (1, 3):
@@ -135,8 +137,11 @@ def test_forwards_are_the_closed_form(mixture_model: Any, data: st.DataObject) -
     mixture_model.calls.clear()
     tree = grown(mixture_model, steps, num_steps=steps_of_all, branches=branches)
     # trunk up to its last branching state; each branch's own first velocity, unless it is the image already
-    expected = steps[-1] + 1 + branches * sum(step < steps_of_all - 1 for step in steps)
-    assert tree.evaluations == expected and mixture_model.evaluated_rows == 2 * expected
+    assert tree.evaluations == steps[-1] + 1 and mixture_model.evaluated_rows == 2 * tree.evaluations
+    mixture_model.calls.clear()
+    tree = tree.reach(mixture_model, chunk=3)
+    assert tree.first_evaluations == branches * sum(step < steps_of_all - 1 for step in steps)
+    assert mixture_model.evaluated_rows == 2 * tree.first_evaluations
     # a stride of g takes ceil((T-1-k)/g) evaluations after step k, of which the first is there
     for stride in strides:
         mixture_model.calls.clear()
@@ -152,14 +157,14 @@ def test_the_published_counts(mixture_model: Any) -> None:
     # 4 trunks of 6 branches 4 * (10 + 6 * 45) = 1120 per prompt.
     tree = grown(mixture_model, list(range(10)), num_steps=10, branches=6, prompts=["0"] * 4)
     exact = Lookahead(mixture_model, plans.exact(10))
-    assert 4 * (tree.evaluations + tree.completion_evaluations(exact)) == 1120
+    assert 4 * (tree.evaluations + tree.first_evaluations + tree.completion_evaluations(exact)) == 1120
     # G2RPO, T = 16, the first 8 steps, granularities 1 and 2: the published code completes each branch of step k by
     # ceil((15-k)/1) + ceil((15-k)/2) evaluations, 15+8 .. 8+4 for k = 0..7, which is 92 + 48 = 140; the first of each
     # pair is one and the same here, which saves 8, and the trunk stops after 8 of 16 evaluations.
     tree = grown(mixture_model, list(range(8)), num_steps=16, branches=2, prompts=["0"])
     strides = [Lookahead(mixture_model, plans.strided(16, stride)) for stride in (1, 2)]
-    found = tree.evaluations + sum(tree.completion_evaluations(lookahead) for lookahead in strides)
-    assert found == 8 + 2 * (140 - 8)
+    found = sum(tree.completion_evaluations(lookahead) for lookahead in strides)
+    assert tree.evaluations + tree.first_evaluations + found == 8 + 2 * (140 - 8)
 
 
 def test_what_cannot_branch_is_refused(mixture_model: Any) -> None:

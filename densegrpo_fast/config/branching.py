@@ -25,7 +25,10 @@ def branching_problem(config: Config) -> str | None:
         return None
     if not method.uses_branches:
         able = " or ".join(name for name in registry.names() if registry.find(name).uses_branches)
-        return f"credit.method: expected {able} with sampler.branches, got {config.credit.method}"
+        return (
+            f"credit.method: expected {able} with sampler.branches, got {config.credit.method}, which judges "
+            "trajectories (--config embedded_dense, or sampler.branches null)"
+        )
     if config.sampler.group_size % branches:
         return f"sampler.branches: expected a divisor of sampler.group_size {config.sampler.group_size}, got {branches}"
     for key, plain, expected in (

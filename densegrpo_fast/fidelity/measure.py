@@ -145,7 +145,6 @@ def batches(subject: Subject, groups: range, *, group_size: int, seed: int) -> I
             seed=seed,
             epoch=0,
             guidance_scale=subject.guidance_scale,
-            chunk=subject.chunk,
         )
         yield Batch(tree, rows, metadata, group_size)
 

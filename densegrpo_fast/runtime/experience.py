@@ -118,7 +118,6 @@ def sample_tree(
         epoch=iteration,
         guidance_scale=options.guidance_scale,
         micro_batch=options.micro_batch,
-        chunk=min(config.lookahead.chunk, options.micro_batch * branches),
     )
 
 
@@ -226,7 +225,8 @@ class Judge:
         def completions(chunk: int) -> Tensor:
             for way in ways:
                 way.chunk = chunk
-            return torch.stack([tree.completions(way) for way in ways])
+            reached = tree.reach(ways[0].model, chunk)
+            return torch.stack([reached.completions(way) for way in ways])
 
         with timer("lookahead"):
             self.lookahead.model.refresh()
@@ -249,6 +249,7 @@ class Judge:
         advantages = registry.advantages(credit.method, evidence, credit_values(credit))
         scale = self.lookahead.guidance_scale(tree.guidance_scale)
         forwards = sum(tree.completion_evaluations(way) for way in ways) * self.model.forwards(scale)
+        forwards += tree.first_evaluations * self.model.forwards(tree.guidance_scale)
         return Outcome(found[..., -1].flatten(1), None, advantages, scores, forwards, rewards[..., -1])
 
     def _ways(self, lookahead: Lookahead) -> list[Lookahead]:

@@ -164,7 +164,8 @@ class DriftGuard:
             return chosen.completions(self.exact)
 
         exact = self._rewards(self.forwards.fitting(completions).flatten(0, 1), rows, metadata).view_as(own)
-        forwards = chosen.completion_evaluations(self.exact) * self.model.forwards(tree.guidance_scale)
+        evaluations = chosen.first_evaluations + chosen.completion_evaluations(self.exact)
+        forwards = evaluations * self.model.forwards(tree.guidance_scale)
         return compare_branches(exact, own), {"nfe/guard": float(forwards * chosen.batch)}
 
     def _rewards(self, clean: Tensor, rows: list[str], metadata: list[dict[str, Any]]) -> Tensor:

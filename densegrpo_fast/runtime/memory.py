@@ -94,8 +94,8 @@ def estimate(
     latents = 4 * channels * height * width
     samples, steps = config.data.num_prompts * sampler.group_size, sampler.num_steps
     guided, dense = sampler.guidance_scale != 1.0, config.uses_lookahead or config.uses_branches
-    # rows of the forwards that no gradient follows: where branches lead, and evaluation
-    plain_rows = sampler.micro_batch * (sampler.branches or 1)
+    # with branches micro_batch counts trunks, and evaluation has a row for each branch
+    evaluated = min(sampler.micro_batch * (sampler.branches or 1), held_out.num_prompts * held_out.samples_per_prompt)
     states = (config.window.size or sum(level > 0 for level in config.noise_levels)) if dense else 0
     per_state = 2 + int(dense and guided and config.lookahead.guidance == "reuse")
     decoder = config.lookahead.decoder if dense else "full"
@@ -107,13 +107,13 @@ def estimate(
     further = int(guided) + (1 + int(guided)) * int(config.objective.kl_coef != 0)
     picture, completed = memory.picture, states * samples
     phases = {
-        "rollout": memory.forward(plain_rows),
+        "rollout": memory.forward(sampler.micro_batch),
         # where the completions stand and where they go, states and velocities
         "lookahead": 4 * completed * latents + memory.forward(min(chunks.forward, completed)) if completed else 0,
         "pictures": pictures * picture + memory.decode(decoded, decoder, model.vae_decode),
         "update": memory.update(sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing),
         "evaluation": held_out_rows * (latents + 2 * picture)
-        + memory.decode(min(plain_rows, held_out_rows), "full", model.vae_decode),
+        + max(memory.forward(evaluated), memory.decode(evaluated, "full", model.vae_decode)),
     }
     # gradients and two moments, and of the average one copy and the adapter put aside while it is in use
     copies = 3 + (2 if config.ema.every else 0)

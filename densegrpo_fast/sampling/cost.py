@@ -291,11 +291,12 @@ def branched_iteration(
     inner = [step + 1 for step in steps if step + 1 < num_steps]
     own = _policy_path(num_steps, trained_steps, guided, kl)
     shared = {key: _share(own[key], branches) for key in ("policy", "reference")}
-    completions = sum(len(plan.paths[state]) for state in inner)
+    first = Evaluations.of(len(inner), guided)
+    completions = Evaluations.of(sum(len(plan.paths[state]) for state in inner), guided and guidance == "full")
     return IterationCost(
         **shared,
-        rollout=Evaluations.of((steps[-1] + 1) / branches + len(inner), guided),
-        lookahead=Evaluations.of(completions, guided and guidance == "full"),
+        rollout=Evaluations.of((steps[-1] + 1) / branches, guided),
+        lookahead=Evaluations(first.guided + completions.guided, first.unguided + completions.unguided),
         full_decodes=len(steps) if decoder == "full" else 0,
         preview_decodes=len(steps) if decoder == "preview" else 0,
         rewards=len(steps),

@@ -30,17 +30,19 @@ class Tree:
     Attributes:
         trunk: noise-free trajectories of S rows, as far as the last state that branches.
         twigs: B rows of which only what follows a branching step t is filled: `latents[t+1]`, where its branches lead;
-            `velocities[t+1]`, the guided velocity there (of t < T-1); `log_probs[t]`, of the branches' steps. Its
-            `coefficients.noisy` marks the states that branches lead to, as if their next step were noisy: a lookahead
-            then completes these and no others.
+            `velocities[t+1]`, the guided velocity there (of t < T-1), once `reach` has filled it; `log_probs[t]`, of
+            the branches' steps. Its `coefficients.noisy` marks the states that branches lead to, as if their next step
+            were noisy: a lookahead then completes these and no others.
         coefficients: of the sampler, with noise in the M branching steps.
         branches: K.
+        reached: whether `reach` has filled the velocities.
     """
 
     trunk: Trajectory
     twigs: Trajectory
     coefficients: StepCoefficients
     branches: int
+    reached: bool = False
 
     @property
     def batch(self) -> int:
@@ -79,9 +81,18 @@ class Tree:
 
     @property
     def evaluations(self) -> int:
-        """Model evaluations per trunk: of its states, and of the states that its branches lead to."""
-        ends = self.coefficients.noisy[-1]
-        return self.trunk.num_steps + self.branches * (len(self.steps) - ends)
+        """Model evaluations per trunk, of its states."""
+        return self.trunk.num_steps
+
+    @property
+    def inner(self) -> list[int]:
+        """The states that branches lead to and that are not the image yet."""
+        return [step + 1 for step in self.steps if step + 1 < self.coefficients.num_steps]
+
+    @property
+    def first_evaluations(self) -> int:
+        """Model evaluations per trunk that `reach` takes."""
+        return self.branches * len(self.inner)
 
     def select(self, rows: slice) -> Tree:
         """Some trunks with their branches; tensors are shared, not copied."""
@@ -95,16 +106,39 @@ class Tree:
         """[m*K, ...] float32, where the branches of m trunks' states lead in a step."""
         return self.twigs.latents[step + 1, self.taken(rows)]
 
+    @torch.no_grad()
+    def reach(self, model: FlowModel, chunk: int | None = None) -> Tree:
+        """The tree with the velocity of every state that a branch leads to, at the trunks' guidance.
+
+        Args:
+            model: the policy, or a lookahead's copy of it: nothing but completions goes on from there.
+            chunk: branches per forward. None = all of them.
+        """
+        twigs, velocities = self.twigs, torch.zeros_like(self.twigs.velocities)
+        size = chunk or twigs.batch
+        for state in self.inner:
+            sigma = self.coefficients.sigmas[state]
+            for start in range(0, twigs.batch, size):
+                part = slice(start, min(start + size, twigs.batch))
+                here = twigs.latents[state, part]
+                conditioning = twigs.conditioning.select(part)
+                found = model.velocity(here, sigma.expand(len(here)), conditioning, self.guidance_scale)
+                velocities[state, part] = found.combined()
+        return replace(self, twigs=replace(twigs, velocities=velocities), reached=True)
+
     def completions(self, lookahead: Lookahead) -> Tensor:
         """Clean latents [M, B, ...] float32 of every step's branches.
+
+        A tree that is not `reached` is, by the lookahead's model: several completions of one tree share that.
 
         Raises:
             ValueError: as `Lookahead.complete`.
         """
-        return lookahead.complete(self.twigs)[[step + 1 for step in self.steps]]
+        tree = self if self.reached else self.reach(lookahead.model, lookahead.chunk)
+        return lookahead.complete(tree.twigs)[[step + 1 for step in self.steps]]
 
     def completion_evaluations(self, lookahead: Lookahead) -> int:
-        """Model evaluations per trunk that `completions` takes."""
+        """Model evaluations per trunk that `completions` of a reached tree takes."""
         return self.branches * lookahead.evaluations(self.twigs.coefficients.noisy)
 
 
@@ -125,7 +159,6 @@ def grow(
     epoch: int,
     guidance_scale: float = 1.0,
     micro_batch: int | None = None,
-    chunk: int | None = None,
 ) -> Tree:
     """Follow the flow from noise without noise, and branch at every step in which `coefficients` inject some.
 
@@ -139,7 +172,6 @@ def grow(
         seed, epoch: the other parts of the noise counters.
         guidance_scale: 1 is off.
         micro_batch: trunks per forward, which training must repeat (see `rollout`). None = all of them.
-        chunk: branches per forward. None = all of them.
 
     Raises:
         ValueError: no step injects noise, K is below 2, or the numbers of rows do not fit together.
@@ -177,14 +209,6 @@ def grow(
                 epoch=epoch,
                 stream=branch_stream(branch),
             )
-        if step + 1 == num_steps:
-            continue
-        sigma = coefficients.sigmas[step + 1]
-        for start in range(0, rows, chunk or rows):
-            part = slice(start, min(start + (chunk or rows), rows))
-            state = latents[step + 1, part]
-            found = model.velocity(state, sigma.expand(len(state)), conditioning.select(part), guidance_scale)
-            velocities[step + 1, part] = found.combined()
     led_to = replace(coefficients, noisy=(False, *coefficients.noisy[:-1]))
     twigs = Trajectory(latents, velocities, log_probs, led_to, conditioning, guidance_scale)
     return Tree(trunk, twigs, coefficients, branches)
