@@ -43,7 +43,9 @@ class Protocol:
         group_size: G.
         plan: of dense_fast, as "nodes:4,7", "n_step:2" or a plan's name.
         guidance: of dense_fast's lookahead.
-        decoder, copy_dtype: of dense_fast's and dense_branched's; "null" for no copy.
+        decoder: of dense_fast's lookahead.
+        branched_decoder: of dense_branched's.
+        copy_dtype: of both; "null" for no copy.
         head, cache: of dense_fast's, as in the configuration; "null" for none.
         overrides: further options of all variants, as `key=value`, such as a micro-batch that fits the memory.
     """
@@ -54,6 +56,7 @@ class Protocol:
     plan: str = "nodes:4,7"
     guidance: str = "cond_only"
     decoder: str = "preview"
+    branched_decoder: str = "full"
     head: str = "null"
     copy_dtype: str = "null"
     cache: str = "null"
@@ -77,7 +80,7 @@ class Protocol:
             lookahead = _plan("exact") | {"lookahead.guidance": "full", "lookahead.decoder": "full"}
         if name == DENSE_BRANCHED:
             lookahead |= _plan("exact_but_last")
-            lookahead |= {"lookahead.decoder": self.decoder, "lookahead.copy_dtype": self.copy_dtype}
+            lookahead |= {"lookahead.decoder": self.branched_decoder, "lookahead.copy_dtype": self.copy_dtype}
         methods = {DENSE_BRANCHED: "branch", SPARSE: "sparse", STOCK_SPARSE: "sparse"}
         fixed = lookahead | {
             "data.num_prompts": self.prompts,
@@ -143,10 +146,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add(
         "--guidance", choices=("full", "cond_only", "reuse"), default=default.guidance, help="of dense_fast's lookahead"
     )
-    both = "of dense_fast's and dense_branched's lookahead"
-    add("--decoder", choices=("preview", "full"), default=default.decoder, help=both)
+    decoders: dict[str, Any] = {"choices": ("preview", "full")}
+    add("--decoder", **decoders, default=default.decoder, help="of dense_fast's lookahead")
+    add("--branched-decoder", **decoders, default=default.branched_decoder, help="of dense_branched's")
     add("--head", default=default.head, metavar="FILE", help="completion head of dense_fast's lookahead")
-    add("--copy-dtype", default=default.copy_dtype, metavar="DTYPE", help=f"precision of a copy, {both}")
+    add("--copy-dtype", default=default.copy_dtype, metavar="DTYPE", help="precision of a copy that both evaluate")
     add("--cache", default=default.cache, metavar="SPEC", help="features that dense_fast takes over from the rollout")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further options of all variants")
     add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: 5")
@@ -163,7 +167,8 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
     """
     if options.model == SD35_RANDOM and not torch.cuda.is_available():
         raise UserError(f"--model {SD35_RANDOM} needs a CUDA device", ExitCode.ENVIRONMENT)
-    names = ("model", "prompts", "group_size", "plan", "guidance", "decoder", "head", "copy_dtype", "cache")
+    names = ("model", "prompts", "group_size", "plan", "guidance", "decoder", "branched_decoder", "head")
+    names += ("copy_dtype", "cache")
     return Protocol(**{name: getattr(options, name) for name in names}, overrides=tuple(options.override))
 
 

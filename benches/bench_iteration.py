@@ -10,7 +10,7 @@ Ten steps, guidance 4.5, nine trained steps, one update per sample, with a KL te
     dense_fast      a reward per state by the plan, guidance and decoder that are asked for
     dense_exact     a reward per state by the exact plan, full guidance, full decoder
     dense_branched  a reward per branch: a prompt's samples leave one noise-free trunk at every trained step;
-                    exact_but_last, full guidance, the decoder and the copy that are asked for
+                    exact_but_last, full guidance, the full decoder unless another is asked for
     stock_sparse    Flow-GRPO          } `_stock.py` lists where they are slow
     stock_dense     n = t, serially    }
 

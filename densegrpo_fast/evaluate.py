@@ -1,6 +1,6 @@
 """Score a base model, adapters and runs on held-out prompts, or picture files: `python -m densegrpo_fast.evaluate`.
 
-    python -m densegrpo_fast.evaluate base runs/embedded_sparse-0 runs/embedded_dense-0 --json evaluation.json
+    python -m densegrpo_fast.evaluate base runs/embedded_sparse-0 runs/embedded_branched-0 --json evaluation.json
     python -m densegrpo_fast.evaluate base runs/mine --reward.observed "[jpeg_compressibility]"
     python -m densegrpo_fast.evaluate --reward scenes --prompt "a red circle" one.png two.png
     python -m densegrpo_fast.evaluate --reward pickscore --reward.options "{pickscore: {model: DIR}}" pictures/*.png

@@ -1,7 +1,7 @@
 """Draw pictures with a base model or an adapter: `python -m densegrpo_fast.sample`.
 
     python -m densegrpo_fast.sample "a red circle" "two blue squares" --output pictures
-    python -m densegrpo_fast.sample --prompts prompts.txt --adapter runs/embedded_dense-0 --output pictures
+    python -m densegrpo_fast.sample --prompts prompts.txt --adapter runs/embedded_branched-0 --output pictures
     python -m densegrpo_fast.sample "a cat" --model.path stabilityai/stable-diffusion-3.5-medium --output pictures
 
 Writes `grid.png` (a row for each prompt, a column for each seed), every picture by itself under `images/`, and

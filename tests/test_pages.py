@@ -142,3 +142,28 @@ def test_the_methods_page_quotes_what_was_recorded() -> None:
     assert max(changes, key=changes.__getitem__) == "embedded_g2rpo"
     starts = [run["before"] for document in documents.values() for run in document["runs"]]
     assert all(start == starts[0] for start in starts)
+
+
+def test_the_projects_page_quotes_the_study() -> None:
+    page, document = PAGES.STUDY_PAGE.read_text(encoding="utf-8"), PAGES.study_result()
+    assert PAGES.with_study_table(page, document) == page
+    with pytest.raises(ValueError, match="the page of project needs the lines"):
+        PAGES.with_study_table("# densegrpo-fast\n", document)
+    variants = {name: {run["seed"] for run in document["runs"] if run["variant"] == name} for name in PAGES.REWARDED}
+    assert all(seeds == {1, 2, 3, 4, 5} for seeds in variants.values())
+    # steps, noise, weights, prompts and group are one and the same; credit, rows per forward and sparse's rate are not
+    settings = [document["settings"][name] for name in PAGES.REWARDED]
+    for section in ("window", "objective", "data", "reward", "evaluation", "model", "lora", "ema"):
+        assert all(one[section] == settings[0][section] for one in settings), section
+    assert [one["optimizer"]["lr"] for one in settings] == [1e-3, 1e-3, 5e-4]
+    for key in ("dynamics", "noise_level", "group_size", "num_steps", "guidance_scale"):
+        assert all(one["sampler"][key] == settings[0]["sampler"][key] for one in settings), key
+
+
+@pytest.mark.parametrize("variant", ["embedded_branched", "dense"])
+def test_a_reward_per_step_beats_one_per_picture(variant: str) -> None:
+    """The aim: held-out prompts, five paired seeds, an interval above 0 at equal iterations and in equal time."""
+    runs = PAGES.study_result()["runs"]
+    found = PAGES.compare(runs, variant, "sparse")["scores"]["reward"]
+    assert found["equal_iterations"][-1]["low"] > 0
+    assert found["equal_seconds"]["low"] > 0 or variant == "dense"

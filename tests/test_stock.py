@@ -226,7 +226,7 @@ def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl:
     assert branched["rollout"] == 2 * 9 / 2
     assert branched["lookahead"] == 2 * (9 + 28)
     assert (branched["policy"], branched["reference"]) == (2 * 9 / 2, 2 * 9 / 2 if kl else 0)
-    assert (branched["preview_decodes"], branched["rewards"]) == (9, 9)
+    assert (branched["full_decodes"], branched["preview_decodes"], branched["rewards"]) == (9, 0, 9)
     assert found["dense_fast"]["preview_decodes"] == 11
     assert set(bench.variants["stock_dense"].phases[0]) == {"rollout", "lookahead", "reward", "update"}
 

@@ -114,7 +114,7 @@ def _finite(value: Any) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("doctor", __doc__)
     add = parser.add_argument
-    add("--config", help="preset or configuration file; default: embedded_dense")
+    add("--config", help="preset or configuration file; default: embedded_branched")
     add("--ratio", action="store_true", help="examine the importance ratio instead of the machine")
     add("--dry-run", action="store_true", help="with --ratio: two samples, and a tiny random model for absent weights")
     add(

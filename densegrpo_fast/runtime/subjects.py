@@ -103,7 +103,7 @@ def settings_source(subjects: Sequence[Subject], config: str | None) -> str:
 
     Args:
         config: what the user asked for; None = the settings of the first subject that belongs to a run, else the
-            default preset.
+            base preset.
 
     Returns:
         A preset's name or the path of a file.
