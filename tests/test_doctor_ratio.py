@@ -379,7 +379,7 @@ def settings(pipeline_directory: Path) -> list[str]:
         "objective.clip_range": 1e-3,
         "lora.rank": 2,
     }
-    return [f"--{key}={value}" for key, value in options.items()]
+    return ["--config=embedded_dense", *(f"--{key}={value}" for key, value in options.items())]
 
 
 def test_the_command_finds_a_sound_loop(

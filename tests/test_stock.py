@@ -252,11 +252,8 @@ def test_variants_differ_in_rewards_and_lookahead_alone() -> None:
     same = {"lookahead": True, "credit": {"method"}, "sampler": {"branches", "micro_batch"}}
     assert branched.model_dump(exclude=same) == configs["dense_exact"].model_dump(exclude=same)
     assert (branched.sampler.branches, branched.sampler.micro_batch) == (8, 2)
-    assert (branched.lookahead.plan, branched.lookahead.guidance, branched.lookahead.decoder) == (
-        "exact",
-        "full",
-        "preview",
-    )
+    ahead = branched.lookahead
+    assert (ahead.plan, ahead.guidance, ahead.decoder) == ("exact_but_last", "full", "full")
 
 
 @pytest.mark.parametrize(
