@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from densegrpo_fast.sampling.cost import (
     dense_iteration,
     sparse_iteration,
 )
+from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import make_plan
 
 
@@ -36,6 +37,7 @@ class Variant:
         config: its resolved configuration.
         cost: what it asks of the model per trajectory, by the closed forms.
         phases: seconds by phase of every call so far.
+        copies: models that its lookahead evaluates instead of the policy.
     """
 
     def __init__(self, name: str, config: Config, model: SD3, reward: RewardMixture):
@@ -44,7 +46,13 @@ class Variant:
         self._iterations = 0
         self._prompts = builders.build_prompts(config)
         self._timer = PhaseTimer(builders.synchronizer(model.device))
-        self._step = _stock(name, config, model, reward) if name.startswith("stock") else _ours(config, model, reward)
+        self.copies: tuple[SD3, ...] = ()
+        if name.startswith("stock"):
+            self._step = _stock(name, config, model, reward)
+        else:
+            lookahead = builders.build_lookahead(config, model)
+            self.copies = copies(lookahead, model)
+            self._step = _ours(config, model, reward, lookahead)
 
     @property
     def rows(self) -> int:
@@ -59,12 +67,18 @@ class Variant:
         self._iterations += 1
 
 
+def copies(lookahead: Lookahead | None, model: SD3) -> tuple[SD3, ...]:
+    """What a lookahead evaluates instead of the model, if it does."""
+    own = None if lookahead is None else lookahead.model
+    return (own,) if isinstance(own, SD3) and own is not model else ()
+
+
 _Step = Callable[[list[str], list[dict[str, Any]], PhaseTimer, int], None]
 
 
-def _ours(config: Config, model: SD3, reward: RewardMixture) -> _Step:
+def _ours(config: Config, model: SD3, reward: RewardMixture, lookahead: Lookahead | None) -> _Step:
     learner = Learner(model, builders.learner_options(config))
-    judge = Judge(config, model, reward, builders.build_lookahead(config, model))
+    judge = Judge(config, model, reward, lookahead)
     coefficients, steps = builders.build_coefficients(config, model), builders.trained_steps(config, 0)
 
     def step(rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer, iteration: int) -> None:
@@ -165,8 +179,8 @@ def reward_with_tally(config: Config) -> tuple[RewardMixture, Tally]:
 
 
 @contextmanager
-def counted(model: SD3, tally: Tally) -> Iterator[Work]:
-    """Within the context, everything that goes through the model is counted; complete at its end."""
+def counted(model: SD3, tally: Tally, copies: Sequence[SD3] = ()) -> Iterator[Work]:
+    """Within the context, everything that goes through the model and its copies is counted; complete at its end."""
     work, before = Work(), tally.images
 
     def count(field: str) -> Callable[..., None]:
@@ -176,10 +190,11 @@ def counted(model: SD3, tally: Tally) -> Iterator[Work]:
 
         return hook
 
-    parts = {"forwards": model.transformer, "full_decodes": model.pipeline.vae.decoder}
+    parts = [("forwards", one.transformer) for one in (model, *copies)]
+    parts.append(("full_decodes", model.pipeline.vae.decoder))
     if model.preview_decoder is not None:
-        parts["preview_decodes"] = model.preview_decoder.decoder
-    handles = [part.register_forward_pre_hook(count(name), with_kwargs=True) for name, part in parts.items()]
+        parts.append(("preview_decodes", model.preview_decoder.decoder))
+    handles = [part.register_forward_pre_hook(count(name), with_kwargs=True) for name, part in parts]
     try:
         yield work
     finally:

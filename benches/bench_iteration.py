@@ -134,7 +134,7 @@ def check_work(bench: Bench) -> dict[str, int]:
     for name, variant in bench.variants.items():
         if bench.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with counted(bench.model, bench.tally) as work:
+        with counted(bench.model, bench.tally, variant.copies) as work:
             variant()
         found, cost = work.per_trajectory(variant.rows), variant.cost
         expected = {key: float(getattr(cost, key)) for key in found}

@@ -36,7 +36,7 @@ from _models import EMBEDDED_RANDOM, load
 from _protocol import DENSE_EXACT, DENSE_FAST, Protocol, default_output, parser, protocol_of, ratios
 from _record import NOISY_SPREAD, interleaved, load_average, portable, provenance, spread, write_json
 from _stock import Stock
-from _variants import Tally, counted, stock_cost
+from _variants import Tally, copies, counted, stock_cost
 from torch import Tensor
 
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
@@ -58,10 +58,12 @@ class Way:
     Attributes:
         complete: returns the clean latents [T+1, B, ...], all work done.
         evaluations: that it asks of the model per trajectory.
+        copies: models that it evaluates instead.
     """
 
     complete: Callable[[], Tensor]
     evaluations: Evaluations
+    copies: tuple[SD3, ...] = ()
 
 
 def ways(protocol: Protocol) -> dict[str, Way]:
@@ -88,7 +90,8 @@ def ways(protocol: Protocol) -> dict[str, Way]:
             synchronize()
             return clean
 
-        return Way(complete, lookahead_evaluations(lookahead.plan, guided=True, guidance=lookahead.guidance))
+        evaluations = lookahead_evaluations(lookahead.plan, guided=True, guidance=lookahead.guidance)
+        return Way(complete, evaluations, copies(lookahead, model))
 
     stock = Stock(model, exact, builders.build_reward(exact.reward.terms, exact.reward.options))
     text, steps = stock.encode(rows), trajectory.num_steps
@@ -115,7 +118,7 @@ def check(found: dict[str, Way], model: SD3, rows: int) -> None:
     clean = {}
     tally = Tally()
     for name, way in found.items():
-        with counted(model, tally) as work:
+        with counted(model, tally, way.copies) as work:
             clean[name] = way.complete()
         expected = rows * way.evaluations.forwards
         assert work.forwards == expected, f"{name} took {work.forwards} forwards, expected {expected}"

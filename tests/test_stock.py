@@ -210,9 +210,11 @@ def test_other_dynamics_are_refused(tiny_policy: Policy, options: dict[str, str]
         Stock(tiny_policy(), settings("sparse", **options), REWARD)
 
 
-@pytest.mark.parametrize("kl", [True, False])
-def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl: bool) -> None:
-    bench = bench_iteration.prepare(Protocol(prompts=1, group_size=2), kl=kl, model=tiny_policy())
+@pytest.mark.parametrize(("kl", "copy_dtype"), [(True, "null"), (False, "bfloat16")])
+def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl: bool, copy_dtype: str) -> None:
+    bench = bench_iteration.prepare(
+        Protocol(prompts=1, group_size=2, copy_dtype=copy_dtype), kl=kl, model=tiny_policy()
+    )
     assert check_work(bench)["process"] > 0
     found = {name: evaluations(variant.cost) for name, variant in bench.variants.items()}
     # nodes {4, 7}: four states meet at 4 and seven at 7, without guidance
