@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import math
 import re
 from pathlib import Path
@@ -167,3 +168,35 @@ def test_a_reward_per_step_beats_one_per_picture(variant: str) -> None:
     found = PAGES.compare(runs, variant, "sparse")["scores"]["reward"]
     assert found["equal_iterations"][-1]["low"] > 0
     assert found["equal_seconds"]["low"] > 0
+
+
+def test_the_projects_page_quotes_the_opposite_noise() -> None:
+    document = json.loads((ROOT / "benches/results/response.json").read_text(encoding="utf-8"))
+    found = document["before"]["consistency"]["mirror"]
+    quoted = ", ".join(f"{value:+.2f}".replace("0.", ".", 1) for value in found[:5])
+    assert f"correlations are {quoted} in steps 0 to 4" in " ".join(
+        PAGES.STUDY_PAGE.read_text(encoding="utf-8").split()
+    )
+    # the steps that the preset trains are those that follow the noise best, but for the last
+    assert min(found[:3]) > max(found[3:5])
+
+
+@pytest.mark.parametrize(
+    ("record", "decoder", "ratio", "rewards", "worst"),
+    [
+        ("fidelity_branched", "full", ".79", "1.00", ".99"),
+        ("fidelity_branched", "preview", ".42", ".78", ".60"),
+        ("fidelity_branched_paper", "full", "1.47", ".99", ".98"),
+        ("fidelity_branched_paper", "preview", "1.23", ".81", ".58"),
+    ],
+)
+def test_the_projects_page_quotes_branches(record: str, decoder: str, ratio: str, rewards: str, worst: str) -> None:
+    document = json.loads((ROOT / f"benches/results/{record}.json").read_text(encoding="utf-8"))
+    found = document["plans"][f"exact_but_last/full/{decoder}"]
+    assert document["settings"]["groups_measured"] == 64 and document["settings"]["branched"]
+    assert found["spearman_rewards_mean"] == found["spearman_gains_mean"]
+    numbers = (found["iteration_flops_ratio"], found["spearman_rewards_mean"], found["spearman_gains_worst_step"])
+    assert all(
+        abs(value - float(quoted)) <= 0.0051 for value, quoted in zip(numbers, (ratio, rewards, worst), strict=True)
+    )
+    assert f" | {ratio} | {rewards} | {worst} |" in PAGES.STUDY_PAGE.read_text(encoding="utf-8")
