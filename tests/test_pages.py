@@ -200,3 +200,34 @@ def test_the_projects_page_quotes_branches(record: str, decoder: str, ratio: str
         abs(value - float(quoted)) <= 0.0051 for value, quoted in zip(numbers, (ratio, rewards, worst), strict=True)
     )
     assert f" | {ratio} | {rewards} | {worst} |" in PAGES.STUDY_PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (key, words)
+        for words, key in (
+            ("dense by nodes {4,7}, cond_only, preview / sparse", "dense_fast/sparse"),
+            ("branched, exact_but_last, full decoder / sparse", "dense_branched/sparse"),
+            ("dense exact / sparse", "dense_exact/sparse"),
+            ("stock dense / stock sparse", "stock_dense/stock_sparse"),
+            ("dense exact / stock dense", "dense_exact/stock_dense"),
+        )
+    ],
+)
+def test_the_projects_page_quotes_seconds(key: str, words: str) -> None:
+    document = json.loads((ROOT / "benches/results/iteration_cpu.json").read_text(encoding="utf-8"))
+    assert not document["noisy"] and document["ratios"]["dense_fast/sparse"] <= 1.3
+    quoted = f"| {words} | {document['ratios'][key]:.2f} | {document['no_kl']['ratios'][key]:.2f} |"
+    assert quoted in PAGES.STUDY_PAGE.read_text(encoding="utf-8")
+
+
+def test_the_projects_page_quotes_the_default_run() -> None:
+    page = PAGES.STUDY_PAGE.read_text(encoding="utf-8")
+    for name, words in (("learning_branched", "6 steps as in training"), ("learning_branched_10steps", "10 steps")):
+        document = json.loads((ROOT / f"benches/results/{name}.json").read_text(encoding="utf-8"))
+        before, after = (subject["reward"]["mean"] for subject in document["subjects"].values())
+        change = next(found for found in document["differences"] if found["reward"] == "reward")
+        numbers = f"{before:.3f} | {after:.3f} | {change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+        assert f"| reward, {words} | {numbers.replace('0.', '.')} |" in page
+        assert change["low"] > 0
