@@ -31,7 +31,9 @@ OPTIONS = {
 
 
 def configured(**options: object) -> Config:
-    return load_config([f"{key}={value}" for key, value in (OPTIONS | options).items()])[0]
+    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in (OPTIONS | options).items())])[
+        0
+    ]
 
 
 def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:

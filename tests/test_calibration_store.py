@@ -31,7 +31,7 @@ SAMPLER = ("--sampler.num_steps=4", "--sampler.dynamics=flow_sde", "--window.sch
 
 
 def config(path: Path, *overrides: str) -> Config:
-    return load_config([*SAMPLER, f"--sampler.calibration={path}", *overrides])[0]
+    return load_config(["--config=embedded_dense", *SAMPLER, f"--sampler.calibration={path}", *overrides])[0]
 
 
 def refused(path: Path, *overrides: str) -> str:
@@ -61,7 +61,7 @@ def test_the_levels_replace_the_noise_level(tmp_path: Path, mixture_model: FlowM
 def test_a_run_remembers_the_levels_and_not_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "levels.json")
     calibrated = config(path)
-    listed = load_config([*SAMPLER, f"--sampler.noise_level={LEVELS}"])[0]
+    listed = load_config(["--config=embedded_dense", *SAMPLER, f"--sampler.noise_level={LEVELS}"])[0]
     assert calibrated.fingerprint() == listed.fingerprint()
     stored = tmp_path / "config.yaml"
     stored.write_text(dump_yaml(calibrated.self_contained()))
@@ -83,7 +83,13 @@ def test_another_sampler_is_refused(tmp_path: Path, override: str, expected: str
     path = write(tmp_path / "levels.json")
     own = {"--sampler.num_steps": "4", "--sampler.dynamics": "flow_sde"} | dict([override.split("=")])
     with pytest.raises(UserError, match=expected):
-        load_config([*(f"{key}={value}" for key, value in own.items()), f"--sampler.calibration={path}"])
+        load_config(
+            [
+                "--config=embedded_dense",
+                *(f"{key}={value}" for key, value in own.items()),
+                f"--sampler.calibration={path}",
+            ]
+        )
 
 
 def test_another_schedule_is_refused(tmp_path: Path, mixture_model: FlowModel) -> None:
@@ -125,7 +131,14 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_levels_out_of_range_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "levels.json", dynamics="cps", noise_level=[0.5, 1.2, 0.5, 0.5])
     with pytest.raises(UserError, match="sampler.noise_level: expected at most 1 with dynamics cps"):
-        load_config(["--sampler.num_steps=4", "--sampler.dynamics=cps", f"--sampler.calibration={path}"])
+        load_config(
+            [
+                "--config=embedded_dense",
+                "--sampler.num_steps=4",
+                "--sampler.dynamics=cps",
+                f"--sampler.calibration={path}",
+            ]
+        )
 
 
 def test_a_dry_run_of_a_model_elsewhere_keeps_the_levels_alone(tmp_path: Path) -> None:

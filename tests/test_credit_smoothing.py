@@ -157,12 +157,14 @@ def test_smoothing_that_means_nothing_is_refused() -> None:
     ):
         own = [] if any("smoothing" in option for option in options) else ["credit.smoothing=0.5"]
         with pytest.raises(UserError) as caught:
-            load_config([*own, *options])
+            load_config(["--config=embedded_dense", *own, *options])
         assert expected in str(caught.value)
 
 
 def test_the_judge_smooths_by_the_injected_noise(mixture_model) -> None:
-    config = load_config(["credit.smoothing=0.5", "window.schedule=none", "window.size=null"])[0]
+    config = load_config(
+        ["--config=embedded_dense", "credit.smoothing=0.5", "window.schedule=none", "window.size=null"]
+    )[0]
     judge = Judge(config, mixture_model, None, None)
     table = coefficients(mixture_model.sigmas(4), [0.7, 0.0, 0.4, 0.7], "flow_sde")
     rewards = torch.randn(2, 3, 4)

@@ -55,7 +55,7 @@ def configured(method: str, **options: object) -> Config:
     # three branches of one trunk per prompt
     branches = {"sampler.branches": 3, "sampler.micro_batch": 2} if registry.find(method).uses_branches else {}
     settings = {**SETTINGS, **branches, "credit.method": method, "lookahead.plan": plan, **options}
-    return load_config([f"{key}={value}" for key, value in settings.items()])[0]
+    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])[0]
 
 
 def experience(config: Config, model: FlowModel, iteration: int = 0) -> tuple[Sampled, Outcome]:

@@ -202,7 +202,7 @@ FLASH = {
 
 
 def configured(**options: object) -> Config:
-    return load_config([f"{key}={value}" for key, value in (FLASH | options).items()])[0]
+    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in (FLASH | options).items())])[0]
 
 
 @pytest.mark.parametrize(

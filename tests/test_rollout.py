@@ -173,7 +173,7 @@ def test_samples_of_a_prompt_can_share_their_first_noise(mixture_model: FlowMode
             "data.num_prompts": "2",
             "sampler.micro_batch": "2",
         }
-        config, _ = load_config([f"{key}={value}" for key, value in settings.items()])
+        config, _ = load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])
         table = coefficients(mixture_model.sigmas(T), 0.7, "flow_sde")
         return sample(config, mixture_model, rows, table, iteration=5)
 

@@ -313,4 +313,4 @@ def test_help_never_imports_torch(flag: str) -> None:
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert "embedded_dense" in result.stdout
+    assert "embedded_branched" in result.stdout
