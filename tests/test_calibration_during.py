@@ -31,9 +31,8 @@ OPTIONS = {
 
 
 def configured(**options: object) -> Config:
-    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in (OPTIONS | options).items())])[
-        0
-    ]
+    given = [f"{key}={value}" for key, value in (OPTIONS | options).items()]
+    return load_config(["--config=embedded_dense", *given])[0]
 
 
 def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:

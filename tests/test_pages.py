@@ -187,12 +187,14 @@ def test_the_projects_page_quotes_the_opposite_noise() -> None:
         ("fidelity_branched", "full", ".79", "1.00", ".99"),
         ("fidelity_branched", "preview", ".42", ".78", ".60"),
         ("fidelity_branched_paper", "full", "1.47", ".99", ".98"),
+        ("fidelity_branched_paper", "full, bfloat16 copy", "1.39", ".93", ".91"),
         ("fidelity_branched_paper", "preview", "1.23", ".81", ".58"),
     ],
 )
 def test_the_projects_page_quotes_branches(record: str, decoder: str, ratio: str, rewards: str, worst: str) -> None:
     document = json.loads((ROOT / f"benches/results/{record}.json").read_text(encoding="utf-8"))
-    found = document["plans"][f"exact_but_last/full/{decoder}"]
+    decoder, _, copied = decoder.partition(", ")
+    found = document["plans"][f"exact_but_last{'+copy' if copied else ''}/full/{decoder}"]
     assert document["settings"]["groups_measured"] == 64 and document["settings"]["branched"]
     assert found["spearman_rewards_mean"] == found["spearman_gains_mean"]
     numbers = (found["iteration_flops_ratio"], found["spearman_rewards_mean"], found["spearman_gains_worst_step"])
@@ -203,19 +205,16 @@ def test_the_projects_page_quotes_branches(record: str, decoder: str, ratio: str
 
 
 @pytest.mark.parametrize(
-    ("key", "words"),
+    ("words", "key"),
     [
-        (key, words)
-        for words, key in (
-            ("dense by nodes {4,7}, cond_only, preview / sparse", "dense_fast/sparse"),
-            ("branched, exact_but_last, full decoder / sparse", "dense_branched/sparse"),
-            ("dense exact / sparse", "dense_exact/sparse"),
-            ("stock dense / stock sparse", "stock_dense/stock_sparse"),
-            ("dense exact / stock dense", "dense_exact/stock_dense"),
-        )
+        ("dense by nodes {4,7}, cond_only, preview / sparse", "dense_fast/sparse"),
+        ("branched, exact_but_last, full decoder / sparse", "dense_branched/sparse"),
+        ("dense exact / sparse", "dense_exact/sparse"),
+        ("stock dense / stock sparse", "stock_dense/stock_sparse"),
+        ("dense exact / stock dense", "dense_exact/stock_dense"),
     ],
 )
-def test_the_projects_page_quotes_seconds(key: str, words: str) -> None:
+def test_the_projects_page_quotes_seconds(words: str, key: str) -> None:
     document = json.loads((ROOT / "benches/results/iteration_cpu.json").read_text(encoding="utf-8"))
     assert not document["noisy"] and document["ratios"]["dense_fast/sparse"] <= 1.3
     quoted = f"| {words} | {document['ratios'][key]:.2f} | {document['no_kl']['ratios'][key]:.2f} |"
@@ -231,3 +230,16 @@ def test_the_projects_page_quotes_the_default_run() -> None:
         numbers = f"{before:.3f} | {after:.3f} | {change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
         assert f"| reward, {words} | {numbers.replace('0.', '.')} |" in page
         assert change["low"] > 0
+    lines = (ROOT / "benches/results/learning_branched.metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = [value for line in lines for key, value in json.loads(line).items() if key.startswith("time/")]
+    assert len(lines) == 100 and 3 <= sum(seconds) / 60 <= 3.75
+
+
+def test_the_projects_page_quotes_the_costs() -> None:
+    page = " ".join(PAGES.STUDY_PAGE.read_text(encoding="utf-8").split())
+    models = json.loads((ROOT / "benches/results/cost.json").read_text(encoding="utf-8"))["models"]
+    plans_of = {name: {key: found["ratio_kl"] for key, found in models[name]["plans"].items()} for name in models}
+    embedded, large = plans_of["embedded"], plans_of["sd35_medium"]
+    assert f"trajectories take {embedded['exact_but_last/full/full']:.2f}" in page
+    assert f"against {embedded['exact_but_last/full/full, 8 branches']:.2f} by operations" in page
+    assert f"previews and 8 branches {large['exact_but_last/full/preview, 8 branches']:.2f}" in page

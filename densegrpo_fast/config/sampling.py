@@ -156,7 +156,8 @@ class LookaheadOptions(Section):
     )
     guard_every: int = Field(
         ge=0,
-        description="iterations between exact re-scorings of one prompt's trajectories, logged as guard/*; 0 = never",
+        description="iterations between exact re-scorings of one prompt's trajectories or branches, logged as guard/*; "
+        "0 = never",
     )
     guard_alarm: float = Field(
         ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which a warning is logged"

@@ -56,27 +56,17 @@ def reference(num_steps: int) -> Variant:
 
 def cost_of(variant: Variant, subject: Subject, group_size: int) -> IterationCost:
     """Cost per sample of a training iteration with this lookahead."""
+    options: dict[str, Any] = {
+        "trained_steps": subject.trained_steps,
+        "guided": subject.guided,
+        "kl": subject.kl,
+        "guidance": variant.guidance,
+        "decoder": variant.decoder,
+        "noisy": subject.coefficients.noisy,
+    }
     if subject.branched:
-        return branched_iteration(
-            variant.plan,
-            branches=group_size,
-            trained_steps=subject.trained_steps,
-            guided=subject.guided,
-            kl=subject.kl,
-            guidance=variant.guidance,
-            decoder=variant.decoder,
-            noisy=subject.coefficients.noisy,
-        )
-    return dense_iteration(
-        variant.plan,
-        trained_steps=subject.trained_steps,
-        guided=subject.guided,
-        kl=subject.kl,
-        guidance=variant.guidance,
-        decoder=variant.decoder,
-        noisy=subject.coefficients.noisy,
-        head=subject.head if variant.head else None,
-    )
+        return branched_iteration(variant.plan, branches=group_size, **options)
+    return dense_iteration(variant.plan, head=subject.head if variant.head else None, **options)
 
 
 def flops_ratio(variant: Variant, subject: Subject, group_size: int) -> float | None:

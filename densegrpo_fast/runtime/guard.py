@@ -87,8 +87,11 @@ class DriftGuard:
         options, size = self.config.lookahead, self.config.sampler.group_size
         prompt = (iteration // options.guard_every) % (len(rows) // size)
         group = slice(prompt * size, (prompt + 1) * size)
-        checked = self._branches if isinstance(trajectory, Tree) else self._trajectories
-        found, learned = checked(trajectory, rows[group], metadata[group], outcome, prompt, iteration)
+        about = rows[group], metadata[group]
+        if isinstance(trajectory, Tree):
+            found, learned = self._branches(trajectory, *about, outcome, prompt)
+        else:
+            found, learned = self._trajectories(trajectory.select(group), *about, outcome, prompt, iteration)
         if found.spearman_gains_mean < options.guard_alarm:
             logger.warning(
                 "iteration %d: gains of %r agree with exact ones at a rank correlation of %.2f only; "
@@ -118,17 +121,16 @@ class DriftGuard:
 
     def _trajectories(
         self,
-        trajectory: Sampled,
+        chosen: Trajectory,
         rows: list[str],
         metadata: list[dict[str, Any]],
         outcome: Outcome,
         prompt: int,
         iteration: int,
     ) -> tuple[Agreement, dict[str, float]]:
-        """Agreement on a prompt's trajectories, and what else is logged."""
-        assert outcome.lookahead_rewards is not None and isinstance(trajectory, Trajectory)
-        size = len(rows)
-        chosen, noisy = trajectory.select(slice(prompt * size, (prompt + 1) * size)), trajectory.coefficients.noisy
+        """Agreement on a prompt's chosen trajectories, and what else is logged."""
+        assert outcome.lookahead_rewards is not None
+        size, noisy = len(rows), chosen.coefficients.noisy
         clean = self.forwards.fitting(partial(complete_in, self.exact, chosen))
         different = Sharing(noisy).different(clean)
         exact = self._rewards(different, rows, metadata)[..., Sharing(noisy).positions]
@@ -146,16 +148,10 @@ class DriftGuard:
         return found, learned | {"nfe/guard": cost.forwards * size}
 
     def _branches(
-        self,
-        tree: Sampled,
-        rows: list[str],
-        metadata: list[dict[str, Any]],
-        outcome: Outcome,
-        prompt: int,
-        iteration: int,
+        self, tree: Tree, rows: list[str], metadata: list[dict[str, Any]], outcome: Outcome, prompt: int
     ) -> tuple[Agreement, dict[str, float]]:
         """The same of a prompt's branches; a completion head, which is for trajectories, has no part in it."""
-        assert outcome.branch_rewards is not None and isinstance(tree, Tree)
+        assert outcome.branch_rewards is not None
         own = outcome.branch_rewards[prompt].cpu()  # [N, C, K]
         chosen = tree.select(slice(prompt * len(own), (prompt + 1) * len(own)))
 

@@ -114,7 +114,8 @@ class Tree:
             model: the policy, or a lookahead's copy of it: nothing but completions goes on from there.
             chunk: branches per forward. None = all of them.
         """
-        twigs, velocities = self.twigs, torch.zeros_like(self.twigs.velocities)
+        twigs = self.twigs
+        velocities = twigs.latents.new_zeros(twigs.velocities.shape)
         size = chunk or twigs.batch
         for state in self.inner:
             sigma = self.coefficients.sigmas[state]
@@ -195,7 +196,9 @@ def grow(
         steps=steps[-1] + 1,
     )
     latents = noise.new_zeros(num_steps + 1, rows, *noise.shape[1:])
-    velocities, log_probs = noise.new_zeros(num_steps, *latents.shape[1:]), noise.new_zeros(num_steps, rows)
+    log_probs = noise.new_zeros(num_steps, rows)
+    # takes no memory: `reach` makes those that are needed
+    velocities = noise.new_zeros(()).expand(num_steps, *latents.shape[1:])
     for step in steps:
         for branch in range(branches):
             mine = slice(branch, None, branches)
