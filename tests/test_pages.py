@@ -243,3 +243,16 @@ def test_the_projects_page_quotes_the_costs() -> None:
     assert f"trajectories take {embedded['exact_but_last/full/full']:.2f}" in page
     assert f"against {embedded['exact_but_last/full/full, 8 branches']:.2f} by operations" in page
     assert f"previews and 8 branches {large['exact_but_last/full/preview, 8 branches']:.2f}" in page
+
+
+def test_the_projects_page_quotes_the_rates_of_sparse() -> None:
+    changes = {}
+    for name in ("study_sparse_high_rate", "study_sparse_low_rate"):
+        document = json.loads((ROOT / f"benches/results/{name}.json").read_text(encoding="utf-8"))
+        (run,), (settings,) = document["runs"], document["settings"].values()
+        points = [point["held_out"]["reward"] for point in run["points"]]
+        assert run["seed"] == 0
+        changes[settings["optimizer"]["lr"]] = points[-1] - points[0]
+    quoted = [f"{changes[lr]:+.3f}".replace("0.", ".", 1) for lr in (1e-3, 5e-4)]
+    assert f"(seed 0, {quoted[0]} for {quoted[1]};" in PAGES.STUDY_PAGE.read_text(encoding="utf-8")
+    assert changes[5e-4] > changes[1e-3]
