@@ -18,9 +18,9 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.runtime.builders import trained_steps
 
-SPARSE, DENSE_FAST, DENSE_EXACT, DENSE_BRANCHED = "sparse", "dense_fast", "dense_exact", "dense_branched"
+SPARSE, DENSE_FAST, DENSE_TRAJECTORIES, DENSE_EXACT = "sparse", "dense_fast", "dense_trajectories", "dense_exact"
 STOCK_SPARSE, STOCK_DENSE = "stock_sparse", "stock_dense"
-NAMES = (SPARSE, DENSE_FAST, DENSE_EXACT, DENSE_BRANCHED, STOCK_SPARSE, STOCK_DENSE)
+NAMES = (SPARSE, DENSE_FAST, DENSE_TRAJECTORIES, DENSE_EXACT, STOCK_SPARSE, STOCK_DENSE)
 
 KL_COEF = 0.01
 PINNED: dict[str, Any] = {
@@ -41,24 +41,21 @@ class Protocol:
         model: "embedded", a pipeline directory, or a name of `_models`.
         prompts: P.
         group_size: G.
-        plan: of dense_fast, as "nodes:4,7", "n_step:2" or a plan's name.
-        guidance: of dense_fast's lookahead.
-        decoder: of dense_fast's lookahead.
-        branched_decoder: of dense_branched's.
-        copy_dtype: of both; "null" for no copy.
-        head, cache: of dense_fast's, as in the configuration; "null" for none.
+        plan: of dense_fast and dense_trajectories, as "nodes:4,7", "n_step:2" or a plan's name.
+        guidance, decoder: of their lookahead.
+        copy_dtype: of the model's copy that it evaluates; "null" for no copy.
+        head, cache: of dense_trajectories', as in the configuration; "null" for none.
         overrides: further options of all variants, as `key=value`, such as a micro-batch that fits the memory.
     """
 
     model: str = "embedded"
     prompts: int = 2
     group_size: int = 8
-    plan: str = "nodes:4,7"
-    guidance: str = "cond_only"
-    decoder: str = "preview"
-    branched_decoder: str = "full"
+    plan: str = "exact_but_last"
+    guidance: str = "full"
+    decoder: str = "full"
+    copy_dtype: str = "float32"
     head: str = "null"
-    copy_dtype: str = "null"
     cache: str = "null"
     overrides: tuple[str, ...] = ()
 
@@ -68,20 +65,17 @@ class Protocol:
         Raises:
             UserError: an option is wrong, or differs from what the protocol pins.
         """
-        if name == DENSE_FAST:
+        if name in (DENSE_FAST, DENSE_TRAJECTORIES):
             lookahead = _plan(self.plan) | {
                 "lookahead.guidance": self.guidance,
                 "lookahead.decoder": self.decoder,
-                "lookahead.head": self.head,
                 "lookahead.copy_dtype": self.copy_dtype,
-                "lookahead.cache": self.cache,
             }
         else:
             lookahead = _plan("exact") | {"lookahead.guidance": "full", "lookahead.decoder": "full"}
-        if name == DENSE_BRANCHED:
-            lookahead |= _plan("exact_but_last")
-            lookahead |= {"lookahead.decoder": self.branched_decoder, "lookahead.copy_dtype": self.copy_dtype}
-        methods = {DENSE_BRANCHED: "branch", SPARSE: "sparse", STOCK_SPARSE: "sparse"}
+        if name == DENSE_TRAJECTORIES:
+            lookahead |= {"lookahead.head": self.head, "lookahead.cache": self.cache}
+        methods = {DENSE_FAST: "branch", SPARSE: "sparse", STOCK_SPARSE: "sparse"}
         fixed = lookahead | {
             "data.num_prompts": self.prompts,
             "sampler.group_size": self.group_size,
@@ -98,7 +92,7 @@ class Protocol:
                 problem = "is set by the protocol" if equals else "must be KEY=VALUE"
                 raise UserError(f"--override: {text} {problem}", ExitCode.USAGE)
             chosen[key] = value
-        if name == DENSE_BRANCHED:
+        if name == DENSE_FAST:
             # one trunk per prompt, and of those no more in a forward than the other variants have rows
             fixed["sampler.branches"] = self.group_size
             chosen["sampler.micro_batch"] = math.gcd(self.prompts, int(chosen["sampler.micro_batch"]))
@@ -142,16 +136,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--prompts", type=int, default=default.prompts, help="prompts per iteration; default: 2")
     add("--group-size", type=int, default=default.group_size, help="samples per prompt; default: 8")
-    add("--plan", default=default.plan, help="of dense_fast: nodes:4,7, n_step:2, one_step, ...; default: nodes:4,7")
+    both = "of dense_fast and dense_trajectories"
+    add("--plan", default=default.plan, help=f"{both}: nodes:4,7, n_step:2, one_step, ...; default: {default.plan}")
+    add("--guidance", choices=("full", "cond_only", "reuse"), default=default.guidance, help=f"{both}; default: full")
+    add("--decoder", choices=("preview", "full"), default=default.decoder, help=f"{both}; default: full")
     add(
-        "--guidance", choices=("full", "cond_only", "reuse"), default=default.guidance, help="of dense_fast's lookahead"
+        "--copy-dtype",
+        default=default.copy_dtype,
+        metavar="DTYPE",
+        help="precision of a copy, its adapter merged, that both evaluate; null = none; default: float32",
     )
-    decoders: dict[str, Any] = {"choices": ("preview", "full")}
-    add("--decoder", **decoders, default=default.decoder, help="of dense_fast's lookahead")
-    add("--branched-decoder", **decoders, default=default.branched_decoder, help="of dense_branched's")
-    add("--head", default=default.head, metavar="FILE", help="completion head of dense_fast's lookahead")
-    add("--copy-dtype", default=default.copy_dtype, metavar="DTYPE", help="precision of a copy that both evaluate")
-    add("--cache", default=default.cache, metavar="SPEC", help="features that dense_fast takes over from the rollout")
+    add("--head", default=default.head, metavar="FILE", help="completion head of dense_trajectories")
+    add("--cache", default=default.cache, metavar="SPEC", help="features that it takes over from the rollout")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further options of all variants")
     add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: 5")
     add("--warmup", type=int, default=1, choices=range(1001), metavar="N", help="rounds before them; default: 1")
@@ -167,8 +163,7 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
     """
     if options.model == SD35_RANDOM and not torch.cuda.is_available():
         raise UserError(f"--model {SD35_RANDOM} needs a CUDA device", ExitCode.ENVIRONMENT)
-    names = ("model", "prompts", "group_size", "plan", "guidance", "decoder", "branched_decoder", "head")
-    names += ("copy_dtype", "cache")
+    names = ("model", "prompts", "group_size", "plan", "guidance", "decoder", "copy_dtype", "head", "cache")
     return Protocol(**{name: getattr(options, name) for name in names}, overrides=tuple(options.override))
 
 

@@ -116,7 +116,8 @@ def _cost(name: str, config: Config) -> IterationCost:
         branching = builders.noisy_steps(config, 0)
         noisy = tuple(step in branching for step in range(steps))
         branches = config.sampler.branches
-        return branched_iteration(plan, branches=branches, decoder=ahead.decoder, noisy=noisy, **options)
+        options |= {"guidance": ahead.guidance, "decoder": ahead.decoder}
+        return branched_iteration(plan, branches=branches, noisy=noisy, **options)
     return dense_iteration(plan, guidance=ahead.guidance, decoder=ahead.decoder, **options)
 
 

@@ -6,13 +6,13 @@
 
 Ten steps, guidance 4.5, nine trained steps, one update per sample, with a KL term (the headline) and without:
 
-    sparse          one reward per image; every exact optimisation that dense has, one decode
-    dense_fast      a reward per state by the plan, guidance and decoder that are asked for
-    dense_exact     a reward per state by the exact plan, full guidance, full decoder
-    dense_branched  a reward per branch: a prompt's samples leave one noise-free trunk at every trained step;
-                    exact_but_last, full guidance, the full decoder unless another is asked for
-    stock_sparse    Flow-GRPO          } `_stock.py` lists where they are slow
-    stock_dense     n = t, serially    }
+    sparse              one reward per image; every exact optimisation that dense has, one decode
+    dense_fast          a reward per branch: a prompt's samples leave one noise-free trunk at every trained step, and
+                        are completed by the plan, guidance, decoder and copy that are asked for
+    dense_trajectories  a reward per state of whole trajectories by the same lookahead
+    dense_exact         the same by the exact plan, full guidance, full decoder, the policy itself
+    stock_sparse        Flow-GRPO          } `_stock.py` lists where they are slow
+    stock_dense         n = t, serially    }
 
 What each asks of the model is counted and must be what `sampling/cost.py` says before anything is timed.
 """
@@ -62,9 +62,8 @@ from densegrpo_fast.sampling.cost import IterationCost
 RATIOS = (
     "dense_fast/sparse",
     "dense_fast/stock_sparse",
+    "dense_trajectories/sparse",
     "dense_exact/sparse",
-    "dense_branched/sparse",
-    "dense_branched/stock_sparse",
     "dense_exact/stock_dense",
     "stock_dense/stock_sparse",
 )
@@ -220,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, own in part["seconds"].items():
             phases = ", ".join(f"{phase} {value:.3f}" for phase, value in own["phases"].items())
             total = part["nfe"][name]["total"]
-            print(f"  {name:14} {own['median']:8.3f} s  spread {own['spread']:4.0%}  {total:6.1f} NFE  {phases}")
+            print(f"  {name:18} {own['median']:8.3f} s  spread {own['spread']:4.0%}  {total:6.1f} NFE  {phases}")
         for pair, value in part["ratios"].items():
             print(f"  {pair:26} {value:6.3f}")
     if document["noisy"]:

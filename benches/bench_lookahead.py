@@ -5,6 +5,8 @@
 
     serial      every state by itself over all remaining steps, as TurningPoint-GRPO runs it (`_stock.py`)
     exact       the same completions: states at one sigma together, the rollout's velocities reused
+    copy        exact, by a copy of the model with the adapter merged, in the precision that is asked for
+    cached      exact, with the features of the rollout that are asked for
     nodes       the plan and guidance that are asked for
     one_step    no evaluation: the clean estimates from the rollout's velocities
 
@@ -26,19 +28,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from _models import EMBEDDED_RANDOM, load
-from _protocol import DENSE_EXACT, DENSE_FAST, Protocol, default_output, parser, protocol_of, ratios
+from _protocol import DENSE_TRAJECTORIES, Protocol, default_output, parser, protocol_of, ratios
 from _record import NOISY_SPREAD, interleaved, load_average, portable, provenance, spread, write_json
 from _stock import Stock
 from _variants import Tally, copies, counted, stock_cost
 from torch import Tensor
 
+from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.runtime import builders
@@ -46,9 +49,10 @@ from densegrpo_fast.runtime.experience import sample
 from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import one_step
+from densegrpo_fast.sampling.trajectory import Trajectory
 
-NAMES = ("serial", "exact", "nodes", "one_step")
-RATIOS = ("serial/exact", "nodes/exact", "nodes/serial", "one_step/exact")
+NAMES = ("serial", "exact", "copy", "cached", "nodes", "one_step")
+RATIOS = ("serial/exact", "copy/exact", "cached/exact", "nodes/exact", "nodes/serial", "one_step/exact")
 
 
 @dataclass(frozen=True)
@@ -73,25 +77,27 @@ def ways(protocol: Protocol) -> dict[str, Way]:
         UserError: an option is wrong, or the model cannot be loaded.
         AssertionError: serial and exact differ, or a way evaluates another number of rows.
     """
-    exact, fast = (protocol.config(name, kl=True) for name in (DENSE_EXACT, DENSE_FAST))
+    configs = configurations(protocol)
+    exact = configs["exact"]
     model = load(exact, builders.default_device())
     rows, _ = builders.build_prompts(exact).rows(0, exact.sampler.group_size)
-    cheap = builders.build_lookahead(fast, model)
-    assert cheap is not None
-    # what the cheap one needs is kept
-    trajectory = sample(fast, model, rows, builders.build_coefficients(fast, model), 0, cache=cheap.cache)
     synchronize = builders.synchronizer(model.device)
 
-    def ours(lookahead: Lookahead | None) -> Way:
+    def ours(config: Config, lookahead: Lookahead | None = None) -> tuple[Trajectory, Way]:
+        lookahead = lookahead or builders.build_lookahead(config, model)
         assert lookahead is not None
+        # the same trajectories for all, each with what its way needs to be kept
+        drawn = sample(config, model, rows, builders.build_coefficients(config, model), 0, cache=lookahead.cache)
 
         def complete() -> Tensor:
-            clean = lookahead.complete(trajectory)
+            clean = lookahead.complete(drawn)
             synchronize()
             return clean
 
         evaluations = lookahead_evaluations(lookahead.plan, guided=True, guidance=lookahead.guidance)
-        return Way(complete, evaluations, copies(lookahead, model))
+        return drawn, Way(complete, evaluations, copies(lookahead, model))
+
+    trajectory, batched = ours(exact)
 
     stock = Stock(model, exact, builders.build_reward(exact.reward.terms, exact.reward.options))
     text, steps = stock.encode(rows), trajectory.num_steps
@@ -105,12 +111,28 @@ def ways(protocol: Protocol) -> dict[str, Way]:
     cost = stock_cost(steps, trained_steps=0, guided=True, kl=False, dense=True)
     found = {
         "serial": Way(serial, cost.lookahead),
-        "exact": ours(builders.build_lookahead(exact, model)),
-        "nodes": ours(cheap),
-        "one_step": ours(Lookahead(model, one_step(steps), chunk=exact.lookahead.chunk)),
+        "exact": batched,
+        **{name: ours(configs[name])[1] for name in ("copy", "cached", "nodes")},
+        "one_step": ours(exact, Lookahead(model, one_step(steps), chunk=exact.lookahead.chunk))[1],
     }
     check(found, model, len(rows))
     return found
+
+
+def configurations(protocol: Protocol) -> dict[str, Config]:
+    """The configurations of the ways that have one.
+
+    Raises:
+        UserError: an option is wrong.
+    """
+    plain = replace(protocol, plan="exact", guidance="full", head="null", cache="null", copy_dtype="null")
+    asked = {
+        "exact": plain,
+        "copy": replace(plain, copy_dtype="float32" if protocol.copy_dtype == "null" else protocol.copy_dtype),
+        "cached": replace(plain, cache="text" if protocol.cache == "null" else protocol.cache),
+        "nodes": protocol,
+    }
+    return {name: own.config(DENSE_TRAJECTORIES, kl=True) for name, own in asked.items()}
 
 
 def check(found: dict[str, Way], model: SD3, rows: int) -> None:
@@ -133,7 +155,7 @@ def measure(protocol: Protocol, *, rounds: int, warmup: int) -> dict[str, Any]:
     found = ways(protocol)
     seconds = interleaved({name: way.complete for name, way in found.items()}, rounds=rounds, warmup=warmup)
     summary = {name: {"median": median(own), "spread": spread(own), "rounds": own} for name, own in seconds.items()}
-    settings = {name: protocol.config(name, kl=True).model_dump(mode="json") for name in (DENSE_EXACT, DENSE_FAST)}
+    settings = {name: config.model_dump(mode="json") for name, config in configurations(protocol).items()}
     return provenance() | {
         "ratios": ratios(seconds, RATIOS),
         "seconds": summary,

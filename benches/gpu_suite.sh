@@ -39,8 +39,12 @@ done
 for op in sde_step sde_log_prob euler_jump; do
   part large python "benches/bench_$op.py" --batch 256 --rounds 10 --output "$results/${op}_large_gpu.json"
 done
-part iteration python benches/bench_iteration.py "${model[@]}" --rounds 3 --output "$results/iteration_gpu.json"
-part lookahead python benches/bench_lookahead.py "${model[@]}" --rounds 3 --output "$results/lookahead_gpu.json"
+# a merged copy in the base's precision; previews, because the full decoder of such a model costs as much as a forward
+cheap=(--copy-dtype bfloat16 --decoder preview)
+part iteration python benches/bench_iteration.py "${model[@]}" "${cheap[@]}" --rounds 3 \
+  --output "$results/iteration_gpu.json"
+part lookahead python benches/bench_lookahead.py "${model[@]}" "${cheap[@]}" --plan nodes:4,7 --rounds 3 \
+  --output "$results/lookahead_gpu.json"
 part rehearsal python benches/gpu_rehearsal.py --prompts 1 --group-size 24 --override sampler.micro_batch=8 \
   --output "$results/gpu_rehearsal_gpu.json"
 

@@ -212,24 +212,26 @@ def test_other_dynamics_are_refused(tiny_policy: Policy, options: dict[str, str]
 
 @pytest.mark.parametrize(("kl", "copy_dtype"), [(True, "null"), (False, "bfloat16")])
 def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl: bool, copy_dtype: str) -> None:
-    bench = bench_iteration.prepare(
-        Protocol(prompts=1, group_size=2, copy_dtype=copy_dtype), kl=kl, model=tiny_policy()
+    protocol = Protocol(
+        prompts=1, group_size=2, plan="nodes:4,7", guidance="cond_only", decoder="preview", copy_dtype=copy_dtype
     )
+    bench = bench_iteration.prepare(protocol, kl=kl, model=tiny_policy())
     assert check_work(bench)["process"] > 0
     found = {name: evaluations(variant.cost) for name, variant in bench.variants.items()}
-    # nodes {4, 7}: four states meet at 4 and seven at 7, without guidance
-    lookahead = {"sparse": 0, "dense_fast": 4 + 7, "dense_exact": 2 * 45, "stock_sparse": 0, "stock_dense": 2 * 55}
-    branched = found.pop("dense_branched")
+    # nodes {4, 7}: of the states 0..8 four meet at 4 and seven at 7, without guidance
+    trajectories = {"dense_trajectories": 4 + 7, "dense_exact": 2 * 45, "stock_dense": 2 * 55}
+    lookahead = {"sparse": 0, "stock_sparse": 0} | trajectories
+    branched = found.pop("dense_fast")
     assert {name: cost["lookahead"] for name, cost in found.items()} == lookahead
     for name, cost in found.items():
         assert cost["total"] == 20 + 18 + (18 if kl else 0) + lookahead[name]
-    # two branches share nine evaluations of the trunk and of its replay; states 1..9 are evaluated, and then
-    # completed, all but the last step, with 7 + 6 + ... + 1
+    # two branches share nine evaluations of the trunk and of its replay; states 1..9 are evaluated with guidance, and
+    # then 1..3 meet at 4 and 1..6 at 7 without
     assert branched["rollout"] == 2 * 9 / 2
-    assert branched["lookahead"] == 2 * (9 + 28)
+    assert branched["lookahead"] == 2 * 9 + 3 + 6
     assert (branched["policy"], branched["reference"]) == (2 * 9 / 2, 2 * 9 / 2 if kl else 0)
-    assert (branched["full_decodes"], branched["preview_decodes"], branched["rewards"]) == (9, 0, 9)
-    assert found["dense_fast"]["preview_decodes"] == 11
+    assert (branched["full_decodes"], branched["preview_decodes"], branched["rewards"]) == (0, 9, 9)
+    assert found["dense_trajectories"]["preview_decodes"] == 11
     assert set(bench.variants["stock_dense"].phases[0]) == {"rollout", "lookahead", "reward", "update"}
 
 
@@ -242,20 +244,19 @@ def test_work_that_is_not_the_closed_forms_is_noticed(tiny_policy: Policy) -> No
 
 
 def test_variants_differ_in_rewards_and_lookahead_alone() -> None:
-    protocol = Protocol(plan="n_step:2", guidance="full", overrides=("sampler.micro_batch=4", "lookahead.chunk=3"))
+    protocol = Protocol(plan="n_step:2", guidance="cond_only", decoder="preview", overrides=("sampler.micro_batch=4", "lookahead.chunk=3"))
     configs = {name: protocol.config(name, kl=True) for name in NAMES}
-    branched = configs.pop("dense_branched")
+    branched = configs.pop("dense_fast")
     shared = [config.model_dump(exclude={"lookahead": True, "credit": {"method"}}) for config in configs.values()]
     assert all(settings == shared[0] for settings in shared)
-    fast, exact = configs["dense_fast"].lookahead, configs["dense_exact"].lookahead
-    assert (fast.plan, fast.n, fast.guidance, fast.decoder, fast.chunk) == ("n_step", 2, "full", "preview", 3)
+    ahead, exact = configs["dense_trajectories"].lookahead, configs["dense_exact"].lookahead
+    assert (ahead.plan, ahead.n, ahead.guidance, ahead.decoder, ahead.chunk) == ("n_step", 2, "cond_only", "preview", 3)
     assert (exact.plan, exact.n, exact.guidance, exact.decoder, exact.chunk) == ("exact", None, "full", "full", 3)
     assert [name for name, config in configs.items() if config.credit.method == "sparse"] == ["sparse", "stock_sparse"]
     same = {"lookahead": True, "credit": {"method"}, "sampler": {"branches", "micro_batch"}}
     assert branched.model_dump(exclude=same) == configs["dense_exact"].model_dump(exclude=same)
     assert (branched.sampler.branches, branched.sampler.micro_batch) == (8, 2)
-    ahead = branched.lookahead
-    assert (ahead.plan, ahead.guidance, ahead.decoder) == ("exact_but_last", "full", "full")
+    assert branched.lookahead == ahead
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def load_sd3(
     for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         if module is not None:
             module.requires_grad_(False).eval()
+    pipeline.vae.to(memory_format=torch.channels_last)
     preview = _load_preview(directory, preview_decoder, pipeline.transformer.config.in_channels, device)
     return SD3(
         pipeline,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _RECOMPILE_LIMIT = 64
 _PROMPTS_TOGETHER = 16
+_CACHED_PLACES = 4096
+"""Places of latents (height times width) that a CPU decodes together: what more of them make falls out of its caches.
+Sixteen pictures of 64 x 64, which then take half the time that they take in one batch of 64."""
 
 VaeDecode = Literal["whole", "sliced", "tiled"]
 """How the full decoder decodes: all pictures together, one by one, or also in tiles."""
@@ -257,9 +260,14 @@ class SD3(FlowModel):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, decoder: Decoder = "full") -> Tensor:
+        if decoder == "preview" and self.preview_decoder is None:
+            raise ValueError("this model has no preview decoder: set lookahead.decoder to full")
+        together = len(latents) if latents.device.type != "cpu" else _CACHED_PLACES // latents.shape[2:].numel()
+        return torch.cat([self._decode(part, decoder) for part in latents.split(max(1, together))])
+
+    def _decode(self, latents: Tensor, decoder: Decoder) -> Tensor:
         if decoder == "preview":
-            if self.preview_decoder is None:
-                raise ValueError("this model has no preview decoder: set lookahead.decoder to full")
+            assert self.preview_decoder is not None
             decoded = self.preview_decoder.decode(latents.to(self.preview_decoder.dtype)).sample
         else:
             vae: Any = self.pipeline.vae
