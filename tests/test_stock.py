@@ -244,7 +244,8 @@ def test_work_that_is_not_the_closed_forms_is_noticed(tiny_policy: Policy) -> No
 
 
 def test_variants_differ_in_rewards_and_lookahead_alone() -> None:
-    protocol = Protocol(plan="n_step:2", guidance="cond_only", decoder="preview", overrides=("sampler.micro_batch=4", "lookahead.chunk=3"))
+    overrides = ("sampler.micro_batch=4", "lookahead.chunk=3")
+    protocol = Protocol(plan="n_step:2", guidance="cond_only", decoder="preview", overrides=overrides)
     configs = {name: protocol.config(name, kl=True) for name in NAMES}
     branched = configs.pop("dense_fast")
     shared = [config.model_dump(exclude={"lookahead": True, "credit": {"method"}}) for config in configs.values()]
