@@ -144,8 +144,8 @@ class LookaheadOptions(Section):
         description="evaluate a copy of the model with the adapter merged, in this precision; null = the policy itself"
     )
     cache: Text | None = Field(
-        description="features taken over from the rollout at the same step: text, reuse:2-5, skip:0,6, joined by +; "
-        "null = none"
+        description="features taken over from the rollout at the same step: text (of the prompt's first sample) or "
+        "text:own (of each sample), reuse:2-5, skip:0,6, joined by +; approximate; null = none"
     )
     graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")
     decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
