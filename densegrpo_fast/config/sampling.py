@@ -151,8 +151,9 @@ class LookaheadOptions(Section):
     decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
     chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode, at most")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(
-        description="memory (1e9 bytes) that a forward of the lookahead, or a decode, may take beside weights and "
-        "trajectories: lowers chunk as far as needed; null = no limit"
+        description="memory (1e9 bytes) that one forward of the lookahead, or one decode, may take: lowers chunk as "
+        "far as needed. Not in it: weights, trajectories, completions, and what cache and head keep of the rollout, "
+        "which run.memory_check counts; null = no limit"
     )
     guard_every: int = Field(
         ge=0,
