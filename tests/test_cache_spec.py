@@ -18,6 +18,15 @@ def test_what_is_left_to_compute() -> None:
     assert spec.computed(8) == spec.text_blocks(8) == [1, 5, 7]
     assert spec.records
     assert not CacheSpec(skip_blocks=(1,)).records
+    assert CacheSpec(text=True, own_text=True).name == "text:own"
+
+
+@pytest.mark.parametrize(
+    ("text", "alike"), [("text", 6), ("text:own", 1), ("reuse:1-2", 1), ("text+reuse:1-2", 1), ("text+skip:0", 6)]
+)
+def test_what_the_samples_of_a_prompt_have_in_common(text: str, alike: int) -> None:
+    """With a prompt's text alone all of its samples take over the same; a residual is each one's own."""
+    assert CacheSpec.parse(text).alike(6) == alike
 
 
 @pytest.mark.parametrize(
@@ -44,6 +53,7 @@ def test_when_the_residual_of_the_text_is_needed(spec: CacheSpec, needed: bool) 
         ({"skip_blocks": (2, 1)}, r"skip_blocks: expected increasing block numbers from 0, got \[2, 1\]"),
         ({"skip_blocks": (-1,)}, "skip_blocks"),
         ({"skip_blocks": (0, 2), "reuse_blocks": (1, 3)}, r"\[2\] already lie in reuse_blocks \[1, 3\]"),
+        ({"skip_blocks": (0,), "own_text": True}, "own_text: expected false without text"),
     ],
 )
 def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:

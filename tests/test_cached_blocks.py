@@ -80,17 +80,19 @@ def test_an_image_block_is_the_block_without_its_text_stream(model: SD3) -> None
         torch.testing.assert_close(image_block(block, image, embedding, key, value), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_host_reads_no_number() -> None:
+@pytest.mark.parametrize("group", [1, 3])
+def test_the_host_reads_no_number(group: int) -> None:
     """On the meta device there are none to read, so a hidden synchronisation with a GPU would fail here."""
     network = tiny_sd3().network.to("meta")
-    cache = FeatureCache(network, CacheSpec(text=True, reuse_blocks=(0, 1)), nodes=(NODE,), rows=3)
+    cache = FeatureCache(network, CacheSpec(text=True, reuse_blocks=(0, 1)), nodes=(NODE,), rows=3, group=group)
 
     def forward(rows: int) -> torch.Tensor:
         latents, text, pooled = (torch.empty(rows, *shape, device="meta") for shape in ((16, 8, 8), (7, 128), (128,)))
         return network(latents, text, pooled, torch.empty(rows, device="meta")).sample
 
     with torch.no_grad():
-        with cache.record(NODE, slice(0, 3)):
-            forward(3)
+        for rows in (slice(0, 2), slice(2, 3)):
+            with cache.record(NODE, rows):
+                forward(rows.stop - rows.start)
         with cache.reuse(NODE, torch.empty(5, dtype=torch.int64, device="meta")):
             assert forward(5).shape == (5, 16, 8, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from densegrpo_fast.models import flops
+from densegrpo_fast.models import feature_cache, flops
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
 
@@ -127,6 +128,20 @@ def test_reused_and_skipped_blocks_by_hand(embedded: flops.ModelFlops) -> None:
     model, spec = flops.embedded(), CacheSpec(reuse_blocks=(1, 3), skip_blocks=(4,))
     assert flops.cached_forward(model, spec, lora_rank=0) == embedded.reference_forward - 3 * block
     assert flops.cached_forward(model, spec, lora_rank=rank) == embedded.forward - 3 * (block + adapter)
+
+
+def test_the_table_of_what_a_cache_saves(embedded: flops.ModelFlops, sd35: flops.ModelFlops) -> None:
+    """In the docstring of `models/feature_cache.py`."""
+    rows = re.findall(
+        r"^    (\S+)(?: \(SD3\.5: (\S+)\))? {2,}.*?(\.\d\d) +(\.\d\d)$", feature_cache.__doc__ or "", re.M
+    )
+    assert [row[0] for row in rows] == ["text", "text:own", "reuse:1-5", "text+reuse:1-5", "skip:3"]
+    for text, other, *stated in rows:
+        specs = text, text.replace("1-5", other) if other else text
+        models = (flops.embedded(), embedded, 16), (flops.sd35_medium(), sd35, 32)
+        for spec, (architecture, plain, rank), saved in zip(specs, models, stated, strict=True):
+            left = flops.cached_forward(architecture, CacheSpec.parse(spec), lora_rank=rank) / plain.forward
+            assert f"{1 - left:.2f}" == f"0{saved}", (spec, architecture.title)
 
 
 def test_features_are_reused_in_sd3_alone() -> None:

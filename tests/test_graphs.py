@@ -200,9 +200,10 @@ def test_a_copy_is_followed(setting: Setting) -> None:
     assert len(visits.graphs) == 1 and copy.mode == "copy" and model.mode == "policy"
 
 
-def test_features_of_the_latest_rollout_are_taken_over(setting: Setting) -> None:
+@pytest.mark.parametrize("group", [1, 3])
+def test_features_of_the_latest_rollout_are_taken_over(setting: Setting, group: int) -> None:
     model, plan = setting.policy(), plans.nodes(T, [2, 3])
-    cache = FeatureCache(model.network, CacheSpec.parse("text"), nodes=plan.nodes(), rows=len(PROMPTS))
+    cache = FeatureCache(model.network, CacheSpec.parse("text"), nodes=plan.nodes(), rows=len(PROMPTS), group=group)
     visits = GraphedVisits(setting.capturer)
     graphed = Lookahead(model, plan, chunk=4, cache=cache, visits=visits)
     eager = Lookahead(model, plan, chunk=4, cache=cache)

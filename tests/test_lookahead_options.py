@@ -39,6 +39,14 @@ def test_a_cache_changes_the_lookahead_and_nothing_else(train: Any, tmp_path: Pa
     assert cached["reward"] == plain["reward"] and cached["nfe/lookahead"] == plain["nfe/lookahead"]
 
 
+def test_text_once_per_prompt_and_once_per_sample_differ(train: Any, tmp_path: Path) -> None:
+    for name in ("text", "text:own"):
+        assert train(tmp_path / name, **RUN, **NODES, **{"lookahead.cache": name}) == 0
+    prompt, sample = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("text", "text:own"))
+    assert rewards(tmp_path / "text") != rewards(tmp_path / "text:own")
+    assert prompt["reward"] == sample["reward"]
+
+
 @pytest.mark.parametrize("guidance", ["full", "cond_only"])
 def test_copy_and_cache_together_under_guidance(train: Any, tmp_path: Path, guidance: str) -> None:
     options = {"lookahead.copy_dtype": "bfloat16", "lookahead.cache": "text", "lookahead.guidance": guidance}
@@ -46,7 +54,9 @@ def test_copy_and_cache_together_under_guidance(train: Any, tmp_path: Path, guid
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
-@pytest.mark.parametrize("text", ["", "none", "text+text", "reuse:3", "reuse:5-2", "skip:", "skip:1,x", "reuse:0-99"])
+@pytest.mark.parametrize(
+    "text", ["", "none", "text+text:own", "text:all", "reuse:3", "reuse:5-2", "skip:", "skip:1,x", "reuse:0-99"]
+)
 def test_a_cache_that_cannot_be_is_refused(
     train: Any, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +66,7 @@ def test_a_cache_that_cannot_be_is_refused(
 
 def test_specs_as_text() -> None:
     assert CacheSpec.parse("text") == CacheSpec(text=True)
+    assert CacheSpec.parse("text:own+skip:1") == CacheSpec(text=True, own_text=True, skip_blocks=(1,))
     assert CacheSpec.parse("text+reuse:2-5+skip:0,6") == CacheSpec(True, (2, 5), (0, 6))
 
 

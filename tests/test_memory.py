@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +17,16 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode
 from densegrpo_fast.models import flops
+from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
+from densegrpo_fast.models.feature_cache import FeatureCache
+from densegrpo_fast.models.features import Layout
 from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, peak_bytes, tensor_bytes
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.rewards.pickscore import PickScore
+from densegrpo_fast.runtime.builders import build_coefficients, build_lookahead
+from densegrpo_fast.runtime.experience import sample
 from densegrpo_fast.runtime.lora import add_lora
 from densegrpo_fast.runtime.memory import (
     GIB,
@@ -31,6 +39,7 @@ from densegrpo_fast.runtime.memory import (
     readable,
     refuse,
 )
+from densegrpo_fast.runtime.preparation import estimate_memory
 
 TARGETS = flops.ATTENTION_TARGETS
 ROWS = 3
@@ -160,7 +169,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "evaluation.num_prompts=3",
         "evaluation.samples_per_prompt=2",
     )
-    found = estimate(chosen, memory, encoders=7, rewards=11, copy=13)
+    found = estimate(chosen, memory, encoders=7, rewards=11, copy=13, head=17, features=19)
     latents, picture = 4 * 16 * 8 * 8, 4 * 3 * 64 * 64
     assert found.weights == {
         "transformer": memory.transformer,
@@ -168,10 +177,16 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "text encoders": 7,
         "decoders": memory.full_decoder + memory.preview_decoder,
         "lookahead copy": 13,
+        "completion head": 17,
         "rewards": 11,
     }
     # gradients, two moments, the average, and the adapter while the average is in its place; 6 states and 5 velocities
-    assert found.state == {"training": 5 * memory.adapter, "trajectories": 8 * latents * 11}
+    assert found.state == {
+        "training": 5 * memory.adapter,
+        "trajectories": 8 * latents * 11,
+        "lookahead features": 19,
+        "hidden tokens": 0,
+    }
     assert found.phases == {
         "rollout": memory.forward(2),
         "lookahead": 4 * 4 * 8 * latents + memory.forward(4),
@@ -189,7 +204,107 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     samples = sparse.data.num_prompts * sparse.sampler.group_size
     assert alone.phases["lookahead"] == 0
     assert alone.phases["update"] == memory.update(sparse.sampler.micro_batch, forwards=0, checkpointing=False)
-    assert alone.state == {"training": 3 * memory.adapter, "trajectories": samples * latents * 21}
+    assert alone.state == {
+        "training": 3 * memory.adapter,
+        "trajectories": samples * latents * 21,
+        "lookahead features": 0,
+        "hidden tokens": 0,
+    }
+
+
+def of_the_rollout(*overrides: str) -> Config:
+    """2 prompts of 4 samples, 5 steps."""
+    common = ("data.num_prompts=2", "sampler.group_size=4", "sampler.num_steps=5", "sampler.micro_batch=2")
+    return config(*common, "lora.rank=4", "sampler.noise_level=0.7", "lookahead.decoder=full", *overrides)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("cache", "guidance", "elements"),
+    [
+        # 16 image and 24 text tokens of width 32, 2 blocks: keys and values of both for each of 2 prompts, or 8 samples
+        ("text", "cond_only", 2 * 2 * 2 * 24 * 32),
+        ("text", "full", 2 * (2 * 2 * 2 * 24 * 32)),
+        ("text:own", "cond_only", 8 * 2 * 2 * 24 * 32),
+        # the residual of block 0: both streams, as block 1 goes on with them; with text the image's, and block 1's text
+        ("reuse:0-1", "full", 2 * 8 * (16 + 24) * 32),
+        ("text+reuse:0-1", "cond_only", 2 * 2 * 24 * 32 + 8 * 16 * 32),
+        ("text+reuse:0-1+skip:1", "cond_only", 8 * 16 * 32),
+        ("skip:0", "full", 0),
+    ],
+)
+def test_features_take_what_was_counted(
+    tiny_policy: Callable[..., SD3], cache: str, guidance: str, elements: int, dtype: str
+) -> None:
+    model = tiny_policy()
+    chosen = of_the_rollout(
+        f"lookahead.cache={cache}",
+        f"lookahead.guidance={guidance}",
+        f"lookahead.copy_dtype={dtype}",
+        "lookahead.plan=nodes",
+        "lookahead.nodes=[2, 4]",
+    )
+    lookahead = build_lookahead(chosen, model)
+    assert lookahead is not None and isinstance(lookahead.cache, FeatureCache)
+    counted = estimate_memory(chosen, model, lookahead)
+    lookahead.model.refresh()
+    trajectory = sample(
+        chosen, model, ["a"] * 4 + ["b"] * 4, build_coefficients(chosen, model), 0, cache=lookahead.cache
+    )
+    buffers = [
+        tensor
+        for features in lookahead.cache._kept.values()
+        for tensor in (features.text, features.image_residual, features.text_residual)
+        if tensor is not None
+    ]
+    # two nodes
+    size = 2 * elements * {"float32": 4, "bfloat16": 2}[dtype]
+    assert counted.state["lookahead features"] == tensor_bytes(buffers) == lookahead.cache.bytes() == size
+    assert ("lookahead features" in str(counted).split("kept: ")[1].split("\n")[0]) == bool(size)
+    assert lookahead.complete(trajectory).isfinite().all()
+    assert lookahead.cache.bytes() == size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_tokens_take_what_was_counted(tiny_policy: Callable[..., SD3], dtype: torch.dtype) -> None:
+    model = tiny_policy()
+    weights = [model.network.get_parameter(n) for n, p in model.network.named_parameters() if not p.requires_grad]
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
+    plain = of_the_rollout("lookahead.plan=nodes", "lookahead.nodes=[2, 4]")
+    chosen = plain.model_copy(update={"lookahead": plain.lookahead.model_copy(update={"head": "head.safetensors"})})
+    trajectory = sample(chosen, model, ["a"] * 4 + ["b"] * 4, build_coefficients(chosen, model), 0)
+    assert trajectory.hidden is not None
+    head = CompletionHead(HeadConfig(5, ((2, 4), (2, 4), (4,), (4,), ()), model.latent_shape, 2, 32))
+    lookahead = build_lookahead(plain, model)
+    assert lookahead is not None
+    lookahead.head = head
+    without, found = estimate_memory(plain, model), estimate_memory(chosen, model, lookahead)
+    row = 16 * 32 * dtype.itemsize
+    assert found.state["hidden tokens"] == tensor_bytes([trajectory.hidden]) == 8 * 5 * row
+    assert found.weights["completion head"] == module_bytes(head)
+    assert "hidden tokens" in str(found) and "completion head" in str(found)
+    # 5 noisy states of 8 samples; two nodes: where the completions stand, and where they go
+    assert found.phases["lookahead"] - without.phases["lookahead"] == 2 * 5 * 8 * row
+    assert found.to_come - without.to_come >= found.state["hidden tokens"]
+
+
+def test_text_of_every_sample_would_not_fit() -> None:
+    """SD3.5-Medium at 512 px, 1152 samples in groups of 24: 205 text tokens of width 1536 in 24 blocks, bfloat16."""
+    network = SimpleNamespace(
+        transformer_blocks=range(24),
+        inner_dim=1536,
+        dtype=torch.bfloat16,
+        config=SimpleNamespace(num_attention_heads=24),
+    )
+    own, prompt = (Layout(1152, group, 1024, 205).bytes(network, CacheSpec(text=True)) for group in (1, 24))
+    assert own == 1152 * 24 * 2 * 205 * 1536 * 2 == 24 * prompt
+    large = MemoryEstimate({}, {"training": GIB, "lookahead features": 2 * own}, {"update": 9 * GIB})
+    problem = check(large, 48 * GIB, "cuda:0")
+    assert (
+        problem is not None and "most goes to lookahead features (64.9 GiB), less with fewer lookahead.nodes" in problem
+    )
+    assert check(replace(large, state={"lookahead features": 2 * prompt}), 48 * GIB, "cuda:0") is None
 
 
 def test_the_24_gb_preset_fits_24_gb() -> None:

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
+from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling import plan as plans
@@ -50,6 +52,9 @@ def test_nothing_is_read_back(model: FlowModel, conditioning: Conditioning, fami
     index = torch.arange(B, device="meta")
     noise = initial_noise(model, index, seed=0, epoch=0)
     table = coefficients(model.sigmas(T), [0.7, 0.7, 0.0, 0.7], family).to(torch.device("meta"))
+    # groups of 3 in micro-batches of 3
+    spec = CacheSpec(text=True, reuse_blocks=(0, 1))
+    cache = FeatureCache(model.network, spec, nodes=(2,), rows=B, group=3, halves=model.forwards(guidance_scale))
     trajectory = rollout(
         model,
         noise,
@@ -62,7 +67,9 @@ def test_nothing_is_read_back(model: FlowModel, conditioning: Conditioning, fami
         micro_batch=3,
         keep_guidance=True,
         keep_hidden=True,
+        cache=cache,
     )
+    assert Lookahead(model, plans.nodes(T, [2]), chunk=4, cache=cache).complete(trajectory).device.type == "meta"
     for guidance in ("full", "cond_only", "reuse"):
         lookahead = Lookahead(model, plans.nodes(T, [2]), guidance=guidance, chunk=4)
         clean = lookahead.complete(trajectory)

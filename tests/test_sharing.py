@@ -26,7 +26,7 @@ T, G = 4, 3
 PROMPTS = ["0"] * G + ["12"] * G
 
 
-def sampled(model: FlowModel, noise_level: float | list[float] = 0.7, scale: float = 1.0, **keep: bool) -> Trajectory:
+def sampled(model: FlowModel, noise_level: float | list[float] = 0.7, scale: float = 1.0, **keep: Any) -> Trajectory:
     """Trajectories that start from one noise for each prompt, and are not said to."""
     index = torch.arange(len(PROMPTS))
     trajectory = rollout(
@@ -138,6 +138,29 @@ def test_a_head_and_a_cache(tiny_policy: Callable[..., FlowModel]) -> None:
     assert head.rows == (2 * T - 1) * len(PROMPTS) + len(PROMPTS) // G
     cache = FeatureCache(model.network, CacheSpec(text=True), nodes=plan.nodes(), rows=len(PROMPTS))
     assert Lookahead(model, plan, cache=cache).sharing(replace(trajectory, shared=G)).group == 1
+
+
+@pytest.mark.parametrize(("text", "shared"), [("text", G), ("text:own", 1), ("text+reuse:0-1", 1), ("skip:0", G)])
+def test_a_prompt_s_features_leave_its_samples_alike(
+    tiny_policy: Callable[..., FlowModel], text: str, shared: int
+) -> None:
+    from densegrpo_fast.models.cache_spec import CacheSpec
+    from densegrpo_fast.models.feature_cache import FeatureCache
+
+    model, plan = tiny_policy(spread=0.3), plans.nodes(T, [2])
+    spec = CacheSpec.parse(text)
+    cache = FeatureCache(model.network, spec, nodes=plan.nodes(), rows=len(PROMPTS), group=G)
+    trajectory = sampled(model, cache=cache)
+    apart, together = (replace(trajectory, shared=group) for group in (1, G))
+    lookahead = Lookahead(model, plan, cache=cache, chunk=4)
+    assert lookahead.sharing(together).group == shared and lookahead.sharing(apart).group == 1
+    found = lookahead.complete(together)
+    assert torch.equal(lookahead.complete(together), found)
+    torch.testing.assert_close(found, lookahead.complete(apart), rtol=1e-5, atol=1e-5)
+    # some of the prompts, as the drift guard completes them
+    second = lookahead.evaluate(together.select(slice(G, 2 * G)), first=G)
+    for state, standing in lookahead.evaluate(together).items():
+        torch.testing.assert_close(second[state].velocity, standing.velocity.chunk(2)[1], rtol=1e-5, atol=1e-5)
 
 
 def test_whole_blocks_keep_what_they_share(mixture_model: FlowModel) -> None:

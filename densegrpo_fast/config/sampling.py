@@ -144,15 +144,16 @@ class LookaheadOptions(Section):
         description="evaluate a copy of the model with the adapter merged, in this precision; null = the policy itself"
     )
     cache: Text | None = Field(
-        description="features taken over from the rollout at the same step: text, reuse:2-5, skip:0,6, joined by +; "
-        "null = none"
+        description="features taken over from the rollout at the same step: text (of the prompt's first sample) or "
+        "text:own (of each sample), reuse:2-5, skip:0,6, joined by +; approximate; null = none"
     )
     graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")
     decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
     chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode, at most")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(
-        description="memory (1e9 bytes) that a forward of the lookahead, or a decode, may take beside weights and "
-        "trajectories: lowers chunk as far as needed; null = no limit"
+        description="memory (1e9 bytes) that one forward of the lookahead, or one decode, may take: lowers chunk as "
+        "far as needed. Not in it: weights, trajectories, completions, and what cache and head keep of the rollout, "
+        "which run.memory_check counts; null = no limit"
     )
     guard_every: int = Field(
         ge=0,

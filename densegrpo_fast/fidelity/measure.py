@@ -143,7 +143,7 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
     """Roll out the named groups, as `batches` does without branches."""
     model = subject.model
     for rows, metadata, index in _rows(subject, groups, group_size):
-        cache = None if subject.cache is None else subject.cache(len(rows))
+        cache = None if subject.cache is None else subject.cache(len(rows), group_size)
         trajectory = rollout(
             model,
             initial_noise(model, index, seed=seed, epoch=0),

@@ -98,7 +98,7 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
     add(
         "--cache",
         metavar="SPEC",
-        help="measure every plan also with features of the rollout: text, reuse:2-5, skip:0,6",
+        help="measure every plan also with features of the rollout: text or text:own, reuse:2-5, skip:0,6",
     )
     add("--analytic", action="store_true", help="a Gaussian-mixture flow with exact velocities instead of a pipeline")
     add("--cost", action="store_true", help="print costs for the embedded model, SD3.5-Medium and FLUX.1-dev, and stop")

@@ -48,8 +48,8 @@ class Subject:
         branched: whether the samples of a group are branches of one noise-free trunk instead of trajectories.
         head: for the variants with one, or None.
         copy: for the variants that evaluate a copy of the model, or None.
-        cache: makes a feature cache for so many rows, for the variants that take features over from the rollout, or
-            None; read by the copy if there is one.
+        cache: makes a feature cache for so many rows in groups of so many, for the variants that take features over
+            from the rollout, or None; read by the copy if there is one.
         cheap_flops: of one lookahead forward of those variants, by (copy, cache).
         settings: what a reader must know to repeat the measurement; plain JSON data.
     """
@@ -67,7 +67,7 @@ class Subject:
     settings: dict[str, Any]
     head: CompletionHead | None = None
     copy: FlowModel | None = None
-    cache: Callable[[int], Cache] | None = None
+    cache: Callable[[int, int], Cache] | None = None
     cheap_flops: Mapping[tuple[bool, bool], float] = field(default_factory=dict)
     branched: bool = False
 
@@ -123,12 +123,12 @@ def pipeline_subject(
         everywhere = plans.exact(config.sampler.num_steps)
         halves = model.forwards(config.sampler.guidance_scale)
 
-        def features(rows: int) -> FeatureCache:
-            return builders.build_cache(cache, model, copy or model, everywhere, rows=rows, halves=halves)
+        def features(rows: int, group: int) -> FeatureCache:
+            return builders.build_cache(cache, model, copy or model, everywhere, rows=rows, group=group, halves=halves)
 
         costs[copy is not None, True] = cached_forward(
             architecture_of(model),
-            features(1).spec,
+            features(1, 1).spec,
             lora_rank=0 if copy else lora.rank,
             lora_targets=tuple(lora.targets),
         )

@@ -84,6 +84,9 @@ class Head(Protocol):
 class Cache(Protocol):
     """Features of the rollout's forwards that lookahead forwards take over: `models/feature_cache.py`."""
 
+    alike: int
+    """Rows, in consecutive blocks, that take over the very same features: those of a prompt, or 1."""
+
     def clear(self) -> None:
         """Forget the last rollout's."""
 

@@ -17,14 +17,18 @@ class CacheSpec:
     text          The text stream's keys and values of every block are the recorded ones, so no block projects the text
                   or runs its MLP, and only image tokens ask. In a joint-attention transformer the text tokens attend to
                   the image tokens, so from the second block on their keys and values depend on the latents, and in
-                  every block on sigma; at the same sigma those of the first block are exact.
+                  every block on sigma; at the same sigma those of the first block are exact. They are kept once for
+                  each prompt: those of its first sample stand for all of them.
+    own_text      The same with each sample's own text features, which saw the image tokens that it started from: nearer
+                  to what is computed without a cache, for as many times the memory as a prompt has samples.
     reuse_blocks  The blocks [first, last) are replaced by what they added to each stream when they were recorded.
     skip_blocks   The blocks are left out; nothing replaces them. Not even exact for the same latents.
 
     Attributes:
-        text: reuse the text stream.
+        text: reuse the text stream, that of the prompt's first sample.
         reuse_blocks: (first, last) of a half-open range of blocks, or None.
         skip_blocks: increasing block indices outside that range.
+        own_text: with `text`, that of each sample itself.
 
     Raises:
         ValueError: the spec asks for nothing, or contradicts itself.
@@ -33,12 +37,15 @@ class CacheSpec:
     text: bool = False
     reuse_blocks: tuple[int, int] | None = None
     skip_blocks: tuple[int, ...] = ()
+    own_text: bool = False
 
     def __post_init__(self) -> None:
         if not (self.text or self.reuse_blocks or self.skip_blocks):
             raise ValueError(
                 "lookahead.cache: nothing to reuse; set text, reuse_blocks or skip_blocks, or leave lookahead.cache out"
             )
+        if self.own_text and not self.text:
+            raise ValueError("lookahead.cache.own_text: expected false without text")
         if self.reuse_blocks is not None and not 0 <= self.reuse_blocks[0] < self.reuse_blocks[1]:
             raise ValueError(
                 "lookahead.cache.reuse_blocks: expected a first block and a later end (not included), "
@@ -57,7 +64,9 @@ class CacheSpec:
 
     @classmethod
     def parse(cls, text: str) -> CacheSpec:
-        """A spec as it is written in a configuration: "text", "reuse:2-5" (blocks 2, 3, 4), "skip:0,6", joined by "+".
+        """A spec as it is written in a configuration, parts joined by "+".
+
+        "text" or "text:own", "reuse:2-5" (blocks 2, 3, 4), "skip:0,6".
 
         Raises:
             ValueError: the text is none, or the spec contradicts itself.
@@ -69,18 +78,18 @@ class CacheSpec:
             values = tuple(int(n) for n in numbers.split(separator) if n.isascii() and n.isdecimal())
             complete = len(values) == len(numbers.split(separator)) and (kind != "reuse" or len(values) == 2)
             key = {"text": "text", "reuse": "reuse_blocks", "skip": "skip_blocks"}.get(kind)
-            if key is None or key in found or not (part == "text" or (kind != "text" and complete)):
+            if key is None or key in found or not (part in ("text", "text:own") or (kind != "text" and complete)):
                 raise ValueError(
-                    "lookahead.cache: expected text, reuse:2-5 or skip:0,6, joined by + and each at most once, "
-                    f"got {text!r}"
+                    "lookahead.cache: expected text (or text:own), reuse:2-5 or skip:0,6, joined by + and each at most "
+                    f"once, got {text!r}"
                 )
-            found[key] = True if kind == "text" else values
+            found |= {"text": True, "own_text": part == "text:own"} if kind == "text" else {key: values}
         return cls(**found)
 
     @property
     def name(self) -> str:
-        """Such as "text+reuse[2,5)+skip{0,6}"."""
-        parts = ["text"] if self.text else []
+        """Such as "text:own+reuse[2,5)+skip{0,6}"."""
+        parts = ["text:own" if self.own_text else "text"] if self.text else []
         if self.reuse_blocks is not None:
             parts.append(f"reuse[{self.reuse_blocks[0]},{self.reuse_blocks[1]})")
         if self.skip_blocks:
@@ -96,6 +105,10 @@ class CacheSpec:
     def records(self) -> bool:
         """Whether anything has to be recorded."""
         return self.text or self.reuse_blocks is not None
+
+    def alike(self, group: int) -> int:
+        """Of `group` rows with one prompt, how many in a row take over the very same features: all, or 1."""
+        return 1 if self.own_text or self.reused else group
 
     def computed(self, num_blocks: int) -> list[int]:
         """Blocks that a lookahead row still runs through."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.features import Features, Rows, take
+from densegrpo_fast.models.features import Features, Taken, take
 
 
 @contextmanager
@@ -26,9 +26,9 @@ def recording(network: Any, spec: CacheSpec, current: Callable[[], tuple[Feature
     def keep_text(slot: int, which: int, heads: int) -> Callable[..., None]:
         def hook(_: Any, args: Any, output: Tensor) -> None:
             target = current()
-            if target is not None and target[0].text is not None:
-                by_head = output if output.ndim == 4 else split_heads(output, heads)
-                target[0].text[slot, which, target[1]].copy_(by_head.detach())
+            if target is not None:
+                features, rows = target
+                features.keep_text(slot, which, rows, output if output.ndim == 4 else split_heads(output, heads))
 
         return hook
 
@@ -62,7 +62,7 @@ def recording(network: Any, spec: CacheSpec, current: Callable[[], tuple[Feature
 
 
 @contextmanager
-def reusing(network: Any, spec: CacheSpec, current: Callable[[], tuple[Features, Rows]]) -> Iterator[None]:
+def reusing(network: Any, spec: CacheSpec, current: Callable[[], Taken]) -> Iterator[None]:
     """Within the context, blocks of `network` run on the features that `current()` names, as `spec` says."""
     blocks = network.transformer_blocks
     computed = spec.computed(len(blocks))
@@ -71,18 +71,19 @@ def reusing(network: Any, spec: CacheSpec, current: Callable[[], tuple[Features,
         def forward(
             hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *_: Any, **__: Any
         ) -> tuple[Tensor, Tensor]:
-            features, rows = current()
-            return encoder_hidden_states, image_block(block, hidden_states, temb, *features.text_at(slot, rows))
+            taken = current()
+            text = taken.features.text_at(slot, taken.groups)
+            return encoder_hidden_states, image_block(block, hidden_states, temb, *text)
 
         return forward
 
     def with_residual(
         hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        features, rows = current()
-        if features.text_residual is not None:
-            encoder_hidden_states = encoder_hidden_states + take(features.text_residual, rows)
-        return encoder_hidden_states, hidden_states + take(features.image_residual, rows)
+        taken = current()
+        if taken.features.text_residual is not None:
+            encoder_hidden_states = encoder_hidden_states + take(taken.features.text_residual, taken.rows)
+        return encoder_hidden_states, hidden_states + take(taken.features.image_residual, taken.rows)
 
     with ExitStack() as replacements:
         for slot, number in enumerate(spec.text_blocks(len(blocks))):

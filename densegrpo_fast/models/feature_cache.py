@@ -1,8 +1,19 @@
 """Features of one forward, reused by the lookahead's forwards for the same prompt.
 
 Recording only reads: the policy's numbers are the same to the bit. Reusing replaces the forwards of some blocks for as
-long as its context lasts. What each option approximates is said at `CacheSpec`, what it saves is counted by
-`flops.cached_forward`. The policy's gradient never sees any of it.
+long as its context lasts, and is an **approximation** with every option; why is said at `CacheSpec`. The policy's
+gradient never sees any of it. What is saved, as a share of the operations of a forward with the adapter
+(`flops.cached_forward`; the embedded model has 6 blocks, SD3.5-Medium at 512 px with 205 text tokens has 24):
+
+    lookahead.cache                       exact only for                 embedded  SD3.5-Medium
+    text                                  the prompt's first sample      .19       .14
+    text:own                              the sample as it was recorded  .19       .14
+    reuse:1-5 (SD3.5: 4-20)               the sample as it was recorded  .68       .67
+    text+reuse:1-5 (SD3.5: 4-20)          the prompt's first sample      .73       .72
+    skip:3                                nothing                        .17       .05
+
+What it costs in fidelity is measured by `python -m densegrpo_fast.fidelity --cache`, how much the text's keys and
+values depend on latents and sigma by `benches/bench_text_features.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +26,7 @@ import torch
 
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.cached_blocks import recording, reusing, streams
-from densegrpo_fast.models.features import Features, Rows
+from densegrpo_fast.models.features import Features, Layout, Rows, Taken
 
 
 class FeatureCache:
@@ -26,34 +37,49 @@ class FeatureCache:
     when a node is first recorded and written in place from then on, so a captured graph stays valid. The host never
     looks at a tensor's values.
 
-    Two uses. *Same noise level*: `rows` = B, `node` = grid index; the rollout records, and a completion that comes to
-    the node takes over what its own sample left there. *Own path*: one node, `rows` = T*B with row j*B + b for state j
-    of sample b; the rollout records each state's first evaluation, a completion's full evaluations overwrite it, and
-    its cheap ones in between take over the latest, which saw the same picture at another noise level.
+    Rows are the rollout's samples, nodes its grid indices: a completion that comes to a node takes over the residuals
+    that its own sample left there. Text features are kept once per prompt, of whose samples (`group` rows one after
+    another) the first one's are recorded and serve all: in each half, at each node and in each block. Its text tokens
+    attended to its own image tokens, so for the other samples, and for any completion that has come to the node by
+    another way, they are an approximation; `CacheSpec.own_text` keeps each sample's own. With guidance that goes for
+    the text of the unconditional half too, the empty prompt: one for the samples of a prompt.
 
     Args:
         network: the policy's transformer, with or without an adapter.
         spec: what to reuse.
         nodes: what is kept apart, as a rule the grid indices at which the lookahead evaluates; others are not recorded.
         rows: how many rows each node has.
+        group: rows, in consecutive blocks, that have the prompt in common; 1 = each row has a prompt of its own.
         halves: forwards per velocity that the lookahead asks for: 2 if its own evaluations are guided, else 1.
         reader: the transformer that reuses, of the same architecture; None = `network`. Features are kept in its dtype.
 
     Raises:
-        ValueError: the spec does not fit the network, or a number is below 1.
+        ValueError: the spec does not fit the network, a number is below 1, or the rows are no whole groups.
     """
 
     def __init__(
-        self, network: Any, spec: CacheSpec, *, nodes: Sequence[int], rows: int, halves: int = 1, reader: Any = None
+        self,
+        network: Any,
+        spec: CacheSpec,
+        *,
+        nodes: Sequence[int],
+        rows: int,
+        group: int = 1,
+        halves: int = 1,
+        reader: Any = None,
     ):
         reader = network if reader is None else reader
         for transformer in (network, reader):
             spec.check(transformer)
         if rows < 1 or halves < 1:
             raise ValueError(f"feature cache: expected at least 1 row and 1 half, got {rows} and {halves}")
+        if group < 1 or rows % group:
+            raise ValueError(f"feature cache: expected whole groups, got {rows} rows in groups of {group}")
         self.reader, self.spec = reader, spec
         self._networks = (network,) if reader is network else (network, reader)
         self.nodes, self.rows, self.halves = tuple(nodes), rows, halves
+        self.alike = spec.alike(group)
+        self._texts = group if spec.text and not spec.own_text else 1
         self._kept: dict[tuple[int, int], Features] = {}
         self._now: Features | None = None
         self._busy = False
@@ -109,21 +135,22 @@ class FeatureCache:
                 are missing or a gradient is asked for.
         """
         count = len(range(self.rows)[rows]) if isinstance(rows, slice) else len(rows)
-        half = -1
+        half, groups = -1, rows
 
         def before(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-            nonlocal half
+            nonlocal half, groups
             half += 1
             if torch.is_grad_enabled():
                 raise RuntimeError("feature cache: reused features are approximate, so only under torch.no_grad()")
             _check_batch(len(streams(args, inputs)[0]), count)
             if self.spec.records:
                 self._now = self._recorded(node, half, rows)
+                groups = self._now.groups_of(rows)
 
-        def current() -> tuple[Features, Rows]:
+        def current() -> Taken:
             if self._now is None:
                 raise RuntimeError("feature cache: a block was called outside of its transformer")
-            return self._now, rows
+            return Taken(self._now, rows, groups)
 
         with self._opened(self.reader), ExitStack() as hooks:
             hooks.enter_context(self.reader.register_forward_pre_hook(before, with_kwargs=True))
@@ -136,13 +163,18 @@ class FeatureCache:
             features.forget()
 
     def bytes(self) -> int:
-        """Memory held.
-
-        Per node, half and row it is, in elements: 2 L D for each block that is computed with kept text; N D if blocks
-        are reused, and L D more if a later block still computes the text stream (N image tokens, L text tokens, width
-        D).
-        """
+        """Memory held: none until something is recorded, then as much as `capacity` says."""
         return sum(features.bytes() for features in self._kept.values())
+
+    def capacity(self, image_tokens: int, text_tokens: int) -> int:
+        """Bytes held once every node is recorded.
+
+        In elements, per node and half: 2 L D for each prompt (with `own_text` each row) and block that is computed with
+        kept text; N D for each row if blocks are reused, and L D more if a later block still computes the text stream
+        (N image tokens, L text tokens, width D).
+        """
+        layout = Layout(self.rows, self._texts, image_tokens, text_tokens)
+        return len(self.nodes) * self.halves * layout.bytes(self.reader, self.spec)
 
     @contextmanager
     def _opened(self, *networks: Any) -> Iterator[None]:
@@ -159,14 +191,13 @@ class FeatureCache:
             self._busy, self._now = False, None
 
     def _buffers(self, node: int, half: int, image_tokens: int, text_tokens: int) -> Features:
+        layout = Layout(self.rows, self._texts, image_tokens, text_tokens)
         features = self._kept.get((node, half))
         if features is None:
-            features = Features(self.reader, self.spec, self.rows, image_tokens, text_tokens)
-            self._kept[node, half] = features
-        if features.shape != (image_tokens, text_tokens):
-            raise ValueError(
-                f"feature cache: made for {features.shape} image and text tokens, got {(image_tokens, text_tokens)}"
-            )
+            self._kept[node, half] = features = Features(self.reader, self.spec, layout)
+        if features.layout != layout:
+            made = features.layout.image_tokens, features.layout.text_tokens
+            raise ValueError(f"feature cache: made for {made} image and text tokens, got {(image_tokens, text_tokens)}")
         return features
 
     def _recorded(self, node: int, half: int, rows: Rows) -> Features:

@@ -31,7 +31,9 @@ def lookahead_chunks(config: Config, model: FlowModel, decoder: Decoder) -> Chun
     """`lookahead.chunk`, or as many rows less as the memory budget demands.
 
     What rows need is counted on the model's own architecture (`models/memory.py`): the tensors of a forward or decode
-    that are alive at the same time, without the workspaces of kernels.
+    that are alive at the same time, without the workspaces of kernels. What is kept between forwards is not in the
+    budget: trajectories, where completions stand, the features of `lookahead.cache`, and the hidden tokens of
+    `lookahead.head`; it is in the estimate that a run begins with (`runtime/memory.py`).
 
     Args:
         config: the run's.

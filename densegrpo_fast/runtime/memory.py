@@ -15,6 +15,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.memory import ModelMemory, tensor_bytes
 from densegrpo_fast.runtime.chunks import Chunks
+from densegrpo_fast.sampling.plan import make_plan
 
 GIB = 2**30
 _CLEARLY = 1.1
@@ -26,6 +27,11 @@ _ADVICE = {
     "pictures": "fewer samples (data.num_prompts, sampler.group_size), model.vae_decode sliced, model.vae_dtype "
     "bfloat16, lookahead.decoder preview, or a smaller lookahead.chunk",
     "update": "model.gradient_checkpointing true, or a smaller sampler.micro_batch",
+    "training": "a smaller lora.rank",
+    "trajectories": "fewer samples (data.num_prompts, sampler.group_size)",
+    "lookahead features": "fewer lookahead.nodes, lookahead.guidance cond_only, lookahead.cache text in the place of "
+    "text:own or reuse, or null",
+    "hidden tokens": "lookahead.head null, or fewer samples (data.num_prompts, sampler.group_size)",
     "evaluation": "fewer held-out pictures (evaluation.num_prompts, evaluation.samples_per_prompt), model.vae_decode "
     "sliced, or a smaller sampler.micro_batch",
 }
@@ -37,7 +43,8 @@ class MemoryEstimate:
 
     Attributes:
         weights: of each network, loaded before the first iteration.
-        state: what stays from then on: gradients, moments and average of the adapter, the trajectories.
+        state: what stays from then on: gradients, moments and average of the adapter, the trajectories, and what the
+            rollout leaves for the lookahead: features (`models/feature_cache.py`), hidden tokens for a completion head.
         phases: the most that each phase needs beside that; only one runs at a time.
     """
 
@@ -78,6 +85,8 @@ def estimate(
     encoders: int = 0,
     rewards: int = 0,
     copy: int = 0,
+    head: int = 0,
+    features: int = 0,
 ) -> MemoryEstimate:
     """What a run with these settings needs; the arithmetic is in `models/memory.py`.
 
@@ -88,6 +97,8 @@ def estimate(
         encoders: bytes of the text encoders; 0 if they do not stay.
         rewards: bytes of the reward models on the same device.
         copy: bytes of a lookahead copy.
+        head: bytes of a completion head.
+        features: bytes that the lookahead's cache will hold.
     """
     sampler, model, held_out = config.sampler, config.model, config.evaluation
     channels, height, width = memory.architecture.latent_shape
@@ -106,10 +117,15 @@ def estimate(
     held_out_rows = held_out.num_prompts * held_out.samples_per_prompt
     further = int(guided) + (1 + int(guided)) * int(config.objective.kl_coef != 0)
     picture, completed = memory.picture, states * samples
+    hidden = memory.hidden if config.uses_lookahead and config.lookahead.head is not None else 0
     phases = {
         "rollout": memory.forward(sampler.micro_batch),
-        # where the completions stand and where they go, states and velocities
-        "lookahead": 4 * completed * latents + memory.forward(min(chunks.forward, completed)) if completed else 0,
+        # where the completions stand and where they go, states and velocities, and hidden tokens that are not the
+        # rollout's
+        "lookahead": completed * (4 * latents + min(2, _evaluations(config)) * hidden)
+        + memory.forward(min(chunks.forward, completed))
+        if completed
+        else 0,
         "pictures": pictures * picture + memory.decode(decoded, decoder, model.vae_decode),
         "update": memory.update(sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing),
         "evaluation": held_out_rows * (latents + 2 * picture)
@@ -124,11 +140,23 @@ def estimate(
             "text encoders": encoders,
             "decoders": memory.full_decoder + memory.preview_decoder,
             "lookahead copy": copy,
+            "completion head": head,
             "rewards": rewards,
         },
-        state={"training": copies * memory.adapter, "trajectories": samples * latents * (per_state * steps + 1)},
+        state={
+            "training": copies * memory.adapter,
+            "trajectories": samples * latents * (per_state * steps + 1),
+            "lookahead features": features,
+            "hidden tokens": samples * steps * hidden,
+        },
         phases=phases,
     )
+
+
+def _evaluations(config: Config) -> int:
+    """Most evaluations that a completion of the lookahead takes one after another."""
+    options = config.lookahead
+    return max(map(len, make_plan(options.plan, config.sampler.num_steps, options.nodes, options.n or 1).paths))
 
 
 def check(estimated: MemoryEstimate, free: int | None, what: str) -> str | None:
@@ -145,10 +173,12 @@ def check(estimated: MemoryEstimate, free: int | None, what: str) -> str | None:
     if free is None or estimated.to_come <= _CLEARLY * free:
         return None
     largest = estimated.largest
+    parts = {largest: estimated.phases[largest], **estimated.state}
+    most = max(parts, key=lambda name: parts[name])
     return (
         f"this run needs about {readable(estimated.to_come)} beside the weights, {what} has {readable(free)} free; "
-        f"most goes to the phase {largest} ({readable(estimated.phases[largest])}), which needs less with "
-        f"{_ADVICE[largest]}. The preset sd35_medium_pickscore_24gb shows settings for a small GPU; "
+        f"most goes to {'the phase ' if most == largest else ''}{most} ({readable(parts[most])}), less with "
+        f"{_ADVICE[most]}. The preset sd35_medium_pickscore_24gb shows settings for a small GPU; "
         "run.memory_check warn goes on all the same"
     )
 

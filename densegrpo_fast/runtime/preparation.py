@@ -10,6 +10,8 @@ import torch
 from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.completion_head import CompletionHead
+from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.flops import architecture_of
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.models.memory import ModelMemory, module_bytes
@@ -84,7 +86,7 @@ def estimate_memory(
     """What the run will need on the model's device, the model's own weights included.
 
     Args:
-        lookahead: the run's; a copy that it evaluates is counted.
+        lookahead: the run's; its copy, its completion head and what its cache will hold are counted.
         reward: of the run; its networks on the device are counted.
     """
     pipeline, lora = model.pipeline, config.lora
@@ -96,7 +98,9 @@ def estimate_memory(
         lora_targets=tuple(lora.targets),
     )
     chunks = None if lookahead is None else Chunks(lookahead.chunk, lookahead.decode_chunk)
-    evaluated = None if lookahead is None else lookahead.model
+    evaluated, head, cache = (
+        None if lookahead is None else getattr(lookahead, name) for name in ("model", "head", "cache")
+    )
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     return estimate(
         config,
@@ -105,4 +109,6 @@ def estimate_memory(
         encoders=sum(module_bytes(encoder) for encoder in encoders),
         rewards=0 if reward is None else held_bytes([scorer for scorer, _ in reward.terms.values()], model.device),
         copy=evaluated.bytes() if isinstance(evaluated, LookaheadCopy) else 0,
+        head=module_bytes(head) if isinstance(head, CompletionHead) else 0,
+        features=cache.capacity(*memory.tokens) if isinstance(cache, FeatureCache) else 0,
     )

@@ -172,9 +172,10 @@ class Lookahead:
         """Which completions are one and the same.
 
         Samples of one initial noise are, as long as nothing has told them apart, unless the completion takes something
-        over from each one's own rollout: reused guidance, or a cache's features.
+        over from each one's own rollout: reused guidance, or a cache's features other than their prompt's.
         """
-        own = self.cache is not None or (self.guidance == "reuse" and trajectory.guidance_terms is not None)
+        own = self.guidance == "reuse" and trajectory.guidance_terms is not None
+        own = own or (self.cache is not None and self.cache.alike % trajectory.shared != 0)
         return Sharing(trajectory.coefficients.noisy) if own else trajectory.sharing
 
     def plan_for(self, num_steps: int) -> Plan:
@@ -230,13 +231,14 @@ class Lookahead:
         sigmas, device = trajectory.coefficients.sigmas, trajectory.latents.device
         sigma = torch.cat([sigmas[state.index].expand(len(state.latents)) for state in standing])
         conditioning, samples = trajectory.conditioning.repeat(len(states)), None
+        sharing = self.sharing(trajectory)
         if len(conditioning) != len(sigma):
-            sharing = self.sharing(trajectory)
             conditioning = replace(
                 conditioning, rows=torch.cat([sharing.rows(j, trajectory.conditioning.rows) for j in states])
             )
         if self.cache is not None:
-            samples = torch.arange(first, first + trajectory.batch, device=device).repeat(len(states))
+            own = torch.arange(first, first + trajectory.batch, device=device)
+            samples = torch.cat([sharing.rows(j, own) for j in states])
         rows = Travellers(
             latents=torch.cat([state.latents for state in standing]),
             velocity=torch.cat([state.slope(node, trajectory.coefficients.remainder) for state in standing]),

@@ -41,8 +41,9 @@ def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
     cache = None
     if options.cache is not None:
         guided = options.guidance == "full" and config.sampler.guidance_scale != 1.0
-        rows = config.data.num_prompts * config.sampler.group_size
-        cache = build_cache(options.cache, model, evaluated, plan, rows=rows, halves=2 if guided else 1)
+        group = config.sampler.group_size
+        shape = {"rows": config.data.num_prompts * group, "group": group, "halves": 2 if guided else 1}
+        cache = build_cache(options.cache, model, evaluated, plan, **shape)
     chunks = lookahead_chunks(config, evaluated, options.decoder)
     return Lookahead(
         evaluated,
@@ -70,7 +71,9 @@ def build_copy(model: FlowModel, dtype: str) -> LookaheadCopy:
         raise UserError(str(error), ExitCode.USAGE) from None
 
 
-def build_cache(text: str, model: FlowModel, reader: FlowModel, plan: Plan, *, rows: int, halves: int) -> FeatureCache:
+def build_cache(
+    text: str, model: FlowModel, reader: FlowModel, plan: Plan, *, rows: int, group: int, halves: int
+) -> FeatureCache:
     """The cache that a configuration's text asks for, between the policy and the model that the lookahead evaluates.
 
     Raises:
@@ -82,6 +85,7 @@ def build_cache(text: str, model: FlowModel, reader: FlowModel, plan: Plan, *, r
             CacheSpec.parse(text),
             nodes=plan.nodes(),
             rows=rows,
+            group=group,
             halves=halves,
             reader=reader.network,
         )
