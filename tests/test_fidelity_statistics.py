@@ -138,7 +138,30 @@ def test_persistence_is_the_pooled_correlation_inside_groups() -> None:
     assert math.isnan(statistics.persistence(torch.ones(2, 3, 3))[0])
 
 
-def test_gains_of_noise_free_steps_are_no_units() -> None:
+def test_states_that_share_a_completion_are_no_units() -> None:
+    """T = 4 with noise in step 1 alone, G = 3: state 0 is completed as state 1 is, states 2 and 3 are the image.
+
+    State 1: exact 1, 2, 3 and cheap 1, 3, 2, so rho = 1 - 6*2/(3*8) = .5, and Pearson's correlation is .5 too. With
+    images of 5, 4.5, 6.5 the gains of step 1 are exact 4, 2.5, 3.5 (ranks 3, 1, 2) and cheap 4, 1.5, 4.5 (ranks 2, 1,
+    3): again .5. The states after the window, equal by construction, would have made the rewards' mean 2/3.
+    """
+    image = torch.tensor([5.0, 4.5, 6.5])
+    exact, cheap = (
+        torch.stack([state, state, image, image, image], dim=-1)[None]
+        for state in (torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 3, 2]))
+    )
+    found = statistics.compare(exact, cheap, (False, True, False, False))
+    assert found.spearman_rewards_mean == found.pooled_rewards == pytest.approx(0.5)
+    assert found.spearman_gains_mean == found.spearman_gains_worst_step == pytest.approx(0.5)
+    assert found.spearman_rewards[1] == pytest.approx(0.5) and len(found.spearman_rewards) == 3
+    assert math.isnan(found.spearman_rewards[0]) and math.isnan(found.spearman_rewards[2])
+    assert (found.remaining_rewards, found.excluded_rewards) == (found.remaining_gains, found.excluded_gains) == (1, 0)
+    # advantages of the one step: all three gains are positive, centred they have the signs +, -, + and +, -, +
+    assert found.spearman_advantages == pytest.approx(0.5)
+    assert statistics.compare(exact, cheap).spearman_rewards_mean == pytest.approx(2 / 3)
+
+
+def test_units_of_a_window_are_counted_group_by_group() -> None:
     generator = torch.Generator().manual_seed(1)
     exact = torch.randn(2, 4, 5, generator=generator)
     exact[..., 2:] = exact[..., 1:2]  # steps 1, 2 and 3 change nothing
@@ -146,4 +169,10 @@ def test_gains_of_noise_free_steps_are_no_units() -> None:
     # of the steps 0..2 of 2 groups
     assert (whole.remaining_gains, whole.excluded_gains) == (pytest.approx(1 / 3), 4)
     assert (noisy.remaining_gains, noisy.excluded_gains) == (1.0, 0)
+    assert (noisy.remaining_rewards, noisy.excluded_rewards) == (1.0, 0)
     assert noisy.spearman_gains_mean == whole.spearman_gains_mean == 1.0
+    exact[1, :, 0] = exact[1, 0, 0]  # nothing to rank in one group's only state
+    found = statistics.compare(exact, exact, (True, False, False, False))
+    assert (found.remaining_rewards, found.excluded_rewards) == (0.5, 1)
+    with pytest.raises(ValueError, match="noisy must have one entry for each of 4 steps, got 2"):
+        statistics.compare(exact, exact, (True, False))
