@@ -249,12 +249,12 @@ def test_a_preset_with_branches_is_judged_on_branches(
     arguments += ["--decoder", "full", "--copy-dtype", "bfloat16"]
     assert fidelity.main([*arguments, "--json", str(out)]) == 0
     document = json.loads(out.read_text())
-    assert list(document["plans"]) == ["exact/full/full", "one_step/full/full", "exact+copy/full/full"]
+    assert list(document["plans"]) == ["exact/full/full", "one_step/full/full", "exact+copy(bfloat16)/full/full"]
     exact = document["plans"]["exact/full/full"]
     assert exact["spearman_gains_mean"] == exact["spearman_rewards_mean"] == pytest.approx(1.0)
     # three of six steps branch: states 1, 2, 3 are completed with 5 + 4 + 3 evaluations, and one picture each
     assert (exact["nfe_unguided"], exact["decodes"], len(exact["spearman_gains"])) == (12, 3, 3)
-    assert document["plans"]["exact+copy/full/full"]["spearman_rewards_mean"] > 0.5
+    assert document["plans"]["exact+copy(bfloat16)/full/full"]["spearman_rewards_mean"] > 0.5
     assert document["settings"]["branched"] and document["persistence"] is None
     assert "2 groups of 4 branches of one trunk" in capsys.readouterr().out
     for wrong, problem in ((["--search"], "--search is for"), (["--guidance", "reuse"], "full or cond_only")):

@@ -136,8 +136,8 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
             options.adapter,
             options.groups,
             head=options.head,
-            copy_dtype=options.copy_dtype,
-            cache=options.cache,
+            copy_dtypes=list(dict.fromkeys(options.copy_dtype or ())),
+            caches=list(dict.fromkeys(options.cache or ())),
         )
         guidances = options.guidance or [config.lookahead.guidance]
         decoders = options.decoder or [config.lookahead.decoder]
@@ -160,12 +160,10 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
         wanted += [replace(variant, head=True) for variant in wanted if variant.plan.paths == subject.head.config.paths]
         if not wanted[-1].head:
             raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)
-    if subject.copy is not None:
-        wanted += [replace(variant, copy=True) for variant in wanted if variant.plan.evaluations]
-    if subject.cache is not None:
-        # with a copy, it is the copy that takes features over
-        copied = subject.copy is not None
-        wanted += [replace(v, cache=True) for v in wanted if v.plan.evaluations and v.copy == copied]
+    evaluating = [variant for variant in wanted if variant.plan.evaluations]
+    wanted += [replace(variant, copy=dtype) for dtype in subject.copies for variant in evaluating]
+    # with copies, it is they that take features over
+    wanted += [replace(v, copy=dtype, cache=spec) for dtype, spec in subject.caches for v in evaluating]
     if "preview" in decoders:
         ceiling = Variant(make_plan("exact", subject.coefficients.num_steps), "full", "preview")
         wanted = [ceiling, *wanted]

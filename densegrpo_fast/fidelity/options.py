@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from densegrpo_fast.command_line import command_parser
+from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.sampling.plan import Plan, make_plan
 
 MakePlan = Callable[[int], Plan]
@@ -68,6 +69,14 @@ def _plan(text: str) -> MakePlan:
     )
 
 
+def _cache(text: str) -> str:
+    try:
+        CacheSpec.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _integer(lowest: int, text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or int(text) < lowest or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
@@ -92,13 +101,17 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
     add("--head", type=Path, metavar="FILE", help="completion head to measure too, on the plan it was made for")
     add(
         "--copy-dtype",
+        nargs="+",
         choices=("float32", "bfloat16", "float16"),
-        help="measure every plan also on a copy of the model with the adapter merged, in this precision",
+        help="measure every plan also on a copy of the model with the adapter merged, in each of these precisions",
     )
     add(
         "--cache",
+        nargs="+",
+        type=_cache,
         metavar="SPEC",
-        help="measure every plan also with features of the rollout: text, reuse:2-5, skip:0,6",
+        help="measure every plan also with each of these features of the rollout: text, reuse:2-5, skip:0,6, joined "
+        "by +; with --copy-dtype it is the copies that take them over",
     )
     add("--analytic", action="store_true", help="a Gaussian-mixture flow with exact velocities instead of a pipeline")
     add("--cost", action="store_true", help="print costs for the embedded model, SD3.5-Medium and FLUX.1-dev, and stop")
