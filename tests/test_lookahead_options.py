@@ -30,6 +30,13 @@ def test_a_copy_in_the_policys_precision_changes_rounding_alone(train: Any, tmp_
     assert rewards(tmp_path / "copy") == pytest.approx(rewards(tmp_path / "policy"), abs=2e-3)
 
 
+def test_states_may_go_their_own_ways(train: Any, tmp_path: Path) -> None:
+    assert train(tmp_path / "nodes", **RUN, **NODES) == 0
+    for name, paths in (("same", "[[2], [2], [], []]"), ("other", "[[1, 2], [], [3], []]")):
+        assert train(tmp_path / name, **RUN, **{"lookahead.plan": "paths", "lookahead.paths": paths}) == 0
+    assert rewards(tmp_path / "same") == rewards(tmp_path / "nodes") != rewards(tmp_path / "other")
+
+
 def test_a_cache_changes_the_lookahead_and_nothing_else(train: Any, tmp_path: Path) -> None:
     assert train(tmp_path / "plain", **RUN, **NODES) == 0
     assert train(tmp_path / "cached", **RUN, **NODES, **{"lookahead.cache": "text+reuse:2-5"}) == 0
