@@ -2,7 +2,7 @@
 
     python -m densegrpo_fast.fidelity                                   the embedded model, held-out prompts
     python -m densegrpo_fast.fidelity --plans nodes:3,6 n_step:2 --json fidelity.json --plot fidelity.png
-    python -m densegrpo_fast.fidelity --search --groups 128             the cheapest node set above the thresholds
+    python -m densegrpo_fast.fidelity --search --groups 128             the cheapest plan above the thresholds
     python -m densegrpo_fast.fidelity --config embedded_tempflow        branches of one trunk, as that preset has them
     python -m densegrpo_fast.fidelity --analytic                        an exact flow; needs torch alone
     python -m densegrpo_fast.fidelity --cost                            costs for known models, without weights
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from densegrpo_fast.fidelity.measure import Variant
     from densegrpo_fast.fidelity.search import Candidate, Thresholds
     from densegrpo_fast.fidelity.subject import Subject
+    from densegrpo_fast.models.base import Decoder
+    from densegrpo_fast.sampling.lookahead import Guidance
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,11 +81,11 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     Raises:
         UserError: anything the user can act on, with its exit code.
     """
-    subject, variants = _subject_and_variants(options, overrides)
+    subject, ways, variants = _subject_and_variants(options, overrides)
     from densegrpo_fast.fidelity import report
-    from densegrpo_fast.fidelity.measure import measure, reference
+    from densegrpo_fast.fidelity.measure import agreement_of, measure, reference
     from densegrpo_fast.fidelity.search import Thresholds
-    from densegrpo_fast.fidelity.statistics import compare, compare_branches, persistence
+    from densegrpo_fast.fidelity.statistics import persistence
     from densegrpo_fast.runtime.provenance import provenance
 
     sampling = {"group_size": options.group_size, "seed": options.seed}
@@ -91,15 +93,16 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     if options.search:
         groups = range(options.groups // 2, options.groups)
         thresholds = Thresholds(options.threshold_rewards, options.threshold_gains, options.threshold_worst)
-        candidates, chosen = _searched(options, subject, variants, thresholds, range(groups.start))
+        candidates, chosen = _searched(options, subject, ways, thresholds, range(groups.start))
         variants += [chosen.variant] if chosen and chosen.variant not in variants else []
         searched = report.search_record(candidates, chosen, thresholds)
 
     rewards = measure(subject, variants, groups, progress=partial(_progress, "measured", len(groups)), **sampling)
     exact = rewards[reference(subject.coefficients.num_steps)]
-    agree = compare_branches if subject.branched else partial(compare, noisy=subject.coefficients.noisy)
     records = {
-        variant.name: report.plan_record(variant, agree(exact, rewards[variant]), subject, options.group_size)
+        variant.name: report.plan_record(
+            variant, agreement_of(subject, exact, rewards[variant]), subject, options.group_size
+        )
         for variant in variants
     }
     settings = subject.settings | sampling | {"groups": options.groups, "groups_measured": len(groups)}
@@ -114,15 +117,17 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     return ExitCode.OK
 
 
-def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> tuple[Subject, list[Variant]]:
-    """The subject and, without repeats, what to measure on it; options are checked before torch is imported."""
+def _subject_and_variants(
+    options: argparse.Namespace, overrides: list[str]
+) -> tuple[Subject, tuple[list[Guidance], list[Decoder]], list[Variant]]:
+    """The subject, guidances and decoders, and what to measure; options are checked before torch is imported."""
     config = None if options.analytic else _config(options, overrides)
     from densegrpo_fast.fidelity.measure import Variant
     from densegrpo_fast.fidelity.subject import analytic_subject, pipeline_subject
 
     make_plans = plans_of(options)
     if config is not None and config.sampler.branches is not None:
-        if given := [name for name in ("head", "cache", "search") if getattr(options, name)]:
+        if given := [name for name in ("head", "cache") if getattr(options, name)]:
             problem = f"is for trajectories, and {config.preset} has sampler.branches; leave it out"
             raise UserError(f"--{given[0]} {problem}", ExitCode.USAGE)
     if config is None:
@@ -167,7 +172,7 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
     if "preview" in decoders:
         ceiling = Variant(make_plan("exact", subject.coefficients.num_steps), "full", "preview")
         wanted = [ceiling, *wanted]
-    return subject, list(dict.fromkeys(wanted))
+    return subject, (list(dict.fromkeys(guidances)), list(dict.fromkeys(decoders))), list(dict.fromkeys(wanted))
 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> Any:
@@ -183,7 +188,7 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> Any:
 def _searched(
     options: argparse.Namespace,
     subject: Subject,
-    variants: list[Variant],
+    ways: tuple[list[Guidance], list[Decoder]],
     thresholds: Thresholds,
     groups: range,
 ) -> tuple[list[Candidate], Candidate | None]:
@@ -192,11 +197,12 @@ def _searched(
     candidates = search(
         subject,
         groups,
-        guidances=list(dict.fromkeys(variant.guidance for variant in variants)),
-        decoders=list(dict.fromkeys(variant.decoder for variant in variants)),
+        guidances=ways[0],
+        decoders=ways[1],
         max_nodes=min(options.max_nodes, subject.coefficients.num_steps - 1),
         group_size=options.group_size,
         seed=options.seed,
+        worst=thresholds.worst,
         progress=partial(_progress, "searched", len(groups)),
     )
     return candidates, cheapest(candidates, thresholds)
@@ -228,7 +234,10 @@ def _show(
         print(f"search: none of {len(searched['candidates'])} candidates reaches {wanted}; raise --max-nodes.")
         return
     inside, outside = searched["in_sample"], records[searched["chosen"]]
-    print(f"search: {searched['chosen']} is the cheapest of {len(searched['candidates'])} candidates above {wanted}.")
+    print(
+        f"search: {searched['chosen']} is the cheapest of {len(searched['candidates'])} candidates above {wanted}; "
+        f"again by --plans {searched['chosen_plan']}"
+    )
     for label, found in (("in sample", inside), ("held out", outside)):
         print(
             f"  {label:10} rewards {found['spearman_rewards_mean']:.3f}, gains {found['spearman_gains_mean']:.3f}, "

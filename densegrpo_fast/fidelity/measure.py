@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from densegrpo_fast.fidelity.statistics import Agreement, compare, compare_branches
 from densegrpo_fast.fidelity.subject import Subject
 from densegrpo_fast.models.base import Cache, Decoder, Recorder
 from densegrpo_fast.runtime import scoring
@@ -82,14 +83,22 @@ def flops_ratio(variant: Variant, subject: Subject, group_size: int) -> float | 
     return cost_of(variant, subject, group_size).flops(subject.flops, cheap) / sparse.flops(subject.flops)
 
 
-def _lookahead(subject: Subject, variant: Variant, caches: Mapping[tuple[str | None, str], Cache]) -> Lookahead:
+def agreement_of(subject: Subject, exact: Tensor, cheap: Tensor) -> Agreement:
+    """Agreement of the rewards of a variant with the reference's, both as `measure` returns them."""
+    if subject.branched:
+        return compare_branches(exact, cheap)
+    return compare(exact, cheap, subject.coefficients.noisy)
+
+
+def lookahead_of(subject: Subject, variant: Variant, batch: Batch[Sampled]) -> Lookahead:
+    """What completes a batch as the variant says."""
     return Lookahead(
         subject.model if variant.copy is None else subject.copies[variant.copy],
         variant.plan,
         guidance=variant.guidance,
         chunk=subject.chunk,
         head=subject.head if variant.head else None,
-        cache=None if variant.cache is None else caches[variant.copy, variant.cache],
+        cache=None if variant.cache is None else batch.caches[variant.copy, variant.cache],
     )
 
 
@@ -243,16 +252,16 @@ def measure(
     for batch in batches(subject, groups, group_size=group_size, seed=seed):
         # what differs in the decoder alone shares its completions
         for way in dict.fromkeys(replace(variant, decoder="full") for variant in wanted):
-            lookahead = _lookahead(subject, way, batch.caches)
+            lookahead = lookahead_of(subject, way, batch)
             alike = [variant for variant in wanted if replace(variant, decoder="full") == way]
-            for variant, images in _pictures(lookahead, batch, alike):
+            for variant, images in pictures(lookahead, batch, alike):
                 parts[variant].append(score(subject, batch, images))
         done += len(batch.rows) // group_size
         progress(done)
     return {variant: torch.cat(values) for variant, values in parts.items()}
 
 
-def _pictures(
+def pictures(
     lookahead: Lookahead, batch: Batch[Sampled], variants: Sequence[Variant]
 ) -> Iterator[tuple[Variant, Tensor]]:
     """Images [T+1, B, 3, H, W], or [M, B, 3, H, W] of branches, by every variant's decoder."""

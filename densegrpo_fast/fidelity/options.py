@@ -54,19 +54,33 @@ def plans_of(options: argparse.Namespace) -> list[MakePlan]:
 
 
 def _plan(text: str) -> MakePlan:
-    """A plan as it is written on the command line: exact, exact_but_last, one_step, nodes:3,6 or n_step:2."""
+    """A plan as it is written on the command line.
+
+    It is exact, exact_but_last, one_step, nodes:3,6, n_step:2, or the path of every state, as in paths:2,3:3:-:- for
+    four steps.
+    """
     kind, colon, value = text.partition(":")
-    numbers = [int(word) for word in value.split(",") if word.isascii() and word.isdecimal()]
-    complete = len(numbers) == len(value.split(","))
-    if kind == "nodes" and complete:
+    numbers = _numbers(value)
+    if kind == "nodes" and numbers is not None:
         return partial(make_plan, kind, points=numbers)
-    if kind == "n_step" and complete and len(numbers) == 1 and numbers[0] >= 1:
+    if kind == "n_step" and numbers is not None and len(numbers) == 1 and numbers[0] >= 1:
         return partial(make_plan, kind, n=numbers[0])
+    parts = value.split(":")
+    paths = [found for part in parts if (found := [] if part == "-" else _numbers(part)) is not None]
+    if kind == "paths" and len(paths) == len(parts):
+        return partial(make_plan, kind, paths=paths)
     if kind in ("exact", "exact_but_last", "one_step") and not colon:
         return partial(make_plan, kind)
     raise argparse.ArgumentTypeError(
-        f"expected exact, exact_but_last, one_step, nodes:3,6 or n_step:2 (with your numbers), got {text!r}"
+        "expected exact, exact_but_last, one_step, nodes:3,6, n_step:2 or paths:2,3:3:-:- (with your numbers, and a "
+        f"path for each state), got {text!r}"
     )
+
+
+def _numbers(text: str) -> list[int] | None:
+    """Whole numbers with commas between them; None if that is not what the text is."""
+    words = text.split(",")
+    return [int(word) for word in words] if all(word.isascii() and word.isdecimal() for word in words) else None
 
 
 def _cache(text: str) -> str:
@@ -120,7 +134,8 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         nargs="+",
         type=_plan,
         metavar="PLAN",
-        help=f"exact, exact_but_last, one_step, nodes:3,6, n_step:2; default: {' '.join(_DEFAULT_PLANS)}",
+        help="exact, exact_but_last, one_step, nodes:3,6, n_step:2, or the later steps of every state, as in "
+        f"paths:2,3:3:-:-; default: {' '.join(_DEFAULT_PLANS)}",
     )
     add(
         "--guidance",
@@ -137,9 +152,10 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
     add(
         "--search",
         action="store_true",
-        help="find the cheapest node set above the thresholds on one half of the prompts; judge all plans on the other",
+        help="find the cheapest plan above the thresholds on one half of the prompts, a node set or paths of each "
+        "state's own; judge all plans on the other",
     )
-    add("--max-nodes", type=partial(_integer, 0), default=3, help="largest set that is searched; default: 3")
+    add("--max-nodes", type=partial(_integer, 0), default=3, help="longest path that is searched; default: 3")
     for name, default in (("rewards", 0.95), ("gains", 0.90), ("worst", 0.75)):
         add(f"--threshold-{name}", type=_correlation, default=default, help=f"correlation to reach; default: {default}")
     return parser

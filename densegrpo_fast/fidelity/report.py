@@ -72,9 +72,11 @@ def search_record(candidates: Sequence[Candidate], chosen: Candidate | None, thr
     return {
         "thresholds": asdict(thresholds),
         "chosen": None if chosen is None else chosen.variant.name,
+        # as the command line takes it: nodes{3,6} is nodes:3,6
+        "chosen_plan": None if chosen is None else chosen.variant.plan.name.replace("{", ":").removesuffix("}"),
         "in_sample": None if chosen is None else asdict(chosen.agreement),
         "candidates": {
-            candidate.variant.name: {"forwards": candidate.forwards}
+            candidate.variant.name: {"forwards": candidate.forwards, "iteration_flops_ratio": candidate.iteration}
             | {key: getattr(candidate.agreement, key) for key in keys}
             for candidate in candidates
         },
