@@ -17,7 +17,7 @@ from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity import statistics
 from densegrpo_fast.fidelity.measure import Variant, agreement_of, measure, reference, score, trajectories
 from densegrpo_fast.fidelity.options import parse, plans_of
-from densegrpo_fast.fidelity.report import pareto_front, table
+from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.search import Thresholds, cheapest, search
 from densegrpo_fast.fidelity.subject import Subject, analytic_subject
 from densegrpo_fast.flow.dynamics import coefficients
@@ -192,11 +192,6 @@ def test_scores_are_by_group_and_state(subject: Subject) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_pareto_front_by_hand() -> None:
-    points = [(5.0, 0.7), (0.0, 0.5), (3.0, 0.4), (5.0, 0.8), (9.0, 0.8), (12.0, 0.9)]
-    assert pareto_front(points) == [(0.0, 0.5), (5.0, 0.8), (12.0, 0.9)]
-
-
 def test_a_table_is_aligned() -> None:
     assert table(["plan", "cost"], [["a", "1"], ["longer", "10"]]) == "plan    cost\na          1\nlonger    10"
 
@@ -230,7 +225,9 @@ def test_an_analytic_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = tmp_path / "search.json"
     arguments = ["--analytic", "--search", "--groups", "4", "--group-size", "6", "--max-nodes", "1", "--plans", "exact"]
     low = ["--threshold-rewards", "0.5", "--threshold-gains", "0.3", "--threshold-worst", "-1"]
-    assert fidelity.main([*arguments, *low, "--json", str(out)]) == 0
+    picture = tmp_path / "search.png"
+    assert fidelity.main([*arguments, *low, "--json", str(out), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     document = json.loads(out.read_text())
     chosen = document["search"]["chosen"]
     candidates = document["search"]["candidates"]
@@ -293,7 +290,9 @@ def test_a_preset_with_branches_is_judged_on_branches(
     arguments = ["--config", "embedded_tempflow", "--groups", "2", "--group-size", "4", "--plans", "exact", "one_step"]
     arguments += ["--model.path", str(pipeline_directory), "--reward.terms", "{jpeg_compressibility: 1.0}"]
     arguments += ["--decoder", "full", "--copy-dtype", "bfloat16"]
-    assert fidelity.main([*arguments, "--json", str(out)]) == 0
+    picture = tmp_path / "fidelity.png"
+    assert fidelity.main([*arguments, "--json", str(out), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     document = json.loads(out.read_text())
     assert list(document["plans"]) == ["exact/full/full", "one_step/full/full", "exact+copy(bfloat16)/full/full"]
     exact = document["plans"]["exact/full/full"]

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -84,15 +84,16 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     subject, ways, variants = _subject_and_variants(options, overrides)
     from densegrpo_fast.fidelity import report
     from densegrpo_fast.fidelity.measure import agreement_of, measure, reference
+    from densegrpo_fast.fidelity.plot import save_plot
     from densegrpo_fast.fidelity.search import Thresholds
     from densegrpo_fast.fidelity.statistics import persistence
     from densegrpo_fast.runtime.provenance import provenance
 
     sampling = {"group_size": options.group_size, "seed": options.seed}
+    thresholds = Thresholds(options.threshold_rewards, options.threshold_gains, options.threshold_worst)
     groups, searched = range(options.groups), None
     if options.search:
         groups = range(options.groups // 2, options.groups)
-        thresholds = Thresholds(options.threshold_rewards, options.threshold_gains, options.threshold_worst)
         candidates, chosen = _searched(options, subject, ways, thresholds, range(groups.start))
         variants += [chosen.variant] if chosen and chosen.variant not in variants else []
         searched = report.search_record(candidates, chosen, thresholds)
@@ -113,7 +114,7 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
         document = {"plans": records, "search": searched, "persistence": kept, "settings": settings}
         report.write_json(options.json, document | provenance())
     if options.plot:
-        report.save_plot(options.plot, records, searched)
+        save_plot(options.plot, records, searched, asdict(thresholds))
     return ExitCode.OK
 
 

@@ -148,7 +148,12 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
     add("--group-size", type=partial(_integer, 2), default=16, help="trajectories per prompt; default: 16")
     add("--seed", type=partial(_integer, 0), default=0, help="of all noise; default: 0")
     add("--json", type=Path, metavar="FILE", help="write everything measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw fidelity against cost with the Pareto front")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="draw fidelity against cost, with the Pareto front and the thresholds",
+    )
     add(
         "--search",
         action="store_true",
