@@ -84,6 +84,38 @@ def test_agreement_of_one_group_by_hand() -> None:
     assert math.isnan(found.spearman_gains_error)
 
 
+def test_signs_are_counted_step_by_step() -> None:
+    """T = 3, G = 3: states 0 and 1, steps 0 and 1.
+
+    State 0: exact 1, 2, 6 and cheap 1, 4, 4 about their mean of 3: signs -, -, + and -, +, +, so 2 of 3 agree.
+    State 1: exact 2, 2, 5 and cheap 9, 9, 9: signs -, -, + and 0, 0, 0, so none of 3. Together 2 of 6.
+    Gains of step 0: exact 1, 0, -1 and cheap 8, 5, 5: 1 of 3. Step 1, to 3, 3, 3: exact 1, 1, -2 and cheap -6: 1 of 3.
+    """
+    exact = torch.tensor([[[1.0, 2, 3, 0], [2, 2, 3, 0], [6, 5, 3, 0]]])
+    cheap = torch.tensor([[[1.0, 9, 3, 0], [4, 9, 3, 0], [4, 9, 3, 0]]])
+    found = statistics.compare(exact, cheap)
+    assert found.sign_agreement_rewards_steps == pytest.approx((2 / 3, 0))
+    assert found.sign_agreement_rewards == pytest.approx(2 / 6)
+    assert found.sign_agreement_steps == pytest.approx((1 / 3, 1 / 3))
+    assert found.sign_agreement == pytest.approx(2 / 6)
+    # in a window of step 1 alone, step 0 says nothing
+    found = statistics.compare(exact, cheap, (False, True, False))
+    assert math.isnan(found.sign_agreement_steps[0]) and math.isnan(found.sign_agreement_rewards_steps[0])
+    assert (found.sign_agreement, found.sign_agreement_rewards) == (pytest.approx(1 / 3), 0)
+    # among branches the sign of a gain is that of the reward about the mean
+    found = statistics.compare_branches(exact[..., :2], cheap[..., :2])
+    assert found.sign_agreement_steps == found.sign_agreement_rewards_steps == pytest.approx((2 / 3, 0))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(-1e3, 1e3), st.integers(2, 9))
+def test_a_groups_single_value_is_its_mean(value: float, group: int) -> None:
+    rewards = torch.full((1, group, 1), value, dtype=torch.float64)
+    assert not statistics.about_mean(rewards).any()
+    rewards[0, 0, 0] = math.nan
+    assert statistics.about_mean(rewards).isnan().sum() == 1 and not statistics.about_mean(rewards)[0, 1:].any()
+
+
 def test_flat_groups_are_left_out_and_counted() -> None:
     exact, noise = torch.rand(4, 6, 5), torch.rand(4, 6, 5)
     exact[1, :, 0] = 0.3

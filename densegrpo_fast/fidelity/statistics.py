@@ -35,6 +35,8 @@ class Agreement:
         spearman_rewards, spearman_gains: mean over groups per state and per step, T-1 numbers each, NaN where nothing
             counts.
         sign_agreement: share of gains with the exact sign, among those that are not zero in both.
+        sign_agreement_steps: the same per step, T-1 numbers.
+        sign_agreement_rewards, sign_agreement_rewards_steps: the same of the rewards about their group's mean.
         pooled_rewards, pooled_gains: Pearson correlation over all groups, states and samples together.
         spearman_advantages, sign_agreement_advantages: the same of the normalised advantages, ranked over all samples
             and trained steps of a group together.
@@ -49,6 +51,9 @@ class Agreement:
     spearman_gains_error: float
     spearman_gains_worst_step: float
     sign_agreement: float
+    sign_agreement_steps: tuple[float, ...]
+    sign_agreement_rewards: float
+    sign_agreement_rewards_steps: tuple[float, ...]
     pooled_rewards: float
     pooled_gains: float
     spearman_advantages: float
@@ -120,7 +125,7 @@ def compare_branches(exact: Tensor, cheap: Tensor) -> Agreement:
         )
     present = ~(exact.isnan() | cheap.isnan())
     rewards = [values.double().where(present, math.nan) for values in (exact, cheap)]
-    gains = [values - values.nanmean(1, keepdim=True) for values in rewards]
+    gains = [about_mean(values) for values in rewards]
     advantages = [normalize_groups(values).values for values in rewards]
     return _agreement(rewards, gains, advantages, present, torch.ones(exact.shape[2], dtype=torch.bool))
 
@@ -198,6 +203,15 @@ def pearson(reference: Tensor, other: Tensor) -> Tensor:
     return correlation.masked_fill(other_flat, 0.0).masked_fill(flat, math.nan)
 
 
+def about_mean(rewards: Tensor) -> Tensor:
+    """Rewards [P, G, N] less their group's mean; exactly 0 where a group has one value, NaN where one is missing."""
+    mean = rewards.nanmean(1, keepdim=True)
+    # rounding of the mean must not make a constant look as if it varied
+    first = rewards.where(~rewards.isnan(), -math.inf).amax(1, keepdim=True)
+    varies = ((rewards != first) & ~rewards.isnan()).any(1, keepdim=True)
+    return (rewards - mean).where(varies | rewards.isnan(), 0.0)
+
+
 def sign_agreement(reference: Tensor, other: Tensor) -> float:
     """Share of entries of equal sign, in [0, 1], among those present in both and not zero in both; NaN if none."""
     counted = ~(reference.isnan() | other.isnan()) & ((reference != 0) | (other != 0))
@@ -216,6 +230,7 @@ def _agreement(
     Where `own` [N] bool is false everything is NaN, and nothing is a unit.
     """
     advantages = [values.where(~gains[0].isnan(), math.nan) for values in advantages]
+    deviations = [about_mean(values) for values in rewards]
     by_rewards = spearman(*(values.transpose(1, 2) for values in rewards))
     by_gains = spearman(*(values.transpose(1, 2) for values in gains))
     reward_units, gain_units = (~by[:, own].isnan() for by in (by_rewards, by_gains))
@@ -226,6 +241,9 @@ def _agreement(
         spearman_gains_error=_error(by_gains),
         spearman_gains_worst_step=_smallest(by_gains.nanmean(0)),
         sign_agreement=sign_agreement(*gains),
+        sign_agreement_steps=_by_step(*gains),
+        sign_agreement_rewards=sign_agreement(*deviations),
+        sign_agreement_rewards_steps=_by_step(*deviations),
         pooled_rewards=pearson(*(values.flatten() for values in rewards)).item(),
         pooled_gains=pearson(*(values.flatten() for values in gains)).item(),
         spearman_advantages=_mean(spearman(*(values.flatten(1) for values in advantages))),
@@ -238,6 +256,12 @@ def _agreement(
         spearman_rewards=tuple(by_rewards.nanmean(0).tolist()),
         spearman_gains=tuple(by_gains.nanmean(0).tolist()),
     )
+
+
+def _by_step(reference: Tensor, other: Tensor) -> tuple[float, ...]:
+    """`sign_agreement` at each of the N places of the last dimension."""
+    pairs = zip(reference.unbind(-1), other.unbind(-1), strict=True)
+    return tuple(sign_agreement(*pair) for pair in pairs)
 
 
 def _mean(values: Tensor) -> float:
