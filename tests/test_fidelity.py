@@ -263,7 +263,49 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
         row = record["plans"]["exact_but_last/full/preview, 8 branches"]
         assert row["ratio_kl"] == pytest.approx((own + 9 * (unit["preview_decode"] + unit["reward"])) / sparse)
         assert row["ratio_kl"] < record["plans"]["exact_but_last/full/preview"]["ratio_kl"]
+        # with noise in the steps 0..2 alone: 3 trained, completions of 8 + 7 + 6 evaluations, 3 states and the image
+        sparse = 13 * forward + 3 * (reference + unit["backward"]) + unit["full_decode"] + unit["reward"]
+        own = 34 * forward + 3 * (reference + unit["backward"]) + 4 * (unit["preview_decode"] + unit["reward"])
+        row = record["plans"]["exact_but_last/full/preview, window 0..2"]
+        assert row["ratio_kl"] == pytest.approx(own / sparse) and row["decodes"] == 4
+        assert record["sparse_window_kl"] == pytest.approx(sparse)
     assert "FLUX.1-dev, 512 px" in capsys.readouterr().out
+
+
+def test_costs_of_cheaper_forwards_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from densegrpo_fast.fidelity import costs
+    from densegrpo_fast.models import flops
+
+    out = tmp_path / "cost.json"
+    arguments = ["--cost", "--plans", "nodes:4", "--guidance", "cond_only", "--json", str(out)]
+    assert fidelity.main([*arguments, "--head", "--copy-dtype", "bfloat16", "--cache", "text", "reuse:6-18"]) == 0
+    models = json.loads(out.read_text())["models"]
+    record = models["sd35_medium"]
+    unit, found = record["flops"], record["plans"]
+    plain = found["nodes{4}/cond_only/preview"]["extra_flops"]
+
+    def saved(extras: str) -> float:
+        return plain - found[f"nodes{{4}}{extras}/cond_only/preview"]["extra_flops"]
+
+    # states 0..3 evaluate once each; of the states 0..8 each leaves a step out
+    assert saved("+copy(bfloat16)") == pytest.approx(4 * (unit["forward"] - unit["reference_forward"]), rel=1e-6)
+    assert saved("+head") == pytest.approx(-9 * unit["head"], rel=1e-6)
+    # 12 of 24 blocks of which 7 have a second attention: about half of the forward
+    row = found["nodes{4}+copy(bfloat16)+cache(reuse:6-18)/cond_only/preview"]
+    assert saved("+copy(bfloat16)+cache(reuse:6-18)") == pytest.approx(4 * (unit["forward"] - row["lookahead_forward"]))
+    assert 0.45 < row["lookahead_forward"] / unit["reference_forward"] < 0.55
+    assert (row["copy"], row["cache"], row["head"]) == ("bfloat16", "reuse:6-18", False)
+    assert found["nodes{4}+head/cond_only/preview"]["corrections"] == 9
+    # what does not fit a model is left out, and said
+    assert list(models["embedded"]["left_out"]) == ["cache(reuse:6-18)"] and not record["left_out"]
+    assert list(models["flux"]["left_out"]) == ["head", "copy(bfloat16)", "cache(text)", "cache(reuse:6-18)"]
+    assert "left out: cache(reuse:6-18): lookahead.cache.reuse_blocks: this model has" in capsys.readouterr().out
+    monkeypatch.setattr(costs, "ARCHITECTURES", {"embedded": flops.embedded})
+    with pytest.raises(SystemExit):
+        fidelity.main([*arguments, "--cache", "skip:70"])
+    assert "--cache skip:70: fits none of embedded" in capsys.readouterr().err
 
 
 def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
@@ -353,6 +395,8 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
         (["--threshold-gains", "2"], "expected a number in [-1, 1], got '2'"),
         (["--search", "--groups", "1"], "--search needs --groups of at least 2"),
         (["--cost", "--analytic"], "--cost and --analytic exclude each other"),
+        (["--cost", "--head", "a.safetensors"], "--cost --head counts a head of the usual size; leave its FILE out"),
+        (["--head"], "--head needs the FILE of a head"),
         (["--analytic", "--config", "embedded_dense"], "--analytic and --config exclude each other"),
         (["--analytic", "--sampler.num_steps", "4"], "--analytic takes no configuration"),
         (["--sampler.steps", "4"], 'unknown option "sampler.steps"'),

@@ -6,6 +6,7 @@
     python -m densegrpo_fast.fidelity --config embedded_tempflow        branches of one trunk, as that preset has them
     python -m densegrpo_fast.fidelity --analytic                        an exact flow; needs torch alone
     python -m densegrpo_fast.fidelity --cost                            costs for known models, without weights
+    python -m densegrpo_fast.fidelity --cost --plans nodes:4,7 --head --copy-dtype bfloat16 --cache text reuse:6-18
 
 The reference is the exact plan with full guidance and the full decoder. All plans complete the same trajectories, and
 agreement is rank correlation inside each group, over states 0..T-2 and their gains. With a preset that has
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +61,20 @@ def costs(options: argparse.Namespace) -> ExitCode:
         from densegrpo_fast.fidelity.costs import cost_records, cost_text
 
         records = cost_records(
-            plans_of(options), options.guidance or ["full", "cond_only"], options.decoder or ["preview"]
+            plans_of(options),
+            options.guidance or ["full", "cond_only"],
+            options.decoder or ["preview"],
+            head=options.head is not None,
+            copies=list(dict.fromkeys(options.copy_dtype or ())),
+            caches=list(dict.fromkeys(options.cache or ())),
         )
     except ModuleNotFoundError as error:
         raise UserError(f"--cost needs {error.name}: pip install densegrpo-fast[train]", ExitCode.ENVIRONMENT) from None
     except ValueError as error:
         raise UserError(f"--plans: {error}", ExitCode.USAGE) from None
+    for spec in options.cache or ():
+        if all(f"cache({spec})" in record["left_out"] for record in records.values()):
+            raise UserError(f"--cache {spec}: fits none of {', '.join(records)}", ExitCode.USAGE)
     print(cost_text(records))
     if options.json:
         from densegrpo_fast.fidelity.report import write_json
@@ -123,7 +132,7 @@ def _subject_and_variants(
 ) -> tuple[Subject, tuple[list[Guidance], list[Decoder]], list[Variant]]:
     """The subject, guidances and decoders, and what to measure; options are checked before torch is imported."""
     config = None if options.analytic else _config(options, overrides)
-    from densegrpo_fast.fidelity.measure import Variant
+    from densegrpo_fast.fidelity.measure import Variant, expanded
     from densegrpo_fast.fidelity.subject import analytic_subject, pipeline_subject
 
     make_plans = plans_of(options)
@@ -162,14 +171,15 @@ def _subject_and_variants(
         for guidance in (guidances if plan.evaluations else guidances[:1])
         for decoder in decoders
     ]
-    if subject.head is not None:
-        wanted += [replace(variant, head=True) for variant in wanted if variant.plan.paths == subject.head.config.paths]
-        if not wanted[-1].head:
-            raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)
-    evaluating = [variant for variant in wanted if variant.plan.evaluations]
-    wanted += [replace(variant, copy=dtype) for dtype in subject.copies for variant in evaluating]
-    # with copies, it is they that take features over
-    wanted += [replace(v, copy=dtype, cache=spec) for dtype, spec in subject.caches for v in evaluating]
+    head = subject.head
+    wanted = expanded(
+        wanted,
+        head=lambda plan: head is not None and plan.paths == head.config.paths,
+        copies=subject.copies,
+        caches=dict.fromkeys(spec for _, spec in subject.caches),
+    )
+    if head is not None and not any(variant.head for variant in wanted):
+        raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)
     if "preview" in decoders:
         ceiling = Variant(make_plan("exact", subject.coefficients.num_steps), "full", "preview")
         wanted = [ceiling, *wanted]

@@ -57,6 +57,25 @@ def reference(num_steps: int) -> Variant:
     return Variant(plans.exact(num_steps), "full", "full")
 
 
+def expanded(
+    variants: Sequence[Variant], *, head: Callable[[Plan], bool], copies: Iterable[str], caches: Iterable[str]
+) -> list[Variant]:
+    """The variants, and beside each what else its completions may do.
+
+    Args:
+        variants: without any of that.
+        head: whether a plan's last jumps are corrected too.
+        copies: dtypes of copies to evaluate too, where anything is evaluated.
+        caches: specs of features to take over too, by the copies or, without any, by the model itself.
+    """
+    wanted = [*variants, *(replace(variant, head=True) for variant in variants if head(variant.plan))]
+    evaluating, dtypes = [variant for variant in wanted if variant.plan.evaluations], list(copies)
+    wanted += [replace(variant, copy=dtype) for dtype in dtypes for variant in evaluating]
+    readers: list[str | None] = [*dtypes] or [None]
+    wanted += [replace(v, copy=dtype, cache=spec) for dtype in readers for spec in caches for v in evaluating]
+    return wanted
+
+
 def cost_of(variant: Variant, subject: Subject, group_size: int) -> IterationCost:
     """Cost per sample of a training iteration with this lookahead."""
     options: dict[str, Any] = {
