@@ -111,7 +111,7 @@ def _cost(name: str, config: Config) -> IterationCost:
         return stock_cost(steps, dense=name == STOCK_DENSE, **options)
     if name == SPARSE:
         return sparse_iteration(steps, **options)
-    plan = make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1)
+    plan = make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1, ahead.paths)
     if config.sampler.branches is not None:
         branching = builders.noisy_steps(config, 0)
         noisy = tuple(step in branching for step in range(steps))

@@ -207,6 +207,8 @@ def test_every_key_refuses_a_value_of_the_wrong_type(key: str, wrong: object) ->
         ("lookahead.nodes=[3]", 'lookahead.nodes: expected [] with plan "exact_but_last", got [3]'),
         ("lookahead.n=3", 'lookahead.n: expected null with plan "exact_but_last", got 3'),
         ("lookahead.plan=nodes", 'lookahead.nodes: expected at least one step with plan "nodes", got []'),
+        ("lookahead.paths=[[3]]", 'lookahead.paths: expected [] with plan "exact_but_last", got [[3]]'),
+        ("lookahead.plan=paths", 'lookahead.paths: expected a list of steps for every state with plan "paths", got []'),
         ("lookahead.plan=n_step", 'lookahead.n: expected a number of steps with plan "n_step", got null'),
         ("model.height=64", "model.height, model.width: expected both 0 or both set, got 64 and 0"),
         ("model.height=60", "model.height: expected a multiple of 8, got 60"),
@@ -248,6 +250,22 @@ def test_refusals_name_the_key_and_the_reason(argument: str, expected: str) -> N
         ),
         (["lookahead.plan=nodes", "lookahead.nodes=[4, 3]"], "lookahead.nodes: expected increasing steps"),
         (["lookahead.plan=n_step", "lookahead.n=9"], "lookahead.n: expected 1..8, got 9"),
+        (
+            ["lookahead.plan=paths", "lookahead.paths=[[3], []]"],
+            "lookahead.paths: expected a list for each of the 8 states, got 2",
+        ),
+        (
+            ["lookahead.plan=paths", "lookahead.paths=[[3], [0], [], [], [], [], [], []]"],
+            "lookahead.paths[1][0]: expected a number >= 1, got 0",
+        ),
+        (
+            ["lookahead.plan=paths", "lookahead.paths=[[3], [3, 2], [], [], [], [], [], []]"],
+            "lookahead.paths[1]: expected increasing steps in 2..7, got [3, 2]",
+        ),
+        (
+            ["lookahead.plan=paths", "lookahead.paths=[[3], [4], [], [], [], [], [], [8]]"],
+            "lookahead.paths[7]: expected [], got [8]",
+        ),
         (
             ["sampler.dynamics=cps", "sampler.noise_level=1.2"],
             "expected at most 1 with dynamics cps, got 1.2",

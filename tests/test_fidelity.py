@@ -15,8 +15,9 @@ from torch import Tensor
 from densegrpo_fast.exit_codes import ExitCode
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity import statistics
-from densegrpo_fast.fidelity.measure import Variant, measure, reference, score, trajectories
-from densegrpo_fast.fidelity.report import pareto_front, table
+from densegrpo_fast.fidelity.measure import Variant, agreement_of, measure, reference, score, trajectories
+from densegrpo_fast.fidelity.options import parse, plans_of
+from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.search import Thresholds, cheapest, search
 from densegrpo_fast.fidelity.subject import Subject, analytic_subject
 from densegrpo_fast.flow.dynamics import coefficients
@@ -85,14 +86,54 @@ def test_the_search_finds_what_measuring_finds(subject: Subject) -> None:
     found = search(
         subject, range(2), guidances=["full"], decoders=["full", "preview"], max_nodes=2, group_size=6, seed=1
     )
+    names = [candidate.variant.plan.name for candidate in found]
     # of the nodes 1..4: no one, one or two, with either decoder
-    assert len(found) == 2 * (1 + 4 + 6)
+    assert len([name for name in names if not name.startswith("paths")]) == 2 * (1 + 4 + 6)
+    # nothing is known of operations: by forwards
     assert [candidate.forwards for candidate in found] == sorted(candidate.forwards for candidate in found)
+    own = [candidate for candidate in found if candidate.variant.plan.name.startswith("paths")]
+    assert own
     picked = [candidate for candidate in found if candidate.variant.plan.name in ("nodes{2,3}", "one_step")]
+    picked += [own[0], own[-1]]
     rewards = measure(subject, [candidate.variant for candidate in picked], range(2), group_size=6, seed=1)
     for candidate in picked:
         direct = statistics.compare(rewards[reference(5)], rewards[candidate.variant])
         assert candidate.agreement.spearman_gains_mean == pytest.approx(direct.spearman_gains_mean, abs=1e-6)
+        assert candidate.agreement.spearman_rewards_mean == pytest.approx(direct.spearman_rewards_mean, abs=1e-6)
+
+
+def test_the_search_looks_at_branches_and_windows_too(subject: Subject) -> None:
+    windowed = replace(subject, coefficients=subject.coefficients.only((1, 2)))
+    for searched in (windowed, replace(windowed, branched=True)):
+        found = search(searched, range(2), guidances=["full"], decoders=["full"], max_nodes=2, group_size=4, seed=3)
+        plans_found = [candidate.variant for candidate in found]
+        rewards = measure(searched, plans_found, range(2), group_size=4, seed=3)
+        for candidate in found:
+            direct = agreement_of(searched, rewards[reference(5)], rewards[candidate.variant])
+            assert candidate.agreement.spearman_rewards_mean == pytest.approx(direct.spearman_rewards_mean, abs=1e-6)
+            assert candidate.agreement.spearman_gains_mean == pytest.approx(direct.spearman_gains_mean, abs=1e-6)
+        # the states that are completed are 1 and 2, or 2 and 3: sets that differ before them alone are one
+        ahead = [node for node in range(1, 5) if node > (2 if searched.branched else 1)]
+        sets = [variant for variant in plans_found if not variant.plan.name.startswith("paths")]
+        assert len(sets) == 1 + len(ahead) + len(ahead) * (len(ahead) - 1) / 2
+
+
+def test_operations_come_before_forwards(subject: Subject) -> None:
+    """A preview costs a hundredth of a full decode, which outweighs any forward here."""
+
+    class Flops:
+        forward = reference_forward = backward = 1.0
+        full_decode, preview_decode, reward, head = 1000.0, 10.0, 0.0, 0.0
+
+    known = replace(subject, flops=Flops())
+    found = search(known, range(1), guidances=["full"], decoders=["full", "preview"], max_nodes=1, group_size=4, seed=1)
+    decoders = [candidate.variant.decoder for candidate in found]
+    count = decoders.count("preview")
+    assert decoders == ["preview"] * count + ["full"] * (len(found) - count)
+    ratios = [candidate.iteration for candidate in found]
+    assert ratios == sorted(ratios)
+    # one_step with previews: 5 states and the image, 6 decodes of 10; 5 + 4 + 4 guided evaluations and 4 backwards
+    assert ratios[0] == pytest.approx((2 * 13 + 4 + 6 * 10) / (2 * 13 + 4 + 1000))
 
 
 def test_branches_are_judged_among_those_of_their_state(subject: Subject) -> None:
@@ -151,11 +192,6 @@ def test_scores_are_by_group_and_state(subject: Subject) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_pareto_front_by_hand() -> None:
-    points = [(5.0, 0.7), (0.0, 0.5), (3.0, 0.4), (5.0, 0.8), (9.0, 0.8), (12.0, 0.9)]
-    assert pareto_front(points) == [(0.0, 0.5), (5.0, 0.8), (12.0, 0.9)]
-
-
 def test_a_table_is_aligned() -> None:
     assert table(["plan", "cost"], [["a", "1"], ["longer", "10"]]) == "plan    cost\na          1\nlonger    10"
 
@@ -189,15 +225,22 @@ def test_an_analytic_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = tmp_path / "search.json"
     arguments = ["--analytic", "--search", "--groups", "4", "--group-size", "6", "--max-nodes", "1", "--plans", "exact"]
     low = ["--threshold-rewards", "0.5", "--threshold-gains", "0.3", "--threshold-worst", "-1"]
-    assert fidelity.main([*arguments, *low, "--json", str(out)]) == 0
+    picture = tmp_path / "search.png"
+    assert fidelity.main([*arguments, *low, "--json", str(out), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     document = json.loads(out.read_text())
     chosen = document["search"]["chosen"]
-    assert chosen in document["search"]["candidates"] and len(document["search"]["candidates"]) == 10
+    candidates = document["search"]["candidates"]
+    assert chosen in candidates and len([name for name in candidates if not name.startswith("paths")]) == 10
+    # what is chosen can be asked for by what is printed
+    again = document["search"]["chosen_plan"]
+    assert f"again by --plans {again}\n" in (shown := capsys.readouterr().out)
+    assert plans_of(parse(["--plans", again])[0])[0](10).name == document["plans"][chosen]["plan"]
     assert document["search"]["in_sample"]["spearman_rewards_mean"] >= 0.5
     # the held-out half judges the chosen plan beside the ones asked for
     assert set(document["plans"]) == {"exact/full/full", chosen}
     assert document["settings"]["groups_measured"] == 2
-    assert "held out" in capsys.readouterr().out
+    assert "held out" in shown
 
 
 def test_a_search_without_a_find_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +263,49 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
         row = record["plans"]["exact_but_last/full/preview, 8 branches"]
         assert row["ratio_kl"] == pytest.approx((own + 9 * (unit["preview_decode"] + unit["reward"])) / sparse)
         assert row["ratio_kl"] < record["plans"]["exact_but_last/full/preview"]["ratio_kl"]
+        # with noise in the steps 0..2 alone: 3 trained, completions of 8 + 7 + 6 evaluations, 3 states and the image
+        sparse = 13 * forward + 3 * (reference + unit["backward"]) + unit["full_decode"] + unit["reward"]
+        own = 34 * forward + 3 * (reference + unit["backward"]) + 4 * (unit["preview_decode"] + unit["reward"])
+        row = record["plans"]["exact_but_last/full/preview, window 0..2"]
+        assert row["ratio_kl"] == pytest.approx(own / sparse) and row["decodes"] == 4
+        assert record["sparse_window_kl"] == pytest.approx(sparse)
     assert "FLUX.1-dev, 512 px" in capsys.readouterr().out
+
+
+def test_costs_of_cheaper_forwards_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from densegrpo_fast.fidelity import costs
+    from densegrpo_fast.models import flops
+
+    out = tmp_path / "cost.json"
+    arguments = ["--cost", "--plans", "nodes:4", "--guidance", "cond_only", "--json", str(out)]
+    assert fidelity.main([*arguments, "--head", "--copy-dtype", "bfloat16", "--cache", "text", "reuse:6-18"]) == 0
+    models = json.loads(out.read_text())["models"]
+    record = models["sd35_medium"]
+    unit, found = record["flops"], record["plans"]
+    plain = found["nodes{4}/cond_only/preview"]["extra_flops"]
+
+    def saved(extras: str) -> float:
+        return plain - found[f"nodes{{4}}{extras}/cond_only/preview"]["extra_flops"]
+
+    # states 0..3 evaluate once each; of the states 0..8 each leaves a step out
+    assert saved("+copy(bfloat16)") == pytest.approx(4 * (unit["forward"] - unit["reference_forward"]), rel=1e-6)
+    assert saved("+head") == pytest.approx(-9 * unit["head"], rel=1e-6)
+    # 12 of 24 blocks of which 7 have a second attention: about half of the forward
+    row = found["nodes{4}+copy(bfloat16)+cache(reuse:6-18)/cond_only/preview"]
+    assert saved("+copy(bfloat16)+cache(reuse:6-18)") == pytest.approx(4 * (unit["forward"] - row["lookahead_forward"]))
+    assert 0.45 < row["lookahead_forward"] / unit["reference_forward"] < 0.55
+    assert (row["copy"], row["cache"], row["head"]) == ("bfloat16", "reuse:6-18", False)
+    assert found["nodes{4}+head/cond_only/preview"]["corrections"] == 9
+    # what does not fit a model is left out, and said
+    assert list(models["embedded"]["left_out"]) == ["cache(reuse:6-18)"] and not record["left_out"]
+    assert list(models["flux"]["left_out"]) == ["head", "copy(bfloat16)", "cache(text)", "cache(reuse:6-18)"]
+    assert "left out: cache(reuse:6-18): lookahead.cache.reuse_blocks: this model has" in capsys.readouterr().out
+    monkeypatch.setattr(costs, "ARCHITECTURES", {"embedded": flops.embedded})
+    with pytest.raises(SystemExit):
+        fidelity.main([*arguments, "--cache", "skip:70"])
+    assert "--cache skip:70: fits none of embedded" in capsys.readouterr().err
 
 
 def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
@@ -247,17 +332,19 @@ def test_a_preset_with_branches_is_judged_on_branches(
     arguments = ["--config", "embedded_tempflow", "--groups", "2", "--group-size", "4", "--plans", "exact", "one_step"]
     arguments += ["--model.path", str(pipeline_directory), "--reward.terms", "{jpeg_compressibility: 1.0}"]
     arguments += ["--decoder", "full", "--copy-dtype", "bfloat16"]
-    assert fidelity.main([*arguments, "--json", str(out)]) == 0
+    picture = tmp_path / "fidelity.png"
+    assert fidelity.main([*arguments, "--json", str(out), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     document = json.loads(out.read_text())
-    assert list(document["plans"]) == ["exact/full/full", "one_step/full/full", "exact+copy/full/full"]
+    assert list(document["plans"]) == ["exact/full/full", "one_step/full/full", "exact+copy(bfloat16)/full/full"]
     exact = document["plans"]["exact/full/full"]
     assert exact["spearman_gains_mean"] == exact["spearman_rewards_mean"] == pytest.approx(1.0)
     # three of six steps branch: states 1, 2, 3 are completed with 5 + 4 + 3 evaluations, and one picture each
     assert (exact["nfe_unguided"], exact["decodes"], len(exact["spearman_gains"])) == (12, 3, 3)
-    assert document["plans"]["exact+copy/full/full"]["spearman_rewards_mean"] > 0.5
+    assert document["plans"]["exact+copy(bfloat16)/full/full"]["spearman_rewards_mean"] > 0.5
     assert document["settings"]["branched"] and document["persistence"] is None
     assert "2 groups of 4 branches of one trunk" in capsys.readouterr().out
-    for wrong, problem in ((["--search"], "--search is for"), (["--guidance", "reuse"], "full or cond_only")):
+    for wrong, problem in ((["--cache", "text"], "--cache is for"), (["--guidance", "reuse"], "full or cond_only")):
         extra = ["--sampler.guidance_scale", "2"] if "--guidance" in wrong else []
         with pytest.raises(SystemExit) as ended:
             fidelity.main([*arguments, *wrong, *extra])
@@ -290,7 +377,11 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plans", "nodes"], "expected exact, exact_but_last, one_step, nodes:3,6 or n_step:2"),
+        (["--plans", "nodes"], "expected exact, exact_but_last, one_step, nodes:3,6, n_step:2 or paths:2,3:3:-:-"),
+        (["--plans", "paths"], "got 'paths'"),
+        (["--plans", "paths:1,2::-"], "got 'paths:1,2::-'"),
+        (["--analytic", "--plans", "paths:1:2:-"], "--plans: lookahead paths must be one for each of the 10 states"),
+        (["--cache", "text:1"], "expected text, reuse:2-5 or skip:0,6, joined by +"),
         (["--plans", "nodes:3,x"], "got 'nodes:3,x'"),
         (["--plans", "n_step:0"], "got 'n_step:0'"),
         (["--analytic", "--plans", "nodes:12"], "--plans: lookahead nodes must increase within 1..9 for 10 steps"),
@@ -304,6 +395,8 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
         (["--threshold-gains", "2"], "expected a number in [-1, 1], got '2'"),
         (["--search", "--groups", "1"], "--search needs --groups of at least 2"),
         (["--cost", "--analytic"], "--cost and --analytic exclude each other"),
+        (["--cost", "--head", "a.safetensors"], "--cost --head counts a head of the usual size; leave its FILE out"),
+        (["--head"], "--head needs the FILE of a head"),
         (["--analytic", "--config", "embedded_dense"], "--analytic and --config exclude each other"),
         (["--analytic", "--sampler.num_steps", "4"], "--analytic takes no configuration"),
         (["--sampler.steps", "4"], 'unknown option "sampler.steps"'),

@@ -84,6 +84,38 @@ def test_agreement_of_one_group_by_hand() -> None:
     assert math.isnan(found.spearman_gains_error)
 
 
+def test_signs_are_counted_step_by_step() -> None:
+    """T = 3, G = 3: states 0 and 1, steps 0 and 1.
+
+    State 0: exact 1, 2, 6 and cheap 1, 4, 4 about their mean of 3: signs -, -, + and -, +, +, so 2 of 3 agree.
+    State 1: exact 2, 2, 5 and cheap 9, 9, 9: signs -, -, + and 0, 0, 0, so none of 3. Together 2 of 6.
+    Gains of step 0: exact 1, 0, -1 and cheap 8, 5, 5: 1 of 3. Step 1, to 3, 3, 3: exact 1, 1, -2 and cheap -6: 1 of 3.
+    """
+    exact = torch.tensor([[[1.0, 2, 3, 0], [2, 2, 3, 0], [6, 5, 3, 0]]])
+    cheap = torch.tensor([[[1.0, 9, 3, 0], [4, 9, 3, 0], [4, 9, 3, 0]]])
+    found = statistics.compare(exact, cheap)
+    assert found.sign_agreement_rewards_steps == pytest.approx((2 / 3, 0))
+    assert found.sign_agreement_rewards == pytest.approx(2 / 6)
+    assert found.sign_agreement_steps == pytest.approx((1 / 3, 1 / 3))
+    assert found.sign_agreement == pytest.approx(2 / 6)
+    # in a window of step 1 alone, step 0 says nothing
+    found = statistics.compare(exact, cheap, (False, True, False))
+    assert math.isnan(found.sign_agreement_steps[0]) and math.isnan(found.sign_agreement_rewards_steps[0])
+    assert (found.sign_agreement, found.sign_agreement_rewards) == (pytest.approx(1 / 3), 0)
+    # among branches the sign of a gain is that of the reward about the mean
+    found = statistics.compare_branches(exact[..., :2], cheap[..., :2])
+    assert found.sign_agreement_steps == found.sign_agreement_rewards_steps == pytest.approx((2 / 3, 0))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(-1e3, 1e3), st.integers(2, 9))
+def test_a_groups_single_value_is_its_mean(value: float, group: int) -> None:
+    rewards = torch.full((1, group, 1), value, dtype=torch.float64)
+    assert not statistics.about_mean(rewards).any()
+    rewards[0, 0, 0] = math.nan
+    assert statistics.about_mean(rewards).isnan().sum() == 1 and not statistics.about_mean(rewards)[0, 1:].any()
+
+
 def test_flat_groups_are_left_out_and_counted() -> None:
     exact, noise = torch.rand(4, 6, 5), torch.rand(4, 6, 5)
     exact[1, :, 0] = 0.3
@@ -138,7 +170,30 @@ def test_persistence_is_the_pooled_correlation_inside_groups() -> None:
     assert math.isnan(statistics.persistence(torch.ones(2, 3, 3))[0])
 
 
-def test_gains_of_noise_free_steps_are_no_units() -> None:
+def test_states_that_share_a_completion_are_no_units() -> None:
+    """T = 4 with noise in step 1 alone, G = 3: state 0 is completed as state 1 is, states 2 and 3 are the image.
+
+    State 1: exact 1, 2, 3 and cheap 1, 3, 2, so rho = 1 - 6*2/(3*8) = .5, and Pearson's correlation is .5 too. With
+    images of 5, 4.5, 6.5 the gains of step 1 are exact 4, 2.5, 3.5 (ranks 3, 1, 2) and cheap 4, 1.5, 4.5 (ranks 2, 1,
+    3): again .5. The states after the window, equal by construction, would have made the rewards' mean 2/3.
+    """
+    image = torch.tensor([5.0, 4.5, 6.5])
+    exact, cheap = (
+        torch.stack([state, state, image, image, image], dim=-1)[None]
+        for state in (torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 3, 2]))
+    )
+    found = statistics.compare(exact, cheap, (False, True, False, False))
+    assert found.spearman_rewards_mean == found.pooled_rewards == pytest.approx(0.5)
+    assert found.spearman_gains_mean == found.spearman_gains_worst_step == pytest.approx(0.5)
+    assert found.spearman_rewards[1] == pytest.approx(0.5) and len(found.spearman_rewards) == 3
+    assert math.isnan(found.spearman_rewards[0]) and math.isnan(found.spearman_rewards[2])
+    assert (found.remaining_rewards, found.excluded_rewards) == (found.remaining_gains, found.excluded_gains) == (1, 0)
+    # advantages of the one step: all three gains are positive, centred they have the signs +, -, + and +, -, +
+    assert found.spearman_advantages == pytest.approx(0.5)
+    assert statistics.compare(exact, cheap).spearman_rewards_mean == pytest.approx(2 / 3)
+
+
+def test_units_of_a_window_are_counted_group_by_group() -> None:
     generator = torch.Generator().manual_seed(1)
     exact = torch.randn(2, 4, 5, generator=generator)
     exact[..., 2:] = exact[..., 1:2]  # steps 1, 2 and 3 change nothing
@@ -146,4 +201,10 @@ def test_gains_of_noise_free_steps_are_no_units() -> None:
     # of the steps 0..2 of 2 groups
     assert (whole.remaining_gains, whole.excluded_gains) == (pytest.approx(1 / 3), 4)
     assert (noisy.remaining_gains, noisy.excluded_gains) == (1.0, 0)
+    assert (noisy.remaining_rewards, noisy.excluded_rewards) == (1.0, 0)
     assert noisy.spearman_gains_mean == whole.spearman_gains_mean == 1.0
+    exact[1, :, 0] = exact[1, 0, 0]  # nothing to rank in one group's only state
+    found = statistics.compare(exact, exact, (True, False, False, False))
+    assert (found.remaining_rewards, found.excluded_rewards) == (0.5, 1)
+    with pytest.raises(ValueError, match="noisy must have one entry for each of 4 steps, got 2"):
+        statistics.compare(exact, exact, (True, False))

@@ -30,6 +30,13 @@ def test_a_copy_in_the_policys_precision_changes_rounding_alone(train: Any, tmp_
     assert rewards(tmp_path / "copy") == pytest.approx(rewards(tmp_path / "policy"), abs=2e-3)
 
 
+def test_states_may_go_their_own_ways(train: Any, tmp_path: Path) -> None:
+    assert train(tmp_path / "nodes", **RUN, **NODES) == 0
+    for name, paths in (("same", "[[2], [2], [], []]"), ("other", "[[1, 2], [], [3], []]")):
+        assert train(tmp_path / name, **RUN, **{"lookahead.plan": "paths", "lookahead.paths": paths}) == 0
+    assert rewards(tmp_path / "same") == rewards(tmp_path / "nodes") != rewards(tmp_path / "other")
+
+
 def test_a_cache_changes_the_lookahead_and_nothing_else(train: Any, tmp_path: Path) -> None:
     assert train(tmp_path / "plain", **RUN, **NODES) == 0
     assert train(tmp_path / "cached", **RUN, **NODES, **{"lookahead.cache": "text+reuse:2-5"}) == 0
@@ -72,17 +79,48 @@ def test_specs_as_text() -> None:
 
 def test_fidelity_measures_them_beside_their_plan(train: Any, tmp_path: Path) -> None:
     out = tmp_path / "fidelity.json"
-    arguments = ["--plans", "nodes:2", "--copy-dtype", "bfloat16", "--cache", "text", "--groups", "2"]
-    arguments += ["--group-size", "4", "--json", str(out), f"--model.path={train.model}", "--sampler.num_steps=4"]
-    arguments += [
-        "--lookahead.decoder=preview",
-        "--lookahead.plan=exact",
-        "--lora.rank=2",
-        "--reward.terms={jpeg_incompressibility: 1.0}",
-    ]
+    arguments = ["--plans", "nodes:2", "--copy-dtype", "bfloat16", "float32", "--cache", "text", "text+reuse:2-5"]
+    arguments += ["--json", str(out), *small(train)]
     assert fidelity(arguments) == 0
     found = json.loads(out.read_text())["plans"]
-    names = ("nodes{2}/full/preview", "nodes{2}+copy/full/preview", "nodes{2}+copy+cache/full/preview")
-    policy, copied, cached = (found[name] for name in names)
-    assert policy["iteration_flops_ratio"] > copied["iteration_flops_ratio"] > cached["iteration_flops_ratio"]
-    assert len({record["pooled_gains"] for record in (policy, copied, cached)}) == 3
+
+    def named(extras: str) -> dict[str, Any]:
+        return found[f"nodes{{2}}{extras}/full/preview"]
+
+    # the ceiling, the plan, two copies of the model, and what either of them takes over
+    assert len(found) == 2 + 2 + 2 * 2
+    for dtype in ("bfloat16", "float32"):
+        copied = named(f"+copy({dtype})")
+        text, more = (named(f"+copy({dtype})+cache({spec})") for spec in ("text", "text+reuse:2-5"))
+        records = (named(""), copied, text, more)
+        # a copy has its adapter merged; what is taken over need not be computed
+        ratios = [record["iteration_flops_ratio"] for record in records]
+        assert ratios == sorted(ratios, reverse=True) and len(set(ratios)) == 4
+        assert len({record["pooled_gains"] for record in records[1:]}) == 3
+        assert [record["copy"] for record in records] == [None, dtype, dtype, dtype]
+        assert [record["cache"] for record in records] == [None, None, "text", "text+reuse:2-5"]
+    exact = named("+copy(float32)")["pooled_gains"]
+    assert exact == pytest.approx(named("")["pooled_gains"], abs=1e-3) != named("+copy(bfloat16)")["pooled_gains"]
+
+
+def test_caches_side_by_side_hold_what_each_alone_holds(train: Any, tmp_path: Path) -> None:
+    found = []
+    for specs in (["text", "skip:1", "reuse:2-5"], ["reuse:2-5"]):
+        out = tmp_path / "fidelity.json"
+        assert fidelity(["--plans", "nodes:2", "--cache", *specs, "--json", str(out), *small(train)]) == 0
+        found.append(json.loads(out.read_text())["plans"])
+    together, alone = (plans["nodes{2}+cache(reuse:2-5)/full/preview"] for plans in found)
+    assert together == alone
+    rest = [
+        together,
+        *(found[0][f"nodes{{2}}{extra}/full/preview"] for extra in ("", "+cache(text)", "+cache(skip:1)")),
+    ]
+    assert len({record["pooled_gains"] for record in rest}) == 4
+    assert len({record["iteration_flops_ratio"] for record in rest}) == 4
+
+
+def small(train: Any) -> list[str]:
+    """Options of a small fidelity run on the pipeline that tests train."""
+    own = ["--groups=2", "--group-size=4", f"--model.path={train.model}", "--sampler.num_steps=4", "--lora.rank=2"]
+    own += ["--lookahead.decoder=preview", "--lookahead.plan=exact", "--reward.terms={jpeg_incompressibility: 1.0}"]
+    return own

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegrpo_fast.sampling.plan import Plan, exact, exact_but_last, make_plan, n_step, nodes, one_step, strided
+from densegrpo_fast.sampling.plan import (
+    Plan,
+    exact,
+    exact_but_last,
+    make_plan,
+    n_step,
+    nodes,
+    one_step,
+    own_paths,
+    strided,
+)
 
 
 def test_exact_visits_every_later_step() -> None:
@@ -92,10 +102,11 @@ def test_all_nodes_of_a_plan_are_listed_once() -> None:
         ("nodes", nodes(4, [1, 3])),
         ("n_step", n_step(4, 2)),
         ("one_step", one_step(4)),
+        ("paths", Plan("paths{2,3:2:-:-}", ((2, 3), (2,), (), ()))),
     ],
 )
 def test_plans_by_name(kind: str, expected: Plan) -> None:
-    assert make_plan(kind, 4, points=[1, 3], n=2) == expected
+    assert make_plan(kind, 4, points=[1, 3], n=2, paths=[[2, 3], [2], [], []]) == expected
 
 
 @pytest.mark.parametrize("points", [[0, 2], [4], [-1], [2, 2], [3, 1]])
@@ -111,3 +122,7 @@ def test_other_mistakes_are_refused() -> None:
         make_plan("exakt", 4)
     with pytest.raises(ValueError, match="path of state 1 must increase within 2..2"):
         Plan("own", ((1, 2), (1,), ()))
+    with pytest.raises(ValueError, match="one for each of the 3 states, got 2"):
+        own_paths(3, [[1], []])
+    with pytest.raises(ValueError, match=r"paths\{3:-:-\}: the path of state 0 must increase within 1..2"):
+        own_paths(3, [[3], [], []])

@@ -217,6 +217,10 @@ def configured(**options: object) -> Config:
         ({"window.first": 5, "window.remainder_share": 1}, "at least 3 steps after a window, got 1"),
         ({"window.remainder_share": 0}, "window.remainder_share"),
         ({"lookahead.plan": "nodes", "lookahead.nodes": "[3]"}, "lookahead.plan: expected exact, exact_but_last"),
+        (
+            {"lookahead.plan": "paths", "lookahead.paths": "[[2], [], [], [], [], [], [], []]"},
+            "lookahead.plan: expected exact, exact_but_last",
+        ),
         ({"lookahead.cache": "text"}, "lookahead.cache: expected null with window.remainder_share below 1"),
         ({"lookahead.head": "head.safetensors"}, "lookahead.head: expected null with window.remainder_share below 1"),
         (

@@ -128,8 +128,8 @@ def remainder_problem(config: Config) -> str | None:
             )
     if window.remainder_share < 1 and config.uses_lookahead:
         whole = "with window.remainder_share below 1, which leaves out grid points, got"
-        if lookahead.plan == "nodes":
-            return f"lookahead.plan: expected exact, exact_but_last, n_step or one_step {whole} nodes"
+        if lookahead.plan in ("nodes", "paths"):
+            return f"lookahead.plan: expected exact, exact_but_last, n_step or one_step {whole} {lookahead.plan}"
         for name in ("head", "cache"):
             if (given := getattr(lookahead, name)) is not None:
                 return f"lookahead.{name}: expected null {whole} {given}"

@@ -129,11 +129,15 @@ class WindowOptions(Section):
 class LookaheadOptions(Section):
     """How each intermediate state is completed to an image. Not run for credit methods without (sparse, coca)."""
 
-    plan: Literal["exact", "exact_but_last", "nodes", "n_step", "one_step"] = Field(
+    plan: Literal["exact", "exact_but_last", "nodes", "n_step", "one_step", "paths"] = Field(
         description="later steps at which the velocity is evaluated; exact = all of them"
     )
     nodes: list[PositiveInt] = Field(description="with plan nodes: increasing step indices in 1..T-1; else []")
     n: PositiveInt | None = Field(description="with plan n_step: Euler steps of a completion (1..T); else null")
+    paths: list[list[PositiveInt]] = Field(
+        description="with plan paths: for each state 0..T-1 its own increasing step indices, in state+1..T-1, as "
+        "densegrpo_fast.fidelity --search finds them; else []"
+    )
     guidance: Literal["full", "cond_only", "reuse"] = Field(
         description="guidance after a completion's first velocity; reuse = the rollout's at the same step"
     )
@@ -179,6 +183,9 @@ class LookaheadOptions(Section):
             expected = "a number of steps" if self.plan == "n_step" else "null"
             received = "null" if self.n is None else self.n
             raise ValueError(f'lookahead.n: expected {expected} with plan "{self.plan}", got {received}')
+        if (self.plan == "paths") != bool(self.paths):
+            expected = "a list of steps for every state" if self.plan == "paths" else "[]"
+            raise ValueError(f'lookahead.paths: expected {expected} with plan "{self.plan}", got {self.paths}')
         if any(later <= earlier for earlier, later in zip(self.nodes, self.nodes[1:], strict=False)):
             raise ValueError(f"lookahead.nodes: expected increasing steps, got {self.nodes}")
         return self

@@ -134,6 +134,13 @@ class Config(Section):
             return f"lookahead.nodes: expected steps in 1..{steps - 1}, got {nodes}"
         if n is not None and n > steps:
             return f"lookahead.n: expected 1..{steps}, got {n}"
+        paths = self.lookahead.paths
+        if paths and len(paths) != steps:
+            return f"lookahead.paths: expected a list for each of the {steps} states, got {len(paths)}"
+        for state, path in enumerate(paths):
+            if sorted({*path}) != path or not {*path} <= {*range(state + 1, steps)}:
+                within = f"increasing steps in {state + 1}..{steps - 1}" if state < steps - 1 else "[]"
+                return f"lookahead.paths[{state}]: expected {within}, got {path}"
         return None
 
     def _trained_steps_problem(self) -> str | None:

@@ -2,10 +2,11 @@
 
     python -m densegrpo_fast.fidelity                                   the embedded model, held-out prompts
     python -m densegrpo_fast.fidelity --plans nodes:3,6 n_step:2 --json fidelity.json --plot fidelity.png
-    python -m densegrpo_fast.fidelity --search --groups 128             the cheapest node set above the thresholds
+    python -m densegrpo_fast.fidelity --search --groups 128             the cheapest plan above the thresholds
     python -m densegrpo_fast.fidelity --config embedded_tempflow        branches of one trunk, as that preset has them
     python -m densegrpo_fast.fidelity --analytic                        an exact flow; needs torch alone
     python -m densegrpo_fast.fidelity --cost                            costs for known models, without weights
+    python -m densegrpo_fast.fidelity --cost --plans nodes:4,7 --head --copy-dtype bfloat16 --cache text reuse:6-18
 
 The reference is the exact plan with full guidance and the full decoder. All plans complete the same trajectories, and
 agreement is rank correlation inside each group, over states 0..T-2 and their gains. With a preset that has
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from densegrpo_fast.fidelity.measure import Variant
     from densegrpo_fast.fidelity.search import Candidate, Thresholds
     from densegrpo_fast.fidelity.subject import Subject
+    from densegrpo_fast.models.base import Decoder
+    from densegrpo_fast.sampling.lookahead import Guidance
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,12 +61,20 @@ def costs(options: argparse.Namespace) -> ExitCode:
         from densegrpo_fast.fidelity.costs import cost_records, cost_text
 
         records = cost_records(
-            plans_of(options), options.guidance or ["full", "cond_only"], options.decoder or ["preview"]
+            plans_of(options),
+            options.guidance or ["full", "cond_only"],
+            options.decoder or ["preview"],
+            head=options.head is not None,
+            copies=list(dict.fromkeys(options.copy_dtype or ())),
+            caches=list(dict.fromkeys(options.cache or ())),
         )
     except ModuleNotFoundError as error:
         raise UserError(f"--cost needs {error.name}: pip install densegrpo-fast[train]", ExitCode.ENVIRONMENT) from None
     except ValueError as error:
         raise UserError(f"--plans: {error}", ExitCode.USAGE) from None
+    for spec in options.cache or ():
+        if all(f"cache({spec})" in record["left_out"] for record in records.values()):
+            raise UserError(f"--cache {spec}: fits none of {', '.join(records)}", ExitCode.USAGE)
     print(cost_text(records))
     if options.json:
         from densegrpo_fast.fidelity.report import write_json
@@ -79,27 +90,29 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     Raises:
         UserError: anything the user can act on, with its exit code.
     """
-    subject, variants = _subject_and_variants(options, overrides)
+    subject, ways, variants = _subject_and_variants(options, overrides)
     from densegrpo_fast.fidelity import report
-    from densegrpo_fast.fidelity.measure import measure, reference
+    from densegrpo_fast.fidelity.measure import agreement_of, measure, reference
+    from densegrpo_fast.fidelity.plot import save_plot
     from densegrpo_fast.fidelity.search import Thresholds
-    from densegrpo_fast.fidelity.statistics import compare, compare_branches, persistence
+    from densegrpo_fast.fidelity.statistics import persistence
     from densegrpo_fast.runtime.provenance import provenance
 
     sampling = {"group_size": options.group_size, "seed": options.seed}
+    thresholds = Thresholds(options.threshold_rewards, options.threshold_gains, options.threshold_worst)
     groups, searched = range(options.groups), None
     if options.search:
         groups = range(options.groups // 2, options.groups)
-        thresholds = Thresholds(options.threshold_rewards, options.threshold_gains, options.threshold_worst)
-        candidates, chosen = _searched(options, subject, variants, thresholds, range(groups.start))
+        candidates, chosen = _searched(options, subject, ways, thresholds, range(groups.start))
         variants += [chosen.variant] if chosen and chosen.variant not in variants else []
         searched = report.search_record(candidates, chosen, thresholds)
 
     rewards = measure(subject, variants, groups, progress=partial(_progress, "measured", len(groups)), **sampling)
     exact = rewards[reference(subject.coefficients.num_steps)]
-    agree = compare_branches if subject.branched else partial(compare, noisy=subject.coefficients.noisy)
     records = {
-        variant.name: report.plan_record(variant, agree(exact, rewards[variant]), subject, options.group_size)
+        variant.name: report.plan_record(
+            variant, agreement_of(subject, exact, rewards[variant]), subject, options.group_size
+        )
         for variant in variants
     }
     settings = subject.settings | sampling | {"groups": options.groups, "groups_measured": len(groups)}
@@ -110,19 +123,21 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
         document = {"plans": records, "search": searched, "persistence": kept, "settings": settings}
         report.write_json(options.json, document | provenance())
     if options.plot:
-        report.save_plot(options.plot, records, searched)
+        save_plot(options.plot, records, searched, asdict(thresholds))
     return ExitCode.OK
 
 
-def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> tuple[Subject, list[Variant]]:
-    """The subject and, without repeats, what to measure on it; options are checked before torch is imported."""
+def _subject_and_variants(
+    options: argparse.Namespace, overrides: list[str]
+) -> tuple[Subject, tuple[list[Guidance], list[Decoder]], list[Variant]]:
+    """The subject, guidances and decoders, and what to measure; options are checked before torch is imported."""
     config = None if options.analytic else _config(options, overrides)
-    from densegrpo_fast.fidelity.measure import Variant
+    from densegrpo_fast.fidelity.measure import Variant, expanded
     from densegrpo_fast.fidelity.subject import analytic_subject, pipeline_subject
 
     make_plans = plans_of(options)
     if config is not None and config.sampler.branches is not None:
-        if given := [name for name in ("head", "cache", "search") if getattr(options, name)]:
+        if given := [name for name in ("head", "cache") if getattr(options, name)]:
             problem = f"is for trajectories, and {config.preset} has sampler.branches; leave it out"
             raise UserError(f"--{given[0]} {problem}", ExitCode.USAGE)
     if config is None:
@@ -136,8 +151,8 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
             options.adapter,
             options.groups,
             head=options.head,
-            copy_dtype=options.copy_dtype,
-            cache=options.cache,
+            copy_dtypes=list(dict.fromkeys(options.copy_dtype or ())),
+            caches=list(dict.fromkeys(options.cache or ())),
         )
         guidances = options.guidance or [config.lookahead.guidance]
         decoders = options.decoder or [config.lookahead.decoder]
@@ -156,20 +171,19 @@ def _subject_and_variants(options: argparse.Namespace, overrides: list[str]) -> 
         for guidance in (guidances if plan.evaluations else guidances[:1])
         for decoder in decoders
     ]
-    if subject.head is not None:
-        wanted += [replace(variant, head=True) for variant in wanted if variant.plan.paths == subject.head.config.paths]
-        if not wanted[-1].head:
-            raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)
-    if subject.copy is not None:
-        wanted += [replace(variant, copy=True) for variant in wanted if variant.plan.evaluations]
-    if subject.cache is not None:
-        # with a copy, it is the copy that takes features over
-        copied = subject.copy is not None
-        wanted += [replace(v, cache=True) for v in wanted if v.plan.evaluations and v.copy == copied]
+    head = subject.head
+    wanted = expanded(
+        wanted,
+        head=lambda plan: head is not None and plan.paths == head.config.paths,
+        copies=subject.copies,
+        caches=dict.fromkeys(spec for _, spec in subject.caches),
+    )
+    if head is not None and not any(variant.head for variant in wanted):
+        raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)
     if "preview" in decoders:
         ceiling = Variant(make_plan("exact", subject.coefficients.num_steps), "full", "preview")
         wanted = [ceiling, *wanted]
-    return subject, list(dict.fromkeys(wanted))
+    return subject, (list(dict.fromkeys(guidances)), list(dict.fromkeys(decoders))), list(dict.fromkeys(wanted))
 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> Any:
@@ -185,7 +199,7 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> Any:
 def _searched(
     options: argparse.Namespace,
     subject: Subject,
-    variants: list[Variant],
+    ways: tuple[list[Guidance], list[Decoder]],
     thresholds: Thresholds,
     groups: range,
 ) -> tuple[list[Candidate], Candidate | None]:
@@ -194,11 +208,12 @@ def _searched(
     candidates = search(
         subject,
         groups,
-        guidances=list(dict.fromkeys(variant.guidance for variant in variants)),
-        decoders=list(dict.fromkeys(variant.decoder for variant in variants)),
+        guidances=ways[0],
+        decoders=ways[1],
         max_nodes=min(options.max_nodes, subject.coefficients.num_steps - 1),
         group_size=options.group_size,
         seed=options.seed,
+        worst=thresholds.worst,
         progress=partial(_progress, "searched", len(groups)),
     )
     return candidates, cheapest(candidates, thresholds)
@@ -230,7 +245,10 @@ def _show(
         print(f"search: none of {len(searched['candidates'])} candidates reaches {wanted}; raise --max-nodes.")
         return
     inside, outside = searched["in_sample"], records[searched["chosen"]]
-    print(f"search: {searched['chosen']} is the cheapest of {len(searched['candidates'])} candidates above {wanted}.")
+    print(
+        f"search: {searched['chosen']} is the cheapest of {len(searched['candidates'])} candidates above {wanted}; "
+        f"again by --plans {searched['chosen_plan']}"
+    )
     for label, found in (("in sample", inside), ("held out", outside)):
         print(
             f"  {label:10} rewards {found['spearman_rewards_mean']:.3f}, gains {found['spearman_gains_mean']:.3f}, "

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
+from densegrpo_fast.fidelity.measure import Variant, expanded
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.models.base import Decoder
-from densegrpo_fast.models.flops import ARCHITECTURES, Architecture, ModelFlops, clip_h_image, count
+from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
+from densegrpo_fast.models.flops import (
+    ARCHITECTURES,
+    Architecture,
+    ModelFlops,
+    cached_forward,
+    clip_h_image,
+    completion_head,
+    count,
+)
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Guidance
@@ -17,36 +30,51 @@ from densegrpo_fast.sampling.plan import Plan
 STEPS = 10
 TRAINED = 9
 BRANCHES = 8
-_EMBEDDED_RANK = 16
+WINDOW = 3
+_RANKS = {"embedded": 16}
+_RANK = 32
 
 
 def cost_records(
-    make_plans: Sequence[Callable[[int], Plan]], guidances: Sequence[Guidance], decoders: Sequence[Decoder]
+    make_plans: Sequence[Callable[[int], Plan]],
+    guidances: Sequence[Guidance],
+    decoders: Sequence[Decoder],
+    *,
+    head: bool = False,
+    copies: Sequence[str] = (),
+    caches: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Costs of T = 10 steps of which 9 are trained, one update per sample, per sample; plain JSON data.
 
-    Each plan is counted for trajectories, and for samples of which 8 are branches of one trunk at every trained step.
+    Each plan is counted for trajectories, for samples of which 8 are branches of one trunk at every trained step, and
+    for trajectories with noise in the window of steps 0..2 alone, which are then all that is trained.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
-    and the full decoder, comes first.
+    and the full decoder, comes first. Head, copies and caches are for trajectories of SD3's transformers, copies for
+    branches too; what does not fit a model is named in its record's `left_out`.
 
     Args:
         make_plans: from T to a plan.
         guidances, decoders: to combine with every plan.
+        head: whether to count every plan that leaves steps out with a completion head of the usual size too.
+        copies: dtypes of copies, with the adapter merged, to count every plan with too.
+        caches: specs of features that are taken over, to count every plan with too.
 
     Raises:
         ValueError: a plan does not fit 10 steps.
     """
     chosen = [make(STEPS) for make in make_plans]
-    variants: list[tuple[Plan, Guidance, Decoder]] = [(plans.exact(STEPS), "full", "full")]
-    variants += [(plan, guidance, decoder) for plan in chosen for guidance in guidances for decoder in decoders]
+    plain = [Variant(plan, guidance, decoder) for plan in chosen for guidance in guidances for decoder in decoders]
     found = {}
     for name, architecture in ARCHITECTURES.items():
-        built = architecture()
-        embedded = name == "embedded"
+        built, rank = architecture(), _RANKS.get(name, _RANK)
         # the embedded model's own reward is image analysis: no arithmetic to speak of
-        unit = count(built, lora_rank=_EMBEDDED_RANK if embedded else 32, reward=0.0 if embedded else clip_h_image())
-        found[name] = _model_record(built, unit, list(dict.fromkeys(variants)))
+        unit = count(built, lora_rank=rank, reward=0.0 if name == "embedded" else clip_h_image())
+        extras = _Extras.of(built, unit, rank, head=head, copies=copies, caches=caches)
+        corrected = _leaves_out if extras.head is not None else _never
+        variants = expanded(plain, head=corrected, copies=extras.copies, caches=extras.caches)
+        published = Variant(plans.exact(STEPS), "full", "full")
+        found[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
     return found
 
 
@@ -55,14 +83,16 @@ def cost_text(records: dict[str, Any]) -> str:
     blocks = []
     for record in records.values():
         unit = record["flops"]
-        parts = ("forward", "backward", "full_decode", "preview_decode", "reward")
-        named = ", ".join(f"{part.replace('_', ' ')} {_amount(unit[part])}" for part in parts)
+        parts = ("forward", "backward", "full_decode", "preview_decode", "reward", "head")
+        named = ", ".join(f"{part.replace('_', ' ')} {_amount(unit[part])}" for part in parts if unit[part] >= 0)
         guidance = "guided" if record["guided"] else "no second forward for guidance"
-        header = ["plan/guidance/decoder", "guided", "unguided", "decodes", "rewards", "extra", "KL", "no KL"]
+        header = ["plan/guidance/decoder", "guided", "unguided", "each", "decodes", "rewards", "extra", "KL", "no KL"]
         lines = [
             [
                 name,
-                *(str(row[key]) for key in ("nfe_guided", "nfe_unguided", "decodes", "rewards")),
+                *(str(row[key]) for key in ("nfe_guided", "nfe_unguided")),
+                f"{row['lookahead_forward'] / unit['forward']:.2f}",
+                *(str(row[key]) for key in ("decodes", "rewards")),
                 _amount(row["extra_flops"]),
                 f"{row['ratio_kl']:.3f}",
                 f"{row['ratio_no_kl']:.3f}",
@@ -74,60 +104,153 @@ def cost_text(records: dict[str, Any]) -> str:
             f"per row: {named}\n"
             f"sparse iteration per trajectory: {_amount(record['sparse_kl'])} with KL, "
             f"{_amount(record['sparse_no_kl'])} without\n{table(header, lines)}"
+            + "".join(f"\nleft out: {name}: {reason}" for name, reason in record["left_out"].items())
         )
     blocks.append(
+        "each: operations of one forward of the lookahead over those of the policy's.\n"
         "extra: operations that the dense iteration adds to the sparse one, or saves; KL, no KL: dense / sparse.\n"
         f"{BRANCHES} branches: so many samples share a trunk, which they leave at every trained step.\n"
+        f"window: noise in these steps alone, which are trained; against a sparse iteration with the same window.\n"
         "Both sides are this package's: first velocities reused, unconditional halves without a backward pass."
     )
     return "\n\n".join(blocks)
 
 
-def _model_record(
-    architecture: Architecture, unit: ModelFlops, variants: Sequence[tuple[Plan, Guidance, Decoder]]
-) -> dict[str, Any]:
-    guided = architecture.guided
+@dataclass(frozen=True)
+class _Extras:
+    """What a model's lookahead may do besides.
+
+    Attributes:
+        unit: operations of each part, the head's too if there is one.
+        forwards: operations of one lookahead forward, by (dtype of the copy, cache spec), either or None.
+        head: shape of the completion head, for any plan; None without.
+        copies, caches: those that fit.
+        left_out: what does not, and why.
+    """
+
+    unit: ModelFlops
+    forwards: dict[tuple[str | None, str | None], float]
+    head: HeadConfig | None
+    copies: tuple[str, ...]
+    caches: tuple[str, ...]
+    left_out: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        built: Architecture,
+        unit: ModelFlops,
+        rank: int,
+        *,
+        head: bool,
+        copies: Sequence[str],
+        caches: Sequence[str],
+    ) -> _Extras:
+        """Count what of the wishes fits the model."""
+        from diffusers import SD3Transformer2DModel
+
+        forwards: dict[tuple[str | None, str | None], float] = {(None, None): unit.forward}
+        with torch.device("meta"):
+            network = built.network()
+        if not isinstance(network, SD3Transformer2DModel):
+            wishes = [*(["head"] if head else []), *(f"copy({dtype})" for dtype in copies)]
+            wishes += [f"cache({spec})" for spec in caches]
+            reason = f"for SD3's transformer alone, this is {type(network).__name__}"
+            return cls(unit, forwards, None, (), (), dict.fromkeys(wishes, reason))
+        shape = None
+        if head:
+            shape = HeadConfig(STEPS, (), built.latent_shape, network.config.patch_size, network.inner_dim)
+            unit = replace(unit, head=completion_head(shape))
+        forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
+        left_out, fitting = {}, []
+        for spec in caches:
+            try:
+                # a copy has the adapter merged
+                operations = cached_forward(built, CacheSpec.parse(spec), lora_rank=0 if copies else rank)
+            except ValueError as error:
+                left_out[f"cache({spec})"] = str(error)
+                continue
+            fitting.append(spec)
+            forwards |= {(dtype, spec): operations for dtype in copies or (None,)}
+        return cls(unit, forwards, shape, tuple(copies), tuple(fitting), left_out)
+
+
+def _leaves_out(plan: Plan) -> bool:
+    return plan.paths != plans.exact(plan.num_steps).paths
+
+
+def _never(plan: Plan) -> bool:
+    return False
+
+
+def _model_record(architecture: Architecture, extras: _Extras, variants: Sequence[Variant]) -> dict[str, Any]:
+    guided, unit = architecture.guided, extras.unit
     sparse = {
-        kl: sparse_iteration(STEPS, trained_steps=TRAINED, guided=guided, kl=kl).flops(unit) for kl in (True, False)
+        (trained, kl): sparse_iteration(STEPS, trained_steps=trained, guided=guided, kl=kl).flops(unit)
+        for trained in (TRAINED, WINDOW)
+        for kl in (True, False)
     }
     rows = {}
-    for plan, guidance, decoder in variants:
-        if guidance != "full" and not (guided and plan.evaluations):
+    for variant in variants:
+        if variant.guidance != "full" and not (guided and variant.plan.evaluations):
             continue
-        name = f"{plan.name}/{guidance}/{decoder}"
-        for branches, title in ((None, name), (BRANCHES, f"{name}, {BRANCHES} branches")):
-            costs = {kl: _cost(plan, guidance, decoder, branches, guided=guided, kl=kl) for kl in (True, False)}
-            cost = costs[True]
+        forward = extras.forwards[variant.copy, variant.cache]
+        ways = {
+            variant.name: (None, False),
+            f"{variant.name}, {BRANCHES} branches": (BRANCHES, False),
+            f"{variant.name}, window 0..{WINDOW - 1}": (None, True),
+        }
+        for title, (branches, window) in ways.items():
+            if branches is not None and (variant.head or variant.cache is not None):
+                continue
+            trained = WINDOW if window else TRAINED
+            cost, without = (
+                _cost(variant, branches, trained, guided=guided, kl=kl, shape=extras.head) for kl in (True, False)
+            )
+            operations = cost.flops(unit, forward)
             rows[title] = {
                 "branches": branches,
+                "window": list(range(WINDOW)) if window else None,
+                "head": variant.head,
+                "copy": variant.copy,
+                "cache": variant.cache,
                 "nfe_guided": cost.lookahead.guided,
                 "nfe_unguided": cost.lookahead.unguided,
+                "lookahead_forward": forward,
                 "decodes": cost.full_decodes + cost.preview_decodes,
                 "rewards": cost.rewards,
-                "extra_flops": cost.flops(unit) - sparse[True],
-                "ratio_kl": cost.flops(unit) / sparse[True],
-                "ratio_no_kl": costs[False].flops(unit) / sparse[False],
+                "corrections": cost.corrections,
+                "extra_flops": operations - sparse[trained, True],
+                "ratio_kl": operations / sparse[trained, True],
+                "ratio_no_kl": without.flops(unit, forward) / sparse[trained, False],
             }
     return {
         "title": architecture.title,
         "guided": guided,
         "flops": asdict(unit),
-        "sparse_kl": sparse[True],
-        "sparse_no_kl": sparse[False],
+        "sparse_kl": sparse[TRAINED, True],
+        "sparse_no_kl": sparse[TRAINED, False],
+        "sparse_window_kl": sparse[WINDOW, True],
+        "sparse_window_no_kl": sparse[WINDOW, False],
+        "left_out": extras.left_out,
         "plans": rows,
     }
 
 
 def _cost(
-    plan: Plan, guidance: Guidance, decoder: Decoder, branches: int | None, *, guided: bool, kl: bool
+    variant: Variant, branches: int | None, trained: int, *, guided: bool, kl: bool, shape: HeadConfig | None
 ) -> IterationCost:
-    options: dict[str, Any] = {"trained_steps": TRAINED, "guided": guided, "kl": kl}
-    options |= {"guidance": guidance, "decoder": decoder}
-    if branches is None:
-        return dense_iteration(plan, **options)
-    return branched_iteration(
-        plan, branches=branches, noisy=(True,) * TRAINED + (False,) * (STEPS - TRAINED), **options
-    )
+    options: dict[str, Any] = {"trained_steps": trained, "guided": guided, "kl": kl}
+    options |= {"guidance": variant.guidance, "decoder": variant.decoder}
+    noisy = tuple(step < trained for step in range(STEPS))
+    if branches is not None:
+        return branched_iteration(variant.plan, branches=branches, noisy=noisy, **options)
+    head = None
+    if variant.head and shape is not None:
+        with torch.device("meta"):
+            head = CompletionHead(replace(shape, paths=variant.plan.paths))
+    # of trajectories without a window the last step, which is not trained, has noise too
+    return dense_iteration(variant.plan, head=head, noisy=noisy if trained == WINDOW else None, **options)
 
 
 def _amount(flops: float) -> str:

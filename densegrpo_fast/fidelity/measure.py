@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from densegrpo_fast.fidelity.statistics import Agreement, compare, compare_branches
 from densegrpo_fast.fidelity.subject import Subject
-from densegrpo_fast.models.base import Cache, Decoder
+from densegrpo_fast.models.base import Cache, Decoder, Recorder
 from densegrpo_fast.runtime import scoring
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
@@ -31,27 +33,47 @@ class Variant:
         guidance: of completions after their first velocity.
         decoder: of all images.
         head: whether the subject's completion head corrects the last jumps.
-        copy: whether the subject's copy is evaluated instead of the policy.
-        cache: whether its forwards take features over from the rollout.
+        copy: dtype of the subject's copy that is evaluated instead of the policy, or None.
+        cache: spec of the features that its forwards take over from the rollout, or None.
     """
 
     plan: Plan
     guidance: Guidance
     decoder: Decoder
     head: bool = False
-    copy: bool = False
-    cache: bool = False
+    copy: str | None = None
+    cache: str | None = None
 
     @property
     def name(self) -> str:
-        """Plan, guidance and decoder, such as "nodes{3,6}/cond_only/preview" or "nodes{3,6}+head+copy/full/preview"."""
-        extras = "".join(f"+{extra}" for extra in ("head", "copy", "cache") if getattr(self, extra))
+        """Such as "nodes{3,6}/cond_only/preview" or "nodes{3,6}+head+copy(bfloat16)+cache(text)/full/preview"."""
+        extras = "+head" if self.head else ""
+        extras += "".join(f"+{name}({value})" for name in ("copy", "cache") if (value := getattr(self, name)))
         return f"{self.plan.name}{extras}/{self.guidance}/{self.decoder}"
 
 
 def reference(num_steps: int) -> Variant:
     """What every variant is judged by: every remaining step, full guidance, full decoder."""
     return Variant(plans.exact(num_steps), "full", "full")
+
+
+def expanded(
+    variants: Sequence[Variant], *, head: Callable[[Plan], bool], copies: Iterable[str], caches: Iterable[str]
+) -> list[Variant]:
+    """The variants, and beside each what else its completions may do.
+
+    Args:
+        variants: without any of that.
+        head: whether a plan's last jumps are corrected too.
+        copies: dtypes of copies to evaluate too, where anything is evaluated.
+        caches: specs of features to take over too, by the copies or, without any, by the model itself.
+    """
+    wanted = [*variants, *(replace(variant, head=True) for variant in variants if head(variant.plan))]
+    evaluating, dtypes = [variant for variant in wanted if variant.plan.evaluations], list(copies)
+    wanted += [replace(variant, copy=dtype) for dtype in dtypes for variant in evaluating]
+    readers: list[str | None] = [*dtypes] or [None]
+    wanted += [replace(v, copy=dtype, cache=spec) for dtype in readers for spec in caches for v in evaluating]
+    return wanted
 
 
 def cost_of(variant: Variant, subject: Subject, group_size: int) -> IterationCost:
@@ -80,17 +102,47 @@ def flops_ratio(variant: Variant, subject: Subject, group_size: int) -> float | 
     return cost_of(variant, subject, group_size).flops(subject.flops, cheap) / sparse.flops(subject.flops)
 
 
-def _lookahead(subject: Subject, variant: Variant, cache: Cache | None) -> Lookahead:
-    model = subject.copy if variant.copy else subject.model
-    assert model is not None
+def agreement_of(subject: Subject, exact: Tensor, cheap: Tensor) -> Agreement:
+    """Agreement of the rewards of a variant with the reference's, both as `measure` returns them."""
+    if subject.branched:
+        return compare_branches(exact, cheap)
+    return compare(exact, cheap, subject.coefficients.noisy)
+
+
+def lookahead_of(subject: Subject, variant: Variant, batch: Batch[Sampled]) -> Lookahead:
+    """What completes a batch as the variant says."""
     return Lookahead(
-        model,
+        subject.model if variant.copy is None else subject.copies[variant.copy],
         variant.plan,
         guidance=variant.guidance,
         chunk=subject.chunk,
         head=subject.head if variant.head else None,
-        cache=cache if variant.cache else None,
+        cache=None if variant.cache is None else batch.caches[variant.copy, variant.cache],
     )
+
+
+class SideBySide:
+    """Records one rollout in several caches, which only read.
+
+    Args:
+        caches: any number, over the same network and rows.
+    """
+
+    def __init__(self, caches: Iterable[Recorder]):
+        self.caches = tuple(caches)
+
+    def clear(self) -> None:
+        """Forget the last rollout's."""
+        for cache in self.caches:
+            cache.clear()
+
+    @contextmanager
+    def record(self, node: int, rows: slice) -> Iterator[None]:
+        """Within the context, one velocity leaves in every cache what that keeps."""
+        with ExitStack() as contexts:
+            for cache in self.caches:
+                contexts.enter_context(cache.record(node, rows))
+            yield
 
 
 Drawn = TypeVar("Drawn", bound=Sampled, covariant=True)
@@ -105,14 +157,14 @@ class Batch(Generic[Drawn]):
         rows: prompt of each row.
         metadata: of each row.
         group_size: G.
-        cache: what the rollout recorded, if the subject has a cache.
+        caches: the subject's, as the rollout has left them.
     """
 
     trajectory: Drawn
     rows: list[str]
     metadata: list[dict[str, Any]]
     group_size: int
-    cache: Cache | None = None
+    caches: Mapping[tuple[str | None, str], Cache] = field(default_factory=dict)
 
 
 def batches(subject: Subject, groups: range, *, group_size: int, seed: int) -> Iterator[Batch[Sampled]]:
@@ -143,7 +195,7 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
     """Roll out the named groups, as `batches` does without branches."""
     model = subject.model
     for rows, metadata, index in _rows(subject, groups, group_size):
-        cache = None if subject.cache is None else subject.cache(len(rows), group_size)
+        caches = {key: make(len(rows), group_size) for key, make in subject.caches.items()}
         trajectory = rollout(
             model,
             initial_noise(model, index, seed=seed, epoch=0),
@@ -155,11 +207,11 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
             guidance_scale=subject.guidance_scale,
             keep_guidance=True,
             keep_hidden=subject.head is not None,
-            cache=cache,
+            cache=SideBySide(caches.values()) if caches else None,
             # a group that is larger than the chunk is split evenly
             micro_batch=None if len(rows) <= subject.chunk else math.gcd(len(rows), subject.chunk),
         )
-        yield Batch(trajectory, rows, metadata, group_size, cache)
+        yield Batch(trajectory, rows, metadata, group_size, caches)
 
 
 def _rows(subject: Subject, groups: range, group_size: int) -> Iterator[tuple[list[str], list[dict[str, Any]], Tensor]]:
@@ -219,16 +271,16 @@ def measure(
     for batch in batches(subject, groups, group_size=group_size, seed=seed):
         # what differs in the decoder alone shares its completions
         for way in dict.fromkeys(replace(variant, decoder="full") for variant in wanted):
-            lookahead = _lookahead(subject, way, batch.cache)
+            lookahead = lookahead_of(subject, way, batch)
             alike = [variant for variant in wanted if replace(variant, decoder="full") == way]
-            for variant, images in _pictures(lookahead, batch, alike):
+            for variant, images in pictures(lookahead, batch, alike):
                 parts[variant].append(score(subject, batch, images))
         done += len(batch.rows) // group_size
         progress(done)
     return {variant: torch.cat(values) for variant, values in parts.items()}
 
 
-def _pictures(
+def pictures(
     lookahead: Lookahead, batch: Batch[Sampled], variants: Sequence[Variant]
 ) -> Iterator[tuple[Variant, Tensor]]:
     """Images [T+1, B, 3, H, W], or [M, B, 3, H, W] of branches, by every variant's decoder."""

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from densegrpo_fast.command_line import command_parser
+from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.sampling.plan import Plan, make_plan
 
 MakePlan = Callable[[int], Plan]
 """From the number of steps to a plan."""
 
 _EXCLUDED = {
-    "cost": ("analytic", "search", "config", "adapter", "head", "copy_dtype", "cache", "plot"),
+    "cost": ("analytic", "search", "config", "adapter", "plot"),
     "analytic": ("config", "adapter", "head", "copy_dtype", "cache"),
 }
 _DEFAULT_PLANS = ("exact_but_last", "n_step:2", "one_step")
@@ -40,6 +41,9 @@ def parse(arguments: Sequence[str], docstring: str | None = None) -> tuple[argpa
                 parser.error(f"--{mode} and --{name.replace('_', '-')} exclude each other")
         if overrides:
             parser.error(f"--{mode} takes no configuration, got {' '.join(overrides)}")
+    if options.head is not None and (options.head is True) != options.cost:
+        problem = "counts a head of the usual size; leave its FILE out" if options.cost else "needs the FILE of a head"
+        parser.error(f"{'--cost ' if options.cost else ''}--head {problem}")
     if options.search and options.groups < 2:
         parser.error(
             f"--search needs --groups of at least 2, one half to search and one to judge, got {options.groups}"
@@ -53,19 +57,41 @@ def plans_of(options: argparse.Namespace) -> list[MakePlan]:
 
 
 def _plan(text: str) -> MakePlan:
-    """A plan as it is written on the command line: exact, exact_but_last, one_step, nodes:3,6 or n_step:2."""
+    """A plan as it is written on the command line.
+
+    It is exact, exact_but_last, one_step, nodes:3,6, n_step:2, or the path of every state, as in paths:2,3:3:-:- for
+    four steps.
+    """
     kind, colon, value = text.partition(":")
-    numbers = [int(word) for word in value.split(",") if word.isascii() and word.isdecimal()]
-    complete = len(numbers) == len(value.split(","))
-    if kind == "nodes" and complete:
+    numbers = _numbers(value)
+    if kind == "nodes" and numbers is not None:
         return partial(make_plan, kind, points=numbers)
-    if kind == "n_step" and complete and len(numbers) == 1 and numbers[0] >= 1:
+    if kind == "n_step" and numbers is not None and len(numbers) == 1 and numbers[0] >= 1:
         return partial(make_plan, kind, n=numbers[0])
+    parts = value.split(":")
+    paths = [found for part in parts if (found := [] if part == "-" else _numbers(part)) is not None]
+    if kind == "paths" and len(paths) == len(parts):
+        return partial(make_plan, kind, paths=paths)
     if kind in ("exact", "exact_but_last", "one_step") and not colon:
         return partial(make_plan, kind)
     raise argparse.ArgumentTypeError(
-        f"expected exact, exact_but_last, one_step, nodes:3,6 or n_step:2 (with your numbers), got {text!r}"
+        "expected exact, exact_but_last, one_step, nodes:3,6, n_step:2 or paths:2,3:3:-:- (with your numbers, and a "
+        f"path for each state), got {text!r}"
     )
+
+
+def _numbers(text: str) -> list[int] | None:
+    """Whole numbers with commas between them; None if that is not what the text is."""
+    words = text.split(",")
+    return [int(word) for word in words] if all(word.isascii() and word.isdecimal() for word in words) else None
+
+
+def _cache(text: str) -> str:
+    try:
+        CacheSpec.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _integer(lowest: int, text: str) -> int:
@@ -89,16 +115,28 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", help="preset or configuration file; default: embedded_dense")
     add("--adapter", type=Path, metavar="DIR", help="a run's adapter directory; default: the model as it comes")
-    add("--head", type=Path, metavar="FILE", help="completion head to measure too, on the plan it was made for")
+    add(
+        "--head",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="completion head to measure too, on the plan it was made for; with --cost no FILE, for one of the usual "
+        "size on every plan that leaves steps out",
+    )
     add(
         "--copy-dtype",
+        nargs="+",
         choices=("float32", "bfloat16", "float16"),
-        help="measure every plan also on a copy of the model with the adapter merged, in this precision",
+        help="measure every plan also on a copy of the model with the adapter merged, in each of these precisions",
     )
     add(
         "--cache",
+        nargs="+",
+        type=_cache,
         metavar="SPEC",
-        help="measure every plan also with features of the rollout: text or text:own, reuse:2-5, skip:0,6",
+        help="measure every plan also with each of these features of the rollout: text or text:own, reuse:2-5, skip:0,6, joined "
+        "by +; with --copy-dtype it is the copies that take them over",
     )
     add("--analytic", action="store_true", help="a Gaussian-mixture flow with exact velocities instead of a pipeline")
     add("--cost", action="store_true", help="print costs for the embedded model, SD3.5-Medium and FLUX.1-dev, and stop")
@@ -107,7 +145,8 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         nargs="+",
         type=_plan,
         metavar="PLAN",
-        help=f"exact, exact_but_last, one_step, nodes:3,6, n_step:2; default: {' '.join(_DEFAULT_PLANS)}",
+        help="exact, exact_but_last, one_step, nodes:3,6, n_step:2, or the later steps of every state, as in "
+        f"paths:2,3:3:-:-; default: {' '.join(_DEFAULT_PLANS)}",
     )
     add(
         "--guidance",
@@ -120,13 +159,19 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
     add("--group-size", type=partial(_integer, 2), default=16, help="trajectories per prompt; default: 16")
     add("--seed", type=partial(_integer, 0), default=0, help="of all noise; default: 0")
     add("--json", type=Path, metavar="FILE", help="write everything measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw fidelity against cost with the Pareto front")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="draw fidelity against cost, with the Pareto front and the thresholds",
+    )
     add(
         "--search",
         action="store_true",
-        help="find the cheapest node set above the thresholds on one half of the prompts; judge all plans on the other",
+        help="find the cheapest plan above the thresholds on one half of the prompts, a node set or paths of each "
+        "state's own; judge all plans on the other",
     )
-    add("--max-nodes", type=partial(_integer, 0), default=3, help="largest set that is searched; default: 3")
+    add("--max-nodes", type=partial(_integer, 0), default=3, help="longest path that is searched; default: 3")
     for name, default in (("rewards", 0.95), ("gains", 0.90), ("worst", 0.75)):
         add(f"--threshold-{name}", type=_correlation, default=default, help=f"correlation to reach; default: {default}")
     return parser

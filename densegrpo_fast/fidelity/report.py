@@ -1,4 +1,4 @@
-"""What the fidelity command shows and writes: a table, a JSON document and a plot of fidelity against cost."""
+"""What the fidelity command shows and writes: tables and a JSON document."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.fidelity.measure import Variant, cost_of, flops_ratio, reference
 from densegrpo_fast.fidelity.search import Candidate, Thresholds
 from densegrpo_fast.fidelity.statistics import Agreement
 from densegrpo_fast.fidelity.subject import Subject
-from densegrpo_fast.runtime.files import output_errors, replace_text
+from densegrpo_fast.runtime.files import replace_text
 
 _COLUMNS = {
     "guided": "nfe_guided",
@@ -72,9 +71,11 @@ def search_record(candidates: Sequence[Candidate], chosen: Candidate | None, thr
     return {
         "thresholds": asdict(thresholds),
         "chosen": None if chosen is None else chosen.variant.name,
+        # as the command line takes it: nodes{3,6} is nodes:3,6
+        "chosen_plan": None if chosen is None else chosen.variant.plan.name.replace("{", ":").removesuffix("}"),
         "in_sample": None if chosen is None else asdict(chosen.agreement),
         "candidates": {
-            candidate.variant.name: {"forwards": candidate.forwards}
+            candidate.variant.name: {"forwards": candidate.forwards, "iteration_flops_ratio": candidate.iteration}
             | {key: getattr(candidate.agreement, key) for key in keys}
             for candidate in candidates
         },
@@ -112,70 +113,6 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         UserError: exit code 7, if it cannot be written.
     """
     replace_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, fidelity) points that no other one beats: cost increasing, fidelity strictly increasing."""
-    front: list[tuple[float, float]] = []
-    for cost, fidelity in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or fidelity > front[-1][1]:
-            front.append((cost, fidelity))
-    return front
-
-
-def save_plot(path: Path, records: Mapping[str, dict[str, Any]], search: dict[str, Any] | None) -> None:
-    """Draw fidelity against the forwards of the lookahead, with the Pareto front, as a PNG.
-
-    Args:
-        path: the file.
-        records: as from `plan_record`.
-        search: as from `search_record`, drawn as small dots; None without a search.
-
-    Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
-    """
-    figure = _figure_class()(figsize=(11, 4.6), layout="constrained")
-    panels = (("spearman_rewards_mean", "rewards"), ("spearman_gains_mean", "gains"))
-    axes = figure.subplots(1, 2, sharex=True)
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        if search is not None:
-            axis.plot(
-                *_points(search["candidates"], key), ".", color="#c4c9cf", markersize=5, label="searched, in sample"
-            )
-            axis.axhline(search["thresholds"][title], color="#9aa0a6", linestyle=":", label="threshold")
-        front = pareto_front(list(zip(*_points(records, key), strict=True)))
-        if front:
-            axis.plot(*zip(*front, strict=True), drawstyle="steps-post", color="#d55e00", label="Pareto front")
-        for guidance, marker in (("full", "o"), ("cond_only", "^"), ("reuse", "s")):
-            own = {name: record for name, record in records.items() if record["guidance"] == guidance}
-            if own:
-                axis.plot(*_points(own, key), marker, color="#0072b2", label=f"measured, guidance {guidance}")
-        for name, record in records.items():
-            # names away from the front would only hide one another
-            if (record["forwards"], record[key]) in front:
-                axis.annotate(name, (record["forwards"], record[key]), (4, -10), textcoords="offset points", fontsize=7)
-        axis.set_xscale("symlog", linthresh=5)
-        axis.set(xlabel="lookahead forwards per trajectory", ylabel="mean in-group Spearman correlation", title=title)
-        axis.margins(x=0.12)
-        axis.grid(alpha=0.25)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
-    with output_errors(f"cannot write {path}"):
-        figure.savefig(path, dpi=130, format="png")
-
-
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UserError(
-            "--plot needs matplotlib: pip install densegrpo-fast[train], or leave --plot out", ExitCode.ENVIRONMENT
-        ) from None
-    return Figure
-
-
-def _points(records: Mapping[str, dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    present = [record for record in records.values() if not math.isnan(record[key])]
-    return [record["forwards"] for record in present], [record[key] for record in present]
 
 
 def _cell(value: float | None) -> str:

@@ -1,24 +1,40 @@
-"""The cheapest node set whose rewards agree with the exact ones: chosen on some groups, to be judged on others."""
+"""The cheapest plan whose rewards agree with the exact ones: chosen on some groups, to be judged on others.
+
+Two kinds of plan are searched on the same completions: every set of nodes, which all states share, and for each number
+of evaluations the best path of each state (`paths.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.fidelity.measure import Batch, Variant, cost_of, reference, score, trajectories
-from densegrpo_fast.fidelity.statistics import Agreement, compare
+from densegrpo_fast.fidelity.measure import (
+    Batch,
+    Variant,
+    agreement_of,
+    batches,
+    cost_of,
+    flops_ratio,
+    lookahead_of,
+    pictures,
+    reference,
+    score,
+)
+from densegrpo_fast.fidelity.paths import Scored, chain_of
+from densegrpo_fast.fidelity.statistics import Agreement
 from densegrpo_fast.fidelity.subject import Subject
 from densegrpo_fast.models.base import Decoder
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
-from densegrpo_fast.sampling.path_tree import Path, completions, node_sets, path_after
-from densegrpo_fast.sampling.trajectory import Trajectory
-
-Scored = dict[tuple[int, Path], Tensor]
-"""Rewards [P, G] of the completions of one state along one path."""
+from densegrpo_fast.sampling.lookahead import Guidance
+from densegrpo_fast.sampling.path_tree import Path, completions, node_sets
+from densegrpo_fast.sampling.plan import Plan
+from densegrpo_fast.sampling.sharing import Sharing
+from densegrpo_fast.sampling.tree import Sampled, Tree
 
 
 @dataclass(frozen=True)
@@ -46,16 +62,18 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A node set that the search looked at.
+    """A plan that the search looked at.
 
     Attributes:
         variant: the plan with its guidance and decoder.
         forwards: network forwards of its lookahead per trajectory.
+        iteration: operations of the dense iteration over those of the sparse one; None where they are not known.
         agreement: on the groups that were searched.
     """
 
     variant: Variant
     forwards: int | float
+    iteration: float | None
     agreement: Agreement
 
 
@@ -68,37 +86,37 @@ def search(
     max_nodes: int,
     group_size: int,
     seed: int,
+    worst: float = -1.0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Candidate]:
-    """Judge every set of at most `max_nodes` nodes, with every guidance and decoder.
+    """Judge every set of at most `max_nodes` nodes, and the best paths of so many evaluations for each state.
 
     Args:
         subject: what is measured.
         groups: indices of the prompts to search on.
-        guidances, decoders: to combine with every node set.
-        max_nodes: size of the largest set.
+        guidances, decoders: to combine with every plan.
+        max_nodes: evaluations of the longest path.
         group_size: G.
         seed: of all noise.
+        worst: what the gains' correlation should reach in every step, which the paths are chosen for too.
         progress: is told how many groups are done.
 
     Returns:
-        All candidates, cheapest first; of equally many forwards the preview decoder before the full one, and the better
-        agreement of the gains first.
+        All candidates, cheapest first, by operations of the iteration where they are known and else by forwards; of
+        equal cost the preview decoder before the full one, and the better agreement of the gains first. Of plans that
+        complete alike the first is kept.
     """
-    steps = subject.coefficients.num_steps
-    combinations = [(guidance, decoder) for guidance in guidances for decoder in decoders]
-    parts: dict[tuple[Guidance, Decoder], list[Scored]] = {combination: [] for combination in combinations}
+    ways = [(guidance, decoder) for guidance in guidances for decoder in decoders]
+    parts: dict[tuple[Guidance, Decoder], list[Scored]] = {way: [] for way in ways}
     exact: list[Tensor] = []
-    ends: dict[Decoder, list[Tensor]] = {decoder: [] for decoder in decoders}
     done = 0
-    for batch in trajectories(subject, groups, group_size=group_size, seed=seed):
-        exact.append(_exact(subject, batch))
-        for decoder in decoders:
-            ends[decoder].append(_decoded(subject, batch, batch.trajectory.latents[-1], decoder))
+    for drawn in batches(subject, groups, group_size=group_size, seed=seed):
+        batch = _reached(subject, drawn)
+        lookahead = lookahead_of(subject, variant := reference(subject.coefficients.num_steps), batch)
+        exact.extend(score(subject, batch, images) for _, images in pictures(lookahead, batch, [variant]))
         for guidance in guidances:
-            scored: dict[Decoder, Scored] = {decoder: {} for decoder in decoders}
-            tree = completions(subject.model, batch.trajectory, max_nodes=max_nodes, guidance=guidance)
-            for state, path, clean in tree:
+            scored: dict[Decoder, dict[tuple[int, Path], Tensor]] = {decoder: {} for decoder in decoders}
+            for state, path, clean in _completions(subject, batch, guidance, max_nodes):
                 for decoder in decoders:
                     scored[decoder][state, path] = _decoded(subject, batch, clean, decoder)
             for decoder in decoders:
@@ -106,17 +124,14 @@ def search(
         done += len(batch.rows) // group_size
         progress(done)
 
-    truth = torch.cat(exact)
-    candidates = []
-    for guidance, decoder in combinations:
+    truth, candidates = torch.cat(exact), []
+    for guidance, decoder in ways:
         table = _joined(parts[guidance, decoder])
-        end = torch.cat(ends[decoder])
-        for nodes in node_sets(steps, max_nodes):
-            plan = plans.nodes(steps, nodes) if nodes else plans.one_step(steps)
+        for plan in _plans(subject, table, truth, max_nodes, worst):
             variant = Variant(plan, guidance, decoder)
-            rewards = assemble(table, end, nodes, subject.coefficients.noisy)
+            agreement = agreement_of(subject, truth, assemble(table, plan, states_of(subject)))
             forwards = cost_of(variant, subject, group_size).lookahead.forwards
-            candidates.append(Candidate(variant, forwards, compare(truth, rewards, subject.coefficients.noisy)))
+            candidates.append(Candidate(variant, forwards, flops_ratio(variant, subject, group_size), agreement))
     return sorted(candidates, key=_order)
 
 
@@ -125,37 +140,74 @@ def cheapest(candidates: Sequence[Candidate], thresholds: Thresholds) -> Candida
     return next((candidate for candidate in candidates if thresholds.met_by(candidate.agreement)), None)
 
 
-def assemble(table: Scored, end: Tensor, nodes: Path, noisy: tuple[bool, ...]) -> Tensor:
-    """Lookahead rewards [P, G, T+1] of a node set from those of single paths.
+def states_of(subject: Subject) -> list[int]:
+    """For each reward that a variant is measured by, the state whose completion it is that of; T is the image."""
+    if subject.branched:
+        return [step + 1 for step, noisy in enumerate(subject.coefficients.noisy) if noisy]
+    return Sharing(subject.coefficients.noisy).owners
+
+
+def assemble(table: Scored, plan: Plan, states: Sequence[int]) -> Tensor:
+    """Rewards [P, G, S] by a plan, from those of single paths.
 
     Args:
         table: [P, G] per state and path.
-        end: [P, G], rewards of the final images.
-        nodes: the set.
-        noisy: [T], whether each step injects noise.
+        plan: whose paths are in the table.
+        states: of which S rewards are, as `states_of` has them.
     """
-    owners = Lookahead.owners(noisy)
-    states = [end if owner == len(noisy) else table[owner, path_after(nodes, owner)] for owner in owners]
-    return torch.stack(states, dim=-1)
+    return torch.stack([table[state, (*plan.paths, ())[state]] for state in states], dim=-1)
+
+
+def _plans(subject: Subject, table: Scored, truth: Tensor, max_nodes: int, worst: float) -> Iterator[Plan]:
+    """The node sets, then the best paths; of those that complete the measured states alike only the first."""
+    steps, columns = subject.coefficients.num_steps, states_of(subject)
+    own = sorted({*columns} - {steps})
+    exact = {state: truth[..., columns.index(state)] for state in columns}
+    best = chain_of(table, exact, steps, gains=not subject.branched)
+
+    def single(paths: tuple[Path, ...]) -> Plan:
+        chosen = dict(zip(own, paths, strict=False))
+        return plans.own_paths(steps, [chosen.get(state, ()) for state in range(steps)])
+
+    shared = (plans.nodes(steps, nodes) if nodes else plans.one_step(steps) for nodes in node_sets(steps, max_nodes))
+    seen = set()
+    # the paths with and without an eye on the worst step
+    for plan in chain(shared, map(single, (*best.best(), *best.best(floor=worst)))):
+        paths = tuple(plan.paths[state] for state in own)
+        if paths not in seen:
+            seen.add(paths)
+            yield plan
+
+
+def _reached(subject: Subject, batch: Batch[Sampled]) -> Batch[Sampled]:
+    """The batch, of trees with the velocities that all their completions start with."""
+    if not isinstance(batch.trajectory, Tree):
+        return batch
+    return replace(batch, trajectory=batch.trajectory.reach(subject.model, subject.chunk))
+
+
+def _completions(
+    subject: Subject, batch: Batch[Sampled], guidance: Guidance, max_nodes: int
+) -> Iterator[tuple[int, Path, Tensor]]:
+    """Clean latents of every state along every path, and of the image as state T where a reward is measured there."""
+    drawn = batch.trajectory
+    line = drawn.twigs if isinstance(drawn, Tree) else drawn
+    yield from completions(subject.model, line, max_nodes=max_nodes, guidance=guidance)
+    if line.num_steps in states_of(subject):
+        yield line.num_steps, (), line.latents[-1]
+
+
+def _joined(parts: Sequence[Scored]) -> Scored:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def _order(candidate: Candidate) -> tuple[int | float, bool, float]:
     gains = candidate.agreement.spearman_gains_mean
-    return candidate.forwards, candidate.variant.decoder == "full", -gains if gains == gains else 0.0
+    cost = candidate.forwards if candidate.iteration is None else candidate.iteration
+    return cost, candidate.variant.decoder == "full", -gains if gains == gains else 0.0
 
 
-def _exact(subject: Subject, batch: Batch[Trajectory]) -> Tensor:
-    variant = reference(subject.coefficients.num_steps)
-    lookahead = Lookahead(subject.model, variant.plan, guidance=variant.guidance, chunk=subject.chunk)
-    clean = lookahead.complete(batch.trajectory)
-    return score(subject, batch, lookahead.images(clean, subject.coefficients.noisy, variant.decoder))
-
-
-def _decoded(subject: Subject, batch: Batch[Trajectory], clean: Tensor, decoder: Decoder) -> Tensor:
+def _decoded(subject: Subject, batch: Batch[Sampled], clean: Tensor, decoder: Decoder) -> Tensor:
     """Rewards [P', G] of one clean latent per row."""
     images = torch.cat([subject.model.decode(part, decoder) for part in clean.split(subject.chunk)])
     return score(subject, batch, images[None])[..., 0]
-
-
-def _joined(parts: list[Scored]) -> Scored:
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from densegrpo_fast.credit.dense import dense_advantages, reward_gains
 from densegrpo_fast.credit.normalize import normalize_groups
+from densegrpo_fast.sampling.sharing import Sharing
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,20 @@ class Agreement:
     """Agreement of cheap lookahead rewards with exact ones over P groups.
 
     Rewards are those of states 0..T-2, gains those of steps 0..T-2: the last state is nearly the image itself and would
-    flatter any plan. A unit is one group at one state or step. Units whose exact values are all equal say nothing and
-    are left out; units where only the cheap values are all equal count as correlation 0. NaN = nothing to compare.
+    flatter any plan. Only states with a completion of their own count, which are those followed by a step with noise
+    (`Sharing.states`): the states after a window share the image itself, whatever the plan. A unit is one group at one
+    state or step. Units whose exact values are all equal say nothing and are left out; units where only the cheap
+    values are all equal count as correlation 0. NaN = nothing to compare.
 
     Attributes:
         spearman_rewards_mean, spearman_gains_mean: mean Spearman correlation over the units that remain, in [-1, 1].
         spearman_rewards_error, spearman_gains_error: standard error of these means, taken over groups.
         spearman_gains_worst_step: smallest mean over groups of any step.
-        spearman_rewards, spearman_gains: mean over groups per state and per step, T-1 numbers each.
+        spearman_rewards, spearman_gains: mean over groups per state and per step, T-1 numbers each, NaN where nothing
+            counts.
         sign_agreement: share of gains with the exact sign, among those that are not zero in both.
+        sign_agreement_steps: the same per step, T-1 numbers.
+        sign_agreement_rewards, sign_agreement_rewards_steps: the same of the rewards about their group's mean.
         pooled_rewards, pooled_gains: Pearson correlation over all groups, states and samples together.
         spearman_advantages, sign_agreement_advantages: the same of the normalised advantages, ranked over all samples
             and trained steps of a group together.
@@ -45,6 +51,9 @@ class Agreement:
     spearman_gains_error: float
     spearman_gains_worst_step: float
     sign_agreement: float
+    sign_agreement_steps: tuple[float, ...]
+    sign_agreement_rewards: float
+    sign_agreement_rewards_steps: tuple[float, ...]
     pooled_rewards: float
     pooled_gains: float
     spearman_advantages: float
@@ -64,24 +73,36 @@ def compare(exact: Tensor, cheap: Tensor, noisy: Sequence[bool] | None = None) -
     Args:
         exact: [P, G, T+1] float, the reference; NaN = missing.
         cheap: [P, G, T+1] float.
-        noisy: of each of the T steps whether it injects noise; the gains of the others, which are all 0, are no units.
+        noisy: of each of the T steps whether it injects noise, which says which states have a completion of their own.
             None = all do.
 
     Raises:
-        ValueError: the shapes differ, or T or G is below 2.
+        ValueError: the shapes differ, T or G is below 2, or `noisy` is for another T.
     """
     if exact.shape != cheap.shape or exact.ndim != 3 or exact.shape[1] < 2 or exact.shape[2] < 3:
         raise ValueError(
             "compare: exact and cheap must both be [P, G, T+1] with G, T >= 2, "
             f"got {list(exact.shape)} and {list(cheap.shape)}"
         )
+    if noisy is not None and len(noisy) != exact.shape[2] - 1:
+        raise ValueError(f"compare: noisy must have one entry for each of {exact.shape[2] - 1} steps, got {len(noisy)}")
     present = ~(exact.isnan() | cheap.isnan())
     exact, cheap = (values.double().where(present, math.nan) for values in (exact, cheap))
     states = exact.shape[2] - 2
-    rewards = [values[..., :states] for values in (exact, cheap)]
-    gains = [reward_gains(values)[..., :states] for values in (exact, cheap)]
-    advantages = [dense_advantages(values).values[..., :states] for values in (exact, cheap)]
-    return _agreement(rewards, gains, advantages, present, noisy)
+    own = torch.zeros(states, dtype=torch.bool)
+    own[[state for state in range(states) if noisy is None or state in Sharing(tuple(noisy)).states]] = True
+
+    def counted(values: Tensor) -> Tensor:
+        return values[..., :states].where(own, math.nan)
+
+    pair = (exact, cheap)
+    return _agreement(
+        [counted(values) for values in pair],
+        [counted(reward_gains(values)) for values in pair],
+        [counted(dense_advantages(values).values) for values in pair],
+        present,
+        own,
+    )
 
 
 def compare_branches(exact: Tensor, cheap: Tensor) -> Agreement:
@@ -104,8 +125,9 @@ def compare_branches(exact: Tensor, cheap: Tensor) -> Agreement:
         )
     present = ~(exact.isnan() | cheap.isnan())
     rewards = [values.double().where(present, math.nan) for values in (exact, cheap)]
-    gains = [values - values.nanmean(1, keepdim=True) for values in rewards]
-    return _agreement(rewards, gains, [normalize_groups(values).values for values in rewards], present)
+    gains = [about_mean(values) for values in rewards]
+    advantages = [normalize_groups(values).values for values in rewards]
+    return _agreement(rewards, gains, advantages, present, torch.ones(exact.shape[2], dtype=torch.bool))
 
 
 def persistence(exact: Tensor) -> tuple[float, ...]:
@@ -181,6 +203,15 @@ def pearson(reference: Tensor, other: Tensor) -> Tensor:
     return correlation.masked_fill(other_flat, 0.0).masked_fill(flat, math.nan)
 
 
+def about_mean(rewards: Tensor) -> Tensor:
+    """Rewards [P, G, N] less their group's mean; exactly 0 where a group has one value, NaN where one is missing."""
+    mean = rewards.nanmean(1, keepdim=True)
+    # rounding of the mean must not make a constant look as if it varied
+    first = rewards.where(~rewards.isnan(), -math.inf).amax(1, keepdim=True)
+    varies = ((rewards != first) & ~rewards.isnan()).any(1, keepdim=True)
+    return (rewards - mean).where(varies | rewards.isnan(), 0.0)
+
+
 def sign_agreement(reference: Tensor, other: Tensor) -> float:
     """Share of entries of equal sign, in [0, 1], among those present in both and not zero in both; NaN if none."""
     counted = ~(reference.isnan() | other.isnan()) & ((reference != 0) | (other != 0))
@@ -192,13 +223,17 @@ def _agreement(
     gains: list[Tensor],
     advantages: list[Tensor],
     present: Tensor,
-    noisy: Sequence[bool] | None = None,
+    own: Tensor,
 ) -> Agreement:
-    """Agreement of exact and cheap rewards [P, G, N], gains [P, G, N] and their advantages; see `compare`."""
+    """Agreement of exact and cheap rewards, gains and their advantages, all [P, G, N]; see `compare`.
+
+    Where `own` [N] bool is false everything is NaN, and nothing is a unit.
+    """
     advantages = [values.where(~gains[0].isnan(), math.nan) for values in advantages]
+    deviations = [about_mean(values) for values in rewards]
     by_rewards = spearman(*(values.transpose(1, 2) for values in rewards))
     by_gains = spearman(*(values.transpose(1, 2) for values in gains))
-    units = by_gains if noisy is None else by_gains[:, torch.tensor(noisy[: by_gains.shape[1]])]
+    reward_units, gain_units = (~by[:, own].isnan() for by in (by_rewards, by_gains))
     return Agreement(
         spearman_rewards_mean=_mean(by_rewards),
         spearman_rewards_error=_error(by_rewards),
@@ -206,18 +241,27 @@ def _agreement(
         spearman_gains_error=_error(by_gains),
         spearman_gains_worst_step=_smallest(by_gains.nanmean(0)),
         sign_agreement=sign_agreement(*gains),
+        sign_agreement_steps=_by_step(*gains),
+        sign_agreement_rewards=sign_agreement(*deviations),
+        sign_agreement_rewards_steps=_by_step(*deviations),
         pooled_rewards=pearson(*(values.flatten() for values in rewards)).item(),
         pooled_gains=pearson(*(values.flatten() for values in gains)).item(),
         spearman_advantages=_mean(spearman(*(values.flatten(1) for values in advantages))),
         sign_agreement_advantages=sign_agreement(*advantages),
-        remaining_rewards=_share(~by_rewards.isnan()),
-        remaining_gains=_share(~units.isnan()),
-        excluded_rewards=int(by_rewards.isnan().sum()),
-        excluded_gains=int(units.isnan().sum()),
+        remaining_rewards=_share(reward_units),
+        remaining_gains=_share(gain_units),
+        excluded_rewards=int((~reward_units).sum()),
+        excluded_gains=int((~gain_units).sum()),
         missing=_share(~present),
         spearman_rewards=tuple(by_rewards.nanmean(0).tolist()),
         spearman_gains=tuple(by_gains.nanmean(0).tolist()),
     )
+
+
+def _by_step(reference: Tensor, other: Tensor) -> tuple[float, ...]:
+    """`sign_agreement` at each of the N places of the last dimension."""
+    pairs = zip(reference.unbind(-1), other.unbind(-1), strict=True)
+    return tuple(sign_agreement(*pair) for pair in pairs)
 
 
 def _mean(values: Tensor) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from densegrpo_fast.sampling.cost import UnitFlops
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
     from densegrpo_fast.models.completion_head import CompletionHead
-    from densegrpo_fast.models.feature_cache import FeatureCache
 
 _STEPS, _GUIDANCE, _NOISE = 10, 4.5, 0.7
 _COMPONENTS, _ALLOWED, _SHAPE = 48, 12, (3, 4, 4)
@@ -47,10 +46,10 @@ class Subject:
         flops: of each part of the model; None where that means nothing.
         branched: whether the samples of a group are branches of one noise-free trunk instead of trajectories.
         head: for the variants with one, or None.
-        copy: for the variants that evaluate a copy of the model, or None.
-        cache: makes a feature cache for so many rows in groups of so many, for the variants that take features over
-            from the rollout, or None; read by the copy if there is one.
-        cheap_flops: of one lookahead forward of those variants, by (copy, cache).
+        copies: of the model by their dtype, for the variants that evaluate one.
+        caches: by (dtype of the copy that reads it, or None, and spec) what makes a feature cache for so many rows in
+            groups of so many, for the variants that take features over from the rollout.
+        cheap_flops: of one lookahead forward of those variants, by (dtype of the copy, cache spec), either or None.
         settings: what a reader must know to repeat the measurement; plain JSON data.
     """
 
@@ -66,9 +65,9 @@ class Subject:
     flops: UnitFlops | None
     settings: dict[str, Any]
     head: CompletionHead | None = None
-    copy: FlowModel | None = None
-    cache: Callable[[int, int], Cache] | None = None
-    cheap_flops: Mapping[tuple[bool, bool], float] = field(default_factory=dict)
+    copies: Mapping[str, FlowModel] = field(default_factory=dict)
+    caches: Mapping[tuple[str | None, str], Callable[[int, int], Cache]] = field(default_factory=dict)
+    cheap_flops: Mapping[tuple[str | None, str | None], float] = field(default_factory=dict)
     branched: bool = False
 
     @property
@@ -83,8 +82,8 @@ def pipeline_subject(
     groups: int,
     *,
     head: Path | None = None,
-    copy_dtype: str | None = None,
-    cache: str | None = None,
+    copy_dtypes: Sequence[str] = (),
+    caches: Sequence[str] = (),
 ) -> Subject:
     """The model, sampler, held-out prompts and reward of a configuration.
 
@@ -93,8 +92,9 @@ def pipeline_subject(
         adapter: adapter directory of a run, or None for the model as it comes.
         groups: how many held-out prompts to use.
         head: file of a completion head, or None.
-        copy_dtype: precision of a copy with the adapter merged, or None.
-        cache: features to take over from the rollout, as in the configuration, or None.
+        copy_dtypes: precisions of copies with the adapter merged.
+        caches: specs of features to take over from the rollout, as in the configuration; each copy reads them, or the
+            model itself without any.
 
     Raises:
         UserError: something cannot be loaded, or there are too few prompts.
@@ -114,27 +114,25 @@ def pipeline_subject(
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
     lora, corrector = config.lora, None if head is None else builders.read_head(head, model)
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
-    copy = None if copy_dtype is None else builders.build_copy(model, copy_dtype)
-    coefficients, costs = builders.build_coefficients(config, model), {}
+    copies: dict[str, FlowModel] = {dtype: builders.build_copy(model, dtype) for dtype in copy_dtypes}
     chunks = lookahead_chunks(config, model, "full")
-    if copy is not None:
-        costs[True, False] = unit.reference_forward
-    if cache is not None:
-        everywhere = plans.exact(config.sampler.num_steps)
-        halves = model.forwards(config.sampler.guidance_scale)
-
-        def features(rows: int, group: int) -> FeatureCache:
-            return builders.build_cache(cache, model, copy or model, everywhere, rows=rows, group=group, halves=halves)
-
-        costs[copy is not None, True] = cached_forward(
-            architecture_of(model),
-            features(1, 1).spec,
-            lora_rank=0 if copy else lora.rank,
-            lora_targets=tuple(lora.targets),
-        )
+    costs: dict[tuple[str | None, str | None], float] = {(dtype, None): unit.reference_forward for dtype in copies}
+    features: dict[tuple[str | None, str], Callable[[int, int], Cache]] = {}
+    everywhere, halves = plans.exact(config.sampler.num_steps), model.forwards(config.sampler.guidance_scale)
+    for dtype in copies or (None,):
+        reader = model if dtype is None else copies[dtype]
+        for spec in caches:
+            make = partial(builders.build_cache, spec, model, reader, everywhere, halves=halves)
+            costs[dtype, spec] = cached_forward(
+                architecture_of(model),
+                make(rows=1, group=1).spec,
+                lora_rank=0 if copies else lora.rank,
+                lora_targets=tuple(lora.targets),
+            )
+            features[dtype, spec] = lru_cache(maxsize=2)(lambda rows, group, make=make: make(rows=rows, group=group))
     return Subject(
         model=model,
-        coefficients=coefficients,
+        coefficients=builders.build_coefficients(config, model),
         prompts=prompts,
         reward=reward,
         guidance_scale=config.sampler.guidance_scale,
@@ -144,8 +142,8 @@ def pipeline_subject(
         kl=config.objective.kl_coef > 0,
         flops=unit if corrector is None else replace(unit, head=completion_head(corrector.config)),
         head=corrector,
-        copy=copy,
-        cache=None if cache is None else lru_cache(maxsize=2)(features),
+        copies=copies,
+        caches=features,
         cheap_flops=costs,
         branched=config.sampler.branches is not None,
         settings={
@@ -154,8 +152,8 @@ def pipeline_subject(
             "model": Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path,
             "adapter": None if adapter is None else adapter.name,
             "head": None if head is None else head.name,
-            "copy_dtype": copy_dtype,
-            "cache": cache,
+            "copy_dtypes": list(copy_dtypes),
+            "caches": list(caches),
             "branched": config.sampler.branches is not None,
             "sampler": config.sampler.model_dump(
                 mode="json", exclude={"group_size", "micro_batch", "shared_noise", "calibration", "branches"}

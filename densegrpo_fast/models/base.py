@@ -81,8 +81,8 @@ class Head(Protocol):
         """What to add to the one-step estimates [B, ...] of the states [B]."""
 
 
-class Cache(Protocol):
-    """Features of the rollout's forwards that lookahead forwards take over: `models/feature_cache.py`."""
+class Recorder(Protocol):
+    """What keeps features of the rollout's forwards."""
 
     alike: int
     """Rows, in consecutive blocks, that take over the very same features: those of a prompt, or 1."""
@@ -92,6 +92,10 @@ class Cache(Protocol):
 
     def record(self, node: int, rows: slice) -> AbstractContextManager[None]:
         """Within the context, one velocity leaves its features for these rows of a grid index."""
+
+
+class Cache(Recorder, Protocol):
+    """Features of the rollout's forwards that lookahead forwards take over: `models/feature_cache.py`."""
 
     def reuse(self, node: int, rows: Tensor) -> AbstractContextManager[None]:
         """Within the context, one velocity takes over what the rows [B] of a grid index hold."""

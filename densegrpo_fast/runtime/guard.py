@@ -134,7 +134,7 @@ class DriftGuard:
         clean = self.forwards.fitting(partial(complete_in, self.exact, chosen))
         different = Sharing(noisy).different(clean)
         exact = self._rewards(different, rows, metadata)[..., Sharing(noisy).positions]
-        found = compare(exact, outcome.lookahead_rewards[prompt : prompt + 1].cpu())
+        found = compare(exact, outcome.lookahead_rewards[prompt : prompt + 1].cpu(), noisy)
         cost = guard_check(
             self.exact.plan_for(chosen.num_steps),
             guided=chosen.guidance_scale != 1.0,

@@ -109,8 +109,30 @@ def strided(num_steps: int, stride: int) -> Plan:
     return Plan(f"strided{{{stride}}}", tuple(tuple(range(j + stride, num_steps, stride)) for j in range(num_steps)))
 
 
-def make_plan(kind: str, num_steps: int, points: Sequence[int] = (), n: int = 1) -> Plan:
-    """A plan by its configured name: exact, exact_but_last, nodes, n_step or one_step.
+def own_paths(num_steps: int, paths: Sequence[Sequence[int]]) -> Plan:
+    """Every state goes its own way: what a search finds when it looks at each state by itself.
+
+    Args:
+        num_steps: T.
+        paths: of the states 0..T-1.
+
+    Raises:
+        ValueError: there is not one path for each of the T states, or one does not increase within state+1..T-1.
+    """
+    if len(paths) != num_steps:
+        raise ValueError(f"lookahead paths must be one for each of the {num_steps} states, got {len(paths)}")
+    written = ":".join(",".join(map(str, path)) or "-" for path in paths)
+    return Plan(f"paths{{{written}}}", tuple(tuple(path) for path in paths))
+
+
+def make_plan(
+    kind: str,
+    num_steps: int,
+    points: Sequence[int] = (),
+    n: int = 1,
+    paths: Sequence[Sequence[int]] = (),
+) -> Plan:
+    """A plan by its configured name: exact, exact_but_last, nodes, n_step, one_step or paths.
 
     Raises:
         ValueError: the name is unknown, or its parameters do not fit `num_steps`.
@@ -126,4 +148,7 @@ def make_plan(kind: str, num_steps: int, points: Sequence[int] = (), n: int = 1)
             return n_step(num_steps, n)
         case "one_step":
             return one_step(num_steps)
-    raise ValueError(f"unknown lookahead plan {kind!r}, expected exact, exact_but_last, nodes, n_step or one_step")
+        case "paths":
+            return own_paths(num_steps, paths)
+    known = "exact, exact_but_last, nodes, n_step, one_step or paths"
+    raise ValueError(f"unknown lookahead plan {kind!r}, expected {known}")

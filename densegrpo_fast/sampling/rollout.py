@@ -11,7 +11,7 @@ from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.noise import Stream, gaussian
 from densegrpo_fast.flow.step_op import INPUT_DTYPES
-from densegrpo_fast.models.base import Cache, Conditioning, FlowModel
+from densegrpo_fast.models.base import Conditioning, FlowModel, Recorder
 from densegrpo_fast.sampling.trajectory import Trajectory
 
 
@@ -44,7 +44,7 @@ def rollout(
     micro_batch: int | None = None,
     keep_guidance: bool = False,
     keep_hidden: bool = False,
-    cache: Cache | None = None,
+    cache: Recorder | None = None,
     stream: int = Stream.STEP,
     steps: int | None = None,
 ) -> Trajectory:

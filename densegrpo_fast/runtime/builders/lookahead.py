@@ -26,7 +26,7 @@ def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
     options = config.lookahead
 
     def replan(num_steps: int) -> Plan:
-        return make_plan(options.plan, num_steps, options.nodes, options.n or 1)
+        return make_plan(options.plan, num_steps, options.nodes, options.n or 1, options.paths)
 
     plan = replan(config.sampler.num_steps)
     head = None if options.head is None else build_head(Path(options.head), plan, model)
