@@ -135,8 +135,8 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         nargs="+",
         type=_cache,
         metavar="SPEC",
-        help="measure every plan also with each of these features of the rollout: text or text:own, reuse:2-5, skip:0,6, joined "
-        "by +; with --copy-dtype it is the copies that take them over",
+        help="measure every plan also with each of these features of the rollout: text or text:own, reuse:2-5, "
+        "skip:0,6, joined by +; with --copy-dtype it is the copies that take them over",
     )
     add("--analytic", action="store_true", help="a Gaussian-mixture flow with exact velocities instead of a pipeline")
     add("--cost", action="store_true", help="print costs for the embedded model, SD3.5-Medium and FLUX.1-dev, and stop")

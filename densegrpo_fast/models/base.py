@@ -84,9 +84,6 @@ class Head(Protocol):
 class Recorder(Protocol):
     """What keeps features of the rollout's forwards."""
 
-    alike: int
-    """Rows, in consecutive blocks, that take over the very same features: those of a prompt, or 1."""
-
     def clear(self) -> None:
         """Forget the last rollout's."""
 
@@ -96,6 +93,9 @@ class Recorder(Protocol):
 
 class Cache(Recorder, Protocol):
     """Features of the rollout's forwards that lookahead forwards take over: `models/feature_cache.py`."""
+
+    alike: int
+    """Rows, in consecutive blocks, that take over the very same features: those of a prompt, or 1."""
 
     def reuse(self, node: int, rows: Tensor) -> AbstractContextManager[None]:
         """Within the context, one velocity takes over what the rows [B] of a grid index hold."""
