@@ -331,13 +331,19 @@ def test_a_preset_with_branches_is_judged_on_branches(
     out = tmp_path / "fidelity.json"
     arguments = ["--config", "embedded_tempflow", "--groups", "2", "--group-size", "4", "--plans", "exact", "one_step"]
     arguments += ["--model.path", str(pipeline_directory), "--reward.terms", "{jpeg_compressibility: 1.0}"]
-    arguments += ["--decoder", "full", "--copy-dtype", "bfloat16"]
+    arguments += ["--decoder", "full", "--copy-dtype", "bfloat16", "--vae-dtype", "bfloat16"]
     picture = tmp_path / "fidelity.png"
     assert fidelity.main([*arguments, "--json", str(out), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     document = json.loads(out.read_text())
-    assert list(document["plans"]) == ["exact/full/full", "one_step/full/full", "exact+copy(bfloat16)/full/full"]
+    ways = ["exact/full/full", "one_step/full/full", "exact+copy(bfloat16)/full/full"]
+    assert list(document["plans"]) == [*ways, *(f"{way}(bfloat16)" for way in ways)]
     exact = document["plans"]["exact/full/full"]
+    # what is rounded is the pictures: nearly the same order, and the same completions
+    rounded = document["plans"]["exact/full/full(bfloat16)"]
+    assert 0.5 < rounded["spearman_rewards_mean"] < 1.0 and rounded["vae"] == "bfloat16"
+    assert rounded["nfe_unguided"] == exact["nfe_unguided"]
+    assert document["settings"]["vae_dtypes"] == ["float32", "bfloat16"]
     assert exact["spearman_gains_mean"] == exact["spearman_rewards_mean"] == pytest.approx(1.0)
     # three of six steps branch: states 1, 2, 3 are completed with 5 + 4 + 3 evaluations, and one picture each
     assert (exact["nfe_unguided"], exact["decodes"], len(exact["spearman_gains"])) == (12, 3, 3)

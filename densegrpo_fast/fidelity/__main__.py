@@ -152,6 +152,7 @@ def _subject_and_variants(
             options.groups,
             head=options.head,
             copy_dtypes=list(dict.fromkeys(options.copy_dtype or ())),
+            vae_dtypes=list(dict.fromkeys(options.vae_dtype or ())),
             caches=list(dict.fromkeys(options.cache or ())),
         )
         guidances = options.guidance or [config.lookahead.guidance]
@@ -177,6 +178,7 @@ def _subject_and_variants(
         head=lambda plan: head is not None and plan.paths == head.config.paths,
         copies=subject.copies,
         caches=dict.fromkeys(spec for _, spec in subject.caches),
+        vaes=subject.vaes,
     )
     if head is not None and not any(variant.head for variant in wanted):
         raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)

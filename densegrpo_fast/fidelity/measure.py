@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -35,6 +36,7 @@ class Variant:
         head: whether the subject's completion head corrects the last jumps.
         copy: dtype of the subject's copy that is evaluated instead of the policy, or None.
         cache: spec of the features that its forwards take over from the rollout, or None.
+        vae: precision of the full decoder, or None for the subject's own.
     """
 
     plan: Plan
@@ -43,13 +45,15 @@ class Variant:
     head: bool = False
     copy: str | None = None
     cache: str | None = None
+    vae: str | None = None
 
     @property
     def name(self) -> str:
-        """Such as "nodes{3,6}/cond_only/preview" or "nodes{3,6}+head+copy(bfloat16)+cache(text)/full/preview"."""
+        """Such as "nodes{3,6}+head+copy(bfloat16)+cache(text)/cond_only/preview" or "exact/full/full(bfloat16)"."""
+        decoder = self.decoder if self.vae is None else f"{self.decoder}({self.vae})"
         extras = "+head" if self.head else ""
         extras += "".join(f"+{name}({value})" for name in ("copy", "cache") if (value := getattr(self, name)))
-        return f"{self.plan.name}{extras}/{self.guidance}/{self.decoder}"
+        return f"{self.plan.name}{extras}/{self.guidance}/{decoder}"
 
 
 def reference(num_steps: int) -> Variant:
@@ -58,7 +62,12 @@ def reference(num_steps: int) -> Variant:
 
 
 def expanded(
-    variants: Sequence[Variant], *, head: Callable[[Plan], bool], copies: Iterable[str], caches: Iterable[str]
+    variants: Sequence[Variant],
+    *,
+    head: Callable[[Plan], bool],
+    copies: Iterable[str],
+    caches: Iterable[str],
+    vaes: Iterable[str] = (),
 ) -> list[Variant]:
     """The variants, and beside each what else its completions may do.
 
@@ -67,13 +76,15 @@ def expanded(
         head: whether a plan's last jumps are corrected too.
         copies: dtypes of copies to evaluate too, where anything is evaluated.
         caches: specs of features to take over too, by the copies or, without any, by the model itself.
+        vaes: precisions in which the full decoder decodes too, whatever the completions do.
     """
     wanted = [*variants, *(replace(variant, head=True) for variant in variants if head(variant.plan))]
     evaluating, dtypes = [variant for variant in wanted if variant.plan.evaluations], list(copies)
     wanted += [replace(variant, copy=dtype) for dtype in dtypes for variant in evaluating]
     readers: list[str | None] = [*dtypes] or [None]
     wanted += [replace(v, copy=dtype, cache=spec) for dtype in readers for spec in caches for v in evaluating]
-    return wanted
+    in_full = [variant for variant in wanted if variant.decoder == "full"]
+    return wanted + [replace(variant, vae=dtype) for dtype in vaes for variant in in_full]
 
 
 def cost_of(variant: Variant, subject: Subject, group_size: int) -> IterationCost:
@@ -270,10 +281,10 @@ def measure(
     done = 0
     for batch in batches(subject, groups, group_size=group_size, seed=seed):
         # what differs in the decoder alone shares its completions
-        for way in dict.fromkeys(replace(variant, decoder="full") for variant in wanted):
+        for way in dict.fromkeys(_completed(variant) for variant in wanted):
             lookahead = lookahead_of(subject, way, batch)
-            alike = [variant for variant in wanted if replace(variant, decoder="full") == way]
-            for variant, images in pictures(lookahead, batch, alike):
+            alike = [variant for variant in wanted if _completed(variant) == way]
+            for variant, images in pictures(subject, lookahead, batch, alike):
                 parts[variant].append(score(subject, batch, images))
         done += len(batch.rows) // group_size
         progress(done)
@@ -281,16 +292,21 @@ def measure(
 
 
 def pictures(
-    lookahead: Lookahead, batch: Batch[Sampled], variants: Sequence[Variant]
+    subject: Subject, lookahead: Lookahead, batch: Batch[Sampled], variants: Sequence[Variant]
 ) -> Iterator[tuple[Variant, Tensor]]:
     """Images [T+1, B, 3, H, W], or [M, B, 3, H, W] of branches, by every variant's decoder."""
     drawn = batch.trajectory
-    if isinstance(drawn, Tree):
-        clean = drawn.completions(lookahead)
-        for variant in variants:
-            images = torch.cat(list(lookahead.decoded(clean.flatten(0, 1), variant.decoder)))
-            yield variant, images.unflatten(0, clean.shape[:2])
-        return
-    clean = lookahead.complete(drawn)
+    clean = drawn.completions(lookahead) if isinstance(drawn, Tree) else lookahead.complete(drawn)
     for variant in variants:
-        yield variant, lookahead.images(clean, drawn.coefficients.noisy, variant.decoder)
+        decoding = copy(lookahead)
+        decoding.model = subject.model if variant.vae is None else subject.vaes[variant.vae]
+        if isinstance(drawn, Tree):
+            images = torch.cat(list(decoding.decoded(clean.flatten(0, 1), variant.decoder)))
+            yield variant, images.unflatten(0, clean.shape[:2])
+        else:
+            yield variant, decoding.images(clean, drawn.coefficients.noisy, variant.decoder)
+
+
+def _completed(variant: Variant) -> Variant:
+    """The variant as far as its completions go."""
+    return replace(variant, decoder="full", vae=None)

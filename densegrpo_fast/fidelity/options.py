@@ -15,8 +15,8 @@ MakePlan = Callable[[int], Plan]
 """From the number of steps to a plan."""
 
 _EXCLUDED = {
-    "cost": ("analytic", "search", "config", "adapter", "plot"),
-    "analytic": ("config", "adapter", "head", "copy_dtype", "cache"),
+    "cost": ("analytic", "search", "config", "adapter", "vae_dtype", "plot"),
+    "analytic": ("config", "adapter", "head", "copy_dtype", "vae_dtype", "cache"),
 }
 _DEFAULT_PLANS = ("exact_but_last", "n_step:2", "one_step")
 
@@ -129,6 +129,12 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         nargs="+",
         choices=("float32", "bfloat16", "float16"),
         help="measure every plan also on a copy of the model with the adapter merged, in each of these precisions",
+    )
+    add(
+        "--vae-dtype",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        help="measure every plan that decodes in full also with the full decoder in each of these precisions",
     )
     add(
         "--cache",

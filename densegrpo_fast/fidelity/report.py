@@ -53,6 +53,7 @@ def plan_record(variant: Variant, agreement: Agreement, subject: Subject, group_
         "decoder": variant.decoder,
         "head": variant.head,
         "copy": variant.copy,
+        "vae": variant.vae,
         "cache": variant.cache,
         "nfe_guided": cost.lookahead.guided,
         "nfe_unguided": cost.lookahead.unguided,

@@ -113,7 +113,7 @@ def search(
     for drawn in batches(subject, groups, group_size=group_size, seed=seed):
         batch = _reached(subject, drawn)
         lookahead = lookahead_of(subject, variant := reference(subject.coefficients.num_steps), batch)
-        exact.extend(score(subject, batch, images) for _, images in pictures(lookahead, batch, [variant]))
+        exact.extend(score(subject, batch, images) for _, images in pictures(subject, lookahead, batch, [variant]))
         for guidance in guidances:
             scored: dict[Decoder, dict[tuple[int, Path], Tensor]] = {decoder: {} for decoder in decoders}
             for state, path, clean in _completions(subject, batch, guidance, max_nodes):

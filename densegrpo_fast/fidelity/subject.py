@@ -47,6 +47,7 @@ class Subject:
         branched: whether the samples of a group are branches of one noise-free trunk instead of trajectories.
         head: for the variants with one, or None.
         copies: of the model by their dtype, for the variants that evaluate one.
+        vaes: the model with its full decoder in another precision, by that.
         caches: by (dtype of the copy that reads it, or None, and spec) what makes a feature cache for so many rows in
             groups of so many, for the variants that take features over from the rollout.
         cheap_flops: of one lookahead forward of those variants, by (dtype of the copy, cache spec), either or None.
@@ -66,6 +67,7 @@ class Subject:
     settings: dict[str, Any]
     head: CompletionHead | None = None
     copies: Mapping[str, FlowModel] = field(default_factory=dict)
+    vaes: Mapping[str, FlowModel] = field(default_factory=dict)
     caches: Mapping[tuple[str | None, str], Callable[[int, int], Cache]] = field(default_factory=dict)
     cheap_flops: Mapping[tuple[str | None, str | None], float] = field(default_factory=dict)
     branched: bool = False
@@ -83,6 +85,7 @@ def pipeline_subject(
     *,
     head: Path | None = None,
     copy_dtypes: Sequence[str] = (),
+    vae_dtypes: Sequence[str] = (),
     caches: Sequence[str] = (),
 ) -> Subject:
     """The model, sampler, held-out prompts and reward of a configuration.
@@ -93,6 +96,7 @@ def pipeline_subject(
         groups: how many held-out prompts to use.
         head: file of a completion head, or None.
         copy_dtypes: precisions of copies with the adapter merged.
+        vae_dtypes: further precisions of the full decoder.
         caches: specs of features to take over from the rollout, as in the configuration; each copy reads them, or the
             model itself without any.
 
@@ -100,6 +104,7 @@ def pipeline_subject(
         UserError: something cannot be loaded, or there are too few prompts.
     """
     from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, completion_head, count
+    from densegrpo_fast.models.load import resolve_dtype
     from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.chunks import lookahead_chunks
 
@@ -143,6 +148,7 @@ def pipeline_subject(
         flops=unit if corrector is None else replace(unit, head=completion_head(corrector.config)),
         head=corrector,
         copies=copies,
+        vaes={dtype: model.decoding_in(resolve_dtype(dtype, model.device)) for dtype in vae_dtypes},
         caches=features,
         cheap_flops=costs,
         branched=config.sampler.branches is not None,
@@ -153,6 +159,7 @@ def pipeline_subject(
             "adapter": None if adapter is None else adapter.name,
             "head": None if head is None else head.name,
             "copy_dtypes": list(copy_dtypes),
+            "vae_dtypes": [config.model.vae_dtype, *vae_dtypes],
             "caches": list(caches),
             "branched": config.sampler.branches is not None,
             "sampler": config.sampler.model_dump(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -232,6 +233,14 @@ class SD3(FlowModel):
         vae: Any = self.pipeline.vae
         (vae.disable_slicing if how == "whole" else vae.enable_slicing)()
         (vae.enable_tiling if how == "tiled" else vae.disable_tiling)()
+
+    def decoding_in(self, dtype: torch.dtype) -> SD3:
+        """The same model, with a copy of its full decoder in another precision."""
+        other = copy(self)
+        other.pipeline = copy(self.pipeline)
+        # diffusers' own `to` warns about modules to be kept in float32, of which there are none
+        other.pipeline.vae = torch.nn.Module.to(deepcopy(self.pipeline.vae), dtype)
+        return other
 
     @contextmanager
     def tap(self) -> Iterator[list[Tensor]]:
