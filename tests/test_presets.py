@@ -98,6 +98,12 @@ def test_methods_can_be_compared(name: str) -> None:
     assert own.run == dense.run and own.optimizer.lr == dense.optimizer.lr
 
 
+def test_only_stepwise_normalises_over_all_steps_together() -> None:
+    """DenseGRPO (Eq 10), TP-GRPO, VGPO and Euphonium compare the samples of a group at each step by itself."""
+    joint = [name for name in preset_names() if preset(name).credit.normalize == "joint"]
+    assert joint == ["embedded_stepwise"]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
