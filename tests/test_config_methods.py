@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import load_config, validate
 from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
 from densegrpo_fast.exit_codes import ExitCode, UserError
@@ -59,6 +59,29 @@ def test_every_policy_loss_goes_with_every_step_weight(policy: str, weight: str)
         (
             "credit.method=mixture credit.terminal_coef=0 credit.dense_coef=0",
             "credit.terminal_coef, credit.dense_coef: expected one above 0, got 0 and 0",
+        ),
+        (
+            "lookahead.plan=nodes lookahead.nodes=[1,2] window.schedule=fixed window.size=3 window.first=2",
+            "lookahead.nodes: expected a step of 3..7 among them, got [1, 2]: in an iteration whose first completed "
+            "state is 2 the plan would be one_step",
+        ),
+        (  # one of the windows that may be drawn begins at state 3
+            "lookahead.plan=nodes lookahead.nodes=[3] window.schedule=random window.size=2 window.last=4",
+            "lookahead.nodes: expected a step of 4..7 among them, got [3]",
+        ),
+        (  # a window that slides from 0 by 2 and stays where it begins at 4
+            "lookahead.plan=nodes lookahead.nodes=[1,4] window.schedule=progressive window.size=2 window.stride=2 "
+            "window.last=5",
+            "lookahead.nodes: expected a step of 5..7 among them, got [1, 4]",
+        ),
+        (  # noise in step 3 of the window alone
+            "lookahead.plan=nodes lookahead.nodes=[3] window.schedule=fixed window.size=4 "
+            "sampler.noise_level=[0,0,0,0.7,0,0,0,0]",
+            "lookahead.nodes: expected a step of 4..7 among them, got [3]",
+        ),
+        (  # nothing but the last window's state, which no node is ahead of
+            "lookahead.plan=nodes lookahead.nodes=[6] window.schedule=fixed window.size=1 window.first=6",
+            "lookahead.nodes: expected a step of 7..7 among them, got [6]",
         ),
         ("credit.discount=1.5", "credit.discount: expected a number <= 1.0, got 1.5"),
         ("credit.terminal_coef=-1", "credit.terminal_coef: expected a number >= 0.0, got -1"),
@@ -112,10 +135,28 @@ def test_what_does_not_go_together_is_refused_by_name(arguments: str, expected: 
         "objective.policy=dppo sampler.dynamics=cps sampler.noise_level=[0.7,0,0.7,0.7,0.7,0.7,0.7,0]",
         "credit.method=dense credit.window=3 credit.terminal_coef=0 credit.dense_coef=0",
         "credit.method=vgpo lookahead.plan=one_step",
+        "lookahead.plan=nodes lookahead.nodes=[1] window.schedule=fixed window.size=3",
+        # starts at 1, 3, 5: not at 2 and 4
+        "lookahead.plan=nodes lookahead.nodes=[2,4,6] window.schedule=progressive window.size=1 window.stride=2 "
+        "window.first=1 window.last=5",
+        # from the last of the windows, state 6, exact_but_last would evaluate nothing either
+        "lookahead.plan=nodes lookahead.nodes=[3,6] window.schedule=random window.size=1",
+        # without a lookahead nobody asks for nodes
+        "credit.method=sparse lookahead.plan=nodes lookahead.nodes=[1] window.schedule=fixed window.size=3 "
+        "window.first=3",
     ],
 )
 def test_what_does_go_together_is_not(arguments: str) -> None:
     config(*arguments.split())
+
+
+def test_a_credit_with_a_lookahead_cannot_be_without_a_plan() -> None:
+    assert "lookahead.plan: expected " in (message := refused("credit.method=dense", "lookahead.plan=null"))
+    assert message.endswith("got null")
+    settings = config("credit.method=dense").model_dump()
+    del settings["lookahead"]["plan"]
+    with pytest.raises(UserError, match="lookahead.plan: is required"):
+        validate(settings)
 
 
 def test_a_method_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
