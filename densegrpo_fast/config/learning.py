@@ -69,8 +69,13 @@ class CreditOptions(Section):
     dense_coef: float = Field(ge=0, description="of mixture: weight of the step's advantage")
     consistent: bool = Field(description="of turning_point: the consistency constraint")
     balance: bool = Field(description="of turning_point: as many replacements above 0 as below")
-    absolute_coef: float = Field(ge=0, description="of vgpo: weight of a step's value itself beside its comparison")
-    absolute_steps: int = Field(ge=0, description="of vgpo: steps from the start that get the absolute term")
+    absolute_coef: float = Field(
+        ge=0,
+        description="of vgpo, whose rewards should be at least 0: weight of a step's value beside its comparison",
+    )
+    absolute_steps: int = Field(
+        ge=0, description="of vgpo: sampling steps, from the first one, that get the absolute term if they are noisy"
+    )
     window: PositiveInt = Field(description="of coca: steps whose similarity is averaged; a divisor of the steps")
     alpha: float = Field(ge=0, le=1, description="of coca: part of the image's advantage that every step gets alike")
     similarity_floor: float = Field(

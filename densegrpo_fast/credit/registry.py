@@ -128,7 +128,7 @@ _METHODS = {
     ),
     "vgpo": CreditMethod(
         f"{_HERE}.vgpo:vgpo_advantages",
-        ("lookahead_rewards",),
+        ("lookahead_rewards", "steps"),
         ("discount", "absolute_coef", "absolute_steps"),
         plan="one_step",
     ),
