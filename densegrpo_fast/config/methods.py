@@ -162,9 +162,13 @@ def objective_problem(config: Config) -> str | None:
     return None
 
 
+def trainable_steps(config: Config) -> list[int]:
+    """The steps that some iteration may train, increasing."""
+    trained = config.objective.trained_steps
+    return trained if isinstance(trained, list) else sorted({step for window in config.windows() for step in window})
+
+
 def quiet_steps(config: Config) -> list[int]:
     """The steps that training may train although they inject no noise."""
-    trained, last = config.objective.trained_steps, config.sampler.num_steps - 1
-    candidates = {*trained} if isinstance(trained, list) else {step for window in config.windows() for step in window}
-    ends = {last} if config.sampler.dynamics in _QUIET_END else set()
-    return [step for step in sorted(candidates) if step in ends or not config.noise_levels[step]]
+    ends = {config.sampler.num_steps - 1} if config.sampler.dynamics in _QUIET_END else set()
+    return [step for step in trainable_steps(config) if step in ends or not config.noise_levels[step]]
