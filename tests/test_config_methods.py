@@ -93,7 +93,13 @@ def test_every_policy_loss_goes_with_every_step_weight(policy: str, weight: str)
         ("credit.consistent=1", "credit.consistent: expected true or false, got 1"),
         ("credit.arguments={x:1}", 'credit.arguments: method dense has no argument "x:1"; it takes none'),
         ("credit.arguments={clip:}", "credit.arguments: clip is an option of its own, credit.clip"),
-        ("objective.policy=ppo", 'objective.policy: expected "clip", "guard" or "dppo", got \'ppo\''),
+        (
+            "objective.policy=cilp",
+            'objective.policy: unknown policy "cilp"; did you mean "clip"? (known: clip, guard, ',
+        ),
+        ("objective.step_weight=flas", 'objective.step_weight: unknown step weight "flas"; did you mean "flash"?'),
+        ("objective.arguments={x:1}", "objective.arguments: policy clip with step_weight noise_aware has no argument"),
+        ("objective.arguments={kl_coef:}", "objective.arguments: kl_coef is an option of its own, objective.kl_coef"),
         ("objective.dppo_threshold=-1", "objective.dppo_threshold: expected a number >= 0.0, got -1"),
         ("objective.kl_scale=papr", 'did you mean "paper"?'),
         (
@@ -177,8 +183,39 @@ def test_a_method_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
     assert "worse.py: KeyError: 'boom'" in refused(f"credit.method={path.with_name('worse.py')}:OWN")
 
 
+OBJECTIVE = """
+from densegrpo_fast.objective.registry import PolicyLoss, StepWeighting
+HINGE = PolicyLoss('somewhere:else', options=('margin', 'clip_range'), variance=True, noise=True)
+LATE = StepWeighting('somewhere:else', options=('power',))
+"""
+
+
+def test_a_policy_and_step_weights_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OBJECTIVE)
+    named = (f"objective.policy={path}:HINGE", f"objective.step_weight={path}:LATE")
+    objective = config(*named, "objective.arguments={margin: 0.1, power: 2}").objective
+    assert (objective.policy, objective.arguments) == (f"{path}:HINGE", {"margin": 0.1, "power": 2})
+    assert "needs margin, power" in refused(*named)
+    assert "needs power" in refused(*named, "objective.arguments={margin: 0.1}")
+    wrong = refused(*named, "objective.arguments={margn: 0.1, power: 2}")
+    assert 'has no argument "margn"; did you mean "margin"?' in wrong
+    # what it says that it needs of the sampler is held against it, as Guard's needs are
+    given = (*named, "objective.arguments={margin: 0.1, power: 2}")
+    assert (
+        "HINGE needs a log-probability with a variance, sampler.dynamics cps has none; expected clip or dppo"
+        in refused(*given, "sampler.dynamics=cps")
+    )
+    quiet = ("window.schedule=none", "window.size=null", "sampler.noise_level=[0.7,0.7,0,0.7,0.7,0.7,0.7,0.7]")
+    assert "HINGE needs noise in every trained step, flow_sde injects none in [2]" in refused(*given, *quiet)
+    swapped = refused(f"objective.policy={path}:LATE")
+    assert f"objective.policy: {path}:LATE: expected a PolicyLoss (densegrpo_fast.objective.registry)" in swapped
+    assert "objective.step_weight: " in (nowhere := refused(f"objective.step_weight={path}:NONE"))
+    assert "holds no 'NONE'" in nowhere
+
+
 def test_a_method_that_was_registered_is_an_option_like_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "_known", dict(registry.METHODS._known))
     registry.register("mine", registry.CreditMethod("somewhere:else", needs=("rewards",), options=("alpha",)))
     assert not config("credit.method=mine").uses_lookahead
     assert 'did you mean "mine"?' in refused("credit.method=minee")

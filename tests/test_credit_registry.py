@@ -285,7 +285,7 @@ def test_similarity_belongs_to_the_sample_of_its_row() -> None:
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A copy of the registry's table, gone after the test."""
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "_known", dict(registry.METHODS._known))
     yield
 
 

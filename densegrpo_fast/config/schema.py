@@ -25,8 +25,9 @@ from densegrpo_fast.config.learning import (
     RewardOptions,
     RunOptions,
 )
-from densegrpo_fast.config.methods import credit_problem, objective_problem, remainder_problem
+from densegrpo_fast.config.methods import credit_problem, remainder_problem
 from densegrpo_fast.config.nodes import nodes_problem
+from densegrpo_fast.config.objectives import objective_problem
 from densegrpo_fast.config.rewards import meaning
 from densegrpo_fast.config.sampling import (
     DataOptions,
