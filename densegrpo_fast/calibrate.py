@@ -7,10 +7,11 @@
 Trajectories are drawn from the starting policy, every step's reward gains are counted by their sign, and the step's
 noise is raised while they are balanced and lowered where they are not (DenseGRPO, arXiv 2601.20218, Algorithm 1).
 "staircase" looks for the highest balanced level of each step, with the same noise in all rounds; "printed" is the
-paper's rule to the letter. Samples that no round has seen tell the result. Steps start from `sampler.noise_level`, with
-noise in all of them whatever `window` says. Completions are exact, whatever `lookahead` says: the error of a cheap plan
-has a sign too. Options of the preset may be overridden as in training; they are parsed before torch is imported.
-Exit codes are in `exit_codes.py`.
+paper's rule to the letter. Samples that no round has seen tell the result. Steps start from `sampler.noise_level`, and
+have noise as in training: those that a window of the configuration may hold, the others none (all steps with
+`--window.schedule none --window.size null`); with `sampler.branches` each step is taken from a noise-free trunk.
+Completions are exact, whatever `lookahead` says: the error of a cheap plan has a sign too. Options of the preset may be
+overridden as in training; they are parsed before torch is imported. Exit codes are in `exit_codes.py`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, Staircase
 from densegrpo_fast.command_line import check_outputs, command_parser, configuration
 from densegrpo_fast.config import Config
+from densegrpo_fast.config.calibration import calibrated_steps, circumstances, start_levels
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
     sampler = {
         "dynamics": config.sampler.dynamics,
         "num_steps": config.sampler.num_steps,
+        "steps": calibrated_steps(config),
         "sigmas": meter.sigmas.tolist(),
     }
     content = report.document(rule, sampler, rounds, before, after, _settings(config, options))
@@ -100,7 +103,7 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
 
 
 def make_rule(config: Config, options: argparse.Namespace) -> Rule:
-    """The rule that the command line asks for, at the configuration's noise levels.
+    """The rule that the command line asks for, at the levels that the configuration starts from.
 
     Raises:
         UserError: (usage) its parameters do not agree, or belong to another rule.
@@ -111,14 +114,14 @@ def make_rule(config: Config, options: argparse.Namespace) -> Rule:
     if options.rule == "printed":
         if own:
             raise UserError(f"--{next(iter(own))}: not an option of the printed rule", ExitCode.USAGE)
-        return PrintedRule(config.noise_levels, range_)
+        return PrintedRule(start_levels(config), range_)
     try:
         limits = Limits(own.pop("lowest", 0.1), own.pop("highest", 1.0))
         if limits.highest > range_.highest:
             raise ValueError(f"--highest must be at most {range_.highest:g} with dynamics {config.sampler.dynamics}")
         if options.samples < Staircase.enough:
             raise ValueError(f"--samples must be at least {Staircase.enough}, fewer signs move no level")
-        return Staircase(config.noise_levels, limits, **own)
+        return Staircase(start_levels(config), limits, **own)
     except ValueError as error:
         raise UserError(f"--rule staircase: {error}", ExitCode.USAGE) from None
 
@@ -136,20 +139,12 @@ def _meter(config: Config, samples: int) -> GainMeter:
 def _settings(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "preset": config.preset,
-        "model": _portable(config.model.path),
-        "prompts": _portable(config.data.prompts),
-        "reward": {_portable(name): weight for name, weight in config.reward.terms.items()},
-        "guidance_scale": config.sampler.guidance_scale,
+        **circumstances(config),
         "samples": options.samples,
         "rounds": options.rounds,
         "branches": options.branches,
         "seed": config.seed,
     }
-
-
-def _portable(text: str) -> str:
-    """A path without the directories of this machine."""
-    return PurePath(text).name if PurePath(text).is_absolute() else text
 
 
 def _shown(bar: Any) -> Callable[[Round], None]:

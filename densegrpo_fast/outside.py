@@ -1,4 +1,4 @@
-"""Code of one's own, named in an option: `package.module:name` or `path/to/file.py:name`."""
+"""What an option names: a thing of the package, or code of one's own as `some.module:name` or `path/file.py:name`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import importlib.util
 import re
 import sys
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Entry = TypeVar("Entry")
 
 _SPEC = re.compile(r"[^:\s][^:]*:[A-Za-z_]\w*")
 
@@ -48,3 +51,60 @@ def _file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is given as it is, or by where it is in this package as `module:name`: imported when needed."""
+    if callable(function):
+        return function
+    module, _, name = function.rpartition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+class Registry(Generic[Entry]):
+    """Entries of one kind by their names.
+
+    Args:
+        kind: their class.
+        what: what messages call one, such as "method".
+        known: the package's, in order.
+    """
+
+    def __init__(self, kind: type[Entry], what: str, known: Mapping[str, Entry]):
+        self.kind, self.what = kind, what
+        self._known, self._loaded = dict(known), dict[str, Entry]()
+
+    def names(self) -> list[str]:
+        """The package's entries and the registered ones, in the order of their registration."""
+        return list(self._known)
+
+    def register(self, name: str, entry: Entry) -> None:
+        """Give an entry a name.
+
+        Raises:
+            ValueError: the name is taken, or has a colon.
+        """
+        if ":" in name or name in self._known:
+            raise ValueError(
+                f"register: name must be new and without a colon, got {name!r}; taken: {', '.join(self._known)}"
+            )
+        self._known[name] = entry
+
+    def find(self, name: str) -> Entry:
+        """The entry of a name; `module:name` and `file.py:name` load code from outside the package, once.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name in self._known:
+            return self._known[name]
+        if not is_outside(name):
+            known = ", ".join(self._known)
+            raise ValueError(f"unknown {self.what} {name!r} (known: {known}; your own: file.py:NAME)")
+        if name not in self._loaded:
+            entry, kind = load(name), self.kind
+            if not isinstance(entry, kind):
+                raise ValueError(f"{name}: expected a {kind.__name__} ({kind.__module__}), got {entry!r}")
+            self._loaded[name] = entry
+        return self._loaded[name]

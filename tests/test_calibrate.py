@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Signs
 STEPS = 3
 
 
-def calibrate(model: Path, *arguments: object) -> int:
-    """Run the command with settings that take a moment."""
+def calibrate(model: Path, *arguments: object, **changes: object) -> int:
+    """Run the command with settings that take a moment, changed by `section__key`."""
     settings = {
         "model.path": model,
         "data.num_prompts": 2,
@@ -33,7 +34,7 @@ def calibrate(model: Path, *arguments: object) -> int:
         "reward.terms": "{jpeg_incompressibility: 1.0}",
         "lora.rank": 2,
         "lora.alpha": 4,
-    }
+    } | {key.replace("__", "."): value for key, value in changes.items()}
     try:
         return main([*map(str, arguments), *(f"--{key}={value}" for key, value in settings.items())])
     except SystemExit as stop:
@@ -80,6 +81,27 @@ def test_the_same_command_finds_the_same(calibrated: Path, pipeline_directory: P
     assert again["before"]["gains"] == first["before"]["gains"] and again["before"]["consistency"] is None
 
 
+@pytest.mark.parametrize("branches", [False, True])
+def test_noise_is_where_training_has_it(pipeline_directory: Path, tmp_path: Path, capsys: Any, branches: bool) -> None:
+    """In the windows' steps alone, from trajectories or from noise-free trunks; the file says which."""
+    window = {"window__schedule": "random", "window__size": 1, "window__first": 1, "sampler__num_steps": 4}
+    if branches:
+        window |= {"sampler__branches": 2, "sampler__micro_batch": 2, "credit__method": "branch"}
+    output = tmp_path / "levels.json"
+    arguments = ("--output", output, "--plot", tmp_path / "levels.png", "--samples=8", "--rounds=2", "--branches=2")
+    assert calibrate(pipeline_directory, *arguments, **window) == 0
+    made = json.loads(output.read_text())
+    assert made["steps"] == [1, 2] and made["settings"]["drawn"] == ("branches" if branches else "trajectories")
+    assert made["before"]["noise_level"] == [0.0, 0.7, 0.7, 0.0]
+    assert made["noise_level"][0] == made["noise_level"][3] == 0 and min(made["noise_level"][1:3]) >= 0.1
+    for step, gains in enumerate(made["before"]["gains"]):
+        assert any(gains) == (step in (1, 2))
+    own = made["before"]["consistency"]["own"]
+    assert own[0] == own[3] == 0 and own[1] > 0 and own[2] > 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown[1:3]] == ["1", "2"] and not shown[3]
+
+
 def test_training_takes_the_file_and_goes_on_without_it(
     calibrated: Path, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,11 +118,23 @@ def test_training_takes_the_file_and_goes_on_without_it(
     assert train_main([f"--resume={run}", "--run.iterations=2"]) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     capsys.readouterr()
-    for other, expected in ({"sampler.num_steps": 4}, "for 3 steps"), ({"sampler.dynamics": "cps"}, "for dynamics"):
-        options = sampler | other | {"sampler.calibration": calibrated / "levels.json"}
+    made = json.loads((calibrated / "levels.json").read_text())
+    levels.write_text(json.dumps(made | {"steps": [0, 1]}))
+    wrong = [
+        ({"sampler.num_steps": 4}, calibrated / "levels.json", "was made for 3 steps, sampler.num_steps is 4"),
+        ({"sampler.dynamics": "cps"}, calibrated / "levels.json", "was made for dynamics flow_sde"),
+        ({}, levels, "was made with noise in the steps [0, 1], this run may have it in [0, 1, 2]"),
+    ]
+    # all of which is told before the model is looked for
+    for other, path, expected in wrong:
+        options = sampler | other | {"sampler.calibration": path, "model.path": tmp_path / "no_model"}
         assert train(tmp_path / "refused", **options) == 2
         assert expected in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
+    # the sigmas are the model's
+    levels.write_text(json.dumps(made | {"sigmas": [1.0, 0.9, 0.5, 0.0]}))
+    assert train(tmp_path / "refused", **sampler, **{"sampler.calibration": levels}) == 2
+    assert "was made for another schedule: its sigma 1 is 0.9, this model's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -137,12 +171,20 @@ def test_what_is_shown() -> None:
     before = report.state_record(Round((0.7, 0.7), [[-1.0] * 9 + [1.0], [1.0, -1.0, 0.0, float("nan")]]), None)
     after = report.state_record(Round((0.3, 0.7), [[-1.0] * 5 + [1.0] * 5, [1.0, -1.0, 0.0, 0.0]]), None)
     rule = PrintedRule([0.3, 0.7], Limits(0, 3))
-    sampler = {"dynamics": "flow_sde", "num_steps": 2, "sigmas": [1.0, 0.5, 0.0]}
+    sampler = {"dynamics": "flow_sde", "num_steps": 2, "steps": [0, 1], "sigmas": [1.0, 0.5, 0.0]}
     content = report.document(rule, sampler, [], before, after, {})
     # nine against one of ten: 8 > 2 sqrt(10) = 6.3
     assert "steps out of balance: before 0; after none" in report.summary(content)
     lines = report.table(content).splitlines()
-    shown = "0 1.0000 0.70 0.30 1 9 0 5 5 0 -0.80* +0.00 - - - -"
+    shown = "0 1.0000 0.70 0.30 1 9 0 5 5 0 -0.80* +0.00 - - - - - -"
     assert lines[1].split() == shown.split()
+    # what the step's own noise makes of its gains: share, per unit of noise, mirror; before alone
+    parts = {"own_share": [0.25, math.nan], "sensitivity": [1.5, math.nan], "mirror": [-0.9, math.nan]}
+    told = report.table(content | {"before": before | {"consistency": parts}}).splitlines()
+    assert told[0].endswith("own  after  per noise  after  mirror  after")
+    assert told[1].split()[-6:] == ["0.25", "-", "1.50", "-", "-0.90", "-"]
+    # a step that was not calibrated is left out
+    (_, only) = report.table(content | {"steps": [1]}).splitlines()
+    assert only.split()[:4] == ["1", "0.5000", "0.70", "0.70"]
     assert before["mean_gain"] == [-0.8, 0.0] and before["std_gain"][0] == pytest.approx(0.6)
     assert before["missing"] == [0, 1] and before["ties"] == [0, 1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from densegrpo_fast.calibration.during import NoiseLevels
 from densegrpo_fast.config import Config
+from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import UserError
 from densegrpo_fast.rewards.base import RewardMixture
@@ -91,6 +92,19 @@ def test_only_steps_that_may_be_noisy_are_calibrated(mixture_model: Any, monkeyp
     assert found.levels[0] != 0.7 and found.levels[1:] == (0.0, 0.7, 0.7)
     # with noise in step 0 alone only its state is completed, by 3 evaluations
     assert metrics["nfe/calibration"] == metrics["calibration/rounds"] * 16 * (4 + 3)
+
+
+def test_branches_are_calibrated_as_branches(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {"sampler.branches": 4, "sampler.micro_batch": 12, "credit.method": "branch"}
+    found = levels(configured(**tree), mixture_model, monkeypatch)
+    before = len(mixture_model.calls)
+    metrics = found.calibrate(0)
+    # the last step is not trained, and so has no branches
+    assert found.levels[3] == 0.7 and 0.7 not in found.levels[:3]
+    # closed form: 4 steps of a trunk, and 3 + 2 + 1 of what the branches lead to
+    assert metrics["nfe/calibration"] == metrics["calibration/rounds"] * 16 * (4 + 6)
+    assert sum(rows for rows, _, _ in mixture_model.calls[before:]) == metrics["nfe/calibration"]
+    assert calibrated_steps(configured(**tree, **{"objective.trained_steps": "[1, 3]"})) == [1, 3]
 
 
 def test_a_checkpoint_of_another_sampler_is_refused() -> None:

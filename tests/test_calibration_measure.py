@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.calibration.measure import HELD_OUT_DRAW, GainMeter
+from densegrpo_fast.credit.consistency import StepConsistency
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow
 from densegrpo_fast.flow.dynamics import A, B, C, coefficients
@@ -117,13 +118,36 @@ def test_too_many_missing_scores_end_it(mixture_model: FlowModel) -> None:
     assert gains.isnan().nonzero().tolist() == [[0, 0], [8, 0]]
 
 
-def test_components_of_a_linear_flow_in_closed_form() -> None:
-    """One Gaussian N(m, s^2) has the linear velocity g(sigma) (x - (1 - sigma) m) - m, so every map here is affine.
+def test_branches_leave_a_trunk_without_noise(mixture_model: FlowModel) -> None:
+    """The first step's gains are a trajectory's; those of later ones know nothing of the noise before them."""
+    trajectories = meter(mixture_model, ["0", "12"])
+    trunks = replace(trajectories, branched=True)
+    one, other = trunks.gains([0.7, 0.5, 0.0, 0.7], 0), trunks.gains([0.2, 0.5, 0.7, 0.7], 0)
+    assert one.shape == (12, T) and not one[:, 2].any() and other[:, 2].all()
+    torch.testing.assert_close(one[:, [1, 3]], other[:, [1, 3]], rtol=1e-5, atol=1e-6)
+    whole = trajectories.gains([0.7, 0.5, 0.0, 0.7], 0)
+    torch.testing.assert_close(one[:, 0], whole[:, 0], rtol=1e-5, atol=1e-6)
+    assert (one[:, 1] != whole[:, 1]).all()
 
-    A completion from state j multiplies x by a_j = prod_(i >= j) (1 + dt_i g_i). With a reward w . x_0, |w| = 1:
+
+@pytest.mark.parametrize("branched", [False, True])
+def test_forwards_in_closed_form(mixture_model: FlowModel, branched: bool) -> None:
+    """T = 4 steps, and the completions after the noisy steps 0 and 2: 3 + 1 evaluations."""
+    found = meter(mixture_model, ["0", "12"], branched=branched)
+    found.gains([0.7, 0.0, 0.5, 0.0], 0)
+    assert sum(rows for rows, _, _ in mixture_model.calls) == found.forwards([0.7, 0.0, 0.5, 0.0]) == 12 * (4 + 3 + 1)
+
+
+def linear_flow(branched: bool) -> tuple[StepConsistency, Tensor, Tensor, Tensor]:
+    """What is measured on a linear flow, own and state variance in closed form, and the injected standard deviations.
+
+    One Gaussian N(m, s^2) has the linear velocity g(sigma) (x - (1 - sigma) m) - m, so every map here is affine. A
+    completion from state j multiplies x by a_j = prod_(i >= j) (1 + dt_i g_i). With a reward w . x_0, |w| = 1:
 
         own   = (a_(t+1) C_t)^2
-        state = (a_(t+1) ((A_t - 1) + (B_t - dt_t) g_t))^2 Var(x_t),   Var(x_(t+1)) = (A_t + B_t g_t)^2 Var(x_t) + C_t^2
+        state = (a_(t+1) ((A_t - 1) + (B_t - dt_t) g_t))^2 Var(x_t)
+
+    where Var(x_(t+1)) = (A_t + B_t g_t)^2 Var(x_t) + C_t^2, or (1 + dt_t g_t)^2 Var(x_t) along a noise-free trunk.
     """
     std, levels = 0.5, [0.7, 0.9, 0.5, 0.7]
     mean = torch.tensor([[0.2, -0.1, 0.3, 0.0, -0.2, 0.1]], dtype=torch.float64)
@@ -133,7 +157,7 @@ def test_components_of_a_linear_flow_in_closed_form() -> None:
     def linear(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return images.double().flatten(1).logit() @ weight
 
-    found = meter(model, [""], linear, rows=RowBudget(1024, "rows"), count=4096)
+    found = meter(model, [""], linear, rows=RowBudget(1024, "rows"), count=4096, branched=branched)
     result = found.consistency(levels, HELD_OUT_DRAW, 4)
 
     table = coefficients(model.sigmas(T), levels, "flow_sde")
@@ -146,12 +170,17 @@ def test_components_of_a_linear_flow_in_closed_form() -> None:
         a, b, c, g = rows[t, A].item(), rows[t, B].item(), rows[t, C].item(), slope[t].item()
         own.append((onward[t + 1] * c) ** 2)
         state.append((onward[t + 1] * ((a - 1) + (b - dt[t].item()) * g)) ** 2 * variance)
-        variance = (a + b * g) ** 2 * variance + c**2
-    own_, state_ = torch.tensor(own, dtype=torch.float64), torch.tensor(state, dtype=torch.float64)
+        variance = (1 + dt[t].item() * g) ** 2 * variance if branched else (a + b * g) ** 2 * variance + c**2
+    return result, torch.tensor(own, dtype=torch.float64), torch.tensor(state, dtype=torch.float64), rows[:, C]
+
+
+@pytest.mark.parametrize("branched", [False, True])
+def test_components_of_a_linear_flow_in_closed_form(branched: bool) -> None:
+    result, own, state, noise = linear_flow(branched)
     # relative standard errors: own sqrt(2 / 3072) = 2.6%, state about 4.4% of (state + own / 4)
-    torch.testing.assert_close(result.own, own_, rtol=0.12, atol=0)
-    assert ((result.state - state_).abs() <= 0.2 * (state_ + own_ / 4)).all()
-    torch.testing.assert_close(result.sensitivity, own_.sqrt() / rows[:, C], rtol=0.06, atol=0)
+    torch.testing.assert_close(result.own, own, rtol=0.12, atol=0)
+    assert ((result.state - state).abs() <= 0.2 * (state + own / 4)).all()
+    torch.testing.assert_close(result.sensitivity, own.sqrt() / noise, rtol=0.06, atol=0)
     # affine in the noise: the opposite noise gives the opposite gain
     assert (result.mirror < -0.9).all()
     assert result.states.tolist() == [1024] * T

@@ -51,6 +51,10 @@ def test_the_printed_rule_to_the_letter() -> None:
 
 
 def test_the_printed_rule_stays_in_the_samplers_range() -> None:
+    # what starts without noise is an ODE step, whose gains of 0 would count as balanced
+    ode = PrintedRule([0.0, 0.7], Limits(0.0, 3.0))
+    ode.update([Signs(0, 0, 24), Signs(12, 12)])
+    assert ode.levels == (0.0, 0.71)
     rule = PrintedRule([0.015, 0.995], Limits(0.0, 1.0))
     for _ in range(3):
         rule.update([Signs(0, 9), Signs(4, 4)])

@@ -10,6 +10,7 @@ import pytest
 
 from densegrpo_fast.calibration.store import FORMAT, read_calibration
 from densegrpo_fast.config import Config
+from densegrpo_fast.config.calibration import circumstances
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.exit_codes import ExitCode, UserError
@@ -18,6 +19,7 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.runtime.builders import build_coefficients, check_calibration, shrink
 
 LEVELS = [0.5, 0.75, 0.3, 0.7]
+WHOLE = {"format": FORMAT, "dynamics": "cps", "sigmas": [1, 0.5, 0], "noise_level": [0.5, 0.5]}
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -31,7 +33,9 @@ SAMPLER = ("--sampler.num_steps=4", "--sampler.dynamics=flow_sde", "--window.sch
 
 
 def config(path: Path, *overrides: str) -> Config:
-    return load_config(["--config=embedded_dense", *SAMPLER, f"--sampler.calibration={path}", *overrides])[0]
+    """The last of several values of an option counts."""
+    given = dict(option.split("=", 1) for option in (*SAMPLER, f"--sampler.calibration={path}", *overrides))
+    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in given.items())])[0]
 
 
 def refused(path: Path, *overrides: str) -> str:
@@ -47,7 +51,7 @@ def test_a_file_reads_back(tmp_path: Path) -> None:
     made = read_calibration(write(tmp_path / "levels.json"))
     assert made.num_steps == 4 and made.dynamics == "flow_sde"
     assert made.noise_level == tuple(LEVELS)
-    made.check_sampler(4, "flow_sde")
+    made.check_sampler(4, "flow_sde", range(4))
     made.check_sigmas(sd3_sigmas(4).tolist())
 
 
@@ -92,6 +96,44 @@ def test_another_sampler_is_refused(tmp_path: Path, override: str, expected: str
         )
 
 
+def test_the_steps_that_may_be_noisy_must_have_been_calibrated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "levels.json", steps=[0, 1], noise_level=[0.5, 0.75, 0.0, 0.0])
+    window = ("--window.schedule=random", "--window.size=1", "--window.last=1")
+    loaded = config(path, *window)
+    assert loaded.noise_levels == (0.5, 0.75, 0.0, 0.0) and not caplog.messages
+    # nothing is said of the levels outside of the window, which are not used
+    assert "steps [0, 1], this run may have it in [0, 1, 2]" in refused(path, *window[:2])
+    assert "this run may have it in [0, 1, 2, 3]" in refused(path)
+    # of branches none has noise in the last step, which is not trained
+    branches = ("--sampler.branches=4", "--sampler.micro_batch=12", "--credit.method=branch")
+    assert "this run may have it in [0, 1, 2]" in refused(path, *branches)
+
+
+def test_a_file_that_was_made_otherwise_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = circumstances(config(write(tmp_path / "levels.json")))
+    assert own == {
+        "model": "embedded",
+        "prompts": "scenes",
+        "reward": {"scenes": 1.0},
+        "guidance_scale": 1.0,
+        "drawn": "trajectories",
+    }
+    # the same, and with less: the file of an earlier version
+    for settings in (own | {"samples": 64}, {"reward": {"scenes": 1.0}}):
+        config(write(tmp_path / "levels.json", settings=settings))
+    assert not caplog.messages
+    others = {"model": "other", "reward": {"ocr": 1.0}, "guidance_scale": 4.5, "drawn": "branches", "prompts": "p.txt"}
+    config(write(tmp_path / "levels.json", settings=others), "--window.schedule=fixed", "--window.size=2")
+    (said,) = caplog.messages
+    assert "levels.json was made with model other (here embedded), prompts p.txt (here scenes), reward" in said
+    assert "{'ocr': 1.0} (here {'scenes': 1.0}), guidance_scale 4.5 (here 1.0), drawn branches" in said
+    assert "noise in the steps [0, 1, 2, 3] (here [0, 1])" in said
+
+
 def test_another_schedule_is_refused(tmp_path: Path, mixture_model: FlowModel) -> None:
     path = write(tmp_path / "levels.json", sigmas=sd3_sigmas(4, shift=2.0).tolist())
     with pytest.raises(UserError, match=r"another schedule: its sigma 1 is 0\.8\d*, this model's 0\.857"):
@@ -116,6 +158,10 @@ def test_a_file_that_has_changed_since_is_refused(tmp_path: Path, mixture_model:
         (json.dumps({"format": FORMAT, "dynamics": "cps", "sigmas": [1, 0], "noise_level": [0.5, 0.5]}), "is broken"),
         (json.dumps({"format": FORMAT, "dynamics": "cps", "sigmas": [1, 0], "noise_level": ["a"]}), "is broken"),
         (f'{{"format": "{FORMAT}", "dynamics": "cps", "sigmas": [1, 0], "noise_level": [NaN]}}', "is broken"),
+        (json.dumps(WHOLE | {"steps": [1, 0]}), "is broken"),
+        (json.dumps(WHOLE | {"steps": [0, 2]}), "is broken"),
+        (json.dumps(WHOLE | {"steps": 2}), "is broken"),
+        (json.dumps(WHOLE | {"settings": []}), "is broken"),
     ],
 )
 def test_what_is_no_calibration_is_refused(tmp_path: Path, text: str | bytes, expected: str) -> None:

@@ -14,6 +14,8 @@ from densegrpo_fast.runtime import builders
 # 8 steps of flow_sde without windows, 6 prompts x 8 samples: 12 trunks of 4 branches
 BASE = [f"--config={Path(__file__).parent / 'data' / 'base.yaml'}", "window.schedule=none", "window.size=null"]
 BRANCHES = ["sampler.branches=4", "sampler.micro_batch=6", "credit.method=branch"]
+NODES = ["lookahead.plan=nodes"]
+WINDOW = ["window.schedule=fixed", "window.size=2"]
 GRANULAR = [*BRANCHES, "credit.method=granular", "lookahead.plan=exact"]
 
 
@@ -66,6 +68,18 @@ def config(*argv: str) -> Config:
         ([*GRANULAR, "credit.granularities=[2,1]"], "credit.granularities: expected increasing step sizes, got [2, 1]"),
         ([*GRANULAR, "credit.granularities=[1,8]"], "credit.granularities: expected at most 7"),
         ([*GRANULAR, "credit.granularities=[0,2]"], "credit.granularities"),
+        (  # branches of step 2 lead to state 3
+            [*BRANCHES, *NODES, "lookahead.nodes=[1,3]", "objective.trained_steps=[2,3]"],
+            "lookahead.nodes: expected a step of 4..7 among them, got [1, 3]: in an iteration whose first completed",
+        ),
+        (  # the steps 2, 3 and 4 may be drawn, or later ones
+            [*BRANCHES, *NODES, "lookahead.nodes=[3]", *WINDOW, "window.size=6", "objective.trained_steps=3"],
+            "lookahead.nodes: expected a step of 4..7 among them, got [3]",
+        ),
+        (
+            [*BRANCHES, *NODES, "lookahead.nodes=[7]", "objective.trained_steps=[6]"],
+            "lookahead.plan: expected one_step where no state before 7 is completed, got nodes [7]",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused_by_name(arguments: list[str], expected: str) -> None:
@@ -73,6 +87,12 @@ def test_what_has_no_meaning_is_refused_by_name(arguments: list[str], expected: 
         config(*arguments)
     assert caught.value.exit_code == ExitCode.USAGE
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nodes_after_the_first_branches_are_enough() -> None:
+    config(*BRANCHES, *NODES, "lookahead.nodes=[2]")
+    # one step of 0..6 is drawn: branches of step 5 lead to state 6, where exact_but_last evaluates nothing either
+    config(*BRANCHES, *NODES, "lookahead.nodes=[4,6]", "objective.trained_steps=1")
 
 
 def test_trunks_branch_at_the_steps_that_are_trained() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import load_config, validate
 from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
 from densegrpo_fast.exit_codes import ExitCode, UserError
@@ -60,6 +60,29 @@ def test_every_policy_loss_goes_with_every_step_weight(policy: str, weight: str)
             "credit.method=mixture credit.terminal_coef=0 credit.dense_coef=0",
             "credit.terminal_coef, credit.dense_coef: expected one above 0, got 0 and 0",
         ),
+        (
+            "lookahead.plan=nodes lookahead.nodes=[1,2] window.schedule=fixed window.size=3 window.first=2",
+            "lookahead.nodes: expected a step of 3..7 among them, got [1, 2]: in an iteration whose first completed "
+            "state is 2 the plan would be one_step",
+        ),
+        (  # one of the windows that may be drawn begins at state 3
+            "lookahead.plan=nodes lookahead.nodes=[3] window.schedule=random window.size=2 window.last=4",
+            "lookahead.nodes: expected a step of 4..7 among them, got [3]",
+        ),
+        (  # a window that slides from 0 by 2 and stays where it begins at 4
+            "lookahead.plan=nodes lookahead.nodes=[1,4] window.schedule=progressive window.size=2 window.stride=2 "
+            "window.last=5",
+            "lookahead.nodes: expected a step of 5..7 among them, got [1, 4]",
+        ),
+        (  # noise in step 3 of the window alone
+            "lookahead.plan=nodes lookahead.nodes=[3] window.schedule=fixed window.size=4 "
+            "sampler.noise_level=[0,0,0,0.7,0,0,0,0]",
+            "lookahead.nodes: expected a step of 4..7 among them, got [3]",
+        ),
+        (  # nothing but the last window's state, which no node is ahead of
+            "lookahead.plan=nodes lookahead.nodes=[6] window.schedule=fixed window.size=1 window.first=6",
+            "lookahead.nodes: expected a step of 7..7 among them, got [6]",
+        ),
         ("credit.discount=1.5", "credit.discount: expected a number <= 1.0, got 1.5"),
         ("credit.terminal_coef=-1", "credit.terminal_coef: expected a number >= 0.0, got -1"),
         ("credit.alpha=2", "credit.alpha: expected a number <= 1.0, got 2"),
@@ -70,7 +93,13 @@ def test_every_policy_loss_goes_with_every_step_weight(policy: str, weight: str)
         ("credit.consistent=1", "credit.consistent: expected true or false, got 1"),
         ("credit.arguments={x:1}", 'credit.arguments: method dense has no argument "x:1"; it takes none'),
         ("credit.arguments={clip:}", "credit.arguments: clip is an option of its own, credit.clip"),
-        ("objective.policy=ppo", 'objective.policy: expected "clip", "guard" or "dppo", got \'ppo\''),
+        (
+            "objective.policy=cilp",
+            'objective.policy: unknown policy "cilp"; did you mean "clip"? (known: clip, guard, ',
+        ),
+        ("objective.step_weight=flas", 'objective.step_weight: unknown step weight "flas"; did you mean "flash"?'),
+        ("objective.arguments={x:1}", "objective.arguments: policy clip with step_weight noise_aware has no argument"),
+        ("objective.arguments={kl_coef:}", "objective.arguments: kl_coef is an option of its own, objective.kl_coef"),
         ("objective.dppo_threshold=-1", "objective.dppo_threshold: expected a number >= 0.0, got -1"),
         ("objective.kl_scale=papr", 'did you mean "paper"?'),
         (
@@ -112,10 +141,28 @@ def test_what_does_not_go_together_is_refused_by_name(arguments: str, expected: 
         "objective.policy=dppo sampler.dynamics=cps sampler.noise_level=[0.7,0,0.7,0.7,0.7,0.7,0.7,0]",
         "credit.method=dense credit.window=3 credit.terminal_coef=0 credit.dense_coef=0",
         "credit.method=vgpo lookahead.plan=one_step",
+        "lookahead.plan=nodes lookahead.nodes=[1] window.schedule=fixed window.size=3",
+        # starts at 1, 3, 5: not at 2 and 4
+        "lookahead.plan=nodes lookahead.nodes=[2,4,6] window.schedule=progressive window.size=1 window.stride=2 "
+        "window.first=1 window.last=5",
+        # from the last of the windows, state 6, exact_but_last would evaluate nothing either
+        "lookahead.plan=nodes lookahead.nodes=[3,6] window.schedule=random window.size=1",
+        # without a lookahead nobody asks for nodes
+        "credit.method=sparse lookahead.plan=nodes lookahead.nodes=[1] window.schedule=fixed window.size=3 "
+        "window.first=3",
     ],
 )
 def test_what_does_go_together_is_not(arguments: str) -> None:
     config(*arguments.split())
+
+
+def test_a_credit_with_a_lookahead_cannot_be_without_a_plan() -> None:
+    assert "lookahead.plan: expected " in (message := refused("credit.method=dense", "lookahead.plan=null"))
+    assert message.endswith("got null")
+    settings = config("credit.method=dense").model_dump()
+    del settings["lookahead"]["plan"]
+    with pytest.raises(UserError, match="lookahead.plan: is required"):
+        validate(settings)
 
 
 def test_a_method_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
@@ -136,8 +183,39 @@ def test_a_method_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
     assert "worse.py: KeyError: 'boom'" in refused(f"credit.method={path.with_name('worse.py')}:OWN")
 
 
+OBJECTIVE = """
+from densegrpo_fast.objective.registry import PolicyLoss, StepWeighting
+HINGE = PolicyLoss('somewhere:else', options=('margin', 'clip_range'), variance=True, noise=True)
+LATE = StepWeighting('somewhere:else', options=('power',))
+"""
+
+
+def test_a_policy_and_step_weights_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OBJECTIVE)
+    named = (f"objective.policy={path}:HINGE", f"objective.step_weight={path}:LATE")
+    objective = config(*named, "objective.arguments={margin: 0.1, power: 2}").objective
+    assert (objective.policy, objective.arguments) == (f"{path}:HINGE", {"margin": 0.1, "power": 2})
+    assert "needs margin, power" in refused(*named)
+    assert "needs power" in refused(*named, "objective.arguments={margin: 0.1}")
+    wrong = refused(*named, "objective.arguments={margn: 0.1, power: 2}")
+    assert 'has no argument "margn"; did you mean "margin"?' in wrong
+    # what it says that it needs of the sampler is held against it, as Guard's needs are
+    given = (*named, "objective.arguments={margin: 0.1, power: 2}")
+    assert (
+        "HINGE needs a log-probability with a variance, sampler.dynamics cps has none; expected clip or dppo"
+        in refused(*given, "sampler.dynamics=cps")
+    )
+    quiet = ("window.schedule=none", "window.size=null", "sampler.noise_level=[0.7,0.7,0,0.7,0.7,0.7,0.7,0.7]")
+    assert "HINGE needs noise in every trained step, flow_sde injects none in [2]" in refused(*given, *quiet)
+    swapped = refused(f"objective.policy={path}:LATE")
+    assert f"objective.policy: {path}:LATE: expected a PolicyLoss (densegrpo_fast.objective.registry)" in swapped
+    assert "objective.step_weight: " in (nowhere := refused(f"objective.step_weight={path}:NONE"))
+    assert "holds no 'NONE'" in nowhere
+
+
 def test_a_method_that_was_registered_is_an_option_like_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "_known", dict(registry.METHODS._known))
     registry.register("mine", registry.CreditMethod("somewhere:else", needs=("rewards",), options=("alpha",)))
     assert not config("credit.method=mine").uses_lookahead
     assert 'did you mean "mine"?' in refused("credit.method=minee")

@@ -175,6 +175,19 @@ def test_a_missing_reward_is_counted_and_spreads_no_further(name: str, seed: int
 
 
 @every_method
+@pytest.mark.parametrize("std", ["group", "global"])
+@few
+@given(seed=seeds)
+def test_equal_samples_get_equal_advantages(name: str, std: str, seed: int) -> None:
+    """Every sample twice in its group, and rewards of 1, 2 or 3 alone: steps, samples and groups tie as well."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randint(1, 4, (P, G, T + 1), generator=generator).double()
+    twice = members(rewarded(evidence(seed), rewards), [0, 1, 1, 0])
+    values = judged(name, twice, std=std, absolute_coef=0.5)
+    assert torch.equal(values, values[:, [3, 2, 1, 0]])
+
+
+@every_method
 @few
 @given(seed=seeds)
 def test_groups_without_spread_get_nothing(name: str, seed: int) -> None:
@@ -272,7 +285,7 @@ def test_similarity_belongs_to_the_sample_of_its_row() -> None:
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A copy of the registry's table, gone after the test."""
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "_known", dict(registry.METHODS._known))
     yield
 
 

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from densegrpo_fast.credit import registry
+from densegrpo_fast.credit.evidence import Evidence
 from densegrpo_fast.credit.normalize import normalize_groups
 from densegrpo_fast.credit.value import value_advantages
 from densegrpo_fast.credit.vgpo import temporal_weights, vgpo_advantages
@@ -49,6 +51,39 @@ def test_the_absolute_term_is_the_dual_advantage_with_alpha_proportional_to_the_
     expected = value / value.mean(-1, keepdim=True) * dual
     values = vgpo_advantages(rewards, clip=None, epsilon=0.0, **OPTIONS).values
     torch.testing.assert_close(values, expected.float())
+
+
+def test_the_absolute_term_is_for_the_first_sampling_steps_whatever_is_judged():
+    # equal samples: relative 0; discount 0: Q = 2, weights 1; k Q = .25 * 2 in the steps before 5
+    rewards = torch.full((1, 2, 4), 2.0)
+    found = {
+        first: vgpo_advantages(rewards, steps=range(first, first + 3), discount=0.0, absolute_coef=0.25).values[0, 0]
+        for first in (0, 3, 8)
+    }
+    assert {first: values.tolist() for first, values in found.items()} == {
+        0: [0.5, 0.5, 0.5],
+        3: [0.5, 0.5, 0.0],
+        8: [0.0, 0.0, 0.0],
+    }
+    with pytest.raises(ValueError, match="steps must name the 3 judged ones"):
+        vgpo_advantages(rewards, steps=[0, 1], discount=0.0, absolute_coef=0.25)
+
+
+def test_a_window_that_begins_late_has_no_absolute_term():
+    """As training asks for it: noise in the steps 3..5 of 8, of which the first 5 sampling steps hold 3 and 4."""
+    rewards = torch.full((1, 2, 4), 2.0)
+    evidence = Evidence(
+        rewards=rewards[..., -1],
+        noisy=(False,) * 3 + (True,) * 3 + (False,) * 2,
+        latents=torch.zeros(9, 2, 1),
+        velocities=torch.zeros(8, 2, 1),
+        sigmas=torch.linspace(1, 0, 9),
+        lookahead_rewards=rewards,
+    )
+    options = {"discount": 0.0, "absolute_coef": 0.25, "absolute_steps": 5}
+    common = {"std": "group", "spread_floor": 0.0, "clip": 5.0}
+    values = registry.advantages("vgpo", evidence, common | options).values
+    assert values[0, 0].tolist() == [0, 0, 0, 0.5, 0.5, 0, 0, 0]
 
 
 def test_a_flat_group_keeps_the_absolute_term():
@@ -115,6 +150,9 @@ def test_values_that_are_no_weights_weigh_one():
     assert torch.equal(temporal_weights(negative), torch.ones_like(negative))
     advantages = vgpo_advantages(negative, discount=0.0, absolute_coef=0.0)
     assert torch.equal(advantages.values, normalize_groups(negative[..., 1:]).values)
+    # a mean above 0 is not enough: -1 / 1 would turn the first step's advantage around
+    mixed = torch.tensor([[-1.0, 3.0], [0.0, 2.0], [0.0, 0.0]])
+    assert temporal_weights(mixed).tolist() == [[1.0, 1.0], [0.0, 2.0], [1.0, 1.0]]
 
 
 @pytest.mark.parametrize(

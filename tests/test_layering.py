@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"kernels"},
     "sampling": {"sampling", "flow", "models.base"},
     "credit": {"credit", "flow", "outside"},
-    "objective": {"objective", "flow"},
+    "objective": {"objective", "flow", "outside"},
     "models": {"models", "flow.schedule", "flow.analytic", "embedded", "exit_codes", "pretrained"},
     "rewards": {"rewards", "outside", "pretrained"},
     "compat": {"compat", "flow", "sampling", "credit", "models.base"},

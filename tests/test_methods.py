@@ -14,6 +14,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit import registry
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.objective.guard import guard_table
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
@@ -83,7 +84,9 @@ def test_one_iteration(tiny_policy: Policy, method: str, policy: str) -> None:
     update = learner.update(trajectory, advantages, steps)
     # at ratio 1 the loss of a step is minus its weighted mean advantage, whatever the policy loss
     objective = Objective(options.objective, trajectory.coefficients, steps)
-    weights = objective.weights if objective.guard is None else objective.weights * objective.guard.weight
+    weights = objective.weights
+    if policy == "guard":
+        weights = weights * guard_table(trajectory.coefficients, steps).weight
     expected = -(weights[steps] * advantages[:, steps]).mean().item()
     assert update["policy_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert update["ratio_deviation"] <= 1e-6 and update["clip_fraction"] == update["skipped_updates"] == 0
@@ -163,6 +166,37 @@ def test_a_run_with_a_method_from_a_file(train: Train, tmp_path: Path, capsys: p
     assert record["grad_norm"] == 0 and record["nfe/lookahead"] > 0 and "gain/step_0" in record
     assert train(tmp_path / "other", **named) == 2
     assert "credit.arguments: method" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_with_a_policy_and_step_weights_from_a_file(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from densegrpo_fast.objective.registry import PolicyLoss, StepWeighting\n"
+        "def hinge(coefficients, steps, *, margin):\n"
+        "    def loss(pairs):\n"
+        "        rise = pairs.log_prob - pairs.old_log_prob\n"
+        "        losses = (margin * pairs.advantages.abs() - pairs.advantages * rise).relu()\n"
+        "        seen = {'hinge': losses.detach().mean(), 'square': pairs.weight.square().mean()}\n"
+        "        return (pairs.weight * losses).mean(), seen\n"
+        "    return loss\n"
+        "HINGE = PolicyLoss(hinge, options=('margin',))\n"
+        "FIRST = StepWeighting(lambda coefficients: (coefficients.sigmas[:-1] == 1).float())\n"
+    )
+    named = {"objective.policy": f"{path}:HINGE", "objective.step_weight": f"{path}:FIRST", "objective.kl_coef": 0.01}
+    short = {"run.iterations": 2, "evaluation.every": 0, "objective.trained_steps": "[0, 1]"}
+    short |= {"optimizer.updates_per_iteration": 1}
+    assert train(tmp_path / "run", **named, **short, **{"objective.arguments": "{margin: 0.25}"}) == 0
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first["ratio_deviation"] <= 1e-6 and first["kl"] == 0 and first["grad_norm"] > 0
+    # the first of two trained steps, which starts at sigma 1, has all the weight: 2, so that their mean is 1
+    assert first["square"] == pytest.approx((2**2 + 0) / 2)
+    # at ratio 1 the loss of a pair is margin |A|; two samples of a group have the advantages 1 and -1, or both 0
+    assert 0 < first["hinge"] <= 0.25 * 1.0001 and first["policy_loss"] > 0 and second["kl"] > 0
+    assert train(tmp_path / "other", **named) == 2
+    assert "objective.arguments: policy" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

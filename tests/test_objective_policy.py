@@ -13,7 +13,9 @@ from torch import Tensor
 from densegrpo_fast.flow.dynamics import LOG_PROB_CONST, LOG_PROB_SCALE, A, B, C, StepCoefficients, coefficients
 from densegrpo_fast.objective.clip import ppo_clip_loss
 from densegrpo_fast.objective.kl import KlScale, gaussian_kl
+from densegrpo_fast.objective.pairs import Loss, Pairs
 from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
+from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS, PolicyLoss, StepWeighting
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.6, 0.25, 0.0])
 SAMPLER = coefficients(SIGMAS, 0.7, "flow_sde")
@@ -157,6 +159,68 @@ def test_every_policy_reports_the_same_metrics() -> None:
     assert narrow["clip_fraction"].item() == 1.0 and 0 < narrow["clip_ratio/region_mean"].item() < 1
 
 
+def shifted(coefficients: StepCoefficients, steps: tuple[int, ...], *, margin: float, clip_range: float) -> Loss:
+    """-A (log r - margin), scaled by how many steps are trained; says nothing of its metrics."""
+
+    def loss(pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        rise = pairs.log_prob - pairs.old_log_prob - margin
+        return len(steps) * (-pairs.weight * pairs.advantages * rise).mean(), {"seen": torch.tensor(clip_range)}
+
+    return loss
+
+
+def later(coefficients: StepCoefficients, *, power: int) -> Tensor:
+    return (1 - coefficients.sigmas[:-1].double()) ** power
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy loss and a weighting from outside of the package, registered for one test."""
+    for registry in (POLICIES, STEP_WEIGHTS):
+        monkeypatch.setattr(registry, "_known", dict(registry._known))
+    POLICIES.register("shifted", PolicyLoss(shifted, options=("margin", "clip_range")))
+    STEP_WEIGHTS.register("later", StepWeighting(later, options=("power",)))
+
+
+@pytest.mark.usefixtures("outside")
+def test_a_policy_and_a_weighting_from_outside_are_one_registration_each() -> None:
+    rows, given = Rows(), {"policy": "shifted", "step_weight": "later", "arguments": {"margin": 0.5, "power": 2}}
+    made = objective(**given, kl_coef=0.1)
+    # (1 - sigma)^2 = 0 .01 .16 .5625, over the mean of the first three, .17 / 3
+    expected = torch.tensor([0.0, 0.01, 0.16, 0.5625]) * 3 / 0.17
+    torch.testing.assert_close(made.weights, expected)
+    rise = rows.log_prob(rows.velocity) - rows.log_prob(rows.old_velocity)
+    kl = rows.kl(rows.old_velocity + 0.5, "paper")
+    loss, metrics = rows.loss(made, kl)
+    plain = (-(0.01 * 3 / 0.17) * rows.advantages * (rise - 0.5) * 3).mean()
+    # the term that it does not know of is added
+    torch.testing.assert_close(loss, plain + 0.1 * kl.mean(), rtol=1e-5, atol=1e-7)
+    # and so are the metrics of the plain ratio, which clip would have
+    _, known = rows.loss(objective(clip_range=0.999999), kl)
+    assert metrics.keys() == known.keys() | {"seen"} and metrics["seen"].item() == pytest.approx(0.2)
+    for name in ("kl", "approx_kl", "ratio_deviation"):
+        torch.testing.assert_close(metrics[name], known[name], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(metrics["policy_loss"], plain.detach(), rtol=1e-5, atol=1e-7)
+    assert not metrics["clip_fraction"] and not metrics["clip_ratio/region_mean"]
+    with pytest.raises(ValueError, match="policy shifted needs the options margin"):
+        objective(policy="shifted")
+    with pytest.raises(ValueError, match="step weight later needs the options power"):
+        objective(step_weight="later")
+
+
+@pytest.mark.usefixtures("outside")
+def test_what_a_function_from_outside_returns_is_checked() -> None:
+    POLICIES.register("rows", PolicyLoss(lambda coefficients, steps: lambda pairs: (pairs.log_prob, {})))
+    with pytest.raises(ValueError, match=r"policy rows: expected a loss without dimensions, got shape \[6\]"):
+        Rows().loss(objective(policy="rows"))
+    STEP_WEIGHTS.register("short", StepWeighting(lambda coefficients: torch.ones(3)))
+    with pytest.raises(ValueError, match=r"step weight short: expected \[4\] weights, got \[3\]"):
+        objective(step_weight="short")
+    for name in ("clip", "a:b"):
+        with pytest.raises(ValueError, match=f"must be new and without a colon, got '{name}'"):
+            POLICIES.register(name, PolicyLoss(shifted))
+
+
 def test_a_step_without_noise_teaches_nothing() -> None:
     sampler = coefficients(SIGMAS, [0.7, 0.0, 0.7, 0.7], "flow_sde")
     for kind in ("noise_aware", "flash", "proportionate"):
@@ -177,7 +241,7 @@ def test_a_step_without_noise_teaches_nothing() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="policy must be one of clip, guard, dppo, got 'ppo'"):
+    with pytest.raises(ValueError, match=r"unknown policy 'ppo' \(known: clip, guard, dppo"):
         objective(policy="ppo")
     with pytest.raises(ValueError, match="family 'cps' has none"):
         objective(policy="guard", sampler=coefficients(SIGMAS, 0.7, "cps"))

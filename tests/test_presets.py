@@ -24,16 +24,22 @@ from densegrpo_fast.runtime.metrics import PhaseTimer
 
 EMBEDDED = [name for name in preset_names() if name.startswith("embedded_")]
 METHODS = {
+    "embedded_sparse": "2505.05470",
+    "embedded_fast": "2505.05470",
     "embedded_stepwise": "2603.28718",
     "embedded_value": "2601.20218",
     "embedded_return_to_go": "2601.20218",
     "embedded_mixture": "2602.04928",
     "embedded_turning_point": "2602.06422",
+    "embedded_turning_point_free": "2602.06422",
     "embedded_vgpo": "2512.12387",
     "embedded_coca": "2505.19196",
     "embedded_guard": "2510.22319",
     "embedded_dppo": "2606.11025",
+    "embedded_pcpo": "2509.25774",
     "embedded_mixgrpo": "2507.21802",
+    "embedded_tempflow": "2508.04324",
+    "embedded_g2rpo": "2510.01982",
     "embedded_calibrated": "2601.20218",
 }
 SMALL = {
@@ -85,7 +91,11 @@ def test_a_methods_preset_is_a_few_keys_and_names_its_source(name: str) -> None:
     head = " ".join(line for line in lines if line.startswith("#"))
     assert re.findall(r"arXiv (\d{4}\.\d{5})", head) == [METHODS[name]]
     assert len([line for line in lines if re.match(r"  \w+:", line)]) <= 10
-    assert any(line in ("extends: embedded_dense", "extends: embedded_sparse") for line in lines)
+    assert [line for line in lines if re.fullmatch(r"extends: embedded_(dense|sparse|turning_point)", line)]
+
+
+def test_every_embedded_preset_is_a_method_or_a_base() -> None:
+    assert set(EMBEDDED) - set(METHODS) == {"embedded_dense", "embedded_branched", "embedded_paper"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -98,6 +108,12 @@ def test_methods_can_be_compared(name: str) -> None:
     assert own.run == dense.run and own.optimizer.lr == dense.optimizer.lr
 
 
+def test_only_stepwise_normalises_over_all_steps_together() -> None:
+    """DenseGRPO (Eq 10), TP-GRPO, VGPO and Euphonium compare the samples of a group at each step by itself."""
+    joint = [name for name in preset_names() if preset(name).credit.normalize == "joint"]
+    assert joint == ["embedded_stepwise"]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -106,10 +122,15 @@ def test_methods_can_be_compared(name: str) -> None:
         ("embedded_return_to_go", {"credit.method": "return_to_go", "credit.discount": 1.0}),
         ("embedded_mixture", {"credit.method": "mixture", "credit.terminal_coef": 1.0, "credit.dense_coef": 1.0}),
         ("embedded_turning_point", {"credit.method": "turning_point", "credit.consistent": True}),
+        ("embedded_turning_point_free", {"credit.method": "turning_point", "credit.consistent": False}),
         ("embedded_vgpo", {"credit.method": "vgpo", "lookahead.plan": "one_step"}),
         ("embedded_coca", {"credit.method": "coca"}),
         ("embedded_guard", {"credit.method": "sparse", "objective.policy": "guard", "objective.guard_weight": "paper"}),
         ("embedded_dppo", {"credit.method": "sparse", "objective.policy": "dppo", "objective.dppo_threshold": 1e-5}),
+        ("embedded_pcpo", {"credit.method": "sparse", "objective.step_weight": "proportionate"}),
+        ("embedded_tempflow", {"credit.method": "branch", "objective.step_weight": "noise_aware"}),
+        ("embedded_g2rpo", {"credit.method": "granular", "credit.granularities": [1, 2], "lookahead.plan": "exact"}),
+        ("embedded_fast", {"credit.method": "sparse", "window.schedule": "random", "window.size": 2}),
         (
             "embedded_mixgrpo",
             {"credit.method": "sparse", "window.schedule": "progressive", "window.remainder": "dpm_solver"},

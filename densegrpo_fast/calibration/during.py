@@ -5,6 +5,7 @@ from __future__ import annotations
 from densegrpo_fast.calibration.measure import GainMeter
 from densegrpo_fast.calibration.rules import Limits, Staircase, calibrate
 from densegrpo_fast.config import Config
+from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
@@ -14,8 +15,8 @@ from densegrpo_fast.runtime import builders
 class NoiseLevels:
     """Levels of the T steps: the configuration's, and with `calibration.every` what the staircase has made of them.
 
-    A calibration is that of the calibrate command, with noise in all steps that a window of the run may hold, and
-    samples of its own: their noise depends on the seed and the iteration alone.
+    A calibration is that of the calibrate command, with samples of its own: their noise depends on the seed and the
+    iteration alone.
 
     Attributes:
         levels: noise level of every step, T numbers.
@@ -24,7 +25,7 @@ class NoiseLevels:
     def __init__(self, config: Config, model: FlowModel, reward: RewardMixture):
         self.config, self.model, self.reward = config, model, reward
         self.levels = config.noise_levels
-        self._noisy = {step for window in builders.build_windows(config).reached() for step in window}
+        self._noisy = calibrated_steps(config)
 
     def due(self, iteration: int) -> bool:
         """Whether the levels are found again before an iteration (from 0)."""

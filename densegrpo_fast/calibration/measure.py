@@ -21,7 +21,7 @@ from densegrpo_fast.credit.consistency import StepConsistency, step_consistency
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow import ops
-from densegrpo_fast.flow.dynamics import A, B, C, Family, coefficients
+from densegrpo_fast.flow.dynamics import A, B, C, Family, StepCoefficients, coefficients
 from densegrpo_fast.flow.noise import Stream, branch_stream, gaussian
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
@@ -44,6 +44,7 @@ _BRANCH_DRAW = 2**32 - 1
 @dataclass(frozen=True)
 class _Batch:
     trajectory: Trajectory
+    sampler: StepCoefficients
     prompts: list[str]
     metadata: list[dict[str, Any]]
     index: Tensor
@@ -64,6 +65,8 @@ class GainMeter:
         seed: of all noise.
         max_missing: share of missing scores that is endured.
         count: number of samples N.
+        branched: whether each step is taken from a noise-free trunk (`sampler.branches`), instead of from where the
+            noise of the steps before it has led.
     """
 
     model: FlowModel
@@ -76,6 +79,7 @@ class GainMeter:
     seed: int
     max_missing: float
     count: int
+    branched: bool = False
 
     @classmethod
     def of(cls, config: Config, model: FlowModel, reward: RewardMixture, prompts: PromptSet, count: int) -> GainMeter:
@@ -94,6 +98,7 @@ class GainMeter:
             seed=config.seed,
             max_missing=config.reward.max_missing,
             count=count,
+            branched=config.sampler.branches is not None,
         )
 
     def forwards(self, levels: Sequence[float]) -> int:
@@ -108,6 +113,9 @@ class GainMeter:
     ) -> Tensor:
         """Gains of N samples, each with a prompt of its own as far as there are enough.
 
+        Of a trajectory, or of T branches of a trunk, one at every step with noise: reward of the branch's image minus
+        reward of the trunk's.
+
         Args:
             levels: noise level of every step.
             draw: which samples; the same draw gives the same noise and prompts at any levels.
@@ -121,8 +129,17 @@ class GainMeter:
         """
 
         def work(samples: slice) -> Tensor:
-            rewards = self._state_rewards(self._batch(levels, draw, samples))
-            return reward_gains(rewards.T[:, None])[:, 0]
+            batch = self._batch(levels, draw, samples)
+            before = self._state_rewards(batch)
+            if not self.branched:
+                return reward_gains(before.T[:, None])[:, 0]
+            after = [
+                self._completed(batch, self._leave(batch, step, Stream.CALIBRATION, draw)[0], step)
+                if noisy
+                else before[step]
+                for step, noisy in enumerate(batch.sampler.noisy)
+            ]
+            return torch.stack(after, dim=1) - before[:-1].T
 
         return self._all(self.count, work, progress)
 
@@ -146,11 +163,14 @@ class GainMeter:
         def work(samples: slice) -> Tensor:
             batch = self._batch(levels, draw, samples)
             before = self._state_rewards(batch)
-            still = torch.zeros(2, branches, len(batch.index), dtype=torch.float64)
-            steps = [
-                self._branched(batch, step, branches) - before[step] if noisy else still
-                for step, noisy in enumerate(table.noisy)
-            ]
+            steps = []
+            for step, noisy in enumerate(table.noisy):
+                after = before[step].expand(2, branches, -1)
+                if noisy:
+                    arrivals = [self._leave(batch, step, branch_stream(k), _BRANCH_DRAW) for k in range(branches)]
+                    scores = [self._completed(batch, arrival, step) for pair in arrivals for arrival in pair]
+                    after = torch.stack(scores).unflatten(0, (branches, 2)).transpose(0, 1)
+                steps.append(after - before[step])
             return torch.stack(steps).permute(3, 1, 2, 0)
 
         gains = self._all(max(2, self.count // branches), work, progress)
@@ -172,46 +192,44 @@ class GainMeter:
         chosen = [(first + sample) % len(self.prompts) for sample in index.tolist()]
         prompts = [self.prompts.prompts[prompt] for prompt in chosen]
         words: dict[str, Any] = {"seed": self.seed, "sample_index": index, "epoch": draw}
+        sampler = coefficients(self.sigmas, levels, self.dynamics).to(model.device)
         trajectory = rollout(
             model,
             gaussian(model.latent_shape, step=steps, stream=Stream.CALIBRATION, **words),
             model.encode(prompts),
-            coefficients(self.sigmas, levels, self.dynamics).to(model.device),
+            sampler.only(()) if self.branched else sampler,
             **words,
             guidance_scale=self.guidance_scale,
             stream=Stream.CALIBRATION,
         )
-        return _Batch(trajectory, prompts, [self.prompts.metadata[prompt] for prompt in chosen], index)
+        return _Batch(trajectory, sampler, prompts, [self.prompts.metadata[prompt] for prompt in chosen], index)
 
-    def _branched(self, batch: _Batch, step: int, branches: int) -> Tensor:
-        """Rewards [2, K, B] of completions after a step that is taken K times from the same state; second, mirrored."""
-        trajectory, scores = batch.trajectory, []
-        drift, pull = trajectory.coefficients.table[step, A], trajectory.coefficients.table[step, B]
-        mean = drift * trajectory.latents[step] + pull * trajectory.velocities[step]
-        for branch in range(branches):
-            state, _ = ops.sde_step(
-                trajectory.latents[step],
-                trajectory.velocities[step],
-                trajectory.coefficients.table,
-                step,
-                seed=self.seed,
-                sample_index=batch.index,
-                epoch=_BRANCH_DRAW,
-                stream=branch_stream(branch),
-            )
-            for arrival in (state, 2 * mean - state):
-                clean = sample_ode(
-                    self.model,
-                    arrival,
-                    trajectory.conditioning,
-                    self.sigmas[step + 1 :],
-                    guidance_scale=self.guidance_scale,
-                )
-                scores.append(self._scores(self.model.decode(clean)[None], batch)[0])
-        return torch.stack(scores).unflatten(0, (branches, 2)).transpose(0, 1)
+    def _leave(self, batch: _Batch, step: int, stream: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Where a step leads a batch, each [B, ...]: with the noise of a stream, and with the opposite."""
+        latents, velocity = batch.trajectory.latents[step], batch.trajectory.velocities[step]
+        table = batch.sampler.table
+        arrival, _ = ops.sde_step(
+            latents, velocity, table, step, seed=self.seed, sample_index=batch.index, epoch=epoch, stream=stream
+        )
+        mean = table[step, A] * latents + table[step, B] * velocity
+        return arrival, 2 * mean - arrival
+
+    def _completed(self, batch: _Batch, arrival: Tensor, step: int) -> Tensor:
+        """Rewards [B] of the completions of where a step has led."""
+        clean = sample_ode(
+            self.model,
+            arrival,
+            batch.trajectory.conditioning,
+            self.sigmas[step + 1 :],
+            guidance_scale=self.guidance_scale,
+        )
+        return self._scores(self.model.decode(clean)[None], batch)[0]
 
     def _state_rewards(self, batch: _Batch) -> Tensor:
-        """Rewards [T+1, B] of the completions of a batch's states."""
+        """Rewards [T+1, B] of the completions of a batch's states; those of a trunk are all its one image."""
+        if self.branched:
+            reached = self._scores(self.model.decode(batch.trajectory.latents[-1])[None], batch)
+            return reached.expand(len(self.sigmas), -1)
         exact = Lookahead(self.model, plans.exact(len(self.sigmas) - 1), chunk=len(batch.index))
         clean = exact.complete(batch.trajectory)
         return self._scores(exact.images(clean, batch.trajectory.coefficients.noisy, "full"), batch)

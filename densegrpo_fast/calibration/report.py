@@ -22,6 +22,7 @@ level      noise level of the step, before and after
 + - 0      gains above, below and equal to 0, of samples that the calibration has not seen
 imbalance  (positive - negative) / both; * = more than fair signs show by chance, 2 standard deviations
 own        share of the gains' variance that the step's own noise makes, the rest belongs to the state it starts from
+per noise  standard deviation that the own noise makes of the gains, over that of the noise itself
 mirror     correlation of a gain with that of the opposite noise: -1 = a straight line, 0 = no slope to learn from"""
 
 
@@ -60,7 +61,7 @@ def document(
 
     Args:
         rule: after its last round.
-        sampler: dynamics, num_steps, sigmas.
+        sampler: dynamics, num_steps, steps (those with noise to calibrate), sigmas.
         rounds: what it saw.
         before, after: as from `state_record`, at the levels at the start and those found.
         settings: what a reader must know to repeat the calibration; plain JSON data.
@@ -90,7 +91,7 @@ def write_document(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Before and after, one line per step."""
+    """Before and after, one line per calibrated step."""
     before, after = content["before"], content["after"]
     header = [
         "step",
@@ -103,23 +104,25 @@ def table(content: Mapping[str, Any]) -> str:
         "after",
         "own",
         "after",
+        "per noise",
+        "after",
         "mirror",
         "after",
     ]
     lines = [header]
-    for step, sigma in enumerate(content["sigmas"][:-1]):
+    for step in content["steps"]:
         counts, shares = [], []
-        own: list[str] = []
-        mirror: list[str] = []
+        parts: dict[str, list[str]] = {"own_share": [], "sensitivity": [], "mirror": []}
         for state in (before, after):
             signs = _signs(state, step)
             counts.append(f"{signs.positive} {signs.negative} {signs.ties}")
             shares.append(f"{signs.imbalance:+.2f}{'*' if is_imbalanced(signs) else ' '}" if signs.decided else "- ")
-            for cells, key in ((own, "own_share"), (mirror, "mirror")):
+            for key, cells in parts.items():
                 value = state["consistency"][key][step] if state["consistency"] else math.nan
                 cells.append("-" if math.isnan(value) else f"{value:.2f}")
         levels = [f"{state['noise_level'][step]:.2f}" for state in (before, after)]
-        lines.append([str(step), f"{sigma:.4f}", *levels, *counts, *shares, *own, *mirror])
+        told = [cell for cells in parts.values() for cell in cells]
+        lines.append([str(step), f"{content['sigmas'][step]:.4f}", *levels, *counts, *shares, *told])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
@@ -133,7 +136,7 @@ def summary(content: Mapping[str, Any]) -> str:
     """Which steps were and are out of balance, and whether the rule has come to an end."""
     found = []
     for when in ("before", "after"):
-        out = [step for step in range(len(content["noise_level"])) if is_imbalanced(_signs(content[when], step))]
+        out = [step for step in content["steps"] if is_imbalanced(_signs(content[when], step))]
         found.append(f"{when} {', '.join(map(str, out)) or 'none'}")
     ended = "had settled" if content["settled"] else "had not settled"
     return (
@@ -154,14 +157,15 @@ def save_plot(path: Path, content: Mapping[str, Any]) -> None:
     axes = figure.subplots(1, 3)
     axes[1].sharey(axes[0])
     for axis, when in zip(axes, ("before", "after"), strict=False):
-        _draw_gains(axis, content[when])
+        _draw_gains(axis, content[when], content["steps"])
         axis.set(title=f"gains {when}", xlabel="step", ylabel="reward gain" if when == "before" else None)
     for when, colour in (("before", "#9aa0a6"), ("after", "#0072b2")):
-        axes[2].plot(content[when]["noise_level"], "o-", color=colour, markersize=4, label=when)
+        levels = [content[when]["noise_level"][step] for step in content["steps"]]
+        axes[2].plot(content["steps"], levels, "o-", color=colour, markersize=4, label=when)
     axes[2].set(title=f"noise level, {content['dynamics']}", xlabel="step", ylim=(0, None))
     axes[2].legend(frameon=False)
     for axis in axes:
-        axis.set_xticks(range(len(content["noise_level"])))
+        axis.set_xticks(content["steps"])
         axis.grid(alpha=0.25)
     with output_errors(f"cannot write {path}"):
         figure.savefig(path, dpi=130, format="png")
@@ -182,9 +186,9 @@ def figure_class() -> Any:
     return Figure
 
 
-def _draw_gains(axis: Any, state: Mapping[str, Any]) -> None:
-    for step, gains in enumerate(state["gains"]):
-        judged = [gain for gain in gains if not math.isnan(gain)]
+def _draw_gains(axis: Any, state: Mapping[str, Any], steps: Sequence[int]) -> None:
+    for step in steps:
+        judged = [gain for gain in state["gains"][step] if not math.isnan(gain)]
         # samples side by side, in their order: no gain hides another, and the same data make the same picture
         places = [step + 0.6 * ((number + 0.5) / len(judged) - 0.5) for number in range(len(judged))]
         colours = ["#0072b2" if gain > 0 else "#d55e00" if gain < 0 else "#9aa0a6" for gain in judged]

@@ -112,7 +112,8 @@ class PrintedRule:
     `eps1` is a count, so however many samples there are, only an all but exact tie raises a level: with fair signs a
     level moves down on average for every even number of samples from 4 and every odd one from 9, and has no level to
     stay at. The paper prints neither a clamp nor a stop; levels are kept in the sampler's own range, without which a
-    step has no meaning, and the rounds are what ends it.
+    step has no meaning, and the rounds are what ends it. Steps that start at 0 (ODE steps, which the paper has none of)
+    stay there.
 
     Args:
         levels: noise level of each step to start from.
@@ -128,6 +129,7 @@ class PrintedRule:
     def __init__(self, levels: Sequence[float], limits: Limits, *, eps1: int = 2, eps2: float = 0.01):
         self.limits, self.eps1, self.eps2 = limits, eps1, eps2
         self.levels = tuple(limits.clamp(level) for level in levels)
+        self._quiet = tuple(not level for level in levels)
 
     @property
     def result(self) -> tuple[float, ...]:
@@ -135,7 +137,10 @@ class PrintedRule:
 
     def update(self, signs: Sequence[Signs]) -> None:
         moves = [self.eps2 if abs(count.excess) < self.eps1 else -self.eps2 for count in signs]
-        self.levels = tuple(self.limits.clamp(level + move) for level, move in zip(self.levels, moves, strict=True))
+        self.levels = tuple(
+            0.0 if quiet else self.limits.clamp(level + move)
+            for level, move, quiet in zip(self.levels, moves, self._quiet, strict=True)
+        )
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "eps1": self.eps1, "eps2": self.eps2, "limits": asdict(self.limits)}

@@ -26,20 +26,30 @@ class Calibration:
         dynamics: family of the stochastic step.
         noise_level: of every step, T numbers.
         sigmas: the grid, T+1 numbers from noise to image.
+        steps: those whose levels were found, increasing; the others had no noise. Files of an earlier version do not
+            say, and have all of them.
+        settings: what else it was made with, plain JSON data.
     """
 
     path: Path
     dynamics: str
     noise_level: tuple[float, ...]
     sigmas: tuple[float, ...]
+    steps: tuple[int, ...]
+    settings: dict[str, Any]
 
     @property
     def num_steps(self) -> int:
         """Number of steps T."""
         return len(self.noise_level)
 
-    def check_sampler(self, num_steps: int, dynamics: str) -> None:
-        """Refuse a sampler of another length or family.
+    def check_sampler(self, num_steps: int, dynamics: str, steps: Sequence[int]) -> None:
+        """Refuse a sampler of another length or family, or with noise in other steps.
+
+        Args:
+            num_steps: T.
+            dynamics: family of the stochastic step.
+            steps: those that may have noise. The levels of the others are of no use, and need not be there.
 
         Raises:
             UserError: (usage) naming the difference.
@@ -48,6 +58,8 @@ class Calibration:
             self._refuse(f"was made for {self.num_steps} steps, sampler.num_steps is {num_steps}")
         if self.dynamics != dynamics:
             self._refuse(f"was made for dynamics {self.dynamics}, sampler.dynamics is {dynamics}")
+        if not {*steps} <= {*self.steps}:
+            self._refuse(f"was made with noise in the steps {list(self.steps)}, this run may have it in {list(steps)}")
 
     def check_sigmas(self, sigmas: Sequence[float], tolerance: float = 1e-6) -> None:
         """Refuse a schedule with other noise levels sigma.
@@ -78,13 +90,19 @@ def read_calibration(path: Path) -> Calibration:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f'sampler.calibration: {path} is no "{FORMAT}"; {_AGAIN}', ExitCode.USAGE)
     levels, sigmas, dynamics = (document.get(key) for key in ("noise_level", "sigmas", "dynamics"))
-    if not (_numbers(levels) and _numbers(sigmas) and len(sigmas) == len(levels) + 1 and isinstance(dynamics, str)):
-        raise UserError(
-            f"sampler.calibration: {path} is broken: expected dynamics, noise_level of every step and one sigma more; "
-            f"{_AGAIN}",
-            ExitCode.USAGE,
-        )
-    return Calibration(path, dynamics, tuple(map(float, levels)), tuple(map(float, sigmas)))
+    settings = document.get("settings", {})
+    if _numbers(levels) and _numbers(sigmas) and isinstance(dynamics, str) and isinstance(settings, dict):
+        every = range(len(levels))
+        steps = document.get("steps", list(every))
+        known = isinstance(steps, list) and steps == [step for step in every if step in steps]
+        if known and len(sigmas) == len(levels) + 1:
+            numbers, grid = tuple(map(float, levels)), tuple(map(float, sigmas))
+            return Calibration(path, dynamics, numbers, grid, tuple(steps), settings)
+    raise UserError(
+        f"sampler.calibration: {path} is broken: expected dynamics, noise_level of every step, one sigma more, and "
+        f"increasing steps; {_AGAIN}",
+        ExitCode.USAGE,
+    )
 
 
 def _numbers(value: Any) -> TypeGuard[list[float]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from densegrpo_fast.calibration.store import read_calibration
+from densegrpo_fast.config.calibration import fitting_calibration
 from densegrpo_fast.config.errors import describe_errors
 from densegrpo_fast.config.help import help_text, takes_text
 from densegrpo_fast.config.schema import Config, options
@@ -119,15 +119,14 @@ def validate(settings: dict[str, Any]) -> Config:
     """Build the configuration from nested settings; a calibration's noise levels take their place in it.
 
     Raises:
-        UserError: exit code 2, with one line per problem that names its key, or if a calibration cannot be read or was
-            made for another number of steps or dynamics.
+        UserError: exit code 2, with one line per problem that names its key, or if a calibration cannot be read or
+            does not fit (see `fitting_calibration`).
     """
     try:
         config = Config.model_validate(settings)
-        if config.sampler.calibration is None:
+        made = fitting_calibration(config)
+        if made is None:
             return config
-        made = read_calibration(Path(config.sampler.calibration))
-        made.check_sampler(config.sampler.num_steps, config.sampler.dynamics)
         sampler = config.sampler.model_dump() | {"noise_level": list(made.noise_level)}
         return Config.model_validate(config.model_dump() | {"sampler": sampler})
     except ValidationError as error:

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from densegrpo_fast.config.base import PositiveInt, Section, StepIndex, Text
-from densegrpo_fast.config.methods import check_method, credit_names
+from densegrpo_fast.config.methods import check_name
 from densegrpo_fast.config.rewards import check_names
+from densegrpo_fast.credit.registry import METHODS
+from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
 
 
 class RewardOptions(Section):
@@ -45,7 +47,8 @@ class CreditOptions(Section):
     """How rewards become advantages."""
 
     method: Text = Field(
-        description=f"{credit_names()}; or your own CreditMethod as module:NAME or path.py:NAME (densegrpo_fast/credit)"
+        description=f"{', '.join(METHODS.names())}; or your own CreditMethod as module:NAME or path.py:NAME "
+        "(densegrpo_fast/credit)"
     )
     normalize: Literal["step", "joint"] = Field(
         description="of dense, return_to_go and mixture: normalise for each step, or over all steps of a group together"
@@ -69,8 +72,13 @@ class CreditOptions(Section):
     dense_coef: float = Field(ge=0, description="of mixture: weight of the step's advantage")
     consistent: bool = Field(description="of turning_point: the consistency constraint")
     balance: bool = Field(description="of turning_point: as many replacements above 0 as below")
-    absolute_coef: float = Field(ge=0, description="of vgpo: weight of a step's value itself beside its comparison")
-    absolute_steps: int = Field(ge=0, description="of vgpo: steps from the start that get the absolute term")
+    absolute_coef: float = Field(
+        ge=0,
+        description="of vgpo, whose rewards should be at least 0: weight of a step's value beside its comparison",
+    )
+    absolute_steps: int = Field(
+        ge=0, description="of vgpo: sampling steps, from the first one, that get the absolute term if they are noisy"
+    )
     window: PositiveInt = Field(description="of coca: steps whose similarity is averaged; a divisor of the steps")
     alpha: float = Field(ge=0, le=1, description="of coca: part of the image's advantage that every step gets alike")
     similarity_floor: float = Field(
@@ -93,14 +101,15 @@ class CreditOptions(Section):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        return check_method(method)
+        return check_name(METHODS, method)
 
 
 class ObjectiveOptions(Section):
     """The policy loss."""
 
-    policy: Literal["clip", "guard", "dppo"] = Field(
-        description="clip = PPO's clipped ratios; guard = GRPO-Guard's normalised ones; dppo = Flow-DPPO's mask"
+    policy: Text = Field(
+        description="clip = PPO's clipped ratios; guard = GRPO-Guard's normalised ones; dppo = Flow-DPPO's mask; or "
+        "your own PolicyLoss as module:NAME or path.py:NAME (densegrpo_fast/objective/registry.py)"
     )
     clip_range: float = Field(
         gt=0,
@@ -115,9 +124,10 @@ class ObjectiveOptions(Section):
     dppo_threshold: float = Field(
         ge=0, description="of dppo: KL of a step to the sampling policy from which samples that enlarge it are dropped"
     )
-    step_weight: Literal["none", "noise_aware", "flash", "proportionate"] = Field(
-        description="weight of each step's policy loss, on top of guard's; noise_aware = its injected noise "
-        "(TempFlow), flash = undoes the log-probability's gain (Flash-GRPO), proportionate = flash times |dt| (PCPO)"
+    step_weight: Text = Field(
+        description="weight of each step's policy loss, on top of guard's; none = 1, noise_aware = its injected noise "
+        "(TempFlow), flash = undoes the log-probability's gain (Flash-GRPO), proportionate = flash times |dt| (PCPO); "
+        "or your own StepWeighting as module:NAME or path.py:NAME"
     )
     kl_coef: float = Field(ge=0, description="weight of the KL to the model without its adapter; 0 = off")
     kl_scale: Literal["flow_grpo", "paper"] = Field(
@@ -138,6 +148,20 @@ class ObjectiveOptions(Section):
         description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration; with windows "
         "only their steps"
     )
+    arguments: dict[Text, JsonValue] = Field(
+        description="further arguments of a policy or step_weight of your own, such as {margin: 0.1}; {} for the "
+        "package's"
+    )
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, policy: str) -> str:
+        return check_name(POLICIES, policy)
+
+    @field_validator("step_weight")
+    @classmethod
+    def _known_step_weight(cls, step_weight: str) -> str:
+        return check_name(STEP_WEIGHTS, step_weight)
 
 
 class OptimizerOptions(Section):

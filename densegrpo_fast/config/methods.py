@@ -1,4 +1,4 @@
-"""Which credit methods and objectives a configuration may combine, and with what. Nothing here imports torch.
+"""Which credit method a configuration may have, and with what. Nothing here imports torch.
 
 A credit method from outside of the package is an exception: its file is run when the configuration is checked.
 """
@@ -9,39 +9,32 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.credit import registry
-from densegrpo_fast.outside import is_outside
+from densegrpo_fast.outside import Registry, is_outside
 from densegrpo_fast.sampling.windows import remaining_steps
 from densegrpo_fast.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from densegrpo_fast.config.base import Section
     from densegrpo_fast.config.learning import CreditOptions
     from densegrpo_fast.config.schema import Config
 
 OUTSIDE = "path.py:NAME"
 
-_GUARDED = {"paper": ("flow_sde", "dance")}
-"""Dynamics for which a weight of GRPO-Guard is defined; for the others, all with a variance."""
-_NO_VARIANCE = ("cps",)
-"""Dynamics whose log-probability leaves out the variance of the step."""
 _QUIET_END = ("cps", "precise")
 """Dynamics whose last step, which ends at sigma 0, injects no noise."""
 
 
-def credit_names() -> str:
-    """The registered credit methods, for a description."""
-    return ", ".join(registry.names())
-
-
-def check_method(name: str) -> str:
-    """The name of a credit method, if it is registered or has the form of one from outside.
+def check_name(registry: Registry[Any], name: str) -> str:
+    """A name, if it is registered or has the form of one from outside.
 
     Raises:
         ValueError: neither.
     """
-    if name not in registry.names() and not is_outside(name):
+    known = registry.names()
+    if name not in known and not is_outside(name):
         raise ValueError(
-            f'unknown method "{name}"{did_you_mean(name, registry.names())} '
-            f"(known: {credit_names()}; your own CreditMethod: module:NAME or {OUTSIDE})"
+            f'unknown {registry.what} "{name}"{did_you_mean(name, known)} '
+            f"(known: {', '.join(known)}; your own {registry.kind.__name__}: module:NAME or {OUTSIDE})"
         )
     return name
 
@@ -60,7 +53,7 @@ def credit_problem(config: Config) -> str | None:
         return f"credit.method: {error}"
     return (
         _smoothing_problem(config, method)
-        or _arguments_problem(credit, method)
+        or arguments_problem(credit, "credit.arguments", credit.arguments, method.options, f"method {credit.method}")
         or _plan_problem(config, method)
         or _coefficients_problem(config, method.options)
     )
@@ -75,18 +68,28 @@ def _smoothing_problem(config: Config, method: registry.CreditMethod) -> str | N
     return None
 
 
-def _arguments_problem(credit: CreditOptions, method: registry.CreditMethod) -> str | None:
-    own = set(type(credit).model_fields)
-    for name in credit.arguments:
+def arguments_problem(
+    section: Section, key: str, arguments: dict[str, Any], takes: Iterable[str], whose: str
+) -> str | None:
+    """What is wrong with the arguments of what may come from outside, beginning with the key; None = nothing.
+
+    Args:
+        section: whose other options may be taken, too.
+        key: of the arguments.
+        arguments: by their names.
+        takes: every option that is taken.
+        whose: what takes them, for the message.
+    """
+    own, group = set(type(section).model_fields), key.partition(".")[0]
+    wanted = [option for option in takes if option not in own]
+    for name in arguments:
         if name in own:
-            return f"credit.arguments: {name} is an option of its own, credit.{name}"
-        if name not in method.options:
-            takes = [option for option in method.options if option not in own]
-            hint = did_you_mean(name, takes) or f"; it takes {', '.join(takes) if takes else 'none'}"
-            return f'credit.arguments: method {credit.method} has no argument "{name}"{hint}'
-    lacking = [option for option in method.options if option not in own and option not in credit.arguments]
-    if lacking:
-        return f"credit.arguments: method {credit.method} needs {', '.join(lacking)}"
+            return f"{key}: {name} is an option of its own, {group}.{name}"
+        if name not in wanted:
+            hint = did_you_mean(name, wanted) or f"; it takes {', '.join(wanted) if wanted else 'none'}"
+            return f'{key}: {whose} has no argument "{name}"{hint}'
+    if lacking := [option for option in wanted if option not in arguments]:
+        return f"{key}: {whose} needs {', '.join(lacking)}"
     return None
 
 
@@ -141,30 +144,13 @@ def remainder_problem(config: Config) -> str | None:
     return None
 
 
-def objective_problem(config: Config) -> str | None:
-    """What is wrong with the policy loss among the other options, beginning with the key; None = nothing."""
-    objective, dynamics = config.objective, config.sampler.dynamics
-    if objective.policy != "guard":
-        return None
-    if dynamics in _NO_VARIANCE:
-        return (
-            f"objective.policy: guard needs a log-probability with a variance, sampler.dynamics {dynamics} has none; "
-            "expected clip or dppo with it"
-        )
-    defined = _GUARDED.get(objective.guard_weight, (dynamics,))
-    if dynamics not in defined:
-        return (
-            f"objective.guard_weight: {objective.guard_weight} is defined for sampler.dynamics "
-            f"{' and '.join(defined)}, expected jacobian or none with {dynamics}"
-        )
-    if quiet := quiet_steps(config):
-        return f"objective.policy: guard needs noise in every trained step, {dynamics} injects none in {quiet}"
-    return None
+def trainable_steps(config: Config) -> list[int]:
+    """The steps that some iteration may train, increasing."""
+    trained = config.objective.trained_steps
+    return trained if isinstance(trained, list) else sorted({step for window in config.windows() for step in window})
 
 
 def quiet_steps(config: Config) -> list[int]:
     """The steps that training may train although they inject no noise."""
-    trained, last = config.objective.trained_steps, config.sampler.num_steps - 1
-    candidates = {*trained} if isinstance(trained, list) else {step for window in config.windows() for step in window}
-    ends = {last} if config.sampler.dynamics in _QUIET_END else set()
-    return [step for step in sorted(candidates) if step in ends or not config.noise_levels[step]]
+    ends = {config.sampler.num_steps - 1} if config.sampler.dynamics in _QUIET_END else set()
+    return [step for step in trainable_steps(config) if step in ends or not config.noise_levels[step]]

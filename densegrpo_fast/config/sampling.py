@@ -87,7 +87,8 @@ class SamplerOptions(Section):
         description="strength of the injected noise: one number, or one per step; 0 makes a step an ODE step"
     )
     calibration: Text | None = Field(
-        description="a file of densegrpo_fast.calibrate, whose noise level per step replaces noise_level; null = none"
+        description="a file of densegrpo_fast.calibrate, whose noise level per step replaces noise_level: for these "
+        "steps, dynamics and windows; null = none"
     )
     guidance_scale: float = Field(ge=1, le=100, description="classifier-free guidance; 1 = off")
     branches: Annotated[int, Field(ge=2, le=4096)] | None = Field(

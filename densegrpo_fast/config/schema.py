@@ -25,7 +25,9 @@ from densegrpo_fast.config.learning import (
     RewardOptions,
     RunOptions,
 )
-from densegrpo_fast.config.methods import credit_problem, objective_problem, remainder_problem
+from densegrpo_fast.config.methods import credit_problem, remainder_problem
+from densegrpo_fast.config.nodes import nodes_problem
+from densegrpo_fast.config.objectives import objective_problem
 from densegrpo_fast.config.rewards import meaning
 from densegrpo_fast.config.sampling import (
     DataOptions,
@@ -37,6 +39,16 @@ from densegrpo_fast.config.sampling import (
 )
 from densegrpo_fast.credit import registry
 from densegrpo_fast.fingerprint import fingerprint
+from densegrpo_fast.sampling.windows import Windows
+
+_CHECKS = (
+    credit_problem,
+    objective_problem,
+    remainder_problem,
+    calibration_problem,
+    branching_problem,
+    nodes_problem,
+)
 
 
 class Config(Section):
@@ -69,7 +81,7 @@ class Config(Section):
             problem = find()
             if problem:
                 raise ValueError(f"{problem} (sampler.num_steps is {steps})")
-        for check in (credit_problem, objective_problem, remainder_problem, calibration_problem, branching_problem):
+        for check in _CHECKS:
             problem = check(self)
             if problem:
                 raise ValueError(problem)
@@ -166,13 +178,25 @@ class Config(Section):
         """Whether the credit method compares branches of one state."""
         return registry.find(self.credit.method).uses_branches
 
+    def schedule(self) -> Windows:
+        """Which steps of each iteration are stochastic."""
+        options, steps = self.window, self.sampler.num_steps
+        if options.size is None:
+            return Windows("none", steps)
+        return Windows(
+            options.schedule,
+            steps,
+            size=options.size,
+            first=options.first,
+            last=steps - 2 if options.last is None else options.last,
+            stride=options.stride,
+            every=options.every,
+            seed=self.seed,
+        )
+
     def windows(self) -> list[range]:
         """Every window that an iteration may have; without windows the steps 0..T-2, which are all that is trained."""
-        last = self.sampler.num_steps - 2 if self.window.last is None else self.window.last
-        if self.window.size is None:
-            return [range(self.sampler.num_steps - 1)]
-        furthest = self.window.first if self.window.schedule == "fixed" else last - self.window.size + 1
-        return [range(start, start + self.window.size) for start in range(self.window.first, furthest + 1)]
+        return [range(self.sampler.num_steps - 1)] if self.window.size is None else self.schedule().reached()
 
     @property
     def noise_levels(self) -> tuple[float, ...]:

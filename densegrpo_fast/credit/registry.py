@@ -8,7 +8,7 @@ A method is a function that takes the `Evidence` it needs and the options it has
         ...
         return normalize_groups(sharpness * gains, std=std, spread_floor=spread_floor, clip=clip)
 
-One line makes it an option of training: in this package an entry of `_METHODS`, anywhere else
+One line makes it an option of training: in this package an entry of `_PACKAGE`, anywhere else
 
     register("last_gain", CreditMethod(last_gain, needs=("lookahead_rewards",), options=("sharpness",)))
 
@@ -27,11 +27,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.outside import is_outside, load
+from densegrpo_fast.outside import Registry, resolve
 
 if TYPE_CHECKING:
     from densegrpo_fast.credit.evidence import Evidence
@@ -102,16 +100,12 @@ class CreditMethod:
 
     def function(self) -> Callable[..., Advantages]:
         """The function itself."""
-        if callable(self.compute):
-            return self.compute
-        module, _, name = self.compute.rpartition(":")
-        function: Callable[..., Advantages] = getattr(import_module(module), name)
-        return function
+        return resolve(self.compute)
 
 
 _HERE = __package__
 
-_METHODS = {
+_PACKAGE = {
     "sparse": CreditMethod(f"{_HERE}.sparse:sparse_advantages", ("rewards", "num_steps")),
     "dense": CreditMethod(f"{_HERE}.dense:dense_advantages", ("lookahead_rewards",), ("normalize",)),
     "value": CreditMethod(f"{_HERE}.value:value_advantages", ("lookahead_rewards",)),
@@ -128,7 +122,7 @@ _METHODS = {
     ),
     "vgpo": CreditMethod(
         f"{_HERE}.vgpo:vgpo_advantages",
-        ("lookahead_rewards",),
+        ("lookahead_rewards", "steps"),
         ("discount", "absolute_coef", "absolute_steps"),
         plan="one_step",
     ),
@@ -143,42 +137,8 @@ _METHODS = {
     ),
 }
 
-
-def names() -> list[str]:
-    """The registered methods, in the order of their registration."""
-    return list(_METHODS)
-
-
-def register(name: str, method: CreditMethod) -> None:
-    """Make a method an option of training under a name.
-
-    Raises:
-        ValueError: the name is taken, or has a colon.
-    """
-    if ":" in name or name in _METHODS:
-        raise ValueError(f"register: name must be new and without a colon, got {name!r}; taken: {', '.join(_METHODS)}")
-    _METHODS[name] = method
-
-
-def find(name: str) -> CreditMethod:
-    """The method of a name; `module:name` and `file.py:name` load code from outside the package.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name in _METHODS:
-        return _METHODS[name]
-    if not is_outside(name):
-        raise ValueError(f"unknown method {name!r} (known: {', '.join(_METHODS)}; your own: file.py:METHOD)")
-    return _loaded(name)
-
-
-@cache
-def _loaded(name: str) -> CreditMethod:
-    method = load(name)
-    if not isinstance(method, CreditMethod):
-        raise ValueError(f"{name}: expected a CreditMethod (densegrpo_fast.credit.registry), got {method!r}")
-    return method
+METHODS = Registry(CreditMethod, "method", _PACKAGE)
+names, register, find = METHODS.names, METHODS.register, METHODS.find
 
 
 def advantages(name: str, evidence: Evidence, options: Mapping[str, Any]) -> Advantages:

@@ -12,12 +12,18 @@ from the paper's text:
 
 Not verified: the values of the discount and of k (so neither has a default here), and how weight and dual advantage
 combine. This file multiplies them: advantage = weight * ((Q - mean) / std + k * Q), one algebraic form that agrees
-with the reviews. Unlike in every other method a shift of the rewards matters: Q must be positive to be a weight.
+with the reviews.
+
+Unlike in every other method the zero of the rewards matters. Q is a weight only as long as it is not negative: a
+trajectory with a Q below 0 weighs its steps alike, as a negative weight would turn an advantage around, and k * Q is a
+penalty there. So give VGPO rewards of at least 0. With noise in some of the steps only, Q sums the instant rewards that
+are computed, which are those of the noisy steps; each of these discounts once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,17 +40,18 @@ def temporal_weights(values: Tensor) -> Tensor:
         values: [..., T] float; NaN = missing, left out of the mean.
 
     Returns:
-        [..., T] in the same dtype, with mean 1 over the steps that have a value. 1 for a trajectory whose mean is not
-        above 0 (ours: the source assumes positive rewards); NaN where the value is missing.
+        [..., T] in the same dtype, with mean 1 over the steps that have a value. 1 for a trajectory that has a value
+        below 0 or none above (ours: nothing readable of the source speaks of these); NaN where the value is missing.
     """
     mean = values.nanmean(-1, keepdim=True)
-    usable = mean > 0
+    usable = (mean > 0) & ~(values < 0).any(-1, keepdim=True)
     return (values / mean.where(usable, 1.0)).where(usable | values.isnan(), 1.0)
 
 
 def vgpo_advantages(
     lookahead_rewards: Tensor,
     *,
+    steps: Sequence[int] | None = None,
     discount: float,
     absolute_coef: float,
     absolute_steps: int = 5,
@@ -57,10 +64,11 @@ def vgpo_advantages(
 
     Args:
         lookahead_rewards: [P, G, T+1] float, of one-step completions; index = steps done, the last is the real final
-            image; NaN = missing. Rewards should be positive.
+            image; NaN = missing. Rewards should not be below 0.
+        steps: index of each of the T steps in the trajectory, if it has others that are not judged; None = 0..T-1.
         discount: of the instant rewards to come, in [0, 1]; the source's is not verified.
         absolute_coef: k, at least 0; 0 leaves the relative term alone; the source's is not verified.
-        absolute_steps: how many steps at the start get the absolute term, at least 0.
+        absolute_steps: the sampling steps 0..absolute_steps-1 get the absolute term, judged or not; at least 0.
         std: divide by the "group" or the "global" standard deviation of Q, for each step.
         spread_floor: groups' steps with a smaller standard deviation of Q get no relative term; the absolute one stays.
         clip: bound on the magnitude of an advantage; None = none.
@@ -71,7 +79,7 @@ def vgpo_advantages(
         without a relative term.
 
     Raises:
-        ValueError: the shape of lookahead_rewards, or an option is out of range.
+        ValueError: the shape of lookahead_rewards, their number and that of steps, or an option is out of range.
     """
     if not (math.isfinite(absolute_coef) and absolute_coef >= 0):
         raise ValueError(f"vgpo_advantages: absolute_coef must be finite and at least 0, got {absolute_coef}")
@@ -82,7 +90,10 @@ def vgpo_advantages(
     rewards = state_rewards(lookahead_rewards).double()
     values = discounted_sums(rewards.where(rewards.isfinite(), math.nan), discount)
     relative = normalize_groups(values, std=std, spread_floor=spread_floor, clip=None, epsilon=epsilon)
-    early = torch.arange(values.shape[-1], device=values.device) < absolute_steps
+    sampled = range(values.shape[-1]) if steps is None else steps
+    if len(sampled) != values.shape[-1]:
+        raise ValueError(f"vgpo_advantages: steps must name the {values.shape[-1]} judged ones, got {list(sampled)}")
+    early = torch.tensor([step < absolute_steps for step in sampled], device=values.device)
     dual = relative.values + absolute_coef * values.where(early, 0.0)
     advantages = (temporal_weights(values) * dual).where(values.isfinite(), 0.0)
     if clip is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.ops import grpo_loss
+from densegrpo_fast.objective.pairs import Loss, Pairs
 
 METRICS = ("policy_loss", "kl", "clip_fraction", "approx_kl", "ratio_deviation")
 
@@ -53,6 +57,23 @@ def ppo_clip_loss(
     )
     found = dict(zip(METRICS, metrics.detach().unbind(), strict=True))
     return loss, found | clip_ratios(log_prob.detach() - old_log_prob, advantages, clip_range)
+
+
+def clip_policy(coefficients: StepCoefficients, steps: Sequence[int], *, clip_range: float) -> Loss:
+    """`ppo_clip_loss` as a policy loss of the registry."""
+
+    def loss(pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        return ppo_clip_loss(
+            pairs.log_prob,
+            pairs.old_log_prob,
+            pairs.advantages,
+            clip_range=clip_range,
+            kl=pairs.kl,
+            kl_coef=pairs.kl_coef,
+            weight=pairs.weight,
+        )
+
+    return loss
 
 
 def clip_ratios(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> dict[str, Tensor]:

@@ -9,11 +9,15 @@ the ratio is one noisy sample of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.objective.clip import ppo_clip_loss
+from densegrpo_fast.objective.kl import gaussian_kl
+from densegrpo_fast.objective.pairs import Loss, Pairs
 
 
 def dppo_keep(log_ratio: Tensor, advantages: Tensor, divergence: Tensor, threshold: float = 1e-5) -> Tensor:
@@ -91,3 +95,22 @@ def dppo_loss(
         "clip_ratio/high_mean": high,
         "clip_ratio/region_mean": low + high,
     }
+
+
+def dppo_policy(coefficients: StepCoefficients, steps: Sequence[int], *, dppo_threshold: float) -> Loss:
+    """`dppo_loss` as a policy loss of the registry."""
+
+    def loss(pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        divergence = gaussian_kl(pairs.velocity.detach(), pairs.old_velocity, coefficients.table, pairs.step_index)
+        return dppo_loss(
+            pairs.log_prob,
+            pairs.old_log_prob,
+            pairs.advantages,
+            divergence.to(pairs.log_prob.dtype),
+            threshold=dppo_threshold,
+            kl=pairs.kl,
+            kl_coef=pairs.kl_coef,
+            weight=pairs.weight,
+        )
+
+    return loss

@@ -22,6 +22,7 @@ from densegrpo_fast.flow.dynamics import B, C, StepCoefficients
 from densegrpo_fast.flow.ops import grpo_loss
 from densegrpo_fast.objective.clip import METRICS, clip_ratios
 from densegrpo_fast.objective.kl import gaussian_kl
+from densegrpo_fast.objective.pairs import Loss, Pairs
 
 GuardWeight = Literal["paper", "jacobian", "none"]
 
@@ -146,3 +147,32 @@ def guard_loss(
     )
     found = dict(zip(METRICS, metrics.detach().unbind(), strict=True))
     return loss, found | clip_ratios(log_ratio.detach() * scale, advantages, clip_range)
+
+
+def guard_policy(
+    coefficients: StepCoefficients, steps: Sequence[int], *, clip_range: float, guard_weight: GuardWeight
+) -> Loss:
+    """`guard_loss` as a policy loss of the registry.
+
+    Raises:
+        ValueError: as `guard_table`.
+    """
+    guard = guard_table(coefficients, steps, guard_weight)
+
+    def loss(pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        return guard_loss(
+            pairs.log_prob,
+            pairs.old_log_prob,
+            pairs.advantages,
+            velocity=pairs.velocity,
+            old_velocity=pairs.old_velocity,
+            coefficients=coefficients,
+            step_index=pairs.step_index,
+            guard=guard,
+            clip_range=clip_range,
+            kl=pairs.kl,
+            kl_coef=pairs.kl_coef,
+            weight=pairs.weight,
+        )
+
+    return loss

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from densegrpo_fast.flow.dynamics import StepCoefficients
-from densegrpo_fast.objective.clip import ppo_clip_loss
-from densegrpo_fast.objective.dppo import dppo_loss
-from densegrpo_fast.objective.guard import GuardWeight, guard_loss, guard_table
-from densegrpo_fast.objective.kl import KlScale, gaussian_kl
-from densegrpo_fast.objective.weights import StepWeight, step_weights
-
-Policy = Literal["clip", "guard", "dppo"]
+from densegrpo_fast.objective.clip import METRICS, clip_ratios
+from densegrpo_fast.objective.guard import GuardWeight
+from densegrpo_fast.objective.kl import KlScale
+from densegrpo_fast.objective.pairs import Pairs
+from densegrpo_fast.objective.registry import POLICIES, taken
+from densegrpo_fast.objective.weights import step_weights
 
 
 @dataclass(frozen=True)
@@ -24,27 +23,30 @@ class ObjectiveSettings:
     """What the loss is made of.
 
     Attributes:
-        policy: "clip" = PPO's clipped ratios; "guard" = GRPO-Guard's normalised ones; "dppo" = Flow-DPPO's mask.
+        policy: name of a policy loss (`objective.registry`): "clip" = PPO's clipped ratios; "guard" = GRPO-Guard's
+            normalised ones; "dppo" = Flow-DPPO's mask; or one of one's own.
         clip_range: of clip and guard; guard's ratios are smaller by the injected standard deviation of the step.
         guard_weight: see `guard.guard_table`.
         dppo_threshold: see `dppo.dppo_keep`.
-        step_weight: see `weights.step_weights`; multiplies guard's own weight.
+        step_weight: name of a weighting of the steps; multiplies guard's own weight.
         kl_coef: weight of the KL to the reference policy; 0 = no term.
         kl_scale: see `kl.gaussian_kl`.
         negative_factor: what the negative advantages of branches that point where good ones do are multiplied by, see
             `negatives.negative_weights`; 1 = off.
         negative_threshold: see there.
+        arguments: options of a policy loss or a weighting of one's own.
     """
 
-    policy: Policy
+    policy: str
     clip_range: float
     guard_weight: GuardWeight
     dppo_threshold: float
-    step_weight: StepWeight
+    step_weight: str
     kl_coef: float
     kl_scale: KlScale
     negative_factor: float = 1.0
     negative_threshold: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Objective:
@@ -55,16 +57,21 @@ class Objective:
         coefficients: of the iteration's sampler.
         steps: the trained steps.
 
+    Attributes:
+        weights: [T] float32 of the steps.
+
     Raises:
-        ValueError: settings.policy is unknown, or "guard" and the sampler gives it no ratio to normalise.
+        ValueError: there is no such policy loss or weighting, it lacks an option, or it does not fit the sampler
+            ("guard" without a ratio to normalise).
     """
 
     def __init__(self, settings: ObjectiveSettings, coefficients: StepCoefficients, steps: Sequence[int]):
-        if settings.policy not in get_args(Policy):
-            raise ValueError(f"Objective: policy must be one of {', '.join(get_args(Policy))}, got {settings.policy!r}")
+        options = {**vars(settings), **settings.arguments}
         self.settings, self.coefficients = settings, coefficients
-        self.weights = step_weights(coefficients.table, steps, settings.step_weight, sigmas=coefficients.sigmas)
-        self.guard = guard_table(coefficients, steps, settings.guard_weight) if settings.policy == "guard" else None
+        self.weights = step_weights(coefficients, steps, settings.step_weight, options)
+        self._policy = POLICIES.find(settings.policy)
+        chosen = taken(f"policy {settings.policy}", self._policy.options, options)
+        self._loss = self._policy.function()(coefficients, steps, **chosen)
 
     def loss(
         self,
@@ -91,47 +98,31 @@ class Objective:
 
         Returns:
             loss and metrics as `clip.ppo_clip_loss`. The ratios are guard's normalised ones with "guard", and
-            clip_fraction is the share of dropped samples with "dppo".
+            clip_fraction is the share of dropped samples with "dppo". A policy loss of one's own may say more.
 
         Raises:
-            ValueError: kl_coef is not 0 but kl is None; or shapes disagree.
+            ValueError: kl_coef is not 0 but kl is None; shapes disagree; or a policy loss of one's own returns
+                something else than a number.
         """
-        settings, table = self.settings, self.coefficients.table
-        index = torch.full((len(velocity),), step, device=velocity.device)
+        coef, name = self.settings.kl_coef, self.settings.policy
+        if kl is None and coef:
+            raise ValueError(f"Objective: kl_coef {coef} needs kl, got None")
         weight = self.weights[step].expand(len(advantages))
-        if self.guard is not None:
-            return guard_loss(
-                log_prob,
-                old_log_prob,
-                advantages,
-                velocity=velocity,
-                old_velocity=old_velocity,
-                coefficients=self.coefficients,
-                step_index=index,
-                guard=self.guard,
-                clip_range=settings.clip_range,
-                kl=kl,
-                kl_coef=settings.kl_coef,
-                weight=weight,
-            )
-        if settings.policy == "dppo":
-            divergence = gaussian_kl(velocity.detach(), old_velocity, table, index)
-            return dppo_loss(
-                log_prob,
-                old_log_prob,
-                advantages,
-                divergence.to(log_prob.dtype),
-                threshold=settings.dppo_threshold,
-                kl=kl,
-                kl_coef=settings.kl_coef,
-                weight=weight,
-            )
-        return ppo_clip_loss(
-            log_prob,
-            old_log_prob,
-            advantages,
-            clip_range=settings.clip_range,
-            kl=kl,
-            kl_coef=settings.kl_coef,
-            weight=weight,
-        )
+        pairs = Pairs(step, log_prob, old_log_prob, advantages, weight, velocity, old_velocity, kl, coef)
+        loss, metrics = self._loss(pairs)
+        if loss.ndim:
+            raise ValueError(f"policy {name}: expected a loss without dimensions, got shape {list(loss.shape)}")
+        if not metrics.keys() >= {*METRICS}:
+            metrics = _plain_metrics(pairs, loss) | metrics
+        if kl is not None and coef and not self._policy.adds_kl:
+            loss = loss + coef * kl.mean()
+        return loss, metrics
+
+
+def _plain_metrics(pairs: Pairs, loss: Tensor) -> dict[str, Tensor]:
+    """The metrics of `ppo_clip_loss` for a policy loss that bounds no ratio."""
+    log_ratio = pairs.log_prob.detach() - pairs.old_log_prob
+    ratio, none = log_ratio.exp(), loss.new_zeros(())
+    kl = none if pairs.kl is None else pairs.kl.detach().mean()
+    found = (loss.detach(), kl, none, (ratio - 1 - log_ratio).mean(), (ratio - 1).abs().max())
+    return dict(zip(METRICS, found, strict=True)) | clip_ratios(log_ratio, pairs.advantages, torch.inf)

@@ -9,6 +9,7 @@ import torch
 
 from densegrpo_fast.calibration.store import read_calibration
 from densegrpo_fast.config import Config
+from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.sd3 import SD3
@@ -63,7 +64,7 @@ def check_calibration(config: Config, model: FlowModel) -> None:
     if config.sampler.calibration is None:
         return
     made = read_calibration(Path(config.sampler.calibration))
-    made.check_sampler(config.sampler.num_steps, config.sampler.dynamics)
+    made.check_sampler(config.sampler.num_steps, config.sampler.dynamics, calibrated_steps(config))
     made.check_sigmas(model.sigmas(config.sampler.num_steps).tolist())
     if made.noise_level != config.noise_levels:
         raise UserError(

@@ -16,19 +16,7 @@ from densegrpo_fast.sampling.windows import Windows, remaining_steps
 
 def build_windows(config: Config) -> Windows:
     """Which steps of each iteration are stochastic."""
-    options, steps = config.window, config.sampler.num_steps
-    if options.size is None:
-        return Windows("none", steps)
-    return Windows(
-        options.schedule,
-        steps,
-        size=options.size,
-        first=options.first,
-        last=steps - 2 if options.last is None else options.last,
-        stride=options.stride,
-        every=options.every,
-        seed=config.seed,
-    )
+    return config.schedule()
 
 
 def build_coefficients(
