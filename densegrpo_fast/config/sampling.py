@@ -148,7 +148,10 @@ class LookaheadOptions(Section):
         "null = none"
     )
     graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")
-    decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
+    decoder: Literal["preview", "full"] = Field(
+        description="decoder of all images that a gain is computed from; a trajectory's final reward is always that of "
+        "the full one"
+    )
     chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode, at most")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(
         description="memory (1e9 bytes) that a forward of the lookahead, or a decode, may take beside weights and "

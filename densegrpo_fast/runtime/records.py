@@ -49,7 +49,7 @@ def iteration_record(
         "iteration": done,
         "reward": rewards.nanmean().item(),
         "reward_std": _spread(rewards),
-        "reward_missing": outcome.advantages.missing,
+        "reward_missing": outcome.scores.missing_share,
         "frac_reward_zero_std": outcome.advantages.zero_spread,
     }
     for name, values in outcome.scores.per_reward.items():

@@ -13,6 +13,8 @@ after the window lie on the trajectory's own way to its image. So only the w sta
 with the sum of T-1-k over them, by `nodes S` with the number of pairs of a state k and a later node, and w+1 images are
 decoded and scored.
 
+Where these are previews, the final image is decoded in full and scored besides: one full decode and one reward more.
+
 Where all G samples of a prompt start from one noise, they are one sample up to the first noisy step, and its completion
 is the group's: a trajectory's share of it is 1/G, so that counts need not be whole numbers.
 
@@ -234,13 +236,14 @@ def dense_iteration(
 ) -> IterationCost:
     """Cost of an iteration with a reward per state (DenseGRPO): the lookahead, and T+1 decodes and rewards.
 
-    All images go through the same decoder; states that a noise-free step joins are evaluated, decoded and scored once.
+    All images that gains compare go through the same decoder; with previews the final image is decoded in full and
+    scored once more, for the final reward. States that a noise-free step joins are evaluated, decoded and scored once.
 
     Args:
         plan: the lookahead's.
         trained_steps, guided, kl: as in `sparse_iteration`.
         guidance, noisy, shared: as in `lookahead_evaluations`.
-        decoder: of the images.
+        decoder: of the images that gains compare.
         head: corrects the last jumps of the states that it applies to.
 
     Raises:
@@ -248,12 +251,13 @@ def dense_iteration(
     """
     sharing = _sharing(plan.num_steps, noisy, shared)
     images = sharing.per_trajectory(lambda state: 1)
+    finals = sharing.per_trajectory(lambda state: int(state == plan.num_steps))
     return IterationCost(
         **_policy_path(plan.num_steps, trained_steps, guided, kl),
         lookahead=lookahead_evaluations(plan, guided=guided, guidance=guidance, noisy=noisy, shared=shared),
-        full_decodes=images if decoder == "full" else 0,
+        full_decodes=images if decoder == "full" else finals,
         preview_decodes=images if decoder == "preview" else 0,
-        rewards=images,
+        rewards=images if decoder == "full" else images + finals,
         corrections=sharing.per_trajectory(lambda j: int(head is not None and j < plan.num_steps and head.applies(j))),
     )
 
