@@ -26,7 +26,7 @@ from densegrpo_fast.runtime.metrics import PhaseTimer
 from densegrpo_fast.runtime.row_budget import RowBudget
 from densegrpo_fast.runtime.scoring import Scoring, chosen, joined
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import lookahead_evaluations
+from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.sharing import Sharing
@@ -47,15 +47,12 @@ class Outcome:
         scores: of every image that was scored, those of `rewards` last, for the metrics.
         branch_rewards: [P, N, C, K] float32, of the finest completion of each of N trunks' C branches at K steps; None
             without branches.
-        forwards: network forwards per trajectory that the lookahead took (NFE), not always whole: samples that are one
-            at first share theirs.
     """
 
     rewards: Tensor
     lookahead_rewards: Tensor | None
     advantages: Advantages
     scores: Scores
-    forwards: int | float
     branch_rewards: Tensor | None = None
 
     @property
@@ -221,13 +218,8 @@ class Judge:
         credit = self.config.credit
         advantages = registry.advantages(credit.method, evidence, credit_values(credit))
         if self.lookahead is None or sharing is None:
-            return Outcome(evidence.rewards, None, advantages, scores, 0)
-        scale = self.lookahead.guidance_scale(trajectory.guidance_scale)
-        plan = self.lookahead.plan_for(len(noisy))
-        used = lookahead_evaluations(plan, guided=False, noisy=noisy, shared=sharing.group)
-        forwards = used.total * self.model.forwards(scale)
-        rewards = different[..., sharing.positions]
-        return Outcome(evidence.rewards, rewards, advantages, scores, forwards)
+            return Outcome(evidence.rewards, None, advantages, scores)
+        return Outcome(evidence.rewards, different[..., sharing.positions], advantages, scores)
 
     def _judge_tree(self, tree: Tree, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer) -> Outcome:
         """Score the images of all branches, in every way in which the credit method wants them completed."""
@@ -260,10 +252,27 @@ class Judge:
         )
         credit = self.config.credit
         advantages = registry.advantages(credit.method, evidence, credit_values(credit))
-        scale = self.lookahead.guidance_scale(tree.guidance_scale)
-        forwards = sum(tree.completion_evaluations(way) for way in ways) * self.model.forwards(scale)
-        forwards += tree.first_evaluations * self.model.forwards(tree.guidance_scale)
-        return Outcome(found[..., -1].flatten(1), None, advantages, scores, forwards, rewards[..., -1])
+        return Outcome(found[..., -1].flatten(1), None, advantages, scores, rewards[..., -1])
+
+    def cost(self, drawn: Sampled, trained_steps: int) -> IterationCost:
+        """What an iteration on these samples asks of the model for each of them, if it trains so many steps."""
+        noisy, options = drawn.coefficients.noisy, self._settings(drawn, trained_steps)
+        if self.lookahead is None:
+            return self.sparse_cost(drawn, trained_steps)
+        options |= {"guidance": self.lookahead.guidance, "decoder": self.config.lookahead.decoder, "noisy": noisy}
+        if isinstance(drawn, Tree):
+            plan, *others = [way.plan_for(len(noisy)) for way in self._ways(self.lookahead)]
+            return branched_iteration(plan, others=others, branches=drawn.branches, **options)
+        options |= {"head": self.lookahead.head, "shared": self.lookahead.sharing(drawn).group}
+        return dense_iteration(self.lookahead.plan_for(len(noisy)), **options)
+
+    def sparse_cost(self, drawn: Sampled, trained_steps: int) -> IterationCost:
+        """The same with one reward per image, and with trajectories instead of branches."""
+        return sparse_iteration(drawn.coefficients.num_steps, **self._settings(drawn, trained_steps))
+
+    def _settings(self, drawn: Sampled, trained_steps: int) -> dict[str, Any]:
+        guided = self.model.forwards(drawn.guidance_scale) > 1
+        return {"trained_steps": trained_steps, "guided": guided, "kl": self.config.objective.kl_coef > 0}
 
     def _ways(self, lookahead: Lookahead) -> list[Lookahead]:
         """The completions of a branch, the finest last."""

@@ -25,6 +25,7 @@ it leads to and its completion, one image per step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +84,9 @@ class Evaluations:
         """`count` evaluations, all of one kind."""
         return cls(guided=count) if guided else cls(unguided=count)
 
+    def __add__(self, other: Evaluations) -> Evaluations:
+        return Evaluations(self.guided + other.guided, self.unguided + other.unguided)
+
     @property
     def total(self) -> int | float:
         """Evaluations of both kinds."""
@@ -126,7 +130,12 @@ class IterationCost:
     @property
     def forwards(self) -> int | float:
         """Network forwards of all phases (NFE)."""
-        return sum(part.forwards for part in (self.rollout, self.lookahead, self.policy, self.reference))
+        return sum(part.forwards for part in self.phases.values())
+
+    @property
+    def phases(self) -> dict[str, Evaluations]:
+        """The evaluations by phase of the iteration, "update" being the replay with its reference."""
+        return {"rollout": self.rollout, "lookahead": self.lookahead, "update": self.policy + self.reference}
 
     def flops(self, unit: UnitFlops, lookahead_forward: float | None = None) -> float:
         """Floating-point operations, given those of each part of the model.
@@ -145,36 +154,6 @@ class IterationCost:
         if self.corrections:
             total += self.corrections * unit.head
         return total
-
-
-@dataclass(frozen=True)
-class GuardCost:
-    """One trajectory's share of an exact re-scoring, which is not part of every iteration.
-
-    Attributes:
-        exact: evaluations of the exact completions.
-        cheap: those by which a head that learns sees again what the lookahead's own completions show it.
-        full_decodes: images through the pipeline's autoencoder.
-        rewards: images scored.
-        head_rows: rows that the head learns from, forward and backward.
-    """
-
-    exact: Evaluations
-    cheap: Evaluations
-    full_decodes: int | float
-    rewards: int | float
-    head_rows: int | float
-
-    @property
-    def forwards(self) -> int | float:
-        """Network forwards (NFE)."""
-        return self.exact.forwards + self.cheap.forwards
-
-    def flops(self, unit: UnitFlops, lookahead_forward: float | None = None) -> float:
-        """Floating-point operations, as in `IterationCost.flops`; a backward through the head costs two forwards."""
-        total = self.exact.forwards * unit.forward + self.full_decodes * unit.full_decode + self.rewards * unit.reward
-        total += self.cheap.forwards * (unit.forward if lookahead_forward is None else lookahead_forward)
-        return total + (3 * self.head_rows * unit.head if self.head_rows else 0.0)
 
 
 def lookahead_evaluations(
@@ -197,7 +176,9 @@ def lookahead_evaluations(
     Raises:
         ValueError: `noisy` is for another number of steps.
     """
-    return _evaluations(plan, guided, guidance, noisy, shared)
+    sharing = _sharing(plan.num_steps, noisy, shared)
+    count = sharing.per_trajectory(lambda state: len(plan.paths[state]) if state < plan.num_steps else 0)
+    return Evaluations.of(count, guided and guidance == "full")
 
 
 def sparse_iteration(num_steps: int, *, trained_steps: int, guided: bool, kl: bool) -> IterationCost:
@@ -272,6 +253,7 @@ def branched_iteration(
     guidance: Guidance = "full",
     decoder: Decoder = "full",
     noisy: tuple[bool, ...] | None = None,
+    others: Sequence[Plan] = (),
 ) -> IterationCost:
     """Cost of an iteration with a reward per branch (`sampling/tree.py`), for one of the samples that share a trunk.
 
@@ -281,6 +263,7 @@ def branched_iteration(
         trained_steps, guided, kl: as in `sparse_iteration`.
         guidance, noisy: as in `lookahead_evaluations`.
         decoder: of the images.
+        others: further plans, by each of which every branch is completed and scored besides (Granular-GRPO).
 
     Raises:
         ValueError: `noisy` is for another number of steps or has no step with noise, branches is below 1, or
@@ -296,44 +279,18 @@ def branched_iteration(
     own = _policy_path(num_steps, trained_steps, guided, kl)
     shared = {key: _share(own[key], branches) for key in ("policy", "reference")}
     first = Evaluations.of(len(inner), guided)
-    completions = Evaluations.of(sum(len(plan.paths[state]) for state in inner), guided and guidance == "full")
+    ways = (plan, *others)
+    completed = sum(len(way.paths[state]) for way in ways for state in inner)
+    images = len(steps) * len(ways)
     return IterationCost(
         **shared,
         rollout=Evaluations.of((steps[-1] + 1) / branches, guided),
-        lookahead=Evaluations(first.guided + completions.guided, first.unguided + completions.unguided),
-        full_decodes=len(steps) if decoder == "full" else 0,
-        preview_decodes=len(steps) if decoder == "preview" else 0,
-        rewards=len(steps),
+        lookahead=first + Evaluations.of(completed, guided and guidance == "full"),
+        full_decodes=images if decoder == "full" else 0,
+        preview_decodes=images if decoder == "preview" else 0,
+        rewards=images,
         corrections=0,
     )
-
-
-def guard_check(
-    exact: Plan,
-    *,
-    guided: bool,
-    noisy: tuple[bool, ...] | None = None,
-    shared: int = 1,
-    cheap: Plan | None = None,
-    guidance: Guidance = "full",
-    head_rows: int | float = 0,
-) -> GuardCost:
-    """Cost of re-scoring trajectories exactly, with full guidance and the full decoder.
-
-    Args:
-        exact: the plan through every step.
-        guided, noisy: as in `lookahead_evaluations`.
-        shared: as there; images are decoded and scored for each trajectory.
-        cheap: the lookahead's plan, if its completion head learns from the exact completions; None = no head learns.
-        guidance: of the lookahead.
-        head_rows: rows that the head learns from, for each trajectory.
-
-    Raises:
-        ValueError: `noisy` is for another number of steps.
-    """
-    images = len(_sharing(exact.num_steps, noisy, 1).states)
-    own = Evaluations() if cheap is None else _evaluations(cheap, guided, guidance, noisy, shared)
-    return GuardCost(_evaluations(exact, guided, "full", noisy, shared), own, images, images, head_rows)
 
 
 def _share(evaluations: Evaluations, samples: int) -> Evaluations:
@@ -348,14 +305,6 @@ def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> 
         "policy": Evaluations.of(trained_steps, guided),
         "reference": Evaluations.of(trained_steps if kl else 0, guided),
     }
-
-
-def _evaluations(
-    plan: Plan, guided: bool, guidance: Guidance, noisy: tuple[bool, ...] | None, shared: int
-) -> Evaluations:
-    sharing = _sharing(plan.num_steps, noisy, shared)
-    count = sharing.per_trajectory(lambda state: len(plan.paths[state]) if state < plan.num_steps else 0)
-    return Evaluations.of(count, guided and guidance == "full")
 
 
 def _sharing(num_steps: int, noisy: tuple[bool, ...] | None, shared: int) -> Sharing:
