@@ -163,7 +163,7 @@ class LookaheadOptions(Section):
         "0 = never",
     )
     guard_alarm: float = Field(
-        ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which a warning is logged"
+        ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which an alarm is on"
     )
     head_refresh: int = Field(
         ge=0,

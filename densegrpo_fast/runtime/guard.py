@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,8 +28,6 @@ from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.sharing import Sharing
 from densegrpo_fast.sampling.trajectory import Trajectory
 from densegrpo_fast.sampling.tree import Sampled, Tree
-
-logger = logging.getLogger(__name__)
 
 
 class DriftGuard:
@@ -76,7 +73,7 @@ class DriftGuard:
         iteration: int,
         costs: CostLog,
     ) -> dict[str, float]:
-        """In-group rank agreement with the exact lookahead, for the metrics; a warning where it is below the alarm.
+        """In-group rank agreement with the exact lookahead, for the metrics (and the alarm `lookahead_drift`).
 
         Args:
             trajectory, rows, metadata, outcome: the iteration's.
@@ -92,8 +89,8 @@ class DriftGuard:
         Raises:
             UserError: (reward) the reward failed.
         """
-        options, size = self.config.lookahead, self.config.sampler.group_size
-        prompt = (iteration // options.guard_every) % (len(rows) // size)
+        size = self.config.sampler.group_size
+        prompt = (iteration // self.config.lookahead.guard_every) % (len(rows) // size)
         group = slice(prompt * size, (prompt + 1) * size)
         about = rows[group], metadata[group]
         if isinstance(trajectory, Tree):
@@ -102,32 +99,12 @@ class DriftGuard:
         else:
             found, cost, learned = self._trajectories(trajectory.select(group), *about, outcome, prompt, iteration)
         costs.guard(cost, size)
-        if found.spearman_gains_mean < options.guard_alarm:
-            logger.warning(
-                "iteration %d: gains of %r agree with exact ones at a rank correlation of %.2f only; "
-                "%s (python -m densegrpo_fast.fidelity --adapter ... tells)",
-                iteration + 1,
-                rows[group.start],
-                found.spearman_gains_mean,
-                self._advice(),
-            )
         return learned | {
             "guard/spearman_rewards": found.spearman_rewards_mean,
             "guard/spearman_gains": found.spearman_gains_mean,
             "guard/spearman_gains_worst_step": found.spearman_gains_worst_step,
             "guard/sign_agreement": found.sign_agreement,
         }
-
-    def _advice(self) -> str:
-        """What would bring the lookahead closer to the exact one."""
-        options, ways = self.config.lookahead, []
-        if not options.plan.startswith("exact"):
-            ways.append("a plan with more nodes")
-        if options.guidance != "full":
-            ways.append("lookahead.guidance full")
-        if options.decoder != "full":
-            ways.append("lookahead.decoder full, or a decoder fitted by python -m densegrpo_fast.preview")
-        return f"choose {'; or '.join(ways)}" if ways else "leave out lookahead.copy_dtype, cache and head"
 
     def _trajectories(
         self,

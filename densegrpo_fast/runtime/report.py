@@ -45,6 +45,11 @@ _CURVES = (
         ("frac_reward_zero_std",),
         "groups (or group steps) without a preference; their advantage is 0",
     ),
+    (
+        "Agreement with the exact lookahead",
+        ("guard/spearman_rewards", "guard/spearman_gains"),
+        "rank correlation within one prompt's samples, of the iterations that are scored again exactly",
+    ),
     ("Missing scores", ("reward_missing",), "share of the scores that the reward could not give"),
 )
 _COST_COLUMNS = ("Phase", "Seconds", "Share", "Seconds per iteration", "NFE per iteration")
