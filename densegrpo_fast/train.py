@@ -113,6 +113,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
                     )
                     record = iteration_record(done, trajectory, outcome, update, costs.metrics(), timer.seconds())
                     record |= levels.metrics() | observations | peak_metrics(model.device)
+                    record["cpu_seconds"] = timer.cpu_seconds()
                     if records.due(config.evaluation.every, done):
                         with learner.averaged():
                             evaluation = held_out.evaluate(model, observed)

@@ -143,7 +143,7 @@ def test_a_run_with_branches_and_its_continuation(train: Train, tmp_path: Path) 
     found = []
     for name in ("whole", "parts"):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        measured = ("time/", "memory/")
+        measured = ("time/", "memory/", "cpu_seconds")
         found.append([{key: value for key, value in line.items() if not key.startswith(measured)} for line in lines])
     assert found[0] == found[1] and len(found[0]) == 3
     one, other = (

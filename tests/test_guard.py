@@ -18,7 +18,7 @@ KEYS = {
     "guard/spearman_gains_worst_step",
     "guard/sign_agreement",
 }
-MEASURED = ("time/", "memory/")
+MEASURED = ("time/", "memory/", "cpu_seconds")
 OTHERS = ("alarms", "nfe/guard", "nfe_guided/guard", "nfe_unguided/guard", "decodes/", "pictures_scored", "flops/")
 
 

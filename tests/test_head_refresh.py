@@ -154,7 +154,7 @@ def options(head: Path, refresh: int, iterations: int = 3) -> dict[str, object]:
 
 def without_seconds(run: Path) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in record.items() if not key.startswith(("time/", "memory/"))}
+        {key: value for key, value in record.items() if not key.startswith(("time/", "memory/", "cpu_seconds"))}
         for record in read_metrics(run / "metrics.jsonl")
     ]
 

@@ -36,7 +36,7 @@ def whole_run(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def records(output: Path) -> list[dict[str, object]]:
     """Metrics without seconds and bytes."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    measured = ("time/", "memory/")
+    measured = ("time/", "memory/", "cpu_seconds")
     return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in lines]
 
 
@@ -112,6 +112,7 @@ def test_metrics(whole_run: Path) -> None:
     evaluated = {f"eval/{name}" for name in ("reward", "jpeg_incompressibility", "scenes")}
     assert [set(line) for line in lines] == [common, common | evaluated, common]
     timed = json.loads((whole_run / "metrics.jsonl").read_text().splitlines()[0])
+    assert timed["cpu_seconds"] > 0
     assert {key for key in timed if key.startswith("time/")} == {
         "time/calibration",
         "time/rollout",
