@@ -42,6 +42,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     from densegrpo_fast.calibration.during import NoiseLevels
     from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.alarms import Alarms, alarms_for
+    from densegrpo_fast.runtime.costs import CostLog
     from densegrpo_fast.runtime.experience import Judge, draw_fitting
     from densegrpo_fast.runtime.guard import DriftGuard
     from densegrpo_fast.runtime.learner import Learner
@@ -63,7 +64,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         lookahead = builders.build_lookahead(config, model)
         judge = Judge(config, model, reward, lookahead)
         guard = DriftGuard(config, model, reward, lookahead)
-        forwards = model.forwards(config.sampler.guidance_scale)
+        costs = CostLog(config, model, lookahead)
         builders.build_coefficients(config, model)  # a sampler that cannot be is refused before anything is drawn
         levels = NoiseLevels(config, model, reward)
         prepare(config, model, judge.lookahead, prompts.used(config.run.iterations) + held_out.prompts, observed)
@@ -84,12 +85,13 @@ def train(config: Config, resume: bool = False) -> ExitCode:
             with Progress(config.run.iterations, start) as progress:
                 for iteration in range(start, config.run.iterations):
                     timer.reset()
+                    costs.reset()
                     start_peak(model.device)
                     rows, metadata = prompts.rows(iteration, config.sampler.group_size)
                     observations = {}
                     if levels.due(iteration):
                         with timer("calibration"):
-                            observations = levels.calibrate(iteration)
+                            observations = levels.calibrate(iteration, costs)
                     with timer("rollout"):
                         noisy = builders.noisy_steps(config, iteration)
                         coefficients = builders.build_coefficients(config, model, noisy, levels.levels)
@@ -99,14 +101,19 @@ def train(config: Config, resume: bool = False) -> ExitCode:
                     outcome = judge.judge(trajectory, rows, metadata, timer)
                     if guard.due(iteration):
                         with timer("guard"):
-                            observations |= guard.check(trajectory, rows, metadata, outcome, iteration)
+                            observations |= guard.check(trajectory, rows, metadata, outcome, iteration, costs)
                     with timer("update"):
                         advantages = outcome.advantages.values.flatten(0, 1).to(model.device)
-                        update = learner.update(trajectory, advantages, builders.trained_steps(config, iteration))
+                        steps = builders.trained_steps(config, iteration)
+                        update = learner.update(trajectory, advantages, steps)
 
                     done = iteration + 1
-                    record = iteration_record(done, trajectory, outcome, update, forwards, timer.seconds())
+                    costs.iteration(
+                        judge.cost(trajectory, len(steps)), judge.sparse_cost(trajectory, len(steps)), len(rows)
+                    )
+                    record = iteration_record(done, trajectory, outcome, update, costs.metrics(), timer.seconds())
                     record |= levels.metrics() | observations | peak_metrics(model.device)
+                    record["cpu_seconds"] = timer.cpu_seconds()
                     if records.due(config.evaluation.every, done):
                         with learner.averaged():
                             evaluation = held_out.evaluate(model, observed)
@@ -138,6 +145,7 @@ def dry_run(config: Config) -> ExitCode:
     """
     from densegrpo_fast.calibration.during import NoiseLevels
     from densegrpo_fast.runtime import builders
+    from densegrpo_fast.runtime.costs import CostLog
     from densegrpo_fast.runtime.experience import Judge, draw
     from densegrpo_fast.runtime.learner import Learner
     from densegrpo_fast.runtime.metrics import PhaseTimer
@@ -152,19 +160,19 @@ def dry_run(config: Config) -> ExitCode:
         PhaseTimer(builders.synchronizer(model.device)),
     )
     rows, metadata = builders.build_prompts(small).rows(0, small.sampler.group_size)
-    levels = NoiseLevels(small, model, reward)
+    levels, costs = NoiseLevels(small, model, reward), CostLog(small, model, judge.lookahead)
     if levels.due(0):
         with timer("calibration"):
-            levels.calibrate(0)
+            levels.calibrate(0, costs)
     with timer("rollout"):
         coefficients = builders.build_coefficients(small, model, levels=levels.levels)
         trajectory = draw(small, model, rows, coefficients, 0, cache=judge.cache)
     outcome = judge.judge(trajectory, rows, metadata, timer)
     with timer("update"):
-        advantages = outcome.advantages.values.flatten(0, 1).to(model.device)
-        update = learner.update(trajectory, advantages, builders.trained_steps(small, 0))
-    forwards = model.forwards(small.sampler.guidance_scale)
-    record = iteration_record(1, trajectory, outcome, update, forwards, timer.seconds())
+        advantages, steps = outcome.advantages.values.flatten(0, 1).to(model.device), builders.trained_steps(small, 0)
+        update = learner.update(trajectory, advantages, steps)
+    costs.iteration(judge.cost(trajectory, len(steps)), judge.sparse_cost(trajectory, len(steps)), len(rows))
+    record = iteration_record(1, trajectory, outcome, update, costs.metrics(), timer.seconds())
     print(f"dry run of {config.preset}: one iteration of {len(rows)} samples, {small.sampler.num_steps} steps")
     for phase in PHASES:
         print(f"  {phase:10} {record[f'time/{phase}']:7.2f} s  {record.get(f'nfe/{phase}', 0):5.0f} NFE")

@@ -63,6 +63,31 @@ def test_one_is_enough(name: str, key: str, below: float, above: float) -> None:
     assert watched({key: below}, {key: above}, {key: below}) == [[], [name], []]
 
 
+def test_drift_stays_as_it_was_seen_last() -> None:
+    """The guard looks at some iterations alone, and its number may be missing there."""
+    low, high = ({"guard/spearman_gains": CONFIG.lookahead.guard_alarm + by} for by in (-0.01, 0.0))
+    name = "lookahead_drift"
+    unknown = {"guard/spearman_gains": None}
+    assert watched({}, low, {}, unknown, high, {}, low) == [[], [name], [name], [name], [], [], [name]]
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["lookahead.plan=exact", "lookahead.decoder=full"], "leave out lookahead.copy_dtype, cache and head; "),
+        (["lookahead.plan=one_step", "lookahead.decoder=full"], "choose a plan with more nodes; python"),
+        (
+            ["lookahead.plan=one_step", "lookahead.guidance=cond_only", "lookahead.decoder=preview"],
+            "choose a plan with more nodes; or lookahead.guidance full; or lookahead.decoder full, or a decoder fitted",
+        ),
+    ],
+)
+def test_drift_names_what_comes_closer(options: list[str], advice: str) -> None:
+    config = load_config(options)[0]
+    (drift,) = (alarm for alarm in alarms_for(config) if alarm.name == "lookahead_drift")
+    assert drift.advice.startswith(advice)
+
+
 def test_numbers_that_are_not_there_alarm_nobody() -> None:
     for nothing in (None, math.nan):
         assert watched(*[dict.fromkeys(HEALTHY, nothing)] * 4) == [[]] * 4

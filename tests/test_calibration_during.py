@@ -16,6 +16,7 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import UserError
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
+from densegrpo_fast.runtime.costs import CostLog
 from densegrpo_fast.runtime.data import PromptSet
 from densegrpo_fast.runtime.metrics import read_metrics
 
@@ -46,9 +47,15 @@ def levels(config: Config, model: Any, monkeypatch: pytest.MonkeyPatch) -> Noise
     return NoiseLevels(config, model, RewardMixture({"brightness": (brightness, 1.0)}))
 
 
+def calibrate(found: NoiseLevels, iteration: int) -> dict[str, float]:
+    """A calibration's metrics with what it asked of the model."""
+    costs = CostLog(found.config, found.model, None)
+    return found.calibrate(iteration, costs) | costs.metrics()
+
+
 def measured(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what the machine decides."""
-    return {key: record[key] for key in record if not key.startswith(("time/", "memory/"))}
+    return {key: record[key] for key in record if not key.startswith(("time/", "memory/", "cpu_seconds"))}
 
 
 def test_when() -> None:
@@ -61,33 +68,35 @@ def test_when() -> None:
 
 def test_a_calibration_moves_the_levels_by_the_rule(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = levels(configured(), mixture_model, monkeypatch)
-    before = len(mixture_model.calls)
-    metrics = found.calibrate(3)
+    before, decoded = len(mixture_model.calls), len(mixture_model.decoded)
+    metrics = calibrate(found, 3)
     # one first move of .16 up or down, and perhaps a second one; the result is a level that was measured or come to
     assert found.levels != (0.7,) * 4 and all(0.1 <= level <= 1.0 for level in found.levels)
     assert metrics["calibration/rounds"] == 2 and 0 <= metrics["calibration/imbalance"] <= 1
     # closed form: 2 rounds of 16 samples, each 4 steps and 3 + 2 + 1 of the exact completions
-    assert metrics["nfe/calibration"] == 2 * 16 * (4 + 6)
+    assert metrics["nfe/calibration"] == metrics["nfe_unguided/calibration"] == 2 * 16 * (4 + 6)
+    # with the image a picture for each state
+    assert metrics["decodes/full"] == metrics["pictures_scored"] == sum(mixture_model.decoded[decoded:]) == 2 * 16 * 5
     assert sum(rows for rows, _, _ in mixture_model.calls[before:]) == 2 * 16 * (4 + 6)
 
 
 def test_samples_depend_on_the_iteration_alone(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, other = (levels(configured(), mixture_model, monkeypatch) for _ in range(3))
-    found = [one.calibrate(3), two.calibrate(3), other.calibrate(6)]
+    found = [calibrate(one, 3), calibrate(two, 3), calibrate(other, 6)]
     assert found[0] == found[1] and one.levels == two.levels
     assert found[2] != found[0] or other.levels != one.levels
     # a second calibration starts from the first one's levels, and from a checkpoint's likewise
     three = levels(configured(), mixture_model, monkeypatch)
     three.restore(json.loads(json.dumps(one.state())))
-    one.calibrate(6)
-    three.calibrate(6)
+    calibrate(one, 6)
+    calibrate(three, 6)
     assert one.levels == three.levels
 
 
 def test_only_steps_that_may_be_noisy_are_calibrated(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     window = {"window.schedule": "fixed", "window.size": 2, "sampler.noise_level": "[0.7, 0.0, 0.7, 0.7]"}
     found = levels(configured(**window), mixture_model, monkeypatch)
-    metrics = found.calibrate(0)
+    metrics = calibrate(found, 0)
     # step 1 is an ODE step of the window, 2 and 3 lie outside
     assert found.levels[0] != 0.7 and found.levels[1:] == (0.0, 0.7, 0.7)
     # with noise in step 0 alone only its state is completed, by 3 evaluations

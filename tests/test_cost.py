@@ -98,16 +98,17 @@ def test_closed_forms(steps: int, data: st.DataObject) -> None:
 def test_the_published_settings_by_hand() -> None:
     """T = 10, guided, 9 trained steps, KL, nodes {4,7} without guidance, preview decoder.
 
-    Forwards: rollout 20, lookahead 11, replay 18, reference 18; backward through 9 conditional halves; 11 previews.
+    Forwards: rollout 20, lookahead 11, replay 18, reference 18; backward through 9 conditional halves; 11 previews, and
+    the final image once more in full.
     """
     cost = dense_iteration(
         plans.nodes(10, (4, 7)), trained_steps=9, guided=True, kl=True, guidance="cond_only", decoder="preview"
     )
     assert (cost.rollout.forwards, cost.lookahead.forwards) == (20, 11)
     assert (cost.policy.forwards, cost.reference.forwards, cost.backwards) == (18, 18, 9)
-    assert (cost.full_decodes, cost.preview_decodes, cost.rewards) == (0, 11, 11)
+    assert (cost.full_decodes, cost.preview_decodes, cost.rewards) == (1, 11, 12)
     assert cost.forwards == 67
-    assert cost.flops(Unit()) == 49 + 18e3 + 9e5 + 11e9 + 11e11
+    assert cost.flops(Unit()) == 49 + 18e3 + 9e5 + 1e7 + 11e9 + 12e11
 
 
 def test_a_branched_iteration_by_hand() -> None:
@@ -301,4 +302,5 @@ def test_a_real_iteration_asks_for_what_is_counted(
     assert evaluations(model.rows, "reference", batch) == cost.reference
     assert model.rows["backward"] == cost.backwards * batch
     assert decodes == cost.preview_decodes * batch
-    assert len(images) == cost.rewards
+    # the gains' pictures, and the final one's reward
+    assert len(images) == cost.rewards - cost.full_decodes == cost.preview_decodes

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from densegrpo_fast.credit.dense import dense_advantages, reward_gains
-from densegrpo_fast.credit.mixture import mixed_advantages
+from densegrpo_fast.credit.mixture import lookahead_mixture_advantages, mixed_advantages
+from densegrpo_fast.credit.return_to_go import returns_to_go
 from densegrpo_fast.credit.sparse import sparse_advantages
+from densegrpo_fast.credit.value import state_rewards
 
 NAN = math.nan
 
@@ -67,6 +69,20 @@ def test_shift_permutation_dtype_and_missing(seed, member, normalize):
     with_gap = mixed(dropped, normalize=normalize)
     torch.testing.assert_close(with_gap.values[:, others], mixed(rewards[:, others], normalize=normalize).values)
     assert with_gap.values[:, member].count_nonzero() == 0 and with_gap.missing == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("step_value", ["gain", "value", "return_to_go"])
+def test_the_image_is_judged_by_its_own_reward(step_value):
+    """The final reward may be another decoder's than that of the steps' values, and then is missing by itself."""
+    lookahead, rewards = random_rewards(3), random_rewards(4)[..., 0]
+    rewards[1, 2] = NAN
+    options = {"step_value": step_value, "normalize": "joint"}
+    found = lookahead_mixture_advantages(rewards, lookahead, **options)
+    values = {"gain": reward_gains, "value": state_rewards, "return_to_go": returns_to_go}[step_value](lookahead)
+    assert torch.equal(found.values, mixed_advantages(rewards, values, normalize="joint").values)
+    assert found.values[1, 2].count_nonzero() == 0 and found.values[1, 1].all()
+    own = lookahead_mixture_advantages(lookahead[..., -1], lookahead, **options)
+    assert not torch.equal(own.values, found.values)
 
 
 def test_half_a_sum_is_missing():

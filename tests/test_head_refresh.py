@@ -17,7 +17,8 @@ from densegrpo_fast.models.flops import ModelFlops
 from densegrpo_fast.runtime.head_training import BATCH, Examples, HeadRefresher, examples_of, explained
 from densegrpo_fast.runtime.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, guard_check
+from densegrpo_fast.sampling.cost import Evaluations, dense_iteration
+from densegrpo_fast.sampling.guard_cost import guard_check
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 
@@ -153,7 +154,7 @@ def options(head: Path, refresh: int, iterations: int = 3) -> dict[str, object]:
 
 def without_seconds(run: Path) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in record.items() if not key.startswith(("time/", "memory/"))}
+        {key: value for key, value in record.items() if not key.startswith(("time/", "memory/", "cpu_seconds"))}
         for record in read_metrics(run / "metrics.jsonl")
     ]
 
@@ -171,8 +172,12 @@ def test_a_run_continues_to_the_bit_and_the_policy_is_left_alone(train: Any, hea
     assert not (tmp_path / "still" / "completion_head.safetensors").exists()
 
     # the first update comes after the head has learnt, and knows nothing of it
-    learnt = {key: value for key, value in whole[0].items() if "guard/head" not in key and key != "nfe/guard"}
-    assert learnt == {key: value for key, value in still[0].items() if key != "nfe/guard"}
+    cost = ("guard/head", "nfe/guard", "nfe_unguided/guard", "flops/")
+    learnt, untaught = (
+        {key: value for key, value in run[0].items() if not key.startswith(cost)} for run in (whole, still)
+    )
+    assert learnt == untaught
+    assert whole[0]["flops/guard"] > still[0]["flops/guard"] > 0
     # exact completions 2 + 1 of three steps for each of 2 samples; the head sees state 0 at node 1, for both
     assert (still[0]["nfe/guard"], whole[0]["nfe/guard"]) == (6, 8)
     # states 0 and 1 of 2 samples, 5 steps

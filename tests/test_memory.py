@@ -190,7 +190,8 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     assert found.phases == {
         "rollout": memory.forward(2),
         "lookahead": 4 * 4 * 8 * latents + memory.forward(4),
-        "pictures": 2 * 5 * 8 * picture + memory.decode(4, "preview"),
+        # the ends are decoded in full besides, which takes more
+        "pictures": 2 * 5 * 8 * picture + memory.decode(4, "full"),
         # guidance and the reference's two halves
         "update": memory.update(2, forwards=3, checkpointing=False),
         "evaluation": 6 * (latents + 2 * picture) + memory.decode(2, "full"),
@@ -198,6 +199,9 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     assert found.to_come == sum(found.state.values()) + max(found.phases.values())
     assert found.total == sum(found.weights.values()) + found.to_come
     assert f"the phase that needs most is {found.largest}" in str(found)
+    # as many of the ends at a time as a budget allows, here of fewer bytes than the previews take together
+    tight = chosen.model_copy(update={"lookahead": chosen.lookahead.model_copy(update={"memory_gb": 1e-6})})
+    assert estimate(tight, memory).phases["pictures"] == 2 * 5 * 8 * picture + memory.decode(4, "preview")
 
     sparse = config("credit.method=sparse", "objective.kl_coef=0", "sampler.guidance_scale=1", "ema.every=0")
     alone = estimate(sparse, memory)

@@ -125,6 +125,23 @@ def test_seconds_add_up_over_repeated_and_nested_phases() -> None:
     assert timer.seconds() == {}
 
 
+def test_cpu_seconds_are_those_of_the_phases() -> None:
+    clock, cpu = Clock(), Clock()
+    timer = PhaseTimer(clock=clock, cpu_clock=cpu)
+    with timer("rollout"):
+        cpu.now += 3
+        with timer("reward"):
+            cpu.now += 1
+        clock.now += 5
+    cpu.now += 50
+    with timer("update"):
+        cpu.now += 2
+    # 3 + 1 + 2; the 50 between belong to no phase
+    assert timer.cpu_seconds() == 6.0 and timer.seconds() == {"reward": 0.0, "rollout": 5.0, "update": 0.0}
+    timer.reset()
+    assert timer.cpu_seconds() == 0.0
+
+
 def test_a_phase_that_raises_is_counted_and_closed() -> None:
     clock = Clock()
     timer = PhaseTimer(clock=clock)

@@ -18,6 +18,7 @@ from densegrpo_fast.config.yaml_files import preset_names
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
+from densegrpo_fast.runtime.costs import CostLog
 from densegrpo_fast.runtime.experience import Judge, draw
 from densegrpo_fast.runtime.learner import Learner
 from densegrpo_fast.runtime.metrics import PhaseTimer
@@ -71,7 +72,7 @@ def test_an_iteration(name: str, tiny_policy: Callable[..., FlowModel]) -> None:
     levels, learner = NoiseLevels(config, model, REWARD), Learner(model, builders.learner_options(config))
     assert levels.due(0) == (name == "embedded_calibrated")
     if levels.due(0):
-        assert levels.calibrate(0)["calibration/rounds"] == 1
+        assert levels.calibrate(0, CostLog(config, model, None))["calibration/rounds"] == 1
     table = builders.build_coefficients(config, model, builders.noisy_steps(config, 0), levels.levels)
     trajectory = draw(config, model, rows, table, 0)
     outcome = Judge(config, model, REWARD, builders.build_lookahead(config, model)).judge(

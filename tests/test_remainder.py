@@ -41,7 +41,7 @@ def sampled(model: Any, table: StepCoefficients, guidance_scale: float = 1.0) ->
 
 def measured(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what the machine decides."""
-    return {key: record[key] for key in record if not key.startswith(("time/", "memory/"))}
+    return {key: record[key] for key in record if not key.startswith(("time/", "memory/", "cpu_seconds"))}
 
 
 def windowed(model: Any, window: range, **options: Any) -> StepCoefficients:

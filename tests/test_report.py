@@ -172,6 +172,19 @@ def test_costs_per_phase_in_seconds_share_and_network_evaluations(run):
     ]
 
 
+def test_the_work_of_an_iteration_is_a_sentence(tmp_path):
+    work = [
+        {"decodes/full": 4 * n, "decodes/preview": 0, "pictures_scored": 20, "flops/over_sparse": n} for n in (1, 2)
+    ]
+    metrics = [record(n) | own for n, own in enumerate(work)]
+    options = {"config_yaml": "seed: 1\n", "before": {}, "after": {}, "images": {}, "phases": {"rollout": 1.0}}
+    page = Page(write_report(tmp_path, metrics=metrics, **options).read_text(encoding="utf-8"))
+    told = "An iteration has on average 6 full decodes, 20 pictures scored, 1.5 times the operations of one with a "
+    assert told + "single reward per image." in page.texts("small")[-1]
+    plain = Page(write_report(tmp_path, metrics=[record(1)], **options).read_text(encoding="utf-8"))
+    assert "on average" not in plain.texts("small")[-1]
+
+
 def test_an_empty_run_still_gives_a_page(tmp_path):
     path = write_report(tmp_path, config_yaml="seed: 1\n", metrics=[], before={}, after={}, images={}, phases={})
     page = Page(path.read_text(encoding="utf-8"))

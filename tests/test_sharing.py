@@ -100,6 +100,12 @@ def test_the_cost_by_hand() -> None:
     assert lookahead_evaluations(plans.exact(10), guided=True, shared=4) == Evaluations(guided=36 + 9 / 4)
     cost = dense_iteration(plans.exact(10), trained_steps=9, guided=True, kl=False, shared=4)
     assert (cost.full_decodes, cost.rewards) == (10.25, 10.25)
+    previews = dense_iteration(plans.exact(10), trained_steps=9, guided=True, kl=False, shared=4, decoder="preview")
+    assert (previews.full_decodes, previews.preview_decodes, previews.rewards) == (1, 10.25, 11.25)
+    # without any noise a group is one sample to the end
+    still = {"noisy": (False,) * 10, "shared": 4, "decoder": "preview"}
+    ends = dense_iteration(plans.exact(10), trained_steps=0, guided=True, kl=False, **still)
+    assert (ends.full_decodes, ends.preview_decodes, ends.rewards) == (1 / 4, 1 / 4, 1 / 2)
     # the first noisy step is the second of a window's: states 0..2 are one, and of the group
     noisy = (False, False, True, True, *(False,) * 6)
     assert lookahead_evaluations(plans.exact(10), guided=False, noisy=noisy, shared=4).total == 7 / 4 + 6

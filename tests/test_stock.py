@@ -231,7 +231,9 @@ def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl:
     assert branched["lookahead"] == 2 * 9 + 3 + 6
     assert (branched["policy"], branched["reference"]) == (2 * 9 / 2, 2 * 9 / 2 if kl else 0)
     assert (branched["full_decodes"], branched["preview_decodes"], branched["rewards"]) == (0, 9, 9)
-    assert found["dense_trajectories"]["preview_decodes"] == 11
+    # T + 1 previews for the gains, and the end once more in full for the final reward
+    whole = found["dense_trajectories"]
+    assert (whole["full_decodes"], whole["preview_decodes"], whole["rewards"]) == (1, 11, 12)
     assert set(bench.variants["stock_dense"].phases[0]) == {"rollout", "lookahead", "reward", "update"}
 
 

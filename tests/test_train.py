@@ -36,7 +36,7 @@ def whole_run(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def records(output: Path) -> list[dict[str, object]]:
     """Metrics without seconds and bytes."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    measured = ("time/", "memory/")
+    measured = ("time/", "memory/", "cpu_seconds")
     return [{key: value for key, value in line.items() if not key.startswith(measured)} for line in lines]
 
 
@@ -101,11 +101,18 @@ def test_metrics(whole_run: Path) -> None:
         *("loss", "policy_loss", "kl", "clip_fraction", "approx_kl", "ratio_deviation", "grad_norm"),
         *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
         *("first_ratio_deviation", "learning_rate"),
-        *("skipped_updates", "nfe/rollout", "nfe/lookahead", "nfe/update", "micro_batch"),
+        *("skipped_updates", "micro_batch", "decodes/full", "decodes/preview", "pictures_scored"),
+        *(
+            f"{nfe}/{phase}"
+            for nfe in ("nfe", "nfe_guided", "nfe_unguided")
+            for phase in ("rollout", "lookahead", "update")
+        ),
+        *("flops/iteration", "flops/over_sparse"),
     }
     evaluated = {f"eval/{name}" for name in ("reward", "jpeg_incompressibility", "scenes")}
     assert [set(line) for line in lines] == [common, common | evaluated, common]
     timed = json.loads((whole_run / "metrics.jsonl").read_text().splitlines()[0])
+    assert timed["cpu_seconds"] > 0
     assert {key for key in timed if key.startswith("time/")} == {
         "time/calibration",
         "time/rollout",
@@ -117,6 +124,8 @@ def test_metrics(whole_run: Path) -> None:
     for line in lines:
         # 4 samples x 3 steps; completions from states 0 and 1 evaluate 2 and 1 times; 4 samples x 1 trained step
         assert (line["nfe/rollout"], line["nfe/lookahead"], line["nfe/update"]) == (12, 12, 4)
+        # previews of 4 samples' states 0, 1 and 2, which the last step joins to the end without noise; ends in full
+        assert (line["decodes/preview"], line["decodes/full"], line["pictures_scored"]) == (12, 4, 16)
         assert line["reward_std"] > 0 and line["grad_norm"] > 0 and line["frac_reward_zero_std"] < 0.5
         assert line["first_ratio_deviation"] < 1e-5 <= line["ratio_deviation"]
 
@@ -127,15 +136,18 @@ def test_forwards_are_counted_with_guidance_and_reference(train: Train, tmp_path
     (line,) = records(tmp_path / "run")
     # every evaluation is two forwards, and in training the reference takes as many again
     assert (line["nfe/rollout"], line["nfe/lookahead"], line["nfe/update"]) == (24, 24, 16)
+    assert (line["nfe_guided/rollout"], line["nfe_guided/lookahead"], line["nfe_guided/update"]) == (12, 12, 8)
     assert line["ratio_deviation"] < 1e-3
     assert train(tmp_path / "plain", **options, **{"lookahead.guidance": "cond_only"}) == 0
-    assert records(tmp_path / "plain")[0]["nfe/lookahead"] == 12
+    (plain,) = records(tmp_path / "plain")
+    assert (plain["nfe/lookahead"], plain["nfe_guided/lookahead"], plain["nfe_unguided/lookahead"]) == (12, 0, 12)
+    assert 1 < plain["flops/over_sparse"] < line["flops/over_sparse"]
 
 
 def test_a_sparse_run(train: Train, tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--config=embedded_sparse", **{"run.iterations": 1}) == 0
     (line,) = records(tmp_path / "run")
-    assert line["nfe/lookahead"] == 0
+    assert line["nfe/lookahead"] == 0 and line["flops/over_sparse"] == 1
     assert not any(key.startswith("gain/") for key in line)
 
 
@@ -258,8 +270,9 @@ def test_own_prompts_reach_the_reward_with_their_metadata(train: Train, tmp_path
 def test_a_reward_that_fails_later_leaves_the_checkpoints(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A run scores before its first iteration, once in each, and in an evaluation after the second, so the third
-    # iteration is the fifth time. The reward draws from torch's generator, which a continued run must find as it was.
+    # A run scores before its first iteration, twice in each (previews, and the ends in full), and in an evaluation
+    # after the second, so the third iteration begins with the seventh time. The reward draws from torch's generator,
+    # which a continued run must find as it was.
     reward, broken = tmp_path / "own.py", tmp_path / "broken"
     reward.write_text(
         "from pathlib import Path\n"
@@ -267,7 +280,7 @@ def test_a_reward_that_fails_later_leaves_the_checkpoints(
         "calls = []\n"
         "def score(images, prompts, metadata):\n"
         "    calls.append(len(prompts))\n"
-        f"    if len(calls) > 4 and Path({str(broken)!r}).exists():\n"
+        f"    if len(calls) > 6 and Path({str(broken)!r}).exists():\n"
         "        raise OSError('out of order')\n"
         "    return images.std(dim=(1, 2, 3)) + torch.rand(len(images))\n"
     )

@@ -18,6 +18,7 @@ from densegrpo_fast.flow.dynamics import B as VELOCITY
 from densegrpo_fast.flow.noise import branch_stream, gaussian
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.cost import IterationCost, branched_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.replay import replay
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
@@ -137,34 +138,42 @@ def test_forwards_are_the_closed_form(mixture_model: Any, data: st.DataObject) -
     mixture_model.calls.clear()
     tree = grown(mixture_model, steps, num_steps=steps_of_all, branches=branches)
     # trunk up to its last branching state; each branch's own first velocity, unless it is the image already
-    assert tree.evaluations == steps[-1] + 1 and mixture_model.evaluated_rows == 2 * tree.evaluations
+    assert mixture_model.evaluated_rows == 2 * (steps[-1] + 1)
     mixture_model.calls.clear()
     tree = tree.reach(mixture_model, chunk=3)
-    assert tree.first_evaluations == branches * sum(step < steps_of_all - 1 for step in steps)
-    assert mixture_model.evaluated_rows == 2 * tree.first_evaluations
+    first = branches * sum(step < steps_of_all - 1 for step in steps)
+    assert mixture_model.evaluated_rows == 2 * first
     # a stride of g takes ceil((T-1-k)/g) evaluations after step k, of which the first is there
+    ways, total = [plans.strided(steps_of_all, stride) for stride in strides], first
     for stride in strides:
         mixture_model.calls.clear()
         lookahead = Lookahead(mixture_model, plans.strided(steps_of_all, stride))
         tree.completions(lookahead)
         after = sum(max(math.ceil((steps_of_all - 1 - step) / stride) - 1, 0) for step in steps)
-        assert tree.completion_evaluations(lookahead) == branches * after
         assert mixture_model.evaluated_rows == 2 * branches * after
+        total += branches * after
+    cost = branched(ways, branches, tree.coefficients.noisy)
+    assert cost.rollout.total * branches == pytest.approx(steps[-1] + 1)
+    assert cost.lookahead.total * branches == pytest.approx(total)
+    assert cost.full_decodes == cost.rewards == len(steps) * len(ways)
 
 
-def test_the_published_counts(mixture_model: Any) -> None:
+def branched(ways: list[plans.Plan], branches: int, noisy: tuple[bool, ...]) -> IterationCost:
+    return branched_iteration(
+        ways[0], others=ways[1:], branches=branches, trained_steps=sum(noisy), guided=False, kl=False, noisy=noisy
+    )
+
+
+def test_the_published_counts() -> None:
     # TempFlow-GRPO, T = 10, every step, exact: a trunk takes 10 evaluations and each branch 9 + 8 + ... + 0 = 45; with
     # 4 trunks of 6 branches 4 * (10 + 6 * 45) = 1120 per prompt.
-    tree = grown(mixture_model, list(range(10)), num_steps=10, branches=6, prompts=["0"] * 4)
-    exact = Lookahead(mixture_model, plans.exact(10))
-    assert 4 * (tree.evaluations + tree.first_evaluations + tree.completion_evaluations(exact)) == 1120
+    cost = branched([plans.exact(10)], 6, (True,) * 10)
+    assert 4 * 6 * (cost.rollout.total + cost.lookahead.total) == pytest.approx(1120)
     # G2RPO, T = 16, the first 8 steps, granularities 1 and 2: the published code completes each branch of step k by
     # ceil((15-k)/1) + ceil((15-k)/2) evaluations, 15+8 .. 8+4 for k = 0..7, which is 92 + 48 = 140; the first of each
     # pair is one and the same here, which saves 8, and the trunk stops after 8 of 16 evaluations.
-    tree = grown(mixture_model, list(range(8)), num_steps=16, branches=2, prompts=["0"])
-    strides = [Lookahead(mixture_model, plans.strided(16, stride)) for stride in (1, 2)]
-    found = sum(tree.completion_evaluations(lookahead) for lookahead in strides)
-    assert tree.evaluations + tree.first_evaluations + found == 8 + 2 * (140 - 8)
+    cost = branched([plans.strided(16, stride) for stride in (1, 2)], 2, (True,) * 8 + (False,) * 8)
+    assert 2 * (cost.rollout.total + cost.lookahead.total) == 8 + 2 * (140 - 8)
 
 
 def test_what_cannot_branch_is_refused(mixture_model: Any) -> None:

@@ -10,6 +10,7 @@ from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
+from densegrpo_fast.runtime.costs import CostLog
 
 
 class NoiseLevels:
@@ -32,12 +33,16 @@ class NoiseLevels:
         every = self.config.calibration.every
         return every > 0 and iteration % every == 0
 
-    def calibrate(self, iteration: int) -> dict[str, float]:
+    def calibrate(self, iteration: int, costs: CostLog) -> dict[str, float]:
         """Find the levels again, from those that they are.
 
+        Args:
+            iteration: from 0.
+            costs: is told what every round asked for.
+
         Returns:
-            `calibration/rounds`; `calibration/imbalance`, the largest absolute imbalance of a step's signs at the old
-            levels; and `nfe/calibration`, network forwards.
+            `calibration/rounds`, and `calibration/imbalance`, the largest absolute imbalance of a step's signs at the
+            old levels.
 
         Raises:
             UserError: (reward) the reward failed, or too many scores are missing.
@@ -52,6 +57,8 @@ class NoiseLevels:
             return meter.gains(levels, iteration).T.tolist()
 
         rounds = calibrate(rule, measure, options.rounds)
+        for measured in rounds:
+            costs.calibration(meter.cost(measured.levels), meter.count)
         imbalances = [abs(signs.imbalance) for signs in rounds[0].signs if signs.decided]
         self.levels = tuple(
             found if step in self._noisy else old
@@ -60,7 +67,6 @@ class NoiseLevels:
         return {
             "calibration/rounds": len(rounds),
             "calibration/imbalance": max(imbalances, default=0.0),
-            "nfe/calibration": sum(meter.forwards(measured.levels) for measured in rounds),
         }
 
     def metrics(self) -> dict[str, float]:

@@ -30,7 +30,7 @@ from densegrpo_fast.runtime.data import PromptSet
 from densegrpo_fast.runtime.row_budget import RowBudget
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import lookahead_evaluations
+from densegrpo_fast.sampling.cost import IterationCost, dense_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import rollout, sample_ode
 from densegrpo_fast.sampling.trajectory import Trajectory
@@ -101,12 +101,15 @@ class GainMeter:
             branched=config.sampler.branches is not None,
         )
 
-    def forwards(self, levels: Sequence[float]) -> int:
-        """Network forwards of `gains` at these levels."""
-        steps = len(self.sigmas) - 1
-        noisy = coefficients(self.sigmas, levels, self.dynamics).noisy
-        evaluations = steps + lookahead_evaluations(plans.exact(steps), guided=False, noisy=noisy).total
-        return int(evaluations) * self.count * self.model.forwards(self.guidance_scale)
+    def cost(self, levels: Sequence[float]) -> IterationCost:
+        """What `gains` at these levels asks of the model for each sample: a rollout and its exact completions."""
+        return dense_iteration(
+            plans.exact(len(self.sigmas) - 1),
+            trained_steps=0,
+            guided=self.model.forwards(self.guidance_scale) > 1,
+            kl=False,
+            noisy=coefficients(self.sigmas, levels, self.dynamics).noisy,
+        )
 
     def gains(
         self, levels: Sequence[float], draw: int, progress: Callable[[int], object] = lambda samples: None

@@ -153,7 +153,10 @@ class LookaheadOptions(Section):
         "text:own (of each sample), reuse:2-5, skip:0,6, joined by +; approximate; null = none"
     )
     graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")
-    decoder: Literal["preview", "full"] = Field(description="decoder of all images that a gain is computed from")
+    decoder: Literal["preview", "full"] = Field(
+        description="decoder of all images that a gain is computed from; a trajectory's final reward is always that of "
+        "the full one"
+    )
     chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode, at most")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(
         description="memory (1e9 bytes) that one forward of the lookahead, or one decode, may take: lowers chunk as "
@@ -166,7 +169,7 @@ class LookaheadOptions(Section):
         "0 = never",
     )
     guard_alarm: float = Field(
-        ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which a warning is logged"
+        ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which an alarm is on"
     )
     head_refresh: int = Field(
         ge=0,

@@ -18,13 +18,15 @@ class Evidence:
     of a batch is sample g of prompt p.
 
     Attributes:
-        rewards: [P, G] float, of the final images; NaN = missing.
+        rewards: [P, G] float, of the final images by the full decoder; NaN = missing.
         noisy: whether each step injects noise, length T.
         latents: [T+1, B, ...] float; index = steps done.
         velocities: [T, B, ...] float, at each state; v = noise - data.
         sigmas: [T+1] float, the grid.
         lookahead_rewards: [P, G, K+1] float, of the completions that differ: entry k belongs to the state before the
-            k-th judged step, the last to the real final image. NaN = missing; None where no lookahead was run.
+            k-th judged step, the last to the real final image. All by one decoder, maybe not the full one: a gain must
+            not compare two, so where there are previews the last is not `rewards`. NaN = missing; None where no
+            lookahead was run.
         branch_rewards: [P, N, C, K, L] float, of the images that branches end in: N trunks of each prompt, C branches
             of each trunk's state (N*C = G), L ways to complete them, the finest last. Then `rewards` are the finest
             ones' means over the K steps, and latents and velocities belong to no trajectory. NaN = missing; None

@@ -81,12 +81,19 @@ def mixed_advantages(
 
 
 def lookahead_mixture_advantages(
-    lookahead_rewards: Tensor, *, step_value: StepValue = "gain", discount: float = 1.0, **options: Any
+    rewards: Tensor,
+    lookahead_rewards: Tensor,
+    *,
+    step_value: StepValue = "gain",
+    discount: float = 1.0,
+    **options: Any,
 ) -> Advantages:
     """`mixed_advantages` of the final image and of a value that the lookahead gives each step.
 
     Args:
-        lookahead_rewards: [P, G, T+1] float; index = steps done, the last is the real final image; NaN = missing.
+        rewards: [P, G] float, of the final images; NaN = missing.
+        lookahead_rewards: [P, G, T+1] float; index = steps done, the last is the real final image, by the decoder of
+            the others (in `rewards` it may be another one's); NaN = missing.
         step_value: "gain" = `dense.reward_gains`, "value" = `value.state_rewards`, "return_to_go" =
             `return_to_go.returns_to_go`.
         discount: of the return-to-go, in [0, 1].
@@ -96,7 +103,7 @@ def lookahead_mixture_advantages(
         values [P, G, T] float32.
 
     Raises:
-        ValueError: the shape of lookahead_rewards, or an option is out of range.
+        ValueError: a shape, or an option is out of range.
     """
     exact = lookahead_rewards.double()
     match step_value:
@@ -111,4 +118,4 @@ def lookahead_mixture_advantages(
                 f"lookahead_mixture_advantages: step_value must be one of {', '.join(get_args(StepValue))}, "
                 f"got {step_value!r}"
             )
-    return mixed_advantages(exact[..., -1], values, **options)
+    return mixed_advantages(rewards, values, **options)

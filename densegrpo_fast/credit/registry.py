@@ -114,7 +114,7 @@ _PACKAGE = {
     ),
     "mixture": CreditMethod(
         f"{_HERE}.mixture:lookahead_mixture_advantages",
-        ("lookahead_rewards",),
+        ("rewards", "lookahead_rewards"),
         ("step_value", "discount", "terminal_coef", "dense_coef", "normalize"),
     ),
     "turning_point": CreditMethod(

@@ -1,8 +1,8 @@
 """Conditions under which a run learns nothing or the wrong thing, looked for in its metrics.
 
-An alarm is on while its condition has held in the last few iterations in a row. It is written into every such record
-(`alarms`), shown in the report, and logged as a warning once in a run. Nothing but the records decides, so a resumed
-run goes on as if it had never stopped.
+An alarm is on while its condition has held in the last few iterations in a row; where only some iterations are looked
+at, it stays as it is in between. It is written into every record in which it is on (`alarms`), shown in the report, and
+logged as a warning once in a run. Nothing but the records decides, so a resumed run goes on as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ class Alarm:
 
     Attributes:
         name: as it is recorded.
-        holds: whether it holds in a record; a record without the numbers for it says no.
-        patience: iterations in a row after which the alarm is on.
+        holds: whether it holds in a record; a record without the numbers for it says no, or None if that leaves
+            everything as it was.
+        patience: records in a row that say yes, after which the alarm is on.
         meaning: what the condition is, in words.
         advice: what to do about it.
     """
 
     name: str
-    holds: Callable[[Record], bool]
+    holds: Callable[[Record], bool | None]
     patience: int
     meaning: str
     advice: str
@@ -47,6 +48,7 @@ class Alarm:
 def alarms_for(config: Config) -> tuple[Alarm, ...]:
     """The alarms of a run; thresholds that depend on its settings are taken from them."""
     clip_range, allowed = config.objective.clip_range, config.reward.max_missing
+    agreement = config.lookahead.guard_alarm
     alarms = (
         Alarm(
             "zero_spread",
@@ -92,6 +94,13 @@ def alarms_for(config: Config) -> tuple[Alarm, ...]:
             "updates were skipped because a loss or gradient was not finite",
             "lower optimizer.lr or sampler.noise_level",
         ),
+        Alarm(
+            "lookahead_drift",
+            lambda record: _below(_number(record, "guard/spearman_gains"), agreement),
+            1,
+            f"a prompt's gains agree with exact ones at a rank correlation below {agreement:g}",
+            f"{_closer(config)}; python -m densegrpo_fast.fidelity --adapter ADAPTER tells how good each is",
+        ),
     )
     if config.objective.policy == "dppo":
         # it lets ratios drift: what it bounds is the divergence of a step, by dppo_threshold
@@ -131,8 +140,27 @@ class Alarms:
 
     def _on(self, record: Record) -> list[Alarm]:
         for alarm in self._alarms:
-            self._in_a_row[alarm.name] = self._in_a_row[alarm.name] + 1 if alarm.holds(record) else 0
+            holds = alarm.holds(record)
+            if holds is not None:
+                self._in_a_row[alarm.name] = self._in_a_row[alarm.name] + 1 if holds else 0
         return [alarm for alarm in self._alarms if self._in_a_row[alarm.name] >= alarm.patience]
+
+
+def _closer(config: Config) -> str:
+    """What would bring the lookahead closer to the exact one."""
+    options, ways = config.lookahead, []
+    if not options.plan.startswith("exact"):
+        ways.append("a plan with more nodes")
+    if options.guidance != "full":
+        ways.append("lookahead.guidance full")
+    if options.decoder != "full":
+        ways.append("lookahead.decoder full, or a decoder fitted by python -m densegrpo_fast.preview")
+    return f"choose {'; or '.join(ways)}" if ways else "leave out lookahead.copy_dtype, cache and head"
+
+
+def _below(number: float, limit: float) -> bool | None:
+    """Whether a number that not every record has is below a limit; None without one."""
+    return None if math.isnan(number) else number < limit
 
 
 def _number(record: Record, name: str) -> float:

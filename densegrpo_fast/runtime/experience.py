@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,11 +24,12 @@ from densegrpo_fast.rewards.base import RewardMixture, Scores
 from densegrpo_fast.runtime.chunks import lookahead_chunks
 from densegrpo_fast.runtime.metrics import PhaseTimer
 from densegrpo_fast.runtime.row_budget import RowBudget
-from densegrpo_fast.runtime.scoring import Scoring, chosen
+from densegrpo_fast.runtime.scoring import Scoring, chosen, joined
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import lookahead_evaluations
+from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.sharing import Sharing
 from densegrpo_fast.sampling.trajectory import Trajectory
 from densegrpo_fast.sampling.tree import Sampled, Tree, grow
 
@@ -38,21 +39,20 @@ class Outcome:
     """What the rewards make of a batch of trajectories.
 
     Attributes:
-        rewards: [P, G] float32 of the final images, [P, G*K] of those of branches at K steps; NaN = missing.
-        lookahead_rewards: [P, G, T+1] float32, of every state's completion; None without a lookahead.
+        rewards: [P, G] float32 of the final images by the full decoder, [P, G*K] of the images of branches at K steps
+            by the lookahead's; NaN = missing.
+        lookahead_rewards: [P, G, T+1] float32, of every state's completion, all by the lookahead's decoder, so that
+            gains compare like with like; None without a lookahead.
         advantages: [P, G, T].
         scores: of every image that was scored, those of `rewards` last, for the metrics.
         branch_rewards: [P, N, C, K] float32, of the finest completion of each of N trunks' C branches at K steps; None
             without branches.
-        forwards: network forwards per trajectory that the lookahead took (NFE), not always whole: samples that are one
-            at first share theirs.
     """
 
     rewards: Tensor
     lookahead_rewards: Tensor | None
     advantages: Advantages
     scores: Scores
-    forwards: int | float
     branch_rewards: Tensor | None = None
 
     @property
@@ -166,7 +166,8 @@ class Judge:
     """Turns trajectories into rewards, and rewards into advantages by the configured credit method.
 
     For a method with a lookahead every state's completion is scored (DenseGRPO, arXiv 2601.20218, Eq 7-9), for one
-    without only the final image, and for one with branches the image of each of them.
+    without only the final image, and for one with branches the image of each of them. The completions of trajectories
+    may be previews; a final reward is always that of the full decoder, so their ends are then decoded and scored twice.
     """
 
     def __init__(self, config: Config, model: FlowModel, reward: RewardMixture, lookahead: Lookahead | None):
@@ -175,6 +176,10 @@ class Judge:
         self.chunk = lookahead_chunks(config, model, "full").decode if lookahead is None else lookahead.decode_chunk
         self.decodes = RowBudget(self.chunk, "lookahead.chunk, of decodes", "set model.vae_decode to tiled")
         self.forwards = RowBudget(0 if lookahead is None else lookahead.chunk, "lookahead.chunk")
+        self.ends: RowBudget | None = None
+        if config.uses_lookahead and config.lookahead.decoder != "full":
+            full = lookahead_chunks(config, model, "full").decode
+            self.ends = RowBudget(full, "lookahead.chunk, of full decodes", "set model.vae_decode to tiled")
 
     def judge(self, trajectory: Sampled, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer) -> Outcome:
         """Complete, decode and score the trajectories of the B rows, timing the phases "lookahead" and "reward".
@@ -191,15 +196,19 @@ class Judge:
                 self.lookahead.model.refresh()
                 clean = sharing.different(self.forwards.fitting(partial(complete_in, self.lookahead, trajectory)))
         with timer("reward"):
-            whose = range(batch) if sharing is None else sharing.samples(batch)
-            scores = self._score(self._images(clean), [rows[b] for b in whose], [metadata[b] for b in whose])
+            whose = list(range(batch)) if sharing is None else sharing.samples(batch)
+            scores = self._score(self._images(clean), whose, rows, metadata)
             if sharing is not None:
                 scores = chosen(scores, sharing.everyone(torch.arange(len(clean)), batch).flatten())
+            different = scores.values
+            if self.ends is not None and sharing is not None:
+                scores = joined([scores, self._final_scores(self.ends, trajectory, sharing, rows, metadata)])
+            self._check_missing(scores)
         # [P, G, K+1] with a lookahead and K noisy steps, [P, G, 1] without
-        different = scores.values.view(-1, batch // self.config.sampler.group_size, self.config.sampler.group_size)
+        different = different.view(-1, batch // self.config.sampler.group_size, self.config.sampler.group_size)
         different = different.permute(1, 2, 0)
         evidence = Evidence(
-            rewards=different[..., -1],
+            rewards=scores.values[-batch:].view(different.shape[:2]),
             noisy=noisy,
             latents=trajectory.latents,
             velocities=trajectory.velocities,
@@ -209,13 +218,8 @@ class Judge:
         credit = self.config.credit
         advantages = registry.advantages(credit.method, evidence, credit_values(credit))
         if self.lookahead is None or sharing is None:
-            return Outcome(evidence.rewards, None, advantages, scores, 0)
-        scale = self.lookahead.guidance_scale(trajectory.guidance_scale)
-        plan = self.lookahead.plan_for(len(noisy))
-        used = lookahead_evaluations(plan, guided=False, noisy=noisy, shared=sharing.group)
-        forwards = used.total * self.model.forwards(scale)
-        rewards = different[..., sharing.positions]
-        return Outcome(evidence.rewards, rewards, advantages, scores, forwards)
+            return Outcome(evidence.rewards, None, advantages, scores)
+        return Outcome(evidence.rewards, different[..., sharing.positions], advantages, scores)
 
     def _judge_tree(self, tree: Tree, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer) -> Outcome:
         """Score the images of all branches, in every way in which the credit method wants them completed."""
@@ -233,7 +237,8 @@ class Judge:
             clean = self.forwards.fitting(completions)  # [L, K, B, ...]
         with timer("reward"):
             count = clean.shape[0] * clean.shape[1]
-            scores = self._score(self._images(clean.flatten(0, 2)), rows * count, metadata * count)
+            scores = self._score(self._images(clean.flatten(0, 2)), [*range(len(rows))] * count, rows, metadata)
+            self._check_missing(scores)
         size, branches = self.config.sampler.group_size, tree.branches
         found = scores.values.view(*clean.shape[:2], -1, size).permute(2, 3, 1, 0)  # [P, G, K, L]
         rewards = found.unflatten(1, (size // branches, branches))
@@ -247,10 +252,27 @@ class Judge:
         )
         credit = self.config.credit
         advantages = registry.advantages(credit.method, evidence, credit_values(credit))
-        scale = self.lookahead.guidance_scale(tree.guidance_scale)
-        forwards = sum(tree.completion_evaluations(way) for way in ways) * self.model.forwards(scale)
-        forwards += tree.first_evaluations * self.model.forwards(tree.guidance_scale)
-        return Outcome(found[..., -1].flatten(1), None, advantages, scores, forwards, rewards[..., -1])
+        return Outcome(found[..., -1].flatten(1), None, advantages, scores, rewards[..., -1])
+
+    def cost(self, drawn: Sampled, trained_steps: int) -> IterationCost:
+        """What an iteration on these samples asks of the model for each of them, if it trains so many steps."""
+        noisy, options = drawn.coefficients.noisy, self._settings(drawn, trained_steps)
+        if self.lookahead is None:
+            return self.sparse_cost(drawn, trained_steps)
+        options |= {"guidance": self.lookahead.guidance, "decoder": self.config.lookahead.decoder, "noisy": noisy}
+        if isinstance(drawn, Tree):
+            plan, *others = [way.plan_for(len(noisy)) for way in self._ways(self.lookahead)]
+            return branched_iteration(plan, others=others, branches=drawn.branches, **options)
+        options |= {"head": self.lookahead.head, "shared": self.lookahead.sharing(drawn).group}
+        return dense_iteration(self.lookahead.plan_for(len(noisy)), **options)
+
+    def sparse_cost(self, drawn: Sampled, trained_steps: int) -> IterationCost:
+        """The same with one reward per image, and with trajectories instead of branches."""
+        return sparse_iteration(drawn.coefficients.num_steps, **self._settings(drawn, trained_steps))
+
+    def _settings(self, drawn: Sampled, trained_steps: int) -> dict[str, Any]:
+        guided = self.model.forwards(drawn.guidance_scale) > 1
+        return {"trained_steps": trained_steps, "guided": guided, "kl": self.config.objective.kl_coef > 0}
 
     def _ways(self, lookahead: Lookahead) -> list[Lookahead]:
         """The completions of a branch, the finest last."""
@@ -271,18 +293,37 @@ class Judge:
         decoder: Decoder = "full" if self.lookahead is None else self.config.lookahead.decoder
         return self.decodes.each(slice(0, len(clean)), lambda rows: self.model.decode(clean[rows], decoder))
 
-    def _score(self, parts: Iterable[Tensor], prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-        """Scores of pictures that are made part after part, while they are made if `reward.overlap` says so."""
+    def _final_scores(
+        self, ends: RowBudget, trajectory: Trajectory, sharing: Sharing, rows: list[str], metadata: list[dict[str, Any]]
+    ) -> Scores:
+        """Scores of the B trajectories' ends by the full decoder."""
+        last, batch = trajectory.num_steps, len(rows)
+        clean = sharing.rows(last, trajectory.latents[last])
+        images = ends.each(slice(0, len(clean)), lambda part: self.model.decode(clean[part], "full"))
+        whose = range(0, batch, sharing.stride(last))
+        return chosen(self._score(images, whose, rows, metadata), sharing.spread(last, torch.arange(len(clean))))
+
+    def _score(
+        self, parts: Iterable[Tensor], whose: Sequence[int], rows: list[str], metadata: list[dict[str, Any]]
+    ) -> Scores:
+        """Scores of pictures that are made part after part, while they are made if `reward.overlap` says so.
+
+        Args:
+            parts: the pictures.
+            whose: for each of them its place in rows and metadata.
+        """
         done = 0
         with Scoring(self.reward, overlap=self.config.reward.overlap) as scoring:
             for images in parts:
-                here = slice(done, done := done + len(images))
-                scoring.add(images, prompts[here], metadata[here])
-            scores = scoring.result()
+                here = whose[done : done + len(images)]
+                done += len(images)
+                scoring.add(images, [rows[b] for b in here], [metadata[b] for b in here])
+            return scoring.result()
+
+    def _check_missing(self, scores: Scores) -> None:
         limit = self.config.reward.max_missing
         if scores.missing_share > limit:
             raise UserError(
                 f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows {limit:.0%}",
                 ExitCode.REWARD,
             )
-        return scores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,18 +16,18 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.chunks import lookahead_chunks
+from densegrpo_fast.runtime.costs import CostLog
 from densegrpo_fast.runtime.experience import Outcome, complete_in
 from densegrpo_fast.runtime.head_training import Examples, HeadRefresher, examples_of
 from densegrpo_fast.runtime.row_budget import RowBudget
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import Evaluations, guard_check, lookahead_evaluations
+from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
+from densegrpo_fast.sampling.guard_cost import GuardCost, branched_guard_check, guard_check
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.sharing import Sharing
 from densegrpo_fast.sampling.trajectory import Trajectory
 from densegrpo_fast.sampling.tree import Sampled, Tree
-
-logger = logging.getLogger(__name__)
 
 
 class DriftGuard:
@@ -72,52 +71,40 @@ class DriftGuard:
         metadata: list[dict[str, Any]],
         outcome: Outcome,
         iteration: int,
+        costs: CostLog,
     ) -> dict[str, float]:
-        """In-group rank agreement with the exact lookahead, for the metrics; a warning where it is below the alarm.
+        """In-group rank agreement with the exact lookahead, for the metrics (and the alarm `lookahead_drift`).
+
+        Args:
+            trajectory, rows, metadata, outcome: the iteration's.
+            iteration: from 0.
+            costs: is told what the check asked for.
 
         Returns:
             `guard/spearman_rewards`, `guard/spearman_gains`, `guard/spearman_gains_worst_step` and
-            `guard/sign_agreement`, NaN where all exact values of the group are equal; `nfe/guard`; and with a head that
-            learns, `guard/head_explained` (what it was worth before it learnt: see `HeadRefresher.refresh`) and
+            `guard/sign_agreement`, NaN where all exact values of the group are equal; and with a head that learns,
+            `guard/head_explained` (what it was worth before it learnt: see `HeadRefresher.refresh`) and
             `guard/head_rows` (that it learnt from, forward and backward).
 
         Raises:
             UserError: (reward) the reward failed.
         """
-        options, size = self.config.lookahead, self.config.sampler.group_size
-        prompt = (iteration // options.guard_every) % (len(rows) // size)
+        size = self.config.sampler.group_size
+        prompt = (iteration // self.config.lookahead.guard_every) % (len(rows) // size)
         group = slice(prompt * size, (prompt + 1) * size)
         about = rows[group], metadata[group]
         if isinstance(trajectory, Tree):
-            found, learned = self._branches(trajectory, *about, outcome, prompt)
+            found, cost = self._branches(trajectory, *about, outcome, prompt)
+            learned: dict[str, float] = {}
         else:
-            found, learned = self._trajectories(trajectory.select(group), *about, outcome, prompt, iteration)
-        if found.spearman_gains_mean < options.guard_alarm:
-            logger.warning(
-                "iteration %d: gains of %r agree with exact ones at a rank correlation of %.2f only; "
-                "%s (python -m densegrpo_fast.fidelity --adapter ... tells)",
-                iteration + 1,
-                rows[group.start],
-                found.spearman_gains_mean,
-                self._advice(),
-            )
+            found, cost, learned = self._trajectories(trajectory.select(group), *about, outcome, prompt, iteration)
+        costs.guard(cost, size)
         return learned | {
             "guard/spearman_rewards": found.spearman_rewards_mean,
             "guard/spearman_gains": found.spearman_gains_mean,
             "guard/spearman_gains_worst_step": found.spearman_gains_worst_step,
             "guard/sign_agreement": found.sign_agreement,
         }
-
-    def _advice(self) -> str:
-        """What would bring the lookahead closer to the exact one."""
-        options, ways = self.config.lookahead, []
-        if not options.plan.startswith("exact"):
-            ways.append("a plan with more nodes")
-        if options.guidance != "full":
-            ways.append("lookahead.guidance full")
-        if options.decoder != "full":
-            ways.append("lookahead.decoder full, or a decoder fitted by python -m densegrpo_fast.preview")
-        return f"choose {'; or '.join(ways)}" if ways else "leave out lookahead.copy_dtype, cache and head"
 
     def _trajectories(
         self,
@@ -127,8 +114,8 @@ class DriftGuard:
         outcome: Outcome,
         prompt: int,
         iteration: int,
-    ) -> tuple[Agreement, dict[str, float]]:
-        """Agreement on a prompt's chosen trajectories, and what else is logged."""
+    ) -> tuple[Agreement, GuardCost, dict[str, float]]:
+        """Agreement on a prompt's chosen trajectories, its cost for each, and what else is logged."""
         assert outcome.lookahead_rewards is not None
         size, noisy = len(rows), chosen.coefficients.noisy
         clean = self.forwards.fitting(partial(complete_in, self.exact, chosen))
@@ -137,19 +124,19 @@ class DriftGuard:
         found = compare(exact, outcome.lookahead_rewards[prompt : prompt + 1].cpu(), noisy)
         cost = guard_check(
             self.exact.plan_for(chosen.num_steps),
-            guided=chosen.guidance_scale != 1.0,
+            guided=self.model.forwards(chosen.guidance_scale) > 1,
             noisy=noisy,
             shared=chosen.shared,
         )
         learned: dict[str, float] = {}
         if self.lookahead is not None and self.refresher is not None:
             learned, own = self._refresh(self.lookahead, self.refresher, chosen, clean, prompt * size, iteration)
-            cost = replace(cost, cheap=own)
-        return found, learned | {"nfe/guard": cost.forwards * size}
+            cost = replace(cost, cheap=own, head_rows=learned.get("guard/head_rows", 0) / size)
+        return found, cost, learned
 
     def _branches(
         self, tree: Tree, rows: list[str], metadata: list[dict[str, Any]], outcome: Outcome, prompt: int
-    ) -> tuple[Agreement, dict[str, float]]:
+    ) -> tuple[Agreement, GuardCost]:
         """The same of a prompt's branches; a completion head, which is for trajectories, has no part in it."""
         assert outcome.branch_rewards is not None
         own = outcome.branch_rewards[prompt].cpu()  # [N, C, K]
@@ -160,9 +147,14 @@ class DriftGuard:
             return chosen.completions(self.exact)
 
         exact = self._rewards(self.forwards.fitting(completions).flatten(0, 1), rows, metadata).view_as(own)
-        evaluations = chosen.first_evaluations + chosen.completion_evaluations(self.exact)
-        forwards = evaluations * self.model.forwards(tree.guidance_scale)
-        return compare_branches(exact, own), {"nfe/guard": float(forwards * chosen.batch)}
+        noisy = tree.coefficients.noisy
+        cost = branched_guard_check(
+            self.exact.plan_for(len(noisy)),
+            branches=tree.branches,
+            guided=self.model.forwards(tree.guidance_scale) > 1,
+            noisy=noisy,
+        )
+        return compare_branches(exact, own), cost
 
     def _rewards(self, clean: Tensor, rows: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Rewards [1, G, S] of clean latents [S*G, ...], S for each of a group's rows, by the full decoder."""
@@ -184,7 +176,7 @@ class DriftGuard:
         parts = examples_of(lookahead, refresher.head, chosen, clean, first)
         used = lookahead_evaluations(
             lookahead.plan_for(chosen.num_steps),
-            guided=chosen.guidance_scale != 1.0,
+            guided=self.model.forwards(chosen.guidance_scale) > 1,
             guidance=lookahead.guidance,
             noisy=chosen.coefficients.noisy,
             shared=lookahead.sharing(chosen).group,

@@ -79,8 +79,7 @@ class Learner:
         Returns:
             Metrics averaged over the parts: loss, those of the objective, ratio_deviation (largest) and
             first_ratio_deviation (of the first part, before anything was trained), grad_norm, lr, skipped_updates
-            (their number), nfe (network forwards, gradient ones counted once), and micro_batch (rows per forward at
-            the end).
+            (their number), and micro_batch (rows per forward at the end).
 
         Raises:
             UserError: (non-finite) too many parts in a row were skipped; the adapter is as before the first of them.
@@ -96,8 +95,6 @@ class Learner:
         metrics["ratio_deviation"] = max(record["ratio_deviation"] for record in records)
         metrics["first_ratio_deviation"] = records[0]["ratio_deviation"]
         metrics["skipped_updates"] = sum(record["skipped_updates"] for record in records)
-        forwards = self.model.forwards(trajectory.guidance_scale) * (2 if self.options.objective.kl_coef else 1)
-        metrics["nfe"] = forwards * trajectory.batch * len(steps)
         metrics["micro_batch"] = float(self.rows.rows)
         return metrics
 

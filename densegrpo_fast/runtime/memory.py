@@ -14,7 +14,7 @@ from torch import nn
 from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.memory import ModelMemory, tensor_bytes
-from densegrpo_fast.runtime.chunks import Chunks
+from densegrpo_fast.runtime.chunks import GB, Chunks
 from densegrpo_fast.sampling.plan import make_plan
 
 GIB = 2**30
@@ -25,7 +25,7 @@ _ADVICE = {
     "rollout": "a smaller sampler.micro_batch",
     "lookahead": "a smaller lookahead.chunk, or fewer samples (data.num_prompts, sampler.group_size)",
     "pictures": "fewer samples (data.num_prompts, sampler.group_size), model.vae_decode sliced, model.vae_dtype "
-    "bfloat16, lookahead.decoder preview, or a smaller lookahead.chunk",
+    "bfloat16, or a smaller lookahead.chunk",
     "update": "model.gradient_checkpointing true, or a smaller sampler.micro_batch",
     "training": "a smaller lora.rank",
     "trajectories": "fewer samples (data.num_prompts, sampler.group_size)",
@@ -114,6 +114,12 @@ def estimate(
     decoded = min(chunks.decode, (states + 1) * samples)
     # without overlap all pictures are kept, then put together; with it four parts are under way at most
     pictures = 4 * decoded if config.reward.overlap else 2 * (states + 1) * samples
+    decoding = memory.decode(decoded, decoder, model.vae_decode)
+    if config.uses_lookahead and decoder == "preview":
+        # the ends are decoded in full besides, as many at a time as the budget allows
+        ends = memory.decode(min(config.lookahead.chunk, samples), "full", model.vae_decode)
+        budget = config.lookahead.memory_gb
+        decoding = max(decoding, ends if budget is None else min(ends, int(budget * GB)))
     held_out_rows = held_out.num_prompts * held_out.samples_per_prompt
     further = int(guided) + (1 + int(guided)) * int(config.objective.kl_coef != 0)
     picture, completed = memory.picture, states * samples
@@ -126,7 +132,7 @@ def estimate(
         + memory.forward(min(chunks.forward, completed))
         if completed
         else 0,
-        "pictures": pictures * picture + memory.decode(decoded, decoder, model.vae_decode),
+        "pictures": pictures * picture + decoding,
         "update": memory.update(sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing),
         "evaluation": held_out_rows * (latents + 2 * picture)
         + max(memory.forward(evaluated), memory.decode(evaluated, "full", model.vae_decode)),

@@ -150,16 +150,20 @@ class PhaseTimer:
         synchronize: called at the beginning and the end of a phase, such as `torch.cuda.synchronize`: a GPU
             works on after the call that started it has returned.
         clock: seconds that only grow.
+        cpu_clock: the same of the CPU: by default what all threads of this process have spent.
     """
 
     def __init__(
-        self, synchronize: Callable[[], object] = lambda: None, clock: Callable[[], float] = time.perf_counter
+        self,
+        synchronize: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.process_time,
     ) -> None:
         self._synchronize = synchronize
-        self._clock = clock
+        self._clock, self._cpu_clock = clock, cpu_clock
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
-        self._since = 0.0
+        self._since = self._cpu_since = self._cpu_seconds = 0.0
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -176,17 +180,23 @@ class PhaseTimer:
         """Seconds by phase since the last `reset`, in the order the phases first ended."""
         return dict(self._seconds)
 
+    def cpu_seconds(self) -> float:
+        """CPU seconds since the last `reset`, of all phases together."""
+        return self._cpu_seconds
+
     def reset(self) -> None:
         """Start again from zero."""
         self._seconds.clear()
+        self._cpu_seconds = 0.0
 
     def _charge(self) -> None:
         self._synchronize()
-        now = self._clock()
+        now, cpu_now = self._clock(), self._cpu_clock()
         if self._open:
             phase = self._open[-1]
             self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._since
-        self._since = now
+            self._cpu_seconds += cpu_now - self._cpu_since
+        self._since, self._cpu_since = now, cpu_now
 
 
 class Progress:

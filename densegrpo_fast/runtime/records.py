@@ -40,16 +40,16 @@ def iteration_record(
     trajectory: Sampled,
     outcome: Outcome,
     update: dict[str, float],
-    forwards: int,
+    costs: dict[str, float],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl, as METRICS.md has it. `forwards` is the network forwards of one evaluated row."""
-    rewards, batch, final = outcome.rewards, trajectory.batch, outcome.rewards.numel()
+    """One line of metrics.jsonl, as METRICS.md has it."""
+    rewards, final = outcome.rewards, outcome.rewards.numel()
     record: dict[str, Any] = {
         "iteration": done,
         "reward": rewards.nanmean().item(),
         "reward_std": _spread(rewards),
-        "reward_missing": outcome.advantages.missing,
+        "reward_missing": outcome.scores.missing_share,
         "frac_reward_zero_std": outcome.advantages.zero_spread,
     }
     for name, values in outcome.scores.per_reward.items():
@@ -63,9 +63,7 @@ def iteration_record(
             record["gain_correlation"] = neighbour_correlation(outcome.gains[..., steps])
     record |= update
     record["learning_rate"] = record.pop("lr")
-    record["nfe/rollout"] = forwards * batch * trajectory.evaluations
-    record["nfe/lookahead"] = outcome.forwards * batch
-    record["nfe/update"] = record.pop("nfe")
+    record |= costs
     record |= {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES}
     return record
 

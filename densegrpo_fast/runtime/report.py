@@ -45,9 +45,21 @@ _CURVES = (
         ("frac_reward_zero_std",),
         "groups (or group steps) without a preference; their advantage is 0",
     ),
+    (
+        "Agreement with the exact lookahead",
+        ("guard/spearman_rewards", "guard/spearman_gains"),
+        "rank correlation within one prompt's samples, of the iterations that are scored again exactly",
+    ),
     ("Missing scores", ("reward_missing",), "share of the scores that the reward could not give"),
 )
 _COST_COLUMNS = ("Phase", "Seconds", "Share", "Seconds per iteration", "NFE per iteration")
+_WORK = (
+    ("decodes/full", "{} full decodes"),
+    ("decodes/preview", "{} preview decodes"),
+    ("pictures_scored", "{} pictures scored"),
+    ("flops/iteration", "{} GFLOP"),
+    ("flops/over_sparse", "{} times the operations of one with a single reward per image"),
+)
 _FACTS = (
     ("Preset", "preset"),
     ("Model", "model.path"),
@@ -235,8 +247,18 @@ def _costs(metrics: Sequence[Record], phases: Mapping[str, float]) -> str:
         f'<div class="bar">{"".join(bars)}</div>'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
         "<p><small>NFE: network evaluations as the run counted them. "
-        "Phases that run only in some iterations are spread over all of them.</small></p>"
+        f"Phases that run only in some iterations are spread over all of them.{_work(metrics)}</small></p>"
     )
+
+
+def _work(metrics: Sequence[Record]) -> str:
+    """A sentence on what an iteration decodes, scores and computes on average; empty if no record says."""
+    found = []
+    for key, words in _WORK:
+        values = [y for _, y in _points(metrics, key)]
+        if values and any(values):
+            found.append(words.format(_number(sum(values) / len(values))))
+    return f" An iteration has on average {', '.join(found)}." if found else ""
 
 
 def _picture(title: str, path: Path) -> str:

@@ -13,6 +13,8 @@ after the window lie on the trajectory's own way to its image. So only the w sta
 with the sum of T-1-k over them, by `nodes S` with the number of pairs of a state k and a later node, and w+1 images are
 decoded and scored.
 
+Where these are previews, the final image is decoded in full and scored besides: one full decode and one reward more.
+
 Where all G samples of a prompt start from one noise, they are one sample up to the first noisy step, and its completion
 is the group's: a trajectory's share of it is 1/G, so that counts need not be whole numbers.
 
@@ -23,6 +25,7 @@ it leads to and its completion, one image per step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,6 +84,9 @@ class Evaluations:
         """`count` evaluations, all of one kind."""
         return cls(guided=count) if guided else cls(unguided=count)
 
+    def __add__(self, other: Evaluations) -> Evaluations:
+        return Evaluations(self.guided + other.guided, self.unguided + other.unguided)
+
     @property
     def total(self) -> int | float:
         """Evaluations of both kinds."""
@@ -124,7 +130,12 @@ class IterationCost:
     @property
     def forwards(self) -> int | float:
         """Network forwards of all phases (NFE)."""
-        return sum(part.forwards for part in (self.rollout, self.lookahead, self.policy, self.reference))
+        return sum(part.forwards for part in self.phases.values())
+
+    @property
+    def phases(self) -> dict[str, Evaluations]:
+        """The evaluations by phase of the iteration, "update" being the replay with its reference."""
+        return {"rollout": self.rollout, "lookahead": self.lookahead, "update": self.policy + self.reference}
 
     def flops(self, unit: UnitFlops, lookahead_forward: float | None = None) -> float:
         """Floating-point operations, given those of each part of the model.
@@ -143,36 +154,6 @@ class IterationCost:
         if self.corrections:
             total += self.corrections * unit.head
         return total
-
-
-@dataclass(frozen=True)
-class GuardCost:
-    """One trajectory's share of an exact re-scoring, which is not part of every iteration.
-
-    Attributes:
-        exact: evaluations of the exact completions.
-        cheap: those by which a head that learns sees again what the lookahead's own completions show it.
-        full_decodes: images through the pipeline's autoencoder.
-        rewards: images scored.
-        head_rows: rows that the head learns from, forward and backward.
-    """
-
-    exact: Evaluations
-    cheap: Evaluations
-    full_decodes: int | float
-    rewards: int | float
-    head_rows: int | float
-
-    @property
-    def forwards(self) -> int | float:
-        """Network forwards (NFE)."""
-        return self.exact.forwards + self.cheap.forwards
-
-    def flops(self, unit: UnitFlops, lookahead_forward: float | None = None) -> float:
-        """Floating-point operations, as in `IterationCost.flops`; a backward through the head costs two forwards."""
-        total = self.exact.forwards * unit.forward + self.full_decodes * unit.full_decode + self.rewards * unit.reward
-        total += self.cheap.forwards * (unit.forward if lookahead_forward is None else lookahead_forward)
-        return total + (3 * self.head_rows * unit.head if self.head_rows else 0.0)
 
 
 def lookahead_evaluations(
@@ -195,7 +176,9 @@ def lookahead_evaluations(
     Raises:
         ValueError: `noisy` is for another number of steps.
     """
-    return _evaluations(plan, guided, guidance, noisy, shared)
+    sharing = _sharing(plan.num_steps, noisy, shared)
+    count = sharing.per_trajectory(lambda state: len(plan.paths[state]) if state < plan.num_steps else 0)
+    return Evaluations.of(count, guided and guidance == "full")
 
 
 def sparse_iteration(num_steps: int, *, trained_steps: int, guided: bool, kl: bool) -> IterationCost:
@@ -234,13 +217,14 @@ def dense_iteration(
 ) -> IterationCost:
     """Cost of an iteration with a reward per state (DenseGRPO): the lookahead, and T+1 decodes and rewards.
 
-    All images go through the same decoder; states that a noise-free step joins are evaluated, decoded and scored once.
+    All images that gains compare go through the same decoder; with previews the final image is decoded in full and
+    scored once more, for the final reward. States that a noise-free step joins are evaluated, decoded and scored once.
 
     Args:
         plan: the lookahead's.
         trained_steps, guided, kl: as in `sparse_iteration`.
         guidance, noisy, shared: as in `lookahead_evaluations`.
-        decoder: of the images.
+        decoder: of the images that gains compare.
         head: corrects the last jumps of the states that it applies to.
 
     Raises:
@@ -248,12 +232,13 @@ def dense_iteration(
     """
     sharing = _sharing(plan.num_steps, noisy, shared)
     images = sharing.per_trajectory(lambda state: 1)
+    finals = sharing.per_trajectory(lambda state: int(state == plan.num_steps))
     return IterationCost(
         **_policy_path(plan.num_steps, trained_steps, guided, kl),
         lookahead=lookahead_evaluations(plan, guided=guided, guidance=guidance, noisy=noisy, shared=shared),
-        full_decodes=images if decoder == "full" else 0,
+        full_decodes=images if decoder == "full" else finals,
         preview_decodes=images if decoder == "preview" else 0,
-        rewards=images,
+        rewards=images if decoder == "full" else images + finals,
         corrections=sharing.per_trajectory(lambda j: int(head is not None and j < plan.num_steps and head.applies(j))),
     )
 
@@ -268,6 +253,7 @@ def branched_iteration(
     guidance: Guidance = "full",
     decoder: Decoder = "full",
     noisy: tuple[bool, ...] | None = None,
+    others: Sequence[Plan] = (),
 ) -> IterationCost:
     """Cost of an iteration with a reward per branch (`sampling/tree.py`), for one of the samples that share a trunk.
 
@@ -277,6 +263,7 @@ def branched_iteration(
         trained_steps, guided, kl: as in `sparse_iteration`.
         guidance, noisy: as in `lookahead_evaluations`.
         decoder: of the images.
+        others: further plans, by each of which every branch is completed and scored besides (Granular-GRPO).
 
     Raises:
         ValueError: `noisy` is for another number of steps or has no step with noise, branches is below 1, or
@@ -292,44 +279,18 @@ def branched_iteration(
     own = _policy_path(num_steps, trained_steps, guided, kl)
     shared = {key: _share(own[key], branches) for key in ("policy", "reference")}
     first = Evaluations.of(len(inner), guided)
-    completions = Evaluations.of(sum(len(plan.paths[state]) for state in inner), guided and guidance == "full")
+    ways = (plan, *others)
+    completed = sum(len(way.paths[state]) for way in ways for state in inner)
+    images = len(steps) * len(ways)
     return IterationCost(
         **shared,
         rollout=Evaluations.of((steps[-1] + 1) / branches, guided),
-        lookahead=Evaluations(first.guided + completions.guided, first.unguided + completions.unguided),
-        full_decodes=len(steps) if decoder == "full" else 0,
-        preview_decodes=len(steps) if decoder == "preview" else 0,
-        rewards=len(steps),
+        lookahead=first + Evaluations.of(completed, guided and guidance == "full"),
+        full_decodes=images if decoder == "full" else 0,
+        preview_decodes=images if decoder == "preview" else 0,
+        rewards=images,
         corrections=0,
     )
-
-
-def guard_check(
-    exact: Plan,
-    *,
-    guided: bool,
-    noisy: tuple[bool, ...] | None = None,
-    shared: int = 1,
-    cheap: Plan | None = None,
-    guidance: Guidance = "full",
-    head_rows: int | float = 0,
-) -> GuardCost:
-    """Cost of re-scoring trajectories exactly, with full guidance and the full decoder.
-
-    Args:
-        exact: the plan through every step.
-        guided, noisy: as in `lookahead_evaluations`.
-        shared: as there; images are decoded and scored for each trajectory.
-        cheap: the lookahead's plan, if its completion head learns from the exact completions; None = no head learns.
-        guidance: of the lookahead.
-        head_rows: rows that the head learns from, for each trajectory.
-
-    Raises:
-        ValueError: `noisy` is for another number of steps.
-    """
-    images = len(_sharing(exact.num_steps, noisy, 1).states)
-    own = Evaluations() if cheap is None else _evaluations(cheap, guided, guidance, noisy, shared)
-    return GuardCost(_evaluations(exact, guided, "full", noisy, shared), own, images, images, head_rows)
 
 
 def _share(evaluations: Evaluations, samples: int) -> Evaluations:
@@ -344,14 +305,6 @@ def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> 
         "policy": Evaluations.of(trained_steps, guided),
         "reference": Evaluations.of(trained_steps if kl else 0, guided),
     }
-
-
-def _evaluations(
-    plan: Plan, guided: bool, guidance: Guidance, noisy: tuple[bool, ...] | None, shared: int
-) -> Evaluations:
-    sharing = _sharing(plan.num_steps, noisy, shared)
-    count = sharing.per_trajectory(lambda state: len(plan.paths[state]) if state < plan.num_steps else 0)
-    return Evaluations.of(count, guided and guidance == "full")
 
 
 def _sharing(num_steps: int, noisy: tuple[bool, ...] | None, shared: int) -> Sharing:

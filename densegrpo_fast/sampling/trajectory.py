@@ -71,11 +71,6 @@ class Trajectory:
         """Steps taken from each state: 1. A `tree.Tree`, which has the members below too, takes several."""
         return 1
 
-    @property
-    def evaluations(self) -> int:
-        """Model evaluations per row."""
-        return self.num_steps
-
     def taken(self, rows: slice) -> slice:
         """The rows of `log_probs` that belong to some rows of states: the same."""
         return rows

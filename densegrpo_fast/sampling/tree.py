@@ -80,19 +80,9 @@ class Tree:
         return [step for step, noisy in enumerate(self.coefficients.noisy) if noisy]
 
     @property
-    def evaluations(self) -> int:
-        """Model evaluations per trunk, of its states."""
-        return self.trunk.num_steps
-
-    @property
     def inner(self) -> list[int]:
         """The states that branches lead to and that are not the image yet."""
         return [step + 1 for step in self.steps if step + 1 < self.coefficients.num_steps]
-
-    @property
-    def first_evaluations(self) -> int:
-        """Model evaluations per trunk that `reach` takes."""
-        return self.branches * len(self.inner)
 
     def select(self, rows: slice) -> Tree:
         """Some trunks with their branches; tensors are shared, not copied."""
@@ -137,10 +127,6 @@ class Tree:
         """
         tree = self if self.reached else self.reach(lookahead.model, lookahead.chunk)
         return lookahead.complete(tree.twigs)[[step + 1 for step in self.steps]]
-
-    def completion_evaluations(self, lookahead: Lookahead) -> int:
-        """Model evaluations per trunk that `completions` of a reached tree takes."""
-        return self.branches * lookahead.evaluations(self.twigs.coefficients.noisy)
 
 
 Sampled = Trajectory | Tree

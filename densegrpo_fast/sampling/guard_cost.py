@@ -1,0 +1,93 @@
+"""What a drift guard's exact re-scoring asks of the model, for each sample that it looks at, exactly counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from densegrpo_fast.sampling.cost import Evaluations, UnitFlops, branched_iteration, lookahead_evaluations
+from densegrpo_fast.sampling.lookahead import Guidance
+from densegrpo_fast.sampling.plan import Plan
+from densegrpo_fast.sampling.sharing import Sharing
+
+
+@dataclass(frozen=True)
+class GuardCost:
+    """One trajectory's share of an exact re-scoring, which is not part of every iteration.
+
+    Attributes:
+        exact: evaluations of the exact completions.
+        cheap: those by which a head that learns sees again what the lookahead's own completions show it.
+        full_decodes: images through the pipeline's autoencoder.
+        rewards: images scored.
+        head_rows: rows that the head learns from, forward and backward.
+    """
+
+    exact: Evaluations
+    cheap: Evaluations
+    full_decodes: int | float
+    rewards: int | float
+    head_rows: int | float
+
+    @property
+    def evaluations(self) -> Evaluations:
+        """All evaluations."""
+        return self.exact + self.cheap
+
+    @property
+    def forwards(self) -> int | float:
+        """Network forwards (NFE)."""
+        return self.evaluations.forwards
+
+    def flops(self, unit: UnitFlops, lookahead_forward: float | None = None) -> float:
+        """Floating-point operations, as in `IterationCost.flops`; a backward through the head costs two forwards."""
+        total = self.exact.forwards * unit.forward + self.full_decodes * unit.full_decode + self.rewards * unit.reward
+        total += self.cheap.forwards * (unit.forward if lookahead_forward is None else lookahead_forward)
+        return total + (3 * self.head_rows * unit.head if self.head_rows else 0.0)
+
+
+def guard_check(
+    exact: Plan,
+    *,
+    guided: bool,
+    noisy: tuple[bool, ...] | None = None,
+    shared: int = 1,
+    cheap: Plan | None = None,
+    guidance: Guidance = "full",
+    head_rows: int | float = 0,
+) -> GuardCost:
+    """Cost of re-scoring trajectories exactly, with full guidance and the full decoder.
+
+    Args:
+        exact: the plan through every step.
+        guided, noisy: as in `lookahead_evaluations`.
+        shared: as there; images are decoded and scored for each trajectory.
+        cheap: the lookahead's plan, if its completion head learns from the exact completions; None = no head learns.
+        guidance: of the lookahead.
+        head_rows: rows that the head learns from, for each trajectory.
+
+    Raises:
+        ValueError: `noisy` is for another number of steps.
+    """
+    evaluations = lookahead_evaluations(exact, guided=guided, noisy=noisy, shared=shared)
+    own = Evaluations()
+    if cheap is not None:
+        own = lookahead_evaluations(cheap, guided=guided, guidance=guidance, noisy=noisy, shared=shared)
+    images = len(Sharing((True,) * exact.num_steps if noisy is None else noisy).states)
+    return GuardCost(evaluations, own, images, images, head_rows)
+
+
+def branched_guard_check(
+    exact: Plan, *, branches: int, guided: bool, noisy: tuple[bool, ...] | None = None
+) -> GuardCost:
+    """Cost of the same for the samples that share a trunk: what each branch leads to, completed exactly.
+
+    Args:
+        exact: the plan through every step.
+        branches: samples that share a trunk.
+        guided, noisy: as in `branched_iteration`.
+
+    Raises:
+        ValueError: as `branched_iteration`.
+    """
+    cost = branched_iteration(exact, branches=branches, trained_steps=0, guided=guided, kl=False, noisy=noisy)
+    return GuardCost(cost.lookahead, Evaluations(), cost.full_decodes, cost.rewards, 0)
