@@ -9,8 +9,10 @@
     python -m densegrpo_fast.fidelity --cost --plans nodes:4,7 --head --copy-dtype bfloat16 --cache text reuse:6-18
 
 The reference is the exact plan with full guidance and the full decoder. All plans complete the same trajectories, and
-agreement is rank correlation inside each group, over states 0..T-2 and their gains. With a preset that has
-sampler.branches a group is the branches of one noise-free trunk, and agreement that of their rewards in every step.
+agreement is rank correlation inside each group, over the states 0..T-2 that have a completion of their own and their
+gains. With a preset that has sampler.branches a group is the branches of one noise-free trunk, and agreement that of
+their rewards in every step. What --search finds beyond node sets is a path for each state, which training takes as
+lookahead.plan paths.
 Options of the preset may be overridden as in training: `--sampler.num_steps 10`. Exit codes are in `exit_codes.py`.
 Options are parsed before torch is imported.
 """

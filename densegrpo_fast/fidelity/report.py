@@ -34,7 +34,8 @@ LEGEND = """\
 guided, unguided   evaluations of the lookahead per trajectory; a guided one is two forwards
 cost               forwards of the lookahead / those of the exact plan
 iteration          operations of the dense training iteration / those of the sparse one, from the model's configuration
-rewards, gains     mean in-group Spearman correlation with the exact plan, full guidance, full decoder, states 0..T-2
+rewards, gains     mean in-group Spearman correlation with the exact plan, full guidance, full decoder, over the states
+                   0..T-2 that have a completion of their own
 worst              the same of the gains, in the step where it is lowest
 sign, pooled       gains of the same sign; Pearson correlation of the gains over everything
 advantages         Spearman correlation over a group's samples and steps, and sign, of the normalised advantages"""
