@@ -181,6 +181,21 @@ def test_the_projects_page_quotes_the_opposite_noise() -> None:
     assert min(found[:3]) > max(found[3:5])
 
 
+def test_the_projects_page_quotes_the_calibration() -> None:
+    document = json.loads((ROOT / "benches/results/calibration_late.json").read_text(encoding="utf-8"))
+    before, after = (
+        [(state["positive"][step], state["negative"][step]) for step in (2, 4)]
+        for state in (document["before"], document["after"])
+    )
+    assert document["noise_level"][3:5] == [1.0, 0.58]
+    words = " ".join(PAGES.STUDY_PAGE.read_text(encoding="utf-8").split())
+    assert f"up {before[1][0]} and down {before[1][1]} times in {sum(before[1])} unseen trajectories" in words
+    assert f"finds {after[1][0]} and {after[1][1]} times" in words
+    assert f"leans a little, {before[0][0]} to {before[0][1]}" in words
+    # it removes step 4's imbalance: beyond two standard deviations of fair signs before, within one after
+    assert before[1][1] - before[1][0] > 2 * sum(before[1]) ** 0.5 > 2 * (after[1][1] - after[1][0])
+
+
 @pytest.mark.parametrize(
     ("record", "decoder", "ratio", "rewards", "worst"),
     [
