@@ -66,7 +66,11 @@ STUDIES = {"methods": "", "methods_noise": ", flow_sde at .7"}
 STUDY_PAGE = ROOT / "README.md"
 REWARDED = {
     "embedded_branched": "each branch of each step (the default)",
-    "dense": "each step of a trajectory (DenseGRPO's gains)",
+    "branched_full": "the same, every picture decoded in full",
+    "turning_point": "each step of a trajectory, as TP-GRPO adds them up",
+    "dense_calibrated": "each step of a trajectory (DenseGRPO's gains), calibrated noise",
+    "dense_exact": "the same at noise .7, exact completions, decoded in full",
+    "dense": "the same, all steps but the last, previews",
     "sparse": "each picture (Flow-GRPO)",
 }
 """Variants of the recorded study of dense against sparse, and what a reward is for in each."""
@@ -184,8 +188,8 @@ def study_table(document: Mapping[str, Any]) -> str:
     """Dense against sparse, as Markdown: changes of the held-out reward, and paired differences over seeds."""
     runs = document["runs"]
     rows = [
-        "| a reward for | held-out reward | strict | minus sparse, 95% | in the same time | seconds |",
-        "|---|---|---|---|---|---|",
+        "| a reward for | held-out reward | strict | minus sparse, 95% | with the same operations | TFLOP | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for variant, words in REWARDED.items():
         own = [run["points"] for run in runs if run["variant"] == variant]
@@ -193,14 +197,14 @@ def study_table(document: Mapping[str, Any]) -> str:
             score: mean(points[-1]["held_out"][score] - points[0]["held_out"][score] for points in own)
             for score in ("reward", "scenes_strict")
         }
-        seconds = mean(sum(points[-1]["seconds"].values()) for points in own)
         cells = [words, f"{change['reward']:+.3f}", f"{change['scenes_strict']:+.0%}"]
         if variant == "sparse":
             cells += ["", ""]
         else:
             found = compare(runs, variant, "sparse")["scores"]["reward"]
-            cells += [_interval(found["equal_iterations"][-1]), _interval(found["equal_seconds"])]
-        rows.append(f"| {' | '.join(cells)} | {seconds:.0f} |")
+            cells += [_interval(found["equal_iterations"][-1]), _interval(found["equal_compute"])]
+        cells += [f"{mean(points[-1]['operations'] for points in own):.1f}", str(len(own))]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

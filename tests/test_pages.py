@@ -181,6 +181,19 @@ def test_the_projects_page_quotes_the_opposite_noise() -> None:
     assert min(found[:3]) > max(found[3:5])
 
 
+@pytest.mark.parametrize("spec", ["text:own", "text", "reuse:2-4", "reuse:1-5", "skip:3"])
+def test_the_projects_page_quotes_what_caches_cost(spec: str) -> None:
+    document = json.loads((ROOT / "benches/results/fidelity_cache.json").read_text(encoding="utf-8"))
+    found = document["plans"][f"exact_but_last+cache({spec})/full/full"]
+    keys = ("spearman_rewards_mean", "spearman_gains_mean", "spearman_gains_worst_step")
+    numbers = [f"{found[key]:.2f}".removeprefix("0") for key in keys]
+    row = " | ".join([f"{found['iteration_flops_ratio']:.2f}", *numbers])
+    (line,) = [
+        line for line in PAGES.STUDY_PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{spec}`")
+    ]
+    assert line.endswith(f"| {row} |"), line
+
+
 def test_the_projects_page_quotes_the_calibration() -> None:
     document = json.loads((ROOT / "benches/results/calibration_late.json").read_text(encoding="utf-8"))
     before, after = (
