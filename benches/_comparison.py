@@ -1,13 +1,13 @@
 """Pairs the runs of two variants seed by seed and puts intervals on their difference.
 
 A run is a dict as `study.py` records it: `variant`, `seed`, `points` (one per evaluation, oldest first, each with
-`iteration`, cumulative `seconds` and `nfe` by phase, and the held-out means `held_out`), and `before` and `after`
-(per score an [N, S] list: N prompts by S samples, None = missing).
+`iteration`, cumulative `seconds` and `nfe` by phase, cumulative `operations` in TFLOP (None = not known), and the
+held-out means `held_out`), and `before` and `after` (per score an [N, S] list: N prompts by S samples, None = missing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,16 +38,27 @@ def held_out_of(run: Run, score: str) -> np.ndarray:
     return np.array([point["held_out"][score] for point in run["points"]], dtype=float)
 
 
-def at_seconds(run: Run, score: str, seconds: float) -> float:
-    """Held-out mean of a score after so many training seconds, linear between two evaluations.
+def operations_of(run: Run) -> np.ndarray | None:
+    """Cumulative training operations at every evaluation of a run, TFLOP (see `_operations`); None = not known."""
+    counted = [point.get("operations") for point in run["points"]]
+    return None if None in counted else np.array(counted)
+
+
+def at(run: Run, score: str, spent: np.ndarray, stop: float) -> float:
+    """Held-out mean of a score when so much was spent, linear between two evaluations.
+
+    Args:
+        run: the run.
+        score: its name.
+        spent: what counts, cumulative, one number per evaluation: `seconds_of` or `operations_of`.
+        stop: how much of it.
 
     Raises:
-        ValueError: the run took less time than that.
+        ValueError: the run spent less than that.
     """
-    elapsed = seconds_of(run)
-    if not 0 <= seconds <= elapsed[-1]:
-        raise ValueError(f"at_seconds: seconds must lie in 0..{elapsed[-1]}, the run's own, got {seconds}")
-    return float(np.interp(seconds, elapsed, held_out_of(run, score)))
+    if not 0 <= stop <= spent[-1]:
+        raise ValueError(f"at: stop must lie in 0..{spent[-1]}, what the run spent, got {stop}")
+    return float(np.interp(stop, spent, held_out_of(run, score)))
 
 
 def compare(runs: Sequence[Run], first: str, second: str) -> dict[str, Any]:
@@ -59,6 +70,8 @@ def compare(runs: Sequence[Run], first: str, second: str) -> dict[str, Any]:
                 the last is the end of the runs.
             `equal_seconds`: the interval over seeds when both runs of a pair are stopped at the shorter one's time,
                 and these times.
+            `equal_compute`: the same when both are stopped at the smaller one's operations, and these (TFLOP); None
+                where those of a run are not known.
             `equal_iterations_over_prompts`: at the end, the interval over held-out prompts for the mean over these
                 very seeds; narrower, and says nothing about other seeds.
 
@@ -75,17 +88,30 @@ def compare(runs: Sequence[Run], first: str, second: str) -> dict[str, Any]:
 def _score(paired: list[tuple[Run, Run]], score: str) -> dict[str, Any]:
     curves = [[_by_iteration(run, score) for run in pair] for pair in paired]
     common = sorted(set.intersection(*(set(curve) for pair in curves for curve in pair)))
-    stops = [min(seconds_of(one)[-1], seconds_of(other)[-1]) for one, other in paired]
-    timed = [[at_seconds(run, score, stop) for run in pair] for pair, stop in zip(paired, stops, strict=True)]
     prompts = [np.concatenate([_table(pair[side], score) for pair in paired], axis=1) for side in (0, 1)]
     return {
         "equal_iterations": [
             {"iteration": iteration} | _interval([[curve[iteration] for curve in pair] for pair in curves])
             for iteration in common
         ],
-        "equal_seconds": {"stopped_at": stops} | _interval(timed),
+        "equal_seconds": _stopped(paired, score, seconds_of),
+        "equal_compute": _stopped(paired, score, operations_of),
         "equal_iterations_over_prompts": paired_interval(prompts[1], prompts[0])._asdict(),
     }
+
+
+def _stopped(
+    paired: list[tuple[Run, Run]], score: str, spent_by: Callable[[Run], np.ndarray | None]
+) -> dict[str, Any] | None:
+    """The interval when the runs of each pair have spent alike, as much as the one that spent less; None = unknown."""
+    stops, values = [], []
+    for pair in paired:
+        spent = [found for run in pair if (found := spent_by(run)) is not None]
+        if len(spent) < len(pair):
+            return None
+        stops.append(float(min(own[-1] for own in spent)))
+        values.append([at(run, score, own, stops[-1]) for run, own in zip(pair, spent, strict=True)])
+    return {"stopped_at": stops} | _interval(values)
 
 
 def _by_iteration(run: Run, score: str) -> dict[int, float]:

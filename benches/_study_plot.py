@@ -1,13 +1,13 @@
-"""Draws a study: held-out scores against iterations and against training seconds."""
+"""Draws a study: held-out scores against iterations, training seconds and, where known, operations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
-from _comparison import Run, held_out_of, seconds_of
+from _comparison import Run, held_out_of, operations_of, seconds_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -24,17 +24,23 @@ def save_plot(path: Path, runs: Sequence[Run], variants: Sequence[str], scores: 
         variants: in the order of the legend; one without a run is left out.
         scores: held-out scores, such as "reward".
     """
-    figure = Figure(figsize=(10, 3.4 * len(scores)), layout="constrained")
-    axes = figure.subplots(len(scores), 2, squeeze=False, sharey="row")
+    panels: dict[str, Callable[[Run], np.ndarray | None]] = {
+        "iterations": _iterations,
+        "training seconds (evaluation not counted)": seconds_of,
+    }
+    if all(operations_of(run) is not None for run in runs if run["variant"] in variants):
+        panels["training operations, TFLOP (evaluation not counted)"] = operations_of
+    figure = Figure(figsize=(5 * len(panels), 3.4 * len(scores)), layout="constrained")
+    axes = figure.subplots(len(scores), len(panels), squeeze=False, sharey="row")
     for row, score in zip(axes, scores, strict=True):
         for look, variant in zip(cycle(product(_STYLES, _COLOURS)), variants, strict=False):
             own = [run for run in runs if run["variant"] == variant]
             if own:
-                _draw(row[0], [_iterations(run) for run in own], own, score, variant, look)
-                _draw(row[1], [seconds_of(run) for run in own], own, score, variant, look)
-        row[0].set(xlabel="iterations", ylabel=f"held-out {score}")
-        row[1].set(xlabel="training seconds (evaluation not counted)")
-        for axis in row:
+                for axis, position in zip(row, panels.values(), strict=True):
+                    _draw(axis, [np.asarray(position(run)) for run in own], own, score, variant, look)
+        row[0].set(ylabel=f"held-out {score}")
+        for axis, label in zip(row, panels, strict=True):
+            axis.set(xlabel=label)
             axis.grid(alpha=0.25)
     axes[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=120)

@@ -3,8 +3,9 @@
     OMP_WAIT_POLICY=PASSIVE python benches/study.py --seeds 0 1 2 --work runs/study
 
 Runs of one seed share start, prompts and all noise, whatever their variant. Held-out scores are taken every few
-iterations; time is that of the training phases alone. A study that was stopped goes on where it was: finished runs
-are kept in the output, and with --work also the checkpoints of the unfinished one.
+iterations; time and operations are those of the training phases alone. A study that was stopped goes on where it was:
+finished runs are kept in the output, and with --work also the checkpoints of the unfinished one. The same line with
+--work may be started several times at once: its processes share the runs.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from time import process_time
 from typing import Any
 
-from _comparison import Run, compare, pairs, seconds_of
-from _record import NOISY_SPREAD, RESULTS, hardware, load_average, portable, provenance, spread, write_json
+from _claim import claimed
+from _record import RESULTS, load_average, portable
+from _study_document import CPU_BUDGET, StudyDocument
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.runtime.metrics import read_metrics
 from densegrpo_fast.runtime.run_directory import holds_run
 
@@ -45,16 +47,18 @@ class Plan:
     """What is run.
 
     Attributes:
-        variants: presets or configuration files; the first is compared with each of the others.
+        variants: presets or configuration files.
         seeds: one run of every variant for each.
         evaluate_every: iterations between held-out evaluations.
         overrides: options of all variants, as `key=value`.
+        against: the variant that the others are compared with, each minus it; None = the first minus each other.
     """
 
     variants: tuple[str, ...]
     seeds: tuple[int, ...]
     evaluate_every: int
     overrides: tuple[str, ...] = ()
+    against: str | None = None
 
     def order(self) -> Iterator[tuple[int, str]]:
         """Seed and variant of every run: variants take turns, and which one begins alternates."""
@@ -85,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     options = _parser().parse_args(arguments)
     iterations = [] if options.iterations is None else [f"run.iterations={options.iterations}"]
-    plan = Plan(tuple(options.variants), tuple(options.seeds), options.evaluate_every, (*options.override, *iterations))
+    overrides = (*options.override, *iterations)
+    plan = Plan(tuple(options.variants), tuple(options.seeds), options.evaluate_every, overrides, options.against)
     scratch = tempfile.TemporaryDirectory(prefix="study-") if options.work is None else nullcontext(options.work)
     with user_errors_exit(), scratch as work:
         from densegrpo_fast.train import train
@@ -94,12 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def conduct(plan: Plan, output: Path, work: Path, train: Train) -> int:
-    """Do the runs that `output` does not hold yet, and write it and its plot after each.
+    """Do the runs that `output` does not hold yet and no other process is doing, and write it and its plot after each.
 
     Args:
         plan: the runs.
         output: JSON file; the plot lies beside it, with the ending .png.
-        work: the run directories go here.
+        work: the run directories go here, and beside each a file by which its run is claimed.
         train: does one run.
 
     Returns:
@@ -108,20 +113,31 @@ def conduct(plan: Plan, output: Path, work: Path, train: Train) -> int:
     Raises:
         UserError: an option is wrong, a run failed, or `output` holds something that these runs cannot be added to.
     """
-    document = _opened(output, plan)
+    document = StudyDocument(output, plan.settings(), None if plan.against is None else _name(plan.against))
     for seed, variant in plan.order():
         name = _name(variant)
-        if any((run["variant"], run["seed"]) == (name, seed) for run in document["runs"]):
+        if document.holds(name, seed):
             continue
         directory, load = work / f"{name}-{seed}", load_average()
-        print(f"study: {name}, seed {seed}", file=sys.stderr)
-        code = train(plan.config(variant, seed, directory), resume=holds_run(directory))
-        if code != ExitCode.OK:
-            return code
-        about = {"variant": name, "seed": seed, "load_average": {"start": load, "end": load_average()}}
-        _add(document, about | read_run(directory))
-        _write(document, plan, output)
-    print(summary(document))
+        with claimed(work / f"{name}-{seed}.claim") as claim:
+            if claim is None:
+                print(f"study: {name}, seed {seed}: another process is at it", file=sys.stderr)
+                continue
+            if document.holds(name, seed):  # that process has just finished it
+                continue
+            print(f"study: {name}, seed {seed}", file=sys.stderr)
+            goes_on = holds_run(directory)
+            before, start = claim.cpu_seconds if goes_on else 0.0, process_time()
+            try:
+                code = train(plan.config(variant, seed, directory), resume=goes_on)
+            finally:
+                spent = None if before is None else before + process_time() - start
+                claim.keep(spent)
+            if code != ExitCode.OK:
+                return code
+            about = {"variant": name, "seed": seed, "load_average": {"start": load, "end": load_average()}}
+            document.add(about | {"cpu_seconds": spent} | read_run(directory))
+    print(summary(document.refresh()))
     return ExitCode.OK
 
 
@@ -145,21 +161,27 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 def summary(document: dict[str, Any]) -> str:
     """The comparisons in words, one line per score and kind."""
-    lines = []
+    lines: list[str] = []
+    if not document["runs"]:
+        return "no run is finished yet"
     for comparison in document["comparisons"]:
         lines.append(f"{comparison['first']} minus {comparison['second']}, {len(comparison['seeds'])} seeds, 95%:")
         for score, result in comparison["scores"].items():
             kinds = {
                 "equal iterations": result["equal_iterations"][-1],
                 "equal seconds": result["equal_seconds"],
+                "equal compute": result["equal_compute"],
                 "equal iterations, over prompts": result["equal_iterations_over_prompts"],
             }
             lines += [
                 f"  {score:16} {kind:31} {value['mean']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]"
                 for kind, value in kinds.items()
+                if value is not None
             ]
     if document["noisy"]:
         lines.append("  timings are noisy: repeat on a quieter machine before quoting equal seconds")
+    if document["over_budget"]:
+        lines.append(f"  more than {CPU_BUDGET:.0f} CPU seconds: {', '.join(document['over_budget'])}")
     return "\n".join(lines)
 
 
@@ -173,75 +195,6 @@ def _means(scores: dict[str, list[list[float | None]]]) -> dict[str, float | Non
     return {name: sum(values) / len(values) if values else None for name, values in present.items()}
 
 
-def _opened(output: Path, plan: Plan) -> dict[str, Any]:
-    """A new document, or the one in `output` if its runs can stand beside the plan's."""
-    settings = plan.settings()
-    if not output.exists():
-        started = load_average()
-        return provenance() | {"load_average": {"start": started}, "settings": settings, "runs": []}
-    try:
-        document = json.loads(output.read_text(encoding="utf-8"))
-        known, machine = dict(document["settings"]), document["hardware"]
-        list(document["runs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{output} is no readable study; move it away or give another --output", ExitCode.OUTPUT
-        ) from None
-    both = known.keys() & settings.keys()
-    differing = [f"{name}.{key}" for name in both for key in _differing(known[name], settings[name])]
-    fixed = {key: value for key, value in hardware().items() if key != "load_average"}
-    differing += [f"hardware.{key}" for key, value in fixed.items() if machine.get(key) != value]
-    if differing:
-        raise UserError(
-            f"{output} holds runs with another {', '.join(sorted(differing))}; give another --output", ExitCode.OUTPUT
-        )
-    document["settings"] = known | settings
-    return document
-
-
-def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Dotted names of the options in which two sets of settings differ."""
-    names = {(section, key) for section in one.keys() & other.keys() if section != "preset" for key in one[section]}
-    return sorted(f"{section}.{key}" for section, key in names if one[section][key] != other[section].get(key))
-
-
-def _add(document: dict[str, Any], run: Run) -> None:
-    """Keep a run, which must have started where the others did: scores of other weights cannot be paired."""
-    for other in document["runs"][:1]:
-        if run["before"] != other["before"]:
-            raise UserError(
-                f"{run['variant']}, seed {run['seed']}, did not start like {other['variant']}, seed {other['seed']}: "
-                "their first held-out scores differ, so model or machine changed; give another --output",
-                ExitCode.OUTPUT,
-            )
-    made = provenance()
-    document |= made
-    document["runs"].append(run | {"commit": made["commit"]})
-
-
-def _write(document: dict[str, Any], plan: Plan, output: Path) -> None:
-    from _study_plot import save_plot
-
-    names, runs = [_name(variant) for variant in plan.variants], document["runs"]
-    document["load_average"]["end"] = load_average()
-    document["noisy"] = _noisy(runs)
-    document["comparisons"] = [compare(runs, names[0], other) for other in names[1:] if pairs(runs, names[0], other)]
-    write_json(output, document)
-    observed = document["settings"][names[0]]["reward"]["observed"]
-    save_plot(output.with_suffix(".png"), runs, names, ["reward", *observed])
-
-
-def _noisy(runs: Sequence[Run]) -> bool:
-    """Whether the seconds per iteration of a variant vary too much, over the parts of its runs between evaluations."""
-    rates: dict[str, list[float]] = {}
-    for run in runs:
-        iterations = [point["iteration"] for point in run["points"]]
-        own = rates.setdefault(run["variant"], [])
-        for elapsed, span in zip(pairwise(seconds_of(run)), pairwise(iterations), strict=True):
-            own.append((elapsed[1] - elapsed[0]) / (span[1] - span[0]))
-    return any(spread(values) > NOISY_SPREAD for values in rates.values())
-
-
 def _name(variant: str) -> str:
     return Path(variant).stem
 
@@ -253,7 +206,10 @@ def _parser() -> argparse.ArgumentParser:
         "--variants",
         nargs="+",
         default=["embedded_dense", "embedded_sparse"],
-        help="presets or files; the first is compared with the others",
+        help="presets or files",
+    )
+    parser.add_argument(
+        "--against", metavar="NAME", help="compare each variant minus this one; else the first one minus each other"
     )
     parser.add_argument("--iterations", type=int, help="iterations of every run; the preset's if not given")
     parser.add_argument("--evaluate-every", type=int, default=5, help="iterations between held-out evaluations")
@@ -261,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=RESULTS / "study.json", help="JSON file, with the plot beside it"
     )
-    parser.add_argument("--work", type=Path, help="keep the run directories here; else they are temporary")
+    parser.add_argument("--work", type=Path, help="run directories, to go on with and to share; else temporary")
     return parser
 
 

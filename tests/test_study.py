@@ -13,8 +13,10 @@ sys.path.insert(0, str(ROOT / "benches"))
 
 import _study_plot  # noqa: E402
 import study  # noqa: E402
-from _comparison import at_seconds, compare, pairs  # noqa: E402
+from _claim import claimed  # noqa: E402
+from _comparison import at, compare, operations_of, pairs, seconds_of  # noqa: E402
 from _record import commit, interleaved, pairwise_ratio, portable, spread, write_json  # noqa: E402
+from _study_document import StudyDocument, noisy  # noqa: E402
 from _study_plot import save_plot  # noqa: E402
 
 from densegrpo_fast.config import Config  # noqa: E402
@@ -23,13 +25,21 @@ from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
 DENSE, SPARSE = "embedded_dense", "embedded_sparse"
 
 
-def run(variant: str, seed: int, values: list[float], seconds: float, after: list[list[float | None]] | None = None):
-    """A run evaluated every 2 iterations, each iteration `seconds` long."""
+def run(
+    variant: str,
+    seed: int,
+    values: list[float],
+    seconds: float,
+    after: list[list[float | None]] | None = None,
+    operations: float | None = None,
+):
+    """A run evaluated every 2 iterations, each iteration `seconds` long and of `operations` TFLOP."""
     points = [
         {
             "iteration": 2 * i,
             "seconds": {"rollout": 0.5 * seconds * i, "update": 1.5 * seconds * i},
             "nfe": {"rollout": 10.0 * i},
+            "operations": None if operations is None else 2 * i * operations,
             "held_out": {"reward": value},
         }
         for i, value in enumerate(values)
@@ -50,12 +60,13 @@ def test_runs_are_paired_by_seed():
 def test_a_score_at_a_time_is_linear_between_evaluations():
     one = run("a", 0, [0.2, 0.4, 0.3], 5.0)
     # 2 iterations of 5 s: evaluated after 0, 10 and 20 s
-    assert at_seconds(one, "reward", 0.0) == pytest.approx(0.2)
-    assert at_seconds(one, "reward", 2.5) == pytest.approx(0.25)
-    assert at_seconds(one, "reward", 15.0) == pytest.approx(0.35)
-    assert at_seconds(one, "reward", 20.0) == pytest.approx(0.3)
+    spent = seconds_of(one)
+    assert at(one, "reward", spent, 0.0) == pytest.approx(0.2)
+    assert at(one, "reward", spent, 2.5) == pytest.approx(0.25)
+    assert at(one, "reward", spent, 15.0) == pytest.approx(0.35)
+    assert at(one, "reward", spent, 20.0) == pytest.approx(0.3)
     with pytest.raises(ValueError, match=r"must lie in 0\.\.20\.0"):
-        at_seconds(one, "reward", 20.1)
+        at(one, "reward", spent, 20.1)
 
 
 def test_intervals_at_equal_iterations_and_equal_seconds():
@@ -77,6 +88,28 @@ def test_intervals_at_equal_iterations_and_equal_seconds():
     assert reward["equal_seconds"]["stopped_at"] == [4.0, 4.0]
     assert reward["equal_seconds"]["mean"] == pytest.approx(-0.05)
     assert reward["equal_seconds"]["high"] == pytest.approx(-0.05 + 0.05 * 12.7062, abs=1e-4)
+
+
+def test_intervals_at_equal_compute():
+    # evaluated after 0, 2 and 4 iterations: a after 0, 6 and 12 TFLOP; b, whose seconds are shorter, after 0, 2 and 4
+    runs = [
+        run("a", 0, [0.2, 0.5, 0.6], 1.0, operations=3.0),
+        run("b", 0, [0.2, 0.3, 0.5], 2.0, operations=1.0),
+        run("a", 1, [0.2, 0.8, 0.8], 1.0, operations=3.0),
+        run("b", 1, [0.2, 0.4, 0.5], 2.0, operations=1.0),
+    ]
+    found = compare(runs, "a", "b")["scores"]["reward"]["equal_compute"]
+    # a stopped at 4 TFLOP is two thirds of the way to its second evaluation: 0.4 and 0.6, less b's 0.5: mean 0, std
+    # 0.2/sqrt(2), error 0.1
+    assert found["stopped_at"] == [4.0, 4.0]
+    assert found["mean"] == pytest.approx(0.0)
+    assert found["high"] == pytest.approx(1.2706, abs=1e-4)
+    # the other way round it is the same stop, and without the count of one run there is none
+    assert compare(runs, "b", "a")["scores"]["reward"]["equal_compute"]["stopped_at"] == [4.0, 4.0]
+    for point in runs[3]["points"]:
+        del point["operations"]
+    assert operations_of(runs[3]) is None
+    assert compare(runs, "a", "b")["scores"]["reward"]["equal_compute"] is None
 
 
 def test_the_interval_over_prompts_averages_seeds_first_and_skips_missing_prompts():
@@ -203,6 +236,84 @@ def test_runs_that_cannot_stand_together_are_refused(tmp_path):
         study.conduct(plan(), output, work, FakeTrain())
 
 
+def test_every_variant_is_compared_with_the_one_asked_for(tmp_path, capsys):
+    output, variants = tmp_path / "study.json", ("embedded_value", DENSE, SPARSE)
+    three = study.Plan(variants, (0, 1), 2, ("run.iterations=6", "model.path=/some/where/weights"))
+    study.conduct(three, output, tmp_path / "work", FakeTrain())
+    found = json.loads(output.read_text())["comparisons"]
+    assert [(one["first"], one["second"]) for one in found] == [(variants[0], DENSE), (variants[0], SPARSE)]
+    nothing = FakeTrain()
+    # a file's name does as well; no run is left, so only what is computed from them changes
+    against = study.Plan(
+        *(getattr(three, name) for name in ("variants", "seeds", "evaluate_every", "overrides")), f"{SPARSE}.yaml"
+    )
+    study.conduct(against, output, tmp_path / "work", nothing)
+    found = json.loads(output.read_text())["comparisons"]
+    assert nothing.calls == []
+    assert [(one["first"], one["second"]) for one in found] == [(variants[0], SPARSE), (DENSE, SPARSE)]
+    assert f"{DENSE} minus {SPARSE}, 2 seeds" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--against: expected one of embedded_value, .*, got dense"):
+        study.conduct(plan(against="dense"), output, tmp_path / "work", nothing)
+
+
+def test_processes_share_the_runs(tmp_path, capsys):
+    output, work = tmp_path / "study.json", tmp_path / "work"
+    first = FakeTrain()
+    with claimed(work / f"{SPARSE}-0.claim") as claim:
+        assert claim is not None
+        assert study.conduct(plan(), output, work, first) == ExitCode.OK
+    assert first.calls == [(DENSE, 0, False), (SPARSE, 1, False), (DENSE, 1, False)]
+    assert f"{SPARSE}, seed 0: another process is at it" in capsys.readouterr().err
+    # a process that had read the file before it held anything adds its run to what the file holds by then
+    settings = plan().settings()
+    stale = StudyDocument(output, settings)
+    second = FakeTrain()
+    assert study.conduct(plan(), output, work, second) == ExitCode.OK
+    assert second.calls == [(SPARSE, 0, False)]
+    held = json.loads(output.read_text())
+    stale.add(held["runs"][0] | {"seed": 2})
+    assert [run["seed"] for run in json.loads(output.read_text())["runs"]] == [0, 1, 1, 0, 2]
+    # and what it did twice is not added
+    stale.add(held["runs"][0])
+    assert len(json.loads(output.read_text())["runs"]) == 5
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_not_repeated(tmp_path, monkeypatch):
+    output, work, train = tmp_path / "study.json", tmp_path / "work", FakeTrain()
+    asked: list[tuple[str, int]] = []
+
+    def holds(self: StudyDocument, variant: str, seed: int) -> bool:
+        asked.append((variant, seed))
+        return len(asked) == 2
+
+    monkeypatch.setattr(StudyDocument, "holds", holds)
+    study.conduct(plan(seeds=(0,)), output, work, train)
+    # dense was there when it was looked for again, under the claim; sparse was not
+    assert asked == [(DENSE, 0), (DENSE, 0), (SPARSE, 0), (SPARSE, 0)]
+    assert train.calls == [(SPARSE, 0, False)]
+
+
+def test_cpu_seconds_add_up_over_stops_and_too_many_are_named(tmp_path, monkeypatch, capsys):
+    output, work = tmp_path / "study.json", tmp_path / "work"
+    # dense 500 s; sparse 200 s until it is stopped, then 450 s
+    clock = iter([0.0, 500.0, 500.0, 700.0, 1000.0, 1450.0])
+    monkeypatch.setattr(study, "process_time", lambda: next(clock))
+    assert study.conduct(plan(seeds=(0,)), output, work, FakeTrain(stop_at=2)) == ExitCode.INTERRUPTED
+    assert study.conduct(plan(seeds=(0,)), output, work, FakeTrain()) == ExitCode.OK
+    document = json.loads(output.read_text())
+    assert [run["cpu_seconds"] for run in document["runs"]] == [500.0, 650.0]
+    assert document["over_budget"] == [f"{SPARSE}-0"]
+    assert f"more than 600 CPU seconds: {SPARSE}-0" in capsys.readouterr().out
+
+
+def test_the_cpu_seconds_of_a_directory_that_was_there_are_not_known(tmp_path):
+    output, work = tmp_path / "study.json", tmp_path / "work"
+    FakeTrain()(plan().config(DENSE, 0, work / f"{DENSE}-0"))
+    study.conduct(study.Plan((DENSE,), (0,), 2, plan().overrides), output, work, FakeTrain())
+    document = json.loads(output.read_text())
+    assert document["runs"][0]["cpu_seconds"] is None and document["over_budget"] == []
+
+
 def test_runs_of_one_seed_differ_in_the_variant_alone(tmp_path):
     dense, sparse = (plan().config(variant, 7, tmp_path) for variant in (DENSE, SPARSE))
     assert (dense.seed, dense.evaluation.every, dense.output_dir) == (7, 2, tmp_path)
@@ -213,10 +324,10 @@ def test_runs_of_one_seed_differ_in_the_variant_alone(tmp_path):
 
 def test_uneven_timings_are_marked_as_noisy(tmp_path):
     steady, uneven = run("a", 0, [0.0] * 5, 1.0), run("b", 0, [0.0] * 5, 1.0)
-    assert not study._noisy([steady, uneven])
+    assert not noisy([steady, uneven])
     for point, seconds in zip(uneven["points"], (0.0, 2.0, 5.0, 7.0, 11.0), strict=True):
         point["seconds"] = {"rollout": seconds}
-    assert study._noisy([steady, uneven])
+    assert noisy([steady, uneven])
 
 
 def test_every_variant_of_a_plot_has_a_look_of_its_own(tmp_path, monkeypatch):
@@ -226,6 +337,9 @@ def test_every_variant_of_a_plot_has_a_look_of_its_own(tmp_path, monkeypatch):
     save_plot(tmp_path / "a.png", [run(name, 0, [0.0, 0.1], 1.0) for name in names], names, ["reward"])
     # one row of two panels
     assert len(looks) == 2 * len(names) and len(set(looks)) == len(names)
+    looks.clear()
+    save_plot(tmp_path / "a.png", [run("a", 0, [0.0, 0.1], 1.0, operations=2.0)], ["a"], ["reward"])
+    assert len(looks) == 3
 
 
 def test_records_hold_no_directories_of_this_machine():

@@ -1,0 +1,184 @@
+"""Floating-point operations of a recorded run, counted from its settings: what runs are compared at equal compute by.
+
+Every iteration is counted by the closed forms of `densegrpo_fast.sampling.cost` on the embedded model's architecture
+(`densegrpo_fast.models.flops`): forwards of rollout, lookahead, replay and KL, decodes, and backward passes, each 1.1
+forwards there because the base has no gradient. Calibrations and the drift guard's re-scorings come on top where the
+run recorded their forwards (`nfe`), each forward with its share of decodes. Rewards are not counted (the embedded
+model's own is image analysis), nor are held-out evaluations, as in the training seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from pydantic import ValidationError
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
+from densegrpo_fast.credit import registry
+
+TERA = 1e12
+
+
+def operations(settings: Mapping[str, Any], run: Mapping[str, Any]) -> list[float] | None:
+    """TFLOP that a run had spent at each of its evaluations; None where its model, lookahead or settings are not known.
+
+    Known is the embedded model, with any lookahead but one with a completion head, which is a file.
+
+    Args:
+        settings: of its variant, as a study records them; options that are newer than the record are the base preset's.
+        run: as in `_comparison`.
+    """
+    try:
+        config = config_of(settings, run["seed"])
+    except ValidationError:
+        return None
+    if config.model.path != "embedded" or config.model.height or config.lookahead.head is not None:
+        return None
+    counted = IterationOperations(config)
+    spent, found, done = 0.0, [], 0
+    for point in run["points"]:
+        while done < point["iteration"]:
+            spent += counted.iteration(done)
+            done += 1
+        extra = sum(point["nfe"].get(phase, 0.0) * counted.per_forward(phase) for phase in ("calibration", "guard"))
+        found.append((spent + extra) / TERA)
+    return found
+
+
+def config_of(settings: Mapping[str, Any], seed: int) -> Config:
+    """The configuration that a study's settings are of.
+
+    Raises:
+        pydantic.ValidationError: they have options that are not known any more.
+    """
+    complete = read_settings(BASE_PRESET)
+    for key, value in settings.items():
+        complete[key] = complete[key] | value if isinstance(value, Mapping) else value
+    return Config.model_validate(complete | {"seed": seed})
+
+
+class IterationOperations:
+    """Counts the operations of a configuration's iterations, all rows together."""
+
+    def __init__(self, config: Config):
+        from densegrpo_fast.models.flops import cached_forward, embedded
+
+        self.config, self.samples = config, config.data.num_prompts * config.sampler.group_size
+        method = registry.find(config.credit.method)
+        self.completes, self.branches = method.uses_lookahead or method.uses_branches, config.sampler.branches
+        self.several = "granularities" in method.options
+        rank, targets = config.lora.rank, tuple(config.lora.targets)
+        self.unit = _unit(rank, targets)
+        # of a lookahead forward, with the adapter merged into a copy or features taken over
+        self.ahead = self.unit.forward if config.lookahead.copy_dtype is None else self.unit.reference_forward
+        if config.lookahead.cache is not None:
+            from densegrpo_fast.models.cache_spec import CacheSpec
+
+            merged = config.lookahead.copy_dtype is not None
+            spec = CacheSpec.parse(config.lookahead.cache)
+            self.ahead = cached_forward(embedded(), spec, lora_rank=0 if merged else rank, lora_targets=targets)
+        self._known: dict[tuple[tuple[bool, ...], int], float] = {}
+
+    def iteration(self, iteration: int) -> float:
+        """Operations of an iteration (from 0), without calibration and guard."""
+        from densegrpo_fast.runtime import builders
+
+        noisy, trained = self._noisy(iteration), len(builders.trained_steps(self.config, iteration))
+        if (noisy, trained) not in self._known:
+            self._known[noisy, trained] = self.samples * self.cost(noisy, trained).flops(self.unit, self.ahead)
+        return self._known[noisy, trained]
+
+    def forwards(self, iteration: int) -> float:
+        """Network forwards of an iteration (NFE), likewise."""
+        from densegrpo_fast.runtime import builders
+
+        trained = len(builders.trained_steps(self.config, iteration))
+        return self.samples * self.cost(self._noisy(iteration), trained).forwards
+
+    def cost(self, noisy: tuple[bool, ...], trained: int) -> Any:
+        """A sample's share of an iteration with noise in these steps, of which so many are trained: `IterationCost`."""
+        from densegrpo_fast.sampling import plan as plans
+        from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration, sparse_iteration
+
+        config, steps = self.config, len(noisy)
+        guided = config.sampler.guidance_scale != 1.0
+        kept: dict[str, Any] = {"trained_steps": trained, "guided": guided, "kl": config.objective.kl_coef > 0}
+        if not self.completes:
+            return sparse_iteration(steps, **kept)
+        ahead = config.lookahead
+        plan = plans.make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1)
+        kept |= {"guidance": ahead.guidance, "decoder": ahead.decoder, "noisy": noisy}
+        if self.branches is None:
+            shared = config.sampler.group_size if config.sampler.shared_noise else 1
+            return dense_iteration(plan, shared=shared, **kept)
+        if not self.several:
+            return branched_iteration(plan, branches=self.branches, **kept)
+        # every granularity completes and decodes the same branches, whose first velocities it shares with the others
+        ways = [
+            branched_iteration(plans.strided(steps, stride), branches=self.branches, **kept)
+            for stride in config.credit.granularities
+        ]
+        first = branched_iteration(plans.one_step(steps), branches=self.branches, **kept)
+        repeated = len(ways) - 1
+        return replace(
+            ways[0],
+            lookahead=replace(
+                ways[0].lookahead,
+                guided=sum(way.lookahead.guided for way in ways) - repeated * first.lookahead.guided,
+                unguided=sum(way.lookahead.unguided for way in ways) - repeated * first.lookahead.unguided,
+            ),
+            full_decodes=sum(way.full_decodes for way in ways),
+            preview_decodes=sum(way.preview_decodes for way in ways),
+        )
+
+    def per_forward(self, phase: str) -> float:
+        """Operations per forward of "calibration" or "guard" with its share of decodes, by the first iteration's noise.
+
+        Both complete states by every step, with full guidance and the full decoder.
+        """
+        from densegrpo_fast.runtime import builders
+        from densegrpo_fast.sampling import plan as plans
+        from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration, guard_check
+
+        config = self.config
+        guided = config.sampler.guidance_scale != 1.0
+        if phase == "calibration":
+            reached = {step for window in builders.build_windows(config).reached() for step in window}
+            noisy = tuple(level > 0 and step in reached for step, level in enumerate(config.noise_levels))
+            cost = dense_iteration(plans.exact(len(noisy)), trained_steps=0, guided=guided, kl=False, noisy=noisy)
+            return cost.flops(self.unit) / cost.forwards
+        noisy = self._noisy(0)
+        exact = plans.exact(len(noisy))
+        if self.branches is not None:
+            tree = branched_iteration(
+                exact, branches=self.branches, trained_steps=0, guided=guided, kl=False, noisy=noisy
+            )
+            decodes = tree.full_decodes * self.unit.full_decode / tree.lookahead.forwards
+            return self.unit.forward + decodes
+        shared = config.sampler.group_size if config.sampler.shared_noise else 1
+        check = guard_check(exact, guided=guided, noisy=noisy, shared=shared)
+        return check.flops(self.unit) / check.forwards if check.forwards else 0.0
+
+    def _noisy(self, iteration: int) -> tuple[bool, ...]:
+        """[T] whether each step that an iteration takes injects noise."""
+        from densegrpo_fast.runtime import builders
+        from densegrpo_fast.sampling.windows import remaining_steps
+
+        config, levels = self.config, self.config.noise_levels
+        window, steps = builders.noisy_steps(config, iteration), config.sampler.num_steps
+        if config.window.size is not None:
+            after = window[-1] + 1
+            steps = after + remaining_steps(steps - after, config.window.remainder_share)
+        return tuple(step in window and levels[step] > 0 for step in range(steps))
+
+
+@lru_cache
+def _unit(rank: int, targets: tuple[str, ...]) -> Any:
+    """`ModelFlops` of the embedded model with such an adapter."""
+    from densegrpo_fast.models.flops import count, embedded
+
+    return count(embedded(), lora_rank=rank, lora_targets=targets)

@@ -1,0 +1,158 @@
+"""The result file of a study: which runs it may hold together, and what is computed from them.
+
+Several processes may add runs to one file: it is read again under a lock before each write.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from _claim import locked
+from _comparison import Run, compare, pairs, seconds_of
+from _operations import operations
+from _record import NOISY_SPREAD, hardware, load_average, provenance, spread, write_json
+
+from densegrpo_fast.exit_codes import ExitCode, UserError
+
+CPU_BUDGET = 600.0
+"""CPU seconds that a run of a study on the embedded model should stay below."""
+
+
+class StudyDocument:
+    """The JSON file, with its plot beside it (ending .png).
+
+    Args:
+        path: the file.
+        settings: of the variants that are run, by name in the order of the legend.
+        against: the variant that all others are compared with, each minus it, from the settings or from the file;
+            None = the first of the settings minus each of the others.
+
+    Raises:
+        UserError: (usage) there is no variant `against`; (output) the file cannot be read, or holds runs with other
+            settings or from another machine.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], against: str | None = None):
+        self.path, self.settings, self.against = path, settings, against
+        self._started = load_average()
+        known = self.read()["settings"]
+        if against is not None and against not in known:
+            raise UserError(f"--against: expected one of {', '.join(known)}, got {against}", ExitCode.USAGE)
+
+    def read(self) -> dict[str, Any]:
+        """What the file holds, or a new document; the operations of runs that were recorded without are filled in."""
+        if not self.path.exists():
+            return provenance() | {
+                "load_average": {"start": self._started},
+                "settings": dict(self.settings),
+                "runs": [],
+            }
+        try:
+            document = json.loads(self.path.read_text(encoding="utf-8"))
+            known, machine = dict(document["settings"]), document["hardware"]
+            list(document["runs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{self.path} is no readable study; move it away or give another --output", ExitCode.OUTPUT
+            ) from None
+        both = known.keys() & self.settings.keys()
+        differing = [f"{name}.{key}" for name in both for key in _differing(known[name], self.settings[name])]
+        fixed = {key: value for key, value in hardware().items() if key != "load_average"}
+        differing += [f"hardware.{key}" for key, value in fixed.items() if machine.get(key) != value]
+        if differing:
+            raise UserError(
+                f"{self.path} holds runs with another {', '.join(sorted(differing))}; give another --output",
+                ExitCode.OUTPUT,
+            )
+        document["settings"] = known | self.settings
+        for run in document["runs"]:
+            if any("operations" not in point for point in run["points"]):
+                count(run, document["settings"][run["variant"]])
+        return document
+
+    def holds(self, variant: str, seed: int) -> bool:
+        """Whether the file has a run."""
+        return _holds(self.read(), variant, seed)
+
+    def add(self, run: Run) -> None:
+        """Add a run, unless the file has got it meanwhile, and write the file and its plot.
+
+        Raises:
+            UserError: (output) the run did not start where the others did: scores of other weights cannot be paired.
+        """
+        with locked(self.path.parent):
+            document = self.read()
+            if _holds(document, run["variant"], run["seed"]):
+                return
+            for other in document["runs"][:1]:
+                if run["before"] != other["before"]:
+                    raise UserError(
+                        f"{run['variant']}, seed {run['seed']}, did not start like {other['variant']}, seed "
+                        f"{other['seed']}: their first held-out scores differ, so model or machine changed; give "
+                        "another --output",
+                        ExitCode.OUTPUT,
+                    )
+            count(run, document["settings"][run["variant"]])
+            made = provenance()
+            document |= made
+            document["runs"].append(run | {"commit": made["commit"]})
+            document["load_average"]["end"] = load_average()
+            self._write(document)
+
+    def refresh(self) -> dict[str, Any]:
+        """Write what is computed from the runs anew, and return the document; one without runs is not written."""
+        with locked(self.path.parent):
+            document = self.read()
+            if document["runs"]:
+                self._write(document)
+        return document
+
+    def _write(self, document: dict[str, Any]) -> None:
+        from _study_plot import save_plot
+
+        names, runs = list(self.settings), document["runs"]
+        if self.against is not None and self.against not in names:
+            names.append(self.against)
+        document["noisy"] = noisy(runs)
+        document["over_budget"] = [
+            f"{run['variant']}-{run['seed']}" for run in runs if (run.get("cpu_seconds") or 0.0) > CPU_BUDGET
+        ]
+        wanted = [(names[0], other) for other in names[1:]]
+        if self.against is not None:
+            wanted = [(name, self.against) for name in names if name != self.against]
+        document["comparisons"] = [compare(runs, *two) for two in wanted if pairs(runs, *two)]
+        write_json(self.path, document)
+        observed = document["settings"][names[0]]["reward"]["observed"]
+        save_plot(self.path.with_suffix(".png"), runs, names, ["reward", *observed])
+
+
+def count(run: Run, settings: dict[str, Any]) -> None:
+    """Put the cumulative `operations` into a run's points, TFLOP; None where they are not known."""
+    found = operations(settings, run) or [None] * len(run["points"])
+    for point, spent in zip(run["points"], found, strict=True):
+        point["operations"] = spent
+
+
+def noisy(runs: Sequence[Run]) -> bool:
+    """Whether the seconds per iteration of a variant vary too much, over the parts of its runs between evaluations."""
+    rates: dict[str, list[float]] = {}
+    for run in runs:
+        iterations = [point["iteration"] for point in run["points"]]
+        own = rates.setdefault(run["variant"], [])
+        for elapsed, span in zip(pairwise(seconds_of(run)), pairwise(iterations), strict=True):
+            own.append((elapsed[1] - elapsed[0]) / (span[1] - span[0]))
+    return any(spread(values) > NOISY_SPREAD for values in rates.values())
+
+
+def _holds(document: dict[str, Any], variant: str, seed: int) -> bool:
+    return any((run["variant"], run["seed"]) == (variant, seed) for run in document["runs"])
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Dotted names of the options in which two sets of settings differ."""
+    names = {(section, key) for section in one.keys() & other.keys() if section != "preset" for key in one[section]}
+    return sorted(f"{section}.{key}" for section, key in names if one[section][key] != other[section].get(key))
