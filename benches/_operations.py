@@ -10,7 +10,6 @@ model's own is image analysis), nor are held-out evaluations, as in the training
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -110,30 +109,15 @@ class IterationOperations:
         if not self.completes:
             return sparse_iteration(steps, **kept)
         ahead = config.lookahead
-        plan = plans.make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1)
+        plan = plans.make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1, ahead.paths)
         kept |= {"guidance": ahead.guidance, "decoder": ahead.decoder, "noisy": noisy}
         if self.branches is None:
             shared = config.sampler.group_size if config.sampler.shared_noise else 1
             return dense_iteration(plan, shared=shared, **kept)
-        if not self.several:
-            return branched_iteration(plan, branches=self.branches, **kept)
-        # every granularity completes and decodes the same branches, whose first velocities it shares with the others
-        ways = [
-            branched_iteration(plans.strided(steps, stride), branches=self.branches, **kept)
-            for stride in config.credit.granularities
-        ]
-        first = branched_iteration(plans.one_step(steps), branches=self.branches, **kept)
-        repeated = len(ways) - 1
-        return replace(
-            ways[0],
-            lookahead=replace(
-                ways[0].lookahead,
-                guided=sum(way.lookahead.guided for way in ways) - repeated * first.lookahead.guided,
-                unguided=sum(way.lookahead.unguided for way in ways) - repeated * first.lookahead.unguided,
-            ),
-            full_decodes=sum(way.full_decodes for way in ways),
-            preview_decodes=sum(way.preview_decodes for way in ways),
-        )
+        if self.several:
+            plan, *others = (plans.strided(steps, stride) for stride in config.credit.granularities)
+            return branched_iteration(plan, branches=self.branches, others=others, **kept)
+        return branched_iteration(plan, branches=self.branches, **kept)
 
     def per_forward(self, phase: str) -> float:
         """Operations per forward of "calibration" or "guard" with its share of decodes, by the first iteration's noise.
@@ -142,7 +126,8 @@ class IterationOperations:
         """
         from densegrpo_fast.runtime import builders
         from densegrpo_fast.sampling import plan as plans
-        from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration, guard_check
+        from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration
+        from densegrpo_fast.sampling.guard_cost import guard_check
 
         config = self.config
         guided = config.sampler.guidance_scale != 1.0

@@ -60,7 +60,7 @@ class StudyDocument:
                 f"{self.path} is no readable study; move it away or give another --output", ExitCode.OUTPUT
             ) from None
         both = known.keys() & self.settings.keys()
-        differing = [f"{name}.{key}" for name in both for key in _differing(known[name], self.settings[name])]
+        differing = [f"{name}.{key}" for name in both for key in differing_options(known[name], self.settings[name])]
         fixed = {key: value for key, value in hardware().items() if key != "load_average"}
         differing += [f"hardware.{key}" for key, value in fixed.items() if machine.get(key) != value]
         if differing:
@@ -152,7 +152,8 @@ def _holds(document: dict[str, Any], variant: str, seed: int) -> bool:
     return any((run["variant"], run["seed"]) == (variant, seed) for run in document["runs"])
 
 
-def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Dotted names of the options in which two sets of settings differ."""
-    names = {(section, key) for section in one.keys() & other.keys() if section != "preset" for key in one[section]}
+def differing_options(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Dotted names of the options in which two sets of settings differ; those that `one` does not know do not count."""
+    sections = [name for name in one.keys() & other.keys() if isinstance(one[name], dict)]
+    names = {(section, key) for section in sections for key in one[section]}
     return sorted(f"{section}.{key}" for section, key in names if one[section][key] != other[section].get(key))

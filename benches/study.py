@@ -30,11 +30,12 @@ from typing import Any
 
 from _claim import claimed
 from _record import RESULTS, load_average, portable
-from _study_document import CPU_BUDGET, StudyDocument
+from _study_document import CPU_BUDGET, StudyDocument, differing_options
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.config.yaml_files import parse_yaml
+from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 from densegrpo_fast.runtime.metrics import read_metrics
 from densegrpo_fast.runtime.run_directory import holds_run
 
@@ -126,10 +127,10 @@ def conduct(plan: Plan, output: Path, work: Path, train: Train) -> int:
             if document.holds(name, seed):  # that process has just finished it
                 continue
             print(f"study: {name}, seed {seed}", file=sys.stderr)
-            goes_on = holds_run(directory)
+            config, goes_on = plan.config(variant, seed, directory), holds_run(directory)
             before, start = claim.cpu_seconds if goes_on else 0.0, process_time()
             try:
-                code = train(plan.config(variant, seed, directory), resume=goes_on)
+                code = ExitCode.OK if goes_on and finished(directory, config) else train(config, resume=goes_on)
             finally:
                 spent = None if before is None else before + process_time() - start
                 claim.keep(spent)
@@ -139,6 +140,29 @@ def conduct(plan: Plan, output: Path, work: Path, train: Train) -> int:
             document.add(about | {"cpu_seconds": spent} | read_run(directory))
     print(summary(document.refresh()))
     return ExitCode.OK
+
+
+def finished(directory: Path, config: Config) -> bool:
+    """Whether a run directory holds this very run, done to its end, so that there is nothing to train.
+
+    Raises:
+        UserError: (output) it holds a finished run of other settings.
+    """
+    if not (directory / "evaluation-after.json").is_file():
+        return False
+    made, wanted = (
+        parse_yaml((directory / "config.yaml").read_text("utf-8"), "config.yaml"),
+        config.model_dump(mode="json"),
+    )
+    if read_metrics(directory / "metrics.jsonl")[-1]["iteration"] != config.run.iterations:
+        return False
+    # what only says where and how a run is written may differ
+    differing = [option for option in differing_options(made, wanted) if not option.startswith("run.")]
+    if differing or made["seed"] != wanted["seed"]:
+        raise UserError(
+            f"{directory} holds a run with another {', '.join(differing or ['seed'])}; move it away", ExitCode.OUTPUT
+        )
+    return True
 
 
 def read_run(directory: Path) -> dict[str, Any]:

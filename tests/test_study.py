@@ -20,6 +20,7 @@ from _study_document import StudyDocument, noisy  # noqa: E402
 from _study_plot import save_plot  # noqa: E402
 
 from densegrpo_fast.config import Config  # noqa: E402
+from densegrpo_fast.config.yaml_files import dump_yaml  # noqa: E402
 from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
 
 DENSE, SPARSE = "embedded_dense", "embedded_sparse"
@@ -141,7 +142,7 @@ class FakeTrain:
         self.calls.append((config.preset, config.seed, resume))
         directory = config.output_dir
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text("")
+        (directory / "config.yaml").write_text(dump_yaml(config))
         if self.stop_at == len(self.calls):
             return ExitCode.INTERRUPTED
         dense = config.credit.method == "dense"
@@ -214,6 +215,24 @@ def test_finished_runs_are_kept_and_an_unfinished_one_goes_on(tmp_path):
     finished, nothing = output.read_bytes(), FakeTrain()
     assert study.conduct(plan(), output, work, nothing) == ExitCode.OK
     assert nothing.calls == [] and output.read_bytes() == finished
+
+
+def test_finished_runs_in_the_work_directory_are_read_and_not_repeated(tmp_path):
+    work, first, second = tmp_path / "work", tmp_path / "first.json", tmp_path / "second.json"
+    assert study.conduct(plan(seeds=(0,)), first, work, FakeTrain()) == ExitCode.OK
+    nothing = FakeTrain()
+    assert study.conduct(plan(seeds=(0,)), second, work, nothing) == ExitCode.OK
+    assert nothing.calls == []
+    points = [[run["points"] for run in json.loads(path.read_text())["runs"]] for path in (first, second)]
+    assert points[0] == points[1]
+    # one of other settings is neither taken for this one nor written over
+    other = study.Plan((DENSE,), (0,), 2, ("run.iterations=6", "optimizer.lr=0.1", "model.path=/some/where/weights"))
+    with pytest.raises(UserError, match="holds a run with another optimizer.lr"):
+        study.conduct(other, tmp_path / "third.json", work, nothing)
+    # and one that wants more iterations goes on
+    longer = study.Plan((DENSE,), (0,), 2, ("run.iterations=8", "model.path=/some/where/weights"))
+    assert study.conduct(longer, tmp_path / "third.json", work, nothing) == ExitCode.OK
+    assert nothing.calls == [(DENSE, 0, True)]
 
 
 def test_runs_that_cannot_stand_together_are_refused(tmp_path):
