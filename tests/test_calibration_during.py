@@ -106,8 +106,7 @@ def test_only_steps_that_may_be_noisy_are_calibrated(mixture_model: Any, monkeyp
 def test_branches_are_calibrated_as_branches(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = {"sampler.branches": 4, "sampler.micro_batch": 12, "credit.method": "branch"}
     found = levels(configured(**tree), mixture_model, monkeypatch)
-    before = len(mixture_model.calls)
-    metrics = found.calibrate(0)
+    before, metrics = len(mixture_model.calls), calibrate(found, 0)
     # the last step is not trained, and so has no branches
     assert found.levels[3] == 0.7 and 0.7 not in found.levels[:3]
     # closed form: 4 steps of a trunk, and 3 + 2 + 1 of what the branches lead to

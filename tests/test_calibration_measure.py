@@ -134,8 +134,10 @@ def test_branches_leave_a_trunk_without_noise(mixture_model: FlowModel) -> None:
 def test_forwards_in_closed_form(mixture_model: FlowModel, branched: bool) -> None:
     """T = 4 steps, and the completions after the noisy steps 0 and 2: 3 + 1 evaluations."""
     found = meter(mixture_model, ["0", "12"], branched=branched)
-    found.gains([0.7, 0.0, 0.5, 0.0], 0)
-    assert sum(rows for rows, _, _ in mixture_model.calls) == found.forwards([0.7, 0.0, 0.5, 0.0]) == 12 * (4 + 3 + 1)
+    levels = [0.7, 0.0, 0.5, 0.0]
+    found.gains(levels, 0)
+    assert sum(rows for rows, _, _ in mixture_model.calls) == found.count * found.cost(levels).forwards
+    assert found.count * found.cost(levels).forwards == 12 * (4 + 3 + 1)
 
 
 def linear_flow(branched: bool) -> tuple[StepConsistency, Tensor, Tensor, Tensor]:

@@ -132,8 +132,9 @@ def test_operations_come_before_forwards(subject: Subject) -> None:
     assert decoders == ["preview"] * count + ["full"] * (len(found) - count)
     ratios = [candidate.iteration for candidate in found]
     assert ratios == sorted(ratios)
-    # one_step with previews: 5 states and the image, 6 decodes of 10; 5 + 4 + 4 guided evaluations and 4 backwards
-    assert ratios[0] == pytest.approx((2 * 13 + 4 + 6 * 10) / (2 * 13 + 4 + 1000))
+    # one_step with previews: 5 states and the image, 6 decodes of 10, and the image's full one; 5 + 4 + 4 guided
+    # evaluations and 4 backwards
+    assert ratios[0] == pytest.approx((2 * 13 + 4 + 6 * 10 + 1000) / (2 * 13 + 4 + 1000))
 
 
 def test_branches_are_judged_among_those_of_their_state(subject: Subject) -> None:
@@ -263,11 +264,13 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
         row = record["plans"]["exact_but_last/full/preview, 8 branches"]
         assert row["ratio_kl"] == pytest.approx((own + 9 * (unit["preview_decode"] + unit["reward"])) / sparse)
         assert row["ratio_kl"] < record["plans"]["exact_but_last/full/preview"]["ratio_kl"]
-        # with noise in the steps 0..2 alone: 3 trained, completions of 8 + 7 + 6 evaluations, 3 states and the image
+        # with noise in the steps 0..2 alone: 3 trained, completions of 8 + 7 + 6 evaluations, 3 states and the image,
+        # which is decoded and scored in full besides
         sparse = 13 * forward + 3 * (reference + unit["backward"]) + unit["full_decode"] + unit["reward"]
-        own = 34 * forward + 3 * (reference + unit["backward"]) + 4 * (unit["preview_decode"] + unit["reward"])
+        own = 34 * forward + 3 * (reference + unit["backward"]) + 4 * unit["preview_decode"] + 5 * unit["reward"]
+        own += unit["full_decode"]
         row = record["plans"]["exact_but_last/full/preview, window 0..2"]
-        assert row["ratio_kl"] == pytest.approx(own / sparse) and row["decodes"] == 4
+        assert row["ratio_kl"] == pytest.approx(own / sparse) and row["decodes"] == 5
         assert record["sparse_window_kl"] == pytest.approx(sparse)
     assert "FLUX.1-dev, 512 px" in capsys.readouterr().out
 
@@ -387,7 +390,7 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
         (["--plans", "paths"], "got 'paths'"),
         (["--plans", "paths:1,2::-"], "got 'paths:1,2::-'"),
         (["--analytic", "--plans", "paths:1:2:-"], "--plans: lookahead paths must be one for each of the 10 states"),
-        (["--cache", "text:1"], "expected text, reuse:2-5 or skip:0,6, joined by +"),
+        (["--cache", "text:1"], "expected text (or text:own), reuse:2-5 or skip:0,6, joined by +"),
         (["--plans", "nodes:3,x"], "got 'nodes:3,x'"),
         (["--plans", "n_step:0"], "got 'n_step:0'"),
         (["--analytic", "--plans", "nodes:12"], "--plans: lookahead nodes must increase within 1..9 for 10 steps"),

@@ -63,8 +63,8 @@ def test_three_iterations_on_a_small_model(
     for key in ("seconds", "flops", "tflops_per_second", "share_of_matmul"):
         assert set(document[key]) == phases
     assert all(len(own["rounds"]) == 3 for own in document["seconds"].values())
-    # 2 trajectories of 10 guided steps, 11 unguided completions, 9 trained steps with their reference
-    assert document["nfe"] == {"rollout": 40, "lookahead": 22, "update": 72}
+    # a trunk of 9 guided steps, trained with their reference; 2 branches' 9 states, and 7 + 6 + ... + 1 to complete
+    assert document["nfe"] == {"rollout": 18, "lookahead": 2 * 2 * (9 + 28), "update": 36}
     for phase in phases - {"reward"}:
         expected = document["flops"][phase] / document["seconds"][phase]["median"] / 1e12
         assert document["tflops_per_second"][phase] == pytest.approx(expected)
