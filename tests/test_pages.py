@@ -181,6 +181,15 @@ def test_the_projects_page_quotes_the_opposite_noise() -> None:
     assert min(found[:3]) > max(found[3:5])
 
 
+@pytest.mark.parametrize(("dynamics", "steps"), [("flow_sde", [3, 4, 5]), ("precise", [4]), ("cps", [])])
+def test_the_projects_page_says_which_dynamics_are_out_of_balance(dynamics: str, steps: list[int]) -> None:
+    """Beyond two standard deviations of fair signs, as the command marks it."""
+    document = json.loads((ROOT / f"benches/results/balance_{dynamics}.json").read_text(encoding="utf-8"))
+    assert document["dynamics"] == dynamics
+    signs = zip(document["before"]["positive"], document["before"]["negative"], strict=True)
+    assert [step for step, (up, down) in enumerate(signs) if abs(up - down) > 2 * (up + down) ** 0.5] == steps
+
+
 @pytest.mark.parametrize("spec", ["text:own", "text", "reuse:2-4", "reuse:1-5", "skip:3"])
 def test_the_projects_page_quotes_what_caches_cost(spec: str) -> None:
     document = json.loads((ROOT / "benches/results/fidelity_cache.json").read_text(encoding="utf-8"))
