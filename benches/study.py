@@ -150,10 +150,8 @@ def finished(directory: Path, config: Config) -> bool:
     """
     if not (directory / "evaluation-after.json").is_file():
         return False
-    made, wanted = (
-        parse_yaml((directory / "config.yaml").read_text("utf-8"), "config.yaml"),
-        config.model_dump(mode="json"),
-    )
+    made = parse_yaml((directory / "config.yaml").read_text("utf-8"), "config.yaml")
+    wanted = config.self_contained().model_dump(mode="json")
     if read_metrics(directory / "metrics.jsonl")[-1]["iteration"] != config.run.iterations:
         return False
     # what only says where and how a run is written may differ
