@@ -60,12 +60,12 @@ class StudyDocument:
                 f"{self.path} is no readable study; move it away or give another --output", ExitCode.OUTPUT
             ) from None
         both = known.keys() & self.settings.keys()
-        differing = [f"{name}.{key}" for name in both for key in differing_options(known[name], self.settings[name])]
+        others = [f"{name}.{key}" for name in both for key in differing(known[name], self.settings[name])]
         fixed = {key: value for key, value in hardware().items() if key != "load_average"}
-        differing += [f"hardware.{key}" for key, value in fixed.items() if machine.get(key) != value]
-        if differing:
+        others += [f"hardware.{key}" for key, value in fixed.items() if machine.get(key) != value]
+        if others:
             raise UserError(
-                f"{self.path} holds runs with another {', '.join(sorted(differing))}; give another --output",
+                f"{self.path} holds runs with another {', '.join(sorted(others))}; give another --output",
                 ExitCode.OUTPUT,
             )
         document["settings"] = known | self.settings
@@ -152,7 +152,7 @@ def _holds(document: dict[str, Any], variant: str, seed: int) -> bool:
     return any((run["variant"], run["seed"]) == (variant, seed) for run in document["runs"])
 
 
-def differing_options(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Dotted names of the options in which two sets of settings differ; those that `one` does not know do not count."""
     sections = [name for name in one.keys() & other.keys() if isinstance(one[name], dict)]
     names = {(section, key) for section in sections for key in one[section]}

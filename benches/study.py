@@ -30,7 +30,7 @@ from typing import Any
 
 from _claim import claimed
 from _record import RESULTS, load_average, portable
-from _study_document import CPU_BUDGET, StudyDocument, differing_options
+from _study_document import CPU_BUDGET, StudyDocument, differing
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
@@ -155,10 +155,10 @@ def finished(directory: Path, config: Config) -> bool:
     if read_metrics(directory / "metrics.jsonl")[-1]["iteration"] != config.run.iterations:
         return False
     # what only says where and how a run is written may differ
-    differing = [option for option in differing_options(made, wanted) if not option.startswith("run.")]
-    if differing or made["seed"] != wanted["seed"]:
+    others = [option for option in differing(made, wanted) if not option.startswith("run.")]
+    if others or made["seed"] != wanted["seed"]:
         raise UserError(
-            f"{directory} holds a run with another {', '.join(differing or ['seed'])}; move it away", ExitCode.OUTPUT
+            f"{directory} holds a run with another {', '.join(others or ['seed'])}; move it away", ExitCode.OUTPUT
         )
     return True
 

@@ -255,7 +255,12 @@ def test_runs_that_cannot_stand_together_are_refused(tmp_path):
         study.conduct(plan(), output, work, FakeTrain())
 
 
-def test_every_variant_is_compared_with_the_one_asked_for(tmp_path, capsys):
+@pytest.fixture
+def no_plot(monkeypatch):
+    monkeypatch.setattr(_study_plot, "save_plot", lambda *_: None)
+
+
+def test_every_variant_is_compared_with_the_one_asked_for(tmp_path, capsys, no_plot):
     output, variants = tmp_path / "study.json", ("embedded_value", DENSE, SPARSE)
     three = study.Plan(variants, (0, 1), 2, ("run.iterations=6", "model.path=/some/where/weights"))
     study.conduct(three, output, tmp_path / "work", FakeTrain())
@@ -275,7 +280,7 @@ def test_every_variant_is_compared_with_the_one_asked_for(tmp_path, capsys):
         study.conduct(plan(against="dense"), output, tmp_path / "work", nothing)
 
 
-def test_processes_share_the_runs(tmp_path, capsys):
+def test_processes_share_the_runs(tmp_path, capsys, no_plot):
     output, work = tmp_path / "study.json", tmp_path / "work"
     first = FakeTrain()
     with claimed(work / f"{SPARSE}-0.claim") as claim:
@@ -297,7 +302,7 @@ def test_processes_share_the_runs(tmp_path, capsys):
     assert len(json.loads(output.read_text())["runs"]) == 5
 
 
-def test_a_run_that_another_process_finishes_meanwhile_is_not_repeated(tmp_path, monkeypatch):
+def test_a_run_that_another_process_finishes_meanwhile_is_not_repeated(tmp_path, monkeypatch, no_plot):
     output, work, train = tmp_path / "study.json", tmp_path / "work", FakeTrain()
     asked: list[tuple[str, int]] = []
 
@@ -312,7 +317,7 @@ def test_a_run_that_another_process_finishes_meanwhile_is_not_repeated(tmp_path,
     assert train.calls == [(SPARSE, 0, False)]
 
 
-def test_cpu_seconds_add_up_over_stops_and_too_many_are_named(tmp_path, monkeypatch, capsys):
+def test_cpu_seconds_add_up_over_stops_and_too_many_are_named(tmp_path, monkeypatch, capsys, no_plot):
     output, work = tmp_path / "study.json", tmp_path / "work"
     # dense 500 s; sparse 200 s until it is stopped, then 450 s
     clock = iter([0.0, 500.0, 500.0, 700.0, 1000.0, 1450.0])
@@ -325,7 +330,7 @@ def test_cpu_seconds_add_up_over_stops_and_too_many_are_named(tmp_path, monkeypa
     assert f"more than 600 CPU seconds: {SPARSE}-0" in capsys.readouterr().out
 
 
-def test_the_cpu_seconds_of_a_directory_that_was_there_are_not_known(tmp_path):
+def test_the_cpu_seconds_of_a_directory_that_was_there_are_not_known(tmp_path, no_plot):
     output, work = tmp_path / "study.json", tmp_path / "work"
     FakeTrain()(plan().config(DENSE, 0, work / f"{DENSE}-0"))
     study.conduct(study.Plan((DENSE,), (0,), 2, plan().overrides), output, work, FakeTrain())

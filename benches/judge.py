@@ -1,0 +1,382 @@
+"""Judges a study's finished runs by a network that no method trained on, and measures how far they drifted.
+
+    python benches/judge.py --study benches/results/study.json --work runs/study --output benches/results/judge.json
+
+Every run's adapter draws the study's held-out pictures from the same noise as the base model. Written are, for each run
+and for each variant minus the one of --against over seeds, with 95% intervals: the judge's scores (`_judge.py`), the
+distance of the pictures from the base's and the KL of the policy's steps from the base's (`_drift.py`). The judge is
+trained on renders alone, in some minutes, and kept in a file. A command that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# what is measured is the checkout around this file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import process_time
+from typing import TYPE_CHECKING, Any
+
+from _claim import locked
+from _comparison import Run, pairs
+from _operations import config_of
+from _record import portable, provenance, write_json
+from _study_document import differing
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.runtime.intervals import mean_interval, paired_interval
+from densegrpo_fast.runtime.subjects import Subject, locate, read_weights, wearing
+
+if TYPE_CHECKING:
+    from _judge import Judge
+    from torch import Tensor
+
+    from densegrpo_fast.models.sd3 import SD3
+    from densegrpo_fast.runtime.evaluation import HeldOut
+
+SCORES = ("graded", "probability")
+DRIFTS = ("pixel_distance", "dissimilarity")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run of the study and what its directory holds: `config`, that of the run, and `subject`, its adapter."""
+
+    run: Run
+    config: Config
+    subject: Subject
+
+    @property
+    def name(self) -> str:
+        return f"{self.run['variant']}-{self.run['seed']}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    with user_errors_exit():
+        from densegrpo_fast.runtime import builders
+
+        study = read_study(options.study)
+        runs = finished(study, options.work)
+        names = [found.run["variant"] for found in runs]
+        if options.against not in names:
+            raise UserError(
+                f"--against: expected one of {', '.join(dict.fromkeys(names))}, got {options.against}", ExitCode.USAGE
+            )
+        evaluation = runs[0].config.evaluation.model_copy(
+            update={"num_prompts": options.prompts, "samples_per_prompt": options.samples}
+        )
+        held_out = builders.build_held_out(runs[0].config.model_copy(update={"evaluation": evaluation}))
+        model = builders.load_base(runs[0].config, builders.default_device())
+        judge, about = _judge(options.judge or options.work[0] / "judge.safetensors", model)
+        print(f"judge: {about['held_out_renders']}", file=sys.stderr)
+        settings = {
+            "study": options.study.name,
+            "prompts": len(held_out.prompts),
+            "samples": held_out.samples,
+            "num_steps": held_out.num_steps,
+            "guidance_scale": held_out.guidance_scale,
+            "trajectories": min(options.trajectories, len(held_out.prompts)),
+            "against": options.against,
+        }
+        document = judged(Bench(model, held_out, judge, settings), about, runs, options.output)
+        print(summary(document))
+    return ExitCode.OK
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """A document of `study.py`.
+
+    Raises:
+        UserError: (usage) it is none, or has no run.
+    """
+    try:
+        study = json.loads(path.read_text(encoding="utf-8"))
+        settings, runs = study["settings"], study["runs"]
+        known = [settings[run["variant"]] for run in runs]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--study: {path} is no readable study", ExitCode.USAGE) from None
+    if not known:
+        raise UserError(f"--study: {path} has no finished run", ExitCode.USAGE)
+    return study
+
+
+def finished(study: Mapping[str, Any], work: Sequence[Path]) -> list[Finished]:
+    """The runs of a study with their directories, NAME-SEED in one of `work`.
+
+    Raises:
+        UserError: (usage) a directory is not there, has no adapter, or is of other settings or scores than the study's
+            run, or the runs were not evaluated alike; the run is named.
+    """
+    found = [_finished(run, study["settings"][run["variant"]], work) for run in study["runs"]]
+    for other in found[1:]:
+        for first, own in zip(_evaluated_by(found[0].config), _evaluated_by(other.config), strict=True):
+            if first != own:
+                raise UserError(
+                    f"{other.name} was evaluated by other settings than {found[0].name}: {own} and {first}",
+                    ExitCode.USAGE,
+                )
+    return found
+
+
+def _finished(run: Run, settings: Mapping[str, Any], work: Sequence[Path]) -> Finished:
+    name = f"{run['variant']}-{run['seed']}"
+    directory = next((above / name for above in work if (above / name / "config.yaml").is_file()), None)
+    if directory is None:
+        raise UserError(f"{name}: there is no such run in {', '.join(map(str, work))}", ExitCode.USAGE)
+    config, _ = load_config(["--config", str(directory / "config.yaml")])
+    wanted = config_of(settings, run["seed"])
+    kept = (portable(one.resume_settings() | {"run": {"iterations": one.run.iterations}}) for one in (wanted, config))
+    first, second = ({key: value for key, value in one.items() if isinstance(value, dict)} for one in kept)
+    others = differing(first, second) + (["seed"] if config.seed != run["seed"] else [])
+    if others:
+        raise UserError(f"{name}: {directory} is of another {', '.join(others)} than the study's", ExitCode.USAGE)
+    after = directory / "evaluation-after.json"
+    try:
+        scores = json.loads(after.read_text(encoding="utf-8"), parse_constant=lambda _: None)["scores"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{name}: {after} is not there or broken; the run is not finished", ExitCode.USAGE) from None
+    if scores != run["after"]:
+        raise UserError(
+            f"{name}: {directory} is another run than the study's: their last scores differ", ExitCode.USAGE
+        )
+    subject = locate(str(directory))
+    if subject.adapter is None:
+        raise UserError(f"{name}: {directory} has no adapter", ExitCode.USAGE)
+    return Finished(run, config, subject)
+
+
+def _evaluated_by(config: Config) -> tuple[Any, ...]:
+    kept = config.evaluation.model_dump(exclude={"every"})
+    return portable(config.model.path), config.data.eval_prompts, kept, config.evaluation_guidance_scale
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs are judged with: the base `model`, the `held_out` pictures, the `judge` and the `settings`."""
+
+    model: SD3
+    held_out: HeldOut
+    judge: Judge
+    settings: dict[str, Any]
+
+    def pictures(self) -> Tensor:
+        """All held-out pictures [N*S, 3, H, W] of the model as it stands."""
+        import torch
+
+        from densegrpo_fast.rewards.base import RewardMixture
+
+        kept = []
+
+        def keep(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+            kept.append(images.float().cpu())
+            return [0.0] * len(images)
+
+        self.held_out.evaluate(self.model, RewardMixture({"keep": (keep, 1.0)}))
+        return torch.cat(kept)
+
+    def scores(self, pictures: Tensor) -> dict[str, list[list[float]]]:
+        """Scores by name, [N, S]."""
+        from _judge import graded, probability, scene_of
+        from _judge_training import look
+
+        scenes = [scene_of(prompt) for prompt in self.held_out.prompts for _ in range(self.held_out.samples)]
+        seen = look(self.judge, pictures)
+        return {name: self._table(of(seen, scenes)) for name, of in (("graded", graded), ("probability", probability))}
+
+    def drift(self, pictures: Tensor, base: Tensor) -> dict[str, list[list[float]]]:
+        """Distances of pictures from the base's by name, [N, S]."""
+        from _drift import dissimilarity, pixel_distance
+
+        found = {"pixel_distance": pixel_distance, "dissimilarity": dissimilarity}
+        return {name: self._table(of(pictures, base)) for name, of in found.items()}
+
+    def judged(self, found: Finished, base: Tensor, before: Mapping[str, Any]) -> dict[str, Any]:
+        """What is recorded of a run; `base` are the base model's pictures, and `before` their scores.
+
+        Raises:
+            UserError: its adapter cannot be read, or does not fit the model.
+        """
+        from _drift import divergence_record, stochastic_trajectories
+
+        from densegrpo_fast.runtime import builders
+
+        start, weights = process_time(), read_weights(found.subject)
+        coefficients = builders.build_coefficients(found.config, self.model)
+        with wearing(self.model, found.subject, weights):
+            pictures = self.pictures()
+            walked = stochastic_trajectories(
+                self.model, found.config, coefficients, self.held_out, self.settings["trajectories"]
+            )
+        after, moved = self.scores(pictures), self.drift(pictures, base)
+        return {
+            "variant": found.run["variant"],
+            "seed": found.run["seed"],
+            "adapter": weights.fingerprint(),
+            "judge": {
+                name: {
+                    "before": mean_interval(before[name])._asdict(),
+                    "after": mean_interval(after[name])._asdict(),
+                    "change": paired_interval(before[name], after[name])._asdict(),
+                }
+                for name in SCORES
+            },
+            "drift": {name: mean_interval(values)._asdict() for name, values in moved.items()},
+            "kl": divergence_record(self.model, walked),
+            "after": after,
+            "cpu_seconds": process_time() - start,
+        }
+
+    def _table(self, values: Tensor) -> list[list[float]]:
+        return [[round(value, 5) for value in row] for row in values.view(-1, self.held_out.samples).tolist()]
+
+
+def judged(bench: Bench, about: Mapping[str, Any], runs: Sequence[Finished], output: Path) -> dict[str, Any]:
+    """Judge the runs that `output` does not hold yet, writing it after each; returns the document.
+
+    Raises:
+        UserError: (output) it holds what was judged in another way.
+    """
+    document = _opened(output, bench.settings, about)
+    base = bench.pictures()
+    before = bench.scores(base)
+    document["before"] = before
+    document["agreement"] = agreement(before, runs[0].run["before"]["reward"])
+    for found in runs:
+        name = (found.run["variant"], found.run["seed"])
+        if name not in [(run["variant"], run["seed"]) for run in document["runs"]]:
+            print(f"judge: {found.name}", file=sys.stderr)
+            document["runs"].append(bench.judged(found, base, before))
+            document |= provenance()
+        document["variants"] = variants(document["runs"])
+        document["comparisons"] = comparisons(document["runs"], bench.settings["against"])
+        with locked(output.parent):
+            write_json(output, document)
+    return document
+
+
+def agreement(before: Mapping[str, Any], reward: Sequence[Sequence[float | None]]) -> dict[str, float] | None:
+    """Rank correlation of the judge's scores with the training reward, over the base's pictures; None if not known.
+
+    Args:
+        before: the judge's scores of them, [N, S] each.
+        reward: the study's, of at least as many prompts.
+    """
+    from scipy import stats
+
+    found = {}
+    for name in SCORES:
+        table = before[name]
+        if len(table) > len(reward) or len(table[0]) != len(reward[0]):
+            return None
+        both = [
+            (one, other)
+            for own, theirs in zip(table, reward, strict=False)
+            for one, other in zip(own, theirs, strict=True)
+            if other is not None
+        ]
+        found[name] = float(stats.spearmanr(both).statistic)
+    return found
+
+
+def measures(run: Mapping[str, Any]) -> dict[str, float]:
+    """What a run is compared by, one number each."""
+    found = {f"judge/{name}": run["judge"][name]["change"]["mean"] for name in SCORES}
+    found |= {f"drift/{name}": run["drift"][name]["mean"] for name in DRIFTS}
+    return found | {f"kl/{scale}": value["sum"] for scale, value in run["kl"].items()}
+
+
+def variants(runs: Sequence[Run]) -> dict[str, Any]:
+    """Mean of each measure over a variant's seeds, with its interval."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(run["variant"] for run in runs):
+        own = [measures(run) for run in runs if run["variant"] == name]
+        found[name] = {key: mean_interval([one[key] for one in own])._asdict() for key in own[0]}
+    return found
+
+
+def comparisons(runs: Sequence[Run], against: str) -> list[dict[str, Any]]:
+    """Each variant minus one, over the seeds that both have, with an interval for each measure."""
+    found = []
+    for name in dict.fromkeys(run["variant"] for run in runs):
+        paired = [(measures(one), measures(other)) for one, other in pairs(runs, name, against)]
+        if name == against or not paired:
+            continue
+        values = {
+            key: paired_interval([other[key] for _, other in paired], [one[key] for one, _ in paired])._asdict()
+            for key in paired[0][0]
+        }
+        seeds = [one["seed"] for one, _ in pairs(runs, name, against)]
+        found.append({"first": name, "second": against, "seeds": seeds, "measures": values})
+    return found
+
+
+def summary(document: Mapping[str, Any]) -> str:
+    """The variants and the comparisons in words."""
+    lines = [f"agreement with the training reward on the base's pictures, rank correlation: {document['agreement']}"]
+    for name, values in document["variants"].items():
+        lines.append(f"{name}, mean over seeds, 95%:")
+        lines += [_line(key, value) for key, value in values.items()]
+    for one in document["comparisons"]:
+        lines.append(f"{one['first']} minus {one['second']}, {len(one['seeds'])} seeds, 95%:")
+        lines += [_line(key, value) for key, value in one["measures"].items()]
+    return "\n".join(lines)
+
+
+def _line(key: str, value: Mapping[str, float | None]) -> str:
+    mean, low, high = (float("nan") if value[part] is None else value[part] for part in ("mean", "low", "high"))
+    return f"  {key:22} {mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+
+
+def _opened(output: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """A new document, or the one in `output` if its runs were judged alike."""
+    fresh = provenance() | {"settings": dict(settings), "judge": dict(about), "runs": []}
+    if not output.exists():
+        return fresh
+    try:
+        document = json.loads(output.read_text(encoding="utf-8"))
+        known, judge = document["settings"] | {"against": settings["against"]}, document["judge"]["sha256"]
+        list(document["runs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{output} is no readable result; move it away or give another --output", ExitCode.OUTPUT
+        ) from None
+    if known != settings or judge != about["sha256"]:
+        raise UserError(f"{output} was judged in another way; give another --output", ExitCode.OUTPUT)
+    return fresh | {"runs": document["runs"]}
+
+
+def _judge(file: Path, model: SD3) -> tuple[Judge, dict[str, Any]]:
+    from _judge_training import Recipe, trained
+
+    return trained(file, model.pipeline.vae, Recipe())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--study", type=Path, required=True, help="result of study.py")
+    parser.add_argument("--work", type=Path, nargs="+", required=True, help="directories of its run directories")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument(
+        "--judge", type=Path, help="the judge's file; if not given, judge.safetensors in the first --work"
+    )
+    parser.add_argument("--against", default="sparse", help="variant that the others are compared with")
+    parser.add_argument("--prompts", type=int, default=256, help="held-out prompts")
+    parser.add_argument("--samples", type=int, default=2, help="pictures per prompt")
+    parser.add_argument("--trajectories", type=int, default=48, help="of each policy, for the KL")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
