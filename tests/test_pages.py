@@ -151,23 +151,30 @@ def test_the_projects_page_quotes_the_study() -> None:
     with pytest.raises(ValueError, match="the page of project needs the lines"):
         PAGES.with_study_table("# densegrpo-fast\n", document)
     variants = {name: {run["seed"] for run in document["runs"] if run["variant"] == name} for name in PAGES.REWARDED}
+    assert variants.pop("dense_exact") == {1, 2}
     assert all(seeds == {1, 2, 3, 4, 5} for seeds in variants.values())
-    # steps, noise, weights, prompts and group are one and the same; credit, rows per forward and sparse's rate are not
+    # steps, weights, prompts and group are one and the same, and the noise but for what is calibrated; credit, lookahead,
+    # rows per forward and sparse's rate are not
     settings = [document["settings"][name] for name in PAGES.REWARDED]
     for section in ("window", "objective", "data", "reward", "evaluation", "model", "lora", "ema"):
         assert all(one[section] == settings[0][section] for one in settings), section
-    assert [one["optimizer"]["lr"] for one in settings] == [1e-3, 1e-3, 5e-4]
-    for key in ("dynamics", "noise_level", "group_size", "num_steps", "guidance_scale"):
+    assert [one["optimizer"]["lr"] for one in settings] == [1e-3] * 6 + [5e-4]
+    for key in ("dynamics", "group_size", "num_steps", "guidance_scale"):
         assert all(one["sampler"][key] == settings[0]["sampler"][key] for one in settings), key
+    others = [name for name in PAGES.REWARDED if name != "dense_calibrated"]
+    assert {str(document["settings"][name]["sampler"]["noise_level"]) for name in others} == {"0.7"}
 
 
 @pytest.mark.parametrize("variant", ["embedded_branched", "dense"])
 def test_a_reward_per_step_beats_one_per_picture(variant: str) -> None:
-    """The aim: held-out prompts, five paired seeds, an interval above 0 at equal iterations and in equal time."""
+    """The aim: held-out prompts, five paired seeds, an interval above 0 at equal iterations, time and operations."""
     runs = PAGES.study_result()["runs"]
     found = PAGES.compare(runs, variant, "sparse")["scores"]["reward"]
     assert found["equal_iterations"][-1]["low"] > 0
     assert found["equal_seconds"]["low"] > 0
+    assert found["equal_compute"]["low"] > 0
+    timed = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found["equal_seconds"]).replace("0.", ".")
+    assert f" by {timed}" in PAGES.STUDY_PAGE.read_text(encoding="utf-8")
 
 
 def test_the_projects_page_quotes_the_opposite_noise() -> None:
