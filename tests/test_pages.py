@@ -153,8 +153,8 @@ def test_the_projects_page_quotes_the_study() -> None:
     variants = {name: {run["seed"] for run in document["runs"] if run["variant"] == name} for name in PAGES.REWARDED}
     assert variants.pop("dense_exact") == {1, 2}
     assert all(seeds == {1, 2, 3, 4, 5} for seeds in variants.values())
-    # steps, weights, prompts and group are one and the same, and the noise but for what is calibrated; credit, lookahead,
-    # rows per forward and sparse's rate are not
+    # steps, weights, prompts and group are one and the same, and noise that is not calibrated; credit, lookahead, rows
+    # per forward and sparse's rate are not
     settings = [document["settings"][name] for name in PAGES.REWARDED]
     for section in ("window", "objective", "data", "reward", "evaluation", "model", "lora", "ema"):
         assert all(one[section] == settings[0][section] for one in settings), section
