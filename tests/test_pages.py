@@ -177,6 +177,23 @@ def test_a_reward_per_step_beats_one_per_picture(variant: str) -> None:
     assert f" by {timed}" in PAGES.STUDY_PAGE.read_text(encoding="utf-8")
 
 
+def test_the_projects_page_quotes_a_judge_that_nothing_was_trained_on() -> None:
+    document = json.loads((ROOT / "benches/results/judge_branched.json").read_text(encoding="utf-8"))
+    page = " ".join(PAGES.STUDY_PAGE.read_text(encoding="utf-8").split())
+    found = {each["first"]: each["measures"] for each in document["comparisons"] if each["second"] == "sparse"}
+    for variant, words in (("embedded_branched", "branches"), ("turning_point", "TP-GRPO"), ("dense", "plain gains")):
+        quoted = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found[variant]["judge/graded"])
+        assert f"{words} minus sparse {quoted}" in page
+    assert found["embedded_branched"]["judge/graded"]["low"] > 0
+    branched, sparse = (document["variants"][name] for name in ("embedded_branched", "sparse"))
+    for key, words in (
+        ("kl/flow_grpo", "a KL of {} per step for sparse's {}"),
+        ("drift/pixel_distance", "by {} for {}"),
+    ):
+        numbers = (f"{side[key]['mean']:.3f}".removeprefix("0") for side in (branched, sparse))
+        assert words.format(*numbers) in page
+
+
 def test_the_projects_page_quotes_the_opposite_noise() -> None:
     document = json.loads((ROOT / "benches/results/response.json").read_text(encoding="utf-8"))
     found = document["before"]["consistency"]["mirror"]
