@@ -20,6 +20,10 @@ from densegrpo_fast.exit_codes import ExitCode, UserError
 
 CPU_BUDGET = 600.0
 """CPU seconds that a run of a study on the embedded model should stay below."""
+ROUNDING = 1e-4
+"""By how much scores of one model's pictures may differ between machines of one kind, whose instructions round apart."""
+
+Scores = dict[str, list[list[float | None]]]
 
 
 class StudyDocument:
@@ -89,7 +93,7 @@ class StudyDocument:
             if _holds(document, run["variant"], run["seed"]):
                 return
             for other in document["runs"][:1]:
-                if run["before"] != other["before"]:
+                if not same_start(run["before"], other["before"]):
                     raise UserError(
                         f"{run['variant']}, seed {run['seed']}, did not start like {other['variant']}, seed "
                         f"{other['seed']}: their first held-out scores differ, so model or machine changed; give "
@@ -128,6 +132,16 @@ class StudyDocument:
         write_json(self.path, document)
         observed = document["settings"][names[0]]["reward"]["observed"]
         save_plot(self.path.with_suffix(".png"), runs, names, ["reward", *observed])
+
+
+def same_start(one: Scores, other: Scores) -> bool:
+    """Whether two first evaluations are of one model: the same scores up to `ROUNDING`, and the same ones missing."""
+    if one.keys() != other.keys():
+        return False
+    values = [[value for name in sorted(scores) for row in scores[name] for value in row] for scores in (one, other)]
+    return len(values[0]) == len(values[1]) and all(
+        a is b or (a is not None and b is not None and abs(a - b) <= ROUNDING) for a, b in zip(*values, strict=True)
+    )
 
 
 def count(run: Run, settings: dict[str, Any]) -> None:

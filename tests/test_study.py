@@ -16,7 +16,7 @@ import study  # noqa: E402
 from _claim import claimed  # noqa: E402
 from _comparison import at, compare, operations_of, pairs, seconds_of  # noqa: E402
 from _record import commit, interleaved, pairwise_ratio, portable, spread, write_json  # noqa: E402
-from _study_document import StudyDocument, noisy  # noqa: E402
+from _study_document import StudyDocument, same_start, noisy  # noqa: E402
 from _study_plot import save_plot  # noqa: E402
 
 from densegrpo_fast.config import Config  # noqa: E402
@@ -278,6 +278,22 @@ def test_every_variant_is_compared_with_the_one_asked_for(tmp_path, capsys, no_p
     assert f"{DENSE} minus {SPARSE}, 2 seeds" in capsys.readouterr().out
     with pytest.raises(UserError, match="--against: expected one of embedded_value, .*, got dense"):
         study.conduct(plan(against="dense"), output, tmp_path / "work", nothing)
+
+
+@pytest.mark.parametrize(
+    ("scores", "same"),
+    [
+        ([[0.50005, None]], True),
+        ([[0.5002, None]], False),
+        ([[0.5, 0.0]], False),
+        ([[None, None]], False),
+        ([[0.5]], False),
+    ],
+)
+def test_runs_start_alike_up_to_the_rounding_of_another_machine(scores, same):
+    assert same_start({"reward": [[0.5, None]]}, {"reward": scores}) is same
+    assert same_start({"reward": scores}, {"reward": [[0.5, None]]}) is same
+    assert not same_start({"reward": scores}, {"other": scores})
 
 
 def test_processes_share_the_runs(tmp_path, capsys, no_plot):
