@@ -21,7 +21,7 @@ from densegrpo_fast.exit_codes import ExitCode, UserError
 CPU_BUDGET = 600.0
 """CPU seconds that a run of a study on the embedded model should stay below."""
 ROUNDING = 1e-4
-"""By how much scores of one model's pictures may differ between machines of one kind, whose instructions round apart."""
+"""By how much scores of one model's pictures may differ between machines of one kind, which may round differently."""
 
 Scores = dict[str, list[list[float | None]]]
 
