@@ -16,7 +16,7 @@ import study  # noqa: E402
 from _claim import claimed  # noqa: E402
 from _comparison import at, compare, operations_of, pairs, seconds_of  # noqa: E402
 from _record import commit, interleaved, pairwise_ratio, portable, spread, write_json  # noqa: E402
-from _study_document import StudyDocument, same_start, noisy  # noqa: E402
+from _study_document import StudyDocument, noisy, same_start  # noqa: E402
 from _study_plot import save_plot  # noqa: E402
 
 from densegrpo_fast.config import Config  # noqa: E402
