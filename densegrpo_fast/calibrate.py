@@ -6,10 +6,11 @@
 
 Trajectories are drawn from the starting policy, every step's reward gains are counted by their sign, and the step's
 noise is raised while they are balanced and lowered where they are not (DenseGRPO, arXiv 2601.20218, Algorithm 1).
-"staircase" looks for the highest balanced level of each step, with the same noise in all rounds; "printed" is the
-paper's rule to the letter. Samples that no round has seen tell the result. Steps start from `sampler.noise_level`, and
-have noise as in training: those that a window of the configuration may hold, the others none (all steps with
-`--window.schedule none --window.size null`); with `sampler.branches` each step is taken from a noise-free trunk.
+"staircase" looks for the highest balanced level of each step, with the same noise in all rounds until further samples
+confirm what was found; "printed" is the paper's rule to the letter. Samples that no round has seen tell the result.
+Steps start from `sampler.noise_level`, and have noise as in training: in the steps of one of the configuration's
+windows, the samples being shared out among several windows (in all steps with `--window.schedule none --window.size
+null`); with `sampler.branches` each step is taken from a noise-free trunk.
 Completions are exact, whatever `lookahead` says: the error of a cheap plan has a sign too. Options of the preset may be
 overridden as in training; they are parsed before torch is imported. Exit codes are in `exit_codes.py`.
 """

@@ -42,6 +42,7 @@ def meter(model: FlowModel, prompts: Sequence[str], reward: Any = brightness, **
         "seed": 3,
         "max_missing": 0.0,
         "count": 12,
+        "windows": (range(T),),
     }
     return GainMeter(**options | changes)
 
@@ -136,8 +137,25 @@ def test_forwards_in_closed_form(mixture_model: FlowModel, branched: bool) -> No
     found = meter(mixture_model, ["0", "12"], branched=branched)
     levels = [0.7, 0.0, 0.5, 0.0]
     found.gains(levels, 0)
-    assert sum(rows for rows, _, _ in mixture_model.calls) == found.count * found.cost(levels).forwards
-    assert found.count * found.cost(levels).forwards == 12 * (4 + 3 + 1)
+    ((cost, samples),) = found.costs(levels)
+    assert sum(rows for rows, _, _ in mixture_model.calls) == samples * cost.forwards == 12 * (4 + 3 + 1)
+
+
+def test_samples_are_shared_out_among_windows(mixture_model: FlowModel) -> None:
+    """Five of them: two have noise in steps 0 and 1, three in 1 and 2, as if the others did not exist."""
+    found = meter(mixture_model, ["0", "12"], count=5, windows=(range(2), range(1, 3)))
+    levels = [0.7, 0.5, 0.6, 0.4]
+    gains = found.gains(levels, 0)
+    noisy = torch.tensor([[True, True, False, False]] * 2 + [[False, True, True, False]] * 3)
+    assert ((gains != 0) == noisy).all()
+    # 3 + 2 evaluations complete the states before steps 0 and 1, 2 + 1 those before 1 and 2
+    assert sum(rows for rows, _, _ in mixture_model.calls) == 2 * (4 + 3 + 2) + 3 * (4 + 2 + 1)
+    assert [samples * cost.forwards for cost, samples in found.costs(levels)] == [2 * 9, 3 * 7]
+    alone = meter(mixture_model, ["0", "12"], count=5).gains([0.0, 0.5, 0.6, 0.0], 0)
+    torch.testing.assert_close(gains[2:], alone[2:], rtol=1e-5, atol=1e-6)
+    # of four states two have noise in a step of either window, and all in the one that both have
+    told = replace(found, count=8).consistency(levels, 0, 2)
+    assert told.states.tolist() == [2, 4, 2, 0] and not told.own_share[:3].isnan().any()
 
 
 def linear_flow(branched: bool) -> tuple[StepConsistency, Tensor, Tensor, Tensor]:

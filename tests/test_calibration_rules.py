@@ -109,13 +109,32 @@ def test_any_imbalance_lowers_a_level(sign: int) -> None:
     assert rule.levels == pytest.approx((0.54,))
 
 
-def test_levels_stop_at_the_limits() -> None:
+def test_levels_stop_at_the_limits_and_what_no_level_balances_keeps_its_start() -> None:
     rule = Staircase([0.7, 0.7], Limits(0.2, 0.9))
     rounds = calibrate(rule, lambda levels, draw: [[1.0, -1.0] * 20, [-1.0] * 40], 30)
-    assert rule.settled and rule.result == (0.9, 0.2)
-    # .7 .86 .9 and .7 .54 .38 .22 .2, and the round that finds the lower one held
-    assert len(rounds) == 5
-    assert all(0.2 <= level <= 0.9 for measured in rounds for level in measured.levels)
+    assert rule.settled and rule.result == (0.9, 0.7) and rule.hopeless == (1,)
+    # .7 .86 .9 and .7 .54 .38 .22 .2, the last of them twice: the lower limit holds; and the confirmation
+    assert [measured.levels for measured in rounds] == [
+        (0.7, 0.7), (0.86, 0.54), (0.9, 0.38), (0.9, 0.22), (0.9, 0.2), (0.9, 0.7)
+    ]  # fmt: skip
+
+
+def test_a_level_that_was_lucky_is_refuted_by_the_next_draw() -> None:
+    """One step, 100 signs: above .4 truly 62 negative ones, which the first draw hides; up to .4 there are 52."""
+    draws: list[int] = []
+
+    def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
+        draws.append(draw)
+        negative = 52 if levels[0] <= 0.4 else 54 if draw == 0 else 62
+        return [[-1.0] * negative + [1.0] * (100 - negative)]
+
+    rule = Staircase([0.5], Limits(0.1, 0.6), share=0.1, deviations=1.0, first=0.1, resolution=0.1)
+    rounds = calibrate(rule, measure, 30)
+    # 100 signs allow an excess of 10, 200 of 20. At .5 and .6 it is 8; then with the second draw's 24 at .6 it is 32.
+    # On that draw .5 is out of balance and .4 not, which the third draw confirms: 4 + 4.
+    assert [measured.levels[0] for measured in rounds] == [0.5, 0.6, 0.6, 0.5, 0.4, 0.4]
+    assert draws == [0, 0, 1, 1, 1, 2]
+    assert rule.settled and rule.result == (0.4,) and rule.hopeless == ()
 
 
 def test_the_tolerance_follows_the_number_of_samples() -> None:
@@ -168,7 +187,9 @@ def test_draws_and_the_end() -> None:
     told: list[object] = []
     rounds = calibrate(rule, measure, 50, told.append)
     assert told == rounds and rule.settled and len(rounds) < 15
-    assert {draw for _, draw in draws} == {0}
+    # common random numbers until all steps have ended, then a draw that confirms
+    assert [draw for _, draw in draws] == [0] * (len(rounds) - 1) + [1]
+    assert rounds[-1].levels == rule.result
     # the levels at which a round was measured are those that the rule asked for before it
     assert rounds[0].levels == (0.7,) and rounds[1].levels != (0.7,)
 

@@ -12,6 +12,9 @@ from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.costs import CostLog
 
+_ITERATIONS = 2**24
+"""More than a run has: a calibration's draws are so many epochs of its noise apart."""
+
 
 class NoiseLevels:
     """Levels of the T steps: the configuration's, and with `calibration.every` what the staircase has made of them.
@@ -53,12 +56,13 @@ class NoiseLevels:
         prompts = builders.build_prompts(self.config).prompts
         meter = GainMeter.of(self.config, self.model, self.reward, prompts, options.samples)
 
-        def measure(levels: tuple[float, ...], _: int) -> list[list[float]]:
-            return meter.gains(levels, iteration).T.tolist()
+        def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
+            return meter.gains(levels, iteration + _ITERATIONS * draw).T.tolist()
 
         rounds = calibrate(rule, measure, options.rounds)
         for measured in rounds:
-            costs.calibration(meter.cost(measured.levels), meter.count)
+            for cost, samples in meter.costs(measured.levels):
+                costs.calibration(cost, samples)
         imbalances = [abs(signs.imbalance) for signs in rounds[0].signs if signs.decided]
         self.levels = tuple(
             found if step in self._noisy else old

@@ -9,8 +9,10 @@ the sample's number, the draw as epoch, and as step the denoising step or, for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,6 +52,11 @@ class _Batch:
     index: Tensor
 
 
+def _within(window: range, levels: Sequence[float]) -> list[float]:
+    """Noise levels with noise in the window's steps alone."""
+    return [level if step in window else 0.0 for step, level in enumerate(levels)]
+
+
 @dataclass(frozen=True)
 class GainMeter:
     """Draws trajectories and scores the completions of their states.
@@ -67,6 +74,8 @@ class GainMeter:
         count: number of samples N.
         branched: whether each step is taken from a noise-free trunk (`sampler.branches`), instead of from where the
             noise of the steps before it has led.
+        windows: steps that a trajectory has noise in; samples are shared out among several windows, in order. The steps
+            after one are Euler's, all of them, whatever training takes instead.
     """
 
     model: FlowModel
@@ -79,12 +88,14 @@ class GainMeter:
     seed: int
     max_missing: float
     count: int
+    windows: tuple[range, ...]
     branched: bool = False
 
     @classmethod
     def of(cls, config: Config, model: FlowModel, reward: RewardMixture, prompts: PromptSet, count: int) -> GainMeter:
         """The meter for a configuration's sampler."""
         chunks = lookahead_chunks(config, model, "full")
+        branched, windows = config.sampler.branches is not None, config.schedule().reached()
         return cls(
             model=model,
             reward=reward,
@@ -98,18 +109,23 @@ class GainMeter:
             seed=config.seed,
             max_missing=config.reward.max_missing,
             count=count,
-            branched=config.sampler.branches is not None,
+            # a step that leaves a trunk knows of no window
+            windows=(range(config.sampler.num_steps),) if branched else tuple(windows),
+            branched=branched,
         )
 
-    def cost(self, levels: Sequence[float]) -> IterationCost:
-        """What `gains` at these levels asks of the model for each sample: a rollout and its exact completions."""
-        return dense_iteration(
-            plans.exact(len(self.sigmas) - 1),
-            trained_steps=0,
-            guided=self.model.forwards(self.guidance_scale) > 1,
-            kl=False,
-            noisy=coefficients(self.sigmas, levels, self.dynamics).noisy,
-        )
+    def costs(self, levels: Sequence[float]) -> Iterator[tuple[IterationCost, int]]:
+        """What `gains` at these levels asks of the model for each sample of a window, a rollout and its exact
+        completions; and the number of those samples."""
+        for window, samples in self._shares(self.count):
+            cost = dense_iteration(
+                plans.exact(len(self.sigmas) - 1),
+                trained_steps=0,
+                guided=self.model.forwards(self.guidance_scale) > 1,
+                kl=False,
+                noisy=coefficients(self.sigmas, _within(window, levels), self.dynamics).noisy,
+            )
+            yield cost, samples.stop - samples.start
 
     def gains(
         self, levels: Sequence[float], draw: int, progress: Callable[[int], object] = lambda samples: None
@@ -125,13 +141,13 @@ class GainMeter:
             progress: is told the size of every batch.
 
         Returns:
-            [N, T] float64 on the CPU; NaN = missing.
+            [N, T] float64 on the CPU; NaN = missing, exactly 0 in steps that a sample has no noise in.
 
         Raises:
             UserError: (reward) the reward failed, or more scores are missing than `max_missing`.
         """
 
-        def work(samples: slice) -> Tensor:
+        def work(levels: Sequence[float], samples: slice) -> Tensor:
             batch = self._batch(levels, draw, samples)
             before = self._state_rewards(batch)
             if not self.branched:
@@ -144,7 +160,7 @@ class GainMeter:
             ]
             return torch.stack(after, dim=1) - before[:-1].T
 
-        return self._all(self.count, work, progress)
+        return self._all(self.count, levels, work, progress)
 
     def consistency(
         self,
@@ -163,29 +179,45 @@ class GainMeter:
         """
         table = coefficients(self.sigmas, levels, self.dynamics)
 
-        def work(samples: slice) -> Tensor:
+        def work(levels: Sequence[float], samples: slice) -> Tensor:
             batch = self._batch(levels, draw, samples)
             before = self._state_rewards(batch)
             steps = []
-            for step, noisy in enumerate(table.noisy):
+            for step, noisy in enumerate(batch.sampler.noisy):
                 after = before[step].expand(2, branches, -1)
                 if noisy:
                     arrivals = [self._leave(batch, step, branch_stream(k), _BRANCH_DRAW) for k in range(branches)]
                     scores = [self._completed(batch, arrival, step) for pair in arrivals for arrival in pair]
                     after = torch.stack(scores).unflatten(0, (branches, 2)).transpose(0, 1)
-                steps.append(after - before[step])
+                # a state that the step leaves without noise only here says nothing of its noise
+                steps.append(after - before[step] if noisy or not table.noisy[step] else after * torch.nan)
             return torch.stack(steps).permute(3, 1, 2, 0)
 
-        gains = self._all(max(2, self.count // branches), work, progress)
+        gains = self._all(max(2, self.count // branches), levels, work, progress)
         return step_consistency(gains[:, 0], table.table[:, C], gains[:, 1])
 
-    def _all(self, count: int, work: Callable[[slice], Tensor], progress: Callable[[int], object]) -> Tensor:
-        """The joined results of `work` on samples 0..count-1, as many at a time as the memory allows."""
+    def _all(
+        self,
+        count: int,
+        levels: Sequence[float],
+        work: Callable[[Sequence[float], slice], Tensor],
+        progress: Callable[[int], object],
+    ) -> Tensor:
+        """The joined results of `work` on samples 0..count-1, each with the levels that its window leaves, as many at a
+        time as the memory allows."""
         parts = []
-        for part in self.rows.each(slice(0, count), work):
-            parts.append(part)
-            progress(len(part))
+        for window, samples in self._shares(count):
+            for part in self.rows.each(samples, partial(work, _within(window, levels))):
+                parts.append(part)
+                progress(len(part))
         return torch.cat(parts)
+
+    def _shares(self, count: int) -> Iterator[tuple[range, slice]]:
+        """The windows with the samples that each has of `count`."""
+        bounds = [number * count // len(self.windows) for number in range(len(self.windows) + 1)]
+        for window, (start, stop) in zip(self.windows, pairwise(bounds), strict=True):
+            if start < stop:
+                yield window, slice(start, stop)
 
     def _batch(self, levels: Sequence[float], draw: int, samples: slice) -> _Batch:
         model, steps = self.model, len(self.sigmas) - 1

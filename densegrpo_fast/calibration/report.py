@@ -71,6 +71,7 @@ def document(
         **sampler,
         "noise_level": list(rule.result),
         "settled": rule.settled,
+        "hopeless": list(rule.hopeless),
         "rule": rule.describe(),
         "settings": dict(settings),
         "before": before,
@@ -139,10 +140,13 @@ def summary(content: Mapping[str, Any]) -> str:
         out = [step for step in content["steps"] if is_imbalanced(_signs(content[when], step))]
         found.append(f"{when} {', '.join(map(str, out)) or 'none'}")
     ended = "had settled" if content["settled"] else "had not settled"
-    return (
+    told = (
         f"the {content['rule']['name']} rule {ended} after {len(content['rounds'])} rounds; "
         f"steps out of balance: {'; '.join(found)}"
     )
+    if content["hopeless"]:
+        told += f"\nno level balances {', '.join(map(str, content['hopeless']))}: kept where the search began"
+    return told
 
 
 def save_plot(path: Path, content: Mapping[str, Any]) -> None:

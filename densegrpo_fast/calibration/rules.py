@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Protocol
 
 
@@ -38,6 +38,10 @@ class Signs:
         positive, negative = sum(gain > 0 for gain in values), sum(gain < 0 for gain in values)
         missing = sum(math.isnan(gain) for gain in values)
         return cls(positive, negative, len(values) - positive - negative - missing, missing)
+
+    def __add__(self, other: Signs) -> Signs:
+        """The counts of both."""
+        return Signs(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def decided(self) -> int:
@@ -80,12 +84,14 @@ class Rule(Protocol):
 
     Attributes:
         name: how the rule is called on the command line and in a calibration's file.
-        fresh: whether each round takes samples of its own; otherwise all rounds share their noise and prompts (common
-            random numbers), and what changes between them is the levels alone.
     """
 
     name: str
-    fresh: bool
+
+    @property
+    def draw(self) -> int:
+        """Which samples the next round takes, from 0: rounds of one draw share noise and prompts (common random
+        numbers), and what changes between them is the levels alone."""
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -98,6 +104,10 @@ class Rule(Protocol):
     @property
     def result(self) -> tuple[float, ...]:
         """The levels found so far."""
+
+    @property
+    def hopeless(self) -> tuple[int, ...]:
+        """Steps that no level has balanced."""
 
     def update(self, signs: Sequence[Signs]) -> None:
         """Take the counts of `levels`, one per step, and move on."""
@@ -123,13 +133,14 @@ class PrintedRule:
     """
 
     name = "printed"
-    fresh = True
     settled = False
+    hopeless = ()
 
     def __init__(self, levels: Sequence[float], limits: Limits, *, eps1: int = 2, eps2: float = 0.01):
         self.limits, self.eps1, self.eps2 = limits, eps1, eps2
         self.levels = tuple(limits.clamp(level) for level in levels)
         self._quiet = tuple(not level for level in levels)
+        self.draw = 0
 
     @property
     def result(self) -> tuple[float, ...]:
@@ -141,6 +152,7 @@ class PrintedRule:
             0.0 if quiet else self.limits.clamp(level + move)
             for level, move, quiet in zip(self.levels, moves, self._quiet, strict=True)
         )
+        self.draw += 1
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "eps1": self.eps1, "eps2": self.eps2, "limits": asdict(self.limits)}
@@ -148,15 +160,34 @@ class PrintedRule:
 
 @dataclass
 class _Stair:
-    """Where one step stands: its level, the size and direction of its last move, the last balanced level, whether it
-    has been bracketed, and whether the limits or a lack of signs hold it."""
+    """Where one step stands.
 
+    Attributes:
+        start: its level at first; 0 = a step without noise.
+        ceiling: highest level that it may still have.
+        level: what the next round measures.
+        size, direction: of its last move.
+        balanced: the level that was last measured and balanced, and `seen` the signs that it had there.
+        ended: whether it has been bracketed, or the limits or a lack of signs hold it.
+        hopeless: whether it was out of balance at the lowest level too.
+    """
+
+    start: float
+    ceiling: float
     level: float
     size: float
     direction: int = 0
     balanced: float | None = None
-    bracketed: bool = False
-    held: bool = False
+    seen: Signs = Signs(0, 0)
+    ended: bool = False
+    hopeless: bool = False
+
+    @property
+    def result(self) -> float:
+        """What has been found: the balanced level, the start of a hopeless step, else where it has come to."""
+        if self.hopeless:
+            return self.start
+        return self.level if self.balanced is None else self.balanced
 
 
 class Staircase:
@@ -164,9 +195,13 @@ class Staircase:
 
     A step is *balanced* if |positive - negative| <= max(share * n, deviations * sqrt(n)), n being the gains with a
     sign: an imbalance that is small, or no larger than fair signs show by chance. A balanced step goes up, another one
-    down; each change of direction halves the move until it is `resolution`. A step has settled when it changes its
-    direction at that size, is held by a limit, or has too few signs to tell; the rounds end when all steps have. Levels
-    of 0 (ODE steps) stay.
+    down; each change of direction halves the move until it is `resolution`. A step has ended when it changes its
+    direction at that size, is held by a limit, or has too few signs to tell. Levels of 0 (ODE steps) stay.
+
+    What common random numbers find is the luckiest level of one draw, so when all steps have ended, a further draw
+    confirms the levels found: a step that is out of balance over both draws together goes on below that level, on the
+    new draw. The rule has settled when a draw confirms all steps. A step that is out of balance at the lowest level
+    too is *hopeless*: it is not the amount of noise that unbalances it, and it keeps the level it started from.
 
     With the paper's count instead, more samples would demand an ever finer balance; with chance alone as the measure,
     enough samples would find some imbalance at any level. The share is what makes the result independent of how many
@@ -185,7 +220,6 @@ class Staircase:
     """
 
     name = "staircase"
-    fresh = False
     enough = 8
     """Gains with a sign that a step needs to be moved."""
 
@@ -207,44 +241,75 @@ class Staircase:
             raise ValueError(f"moves must fulfil 0 < resolution <= first, got {resolution} and {first}")
         self.limits, self.share, self.deviations = limits, share, deviations
         self.first, self.resolution = first, resolution
-        self._stairs = [_Stair(limits.clamp(level) if level else 0.0, first) for level in levels]
+        starts = [limits.clamp(level) if level else 0.0 for level in levels]
+        self._stairs = [_Stair(start, limits.highest, start, first) for start in starts]
+        self._confirming = False
+        self.draw, self.settled = 0, False
 
     @property
     def levels(self) -> tuple[float, ...]:
-        return tuple(stair.level for stair in self._stairs)
-
-    @property
-    def settled(self) -> bool:
-        return all(stair.bracketed or stair.held for stair in self._stairs)
+        return self.result if self._confirming else tuple(stair.level for stair in self._stairs)
 
     @property
     def result(self) -> tuple[float, ...]:
-        """The level of each step that was last measured and balanced; where none was, the one it has come to."""
-        return tuple(stair.level if stair.balanced is None else stair.balanced for stair in self._stairs)
+        return tuple(stair.result for stair in self._stairs)
+
+    @property
+    def hopeless(self) -> tuple[int, ...]:
+        return tuple(step for step, stair in enumerate(self._stairs) if stair.hopeless)
 
     def allowed(self, decided: int) -> float:
         """Largest excess, in gains, of a balanced step with so many signs."""
         return max(self.share * decided, self.deviations * math.sqrt(decided))
 
     def update(self, signs: Sequence[Signs]) -> None:
+        if self._confirming:
+            self._confirm(signs)
+            return
         for stair, count in zip(self._stairs, signs, strict=True):
-            if not stair.level or count.decided < self.enough:
-                stair.held = True
+            self._climb(stair, count)
+        if all(stair.ended for stair in self._stairs):
+            self._confirming = any(stair.balanced is not None for stair in self._stairs)
+            self.settled = not self._confirming
+            self.draw += self._confirming
+
+    def _confirm(self, signs: Sequence[Signs]) -> None:
+        self._confirming = False
+        refuted = False
+        for stair, count in zip(self._stairs, signs, strict=True):
+            both = stair.seen + count
+            if stair.balanced is None or self._balanced(both):
                 continue
-            balanced = abs(count.excess) <= self.allowed(count.decided)
-            if balanced:
-                stair.balanced = stair.level
-            elif stair.balanced == stair.level:
-                # an earlier step has moved since this level was balanced
-                stair.balanced = None
-            self._move(stair, 1 if balanced else -1)
+            stair.ceiling = self.limits.clamp(stair.balanced - self.resolution)
+            stair.level, stair.balanced = stair.balanced, None
+            stair.size, stair.direction, stair.ended, refuted = self.first, -1, False, True
+            self._move(stair, -1)
+        self.settled = not refuted
+
+    def _climb(self, stair: _Stair, count: Signs) -> None:
+        if not stair.level or count.decided < self.enough:
+            stair.ended = True
+            return
+        balanced = self._balanced(count)
+        if balanced:
+            stair.balanced, stair.seen = stair.level, count
+        elif stair.balanced == stair.level:
+            # an earlier step has moved since this level was balanced
+            stair.balanced = None
+        self._move(stair, 1 if balanced else -1)
+
+    def _balanced(self, count: Signs) -> bool:
+        return abs(count.excess) <= self.allowed(count.decided)
 
     def _move(self, stair: _Stair, direction: int) -> None:
         if direction == -stair.direction:
-            stair.bracketed |= stair.size == self.resolution
+            stair.ended |= stair.size == self.resolution
             stair.size = max(stair.size / 2, self.resolution)
-        level = self.limits.clamp(stair.level + direction * stair.size)
-        stair.held, stair.level, stair.direction = level == stair.level, level, direction
+        level = min(self.limits.clamp(stair.level + direction * stair.size), stair.ceiling)
+        held = level == stair.level
+        stair.ended |= held
+        stair.hopeless = held and direction < 0
+        stair.level, stair.direction = level, direction
 
     def describe(self) -> dict[str, Any]:
         parameters = {key: getattr(self, key) for key in ("share", "deviations", "first", "resolution", "enough")}
@@ -275,7 +340,7 @@ def calibrate(
     Args:
         rule: holds the levels; its `result` is what was found.
         measure: from noise levels and the number of a draw to the gains of each step, T sequences of N numbers. The
-            same draw means the same samples; without fresh samples it is always 0.
+            same draw means the same samples.
         rounds: at most, at least 1.
         progress: is told each round.
 
@@ -289,7 +354,7 @@ def calibrate(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     done: list[Round] = []
     while len(done) < rounds and not rule.settled:
-        done.append(Round(rule.levels, measure(rule.levels, len(done) if rule.fresh else 0)))
+        done.append(Round(rule.levels, measure(rule.levels, rule.draw)))
         rule.update(done[-1].signs)
         progress(done[-1])
     return done
