@@ -1,0 +1,160 @@
+"""Tables of recorded fidelity, as Markdown: what `python -m densegrpo_fast.fidelity` and `head_study.py` have measured.
+
+A page names the tables it wants between two marks, `<!-- table: NAME -->` and `<!-- end of table -->`; what stands
+there is written anew by `python benches/_pages.py`, and a test holds it to the records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LINK = "../../benches/results"
+"""Where the results are for a page in a folder of the package."""
+
+_CORRELATIONS = ("spearman_rewards_mean", "spearman_gains_mean", "spearman_gains_worst_step")
+_MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?P<text>.*?)(\n<!-- end of table -->)", re.DOTALL)
+
+
+def agreement(stem: str) -> str:
+    """Every variant of a fidelity record, the dearest first, and the line that made it.
+
+    Columns in which nothing differs are left out.
+    """
+    document = read(stem)
+    records = sorted(document["plans"].values(), key=lambda record: -(record["iteration_flops_ratio"] or 0.0))
+    named: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "plan": lambda record: record["plan"].replace("{", " {"),
+        "guidance": lambda record: record["guidance"],
+        "decoder": lambda record: record["decoder"] + (f", {record['vae']}" if record.get("vae") else ""),
+        "with": extras,
+    }
+    shown = {
+        name: cell for name, cell in named.items() if name == "plan" or len({cell(record) for record in records}) > 1
+    }
+    header = [*shown, "iteration, dense / sparse, operations", "rewards", "gains", "worst step"]
+    lines = []
+    for record in records:
+        cells = [cell(record) for cell in shown.values()]
+        lines.append([*cells, f"{record['iteration_flops_ratio']:.2f}", *map(short, correlations(record))])
+    return f"{source(stem, document)}\n\n{table(header, lines)}"
+
+
+def extras(record: Mapping[str, Any]) -> str:
+    """What a variant's completions are helped by, such as "head, bfloat16 copy, cache text"."""
+    parts = ["head"] if record["head"] else []
+    if copied := record["copy"]:
+        parts.append("copy" if copied is True else f"{copied} copy")
+    return ", ".join([*parts, f"cache `{record['cache']}`"] if record["cache"] else parts)
+
+
+def search(stem: str) -> str:
+    """What a search has chosen, in and out of sample, and the best candidate of every cost."""
+    document = read(stem)
+    found = document["search"]
+    candidates = sorted(found["candidates"].items(), key=lambda item: item[1]["iteration_flops_ratio"])
+    header = ["candidate", "iteration, dense / sparse, operations", "rewards", "gains", "worst step"]
+    front, best = [], -1.0
+    for name, record in candidates:
+        # the Pareto front by the gains
+        if record["spearman_gains_mean"] > best:
+            best = record["spearman_gains_mean"]
+            mark = " (chosen)" if name == found["chosen"] else ""
+            front.append([f"{name}{mark}", f"{record['iteration_flops_ratio']:.2f}", *map(short, correlations(record))])
+    lines = front
+    if found["chosen"] is not None:
+        own = document["plans"][found["chosen"]]
+        outside = [f"{own['iteration_flops_ratio']:.2f}", *map(short, correlations(own))]
+        lines = [*front, ["the chosen one on the other half", *outside]]
+    return f"{source(stem, document)}\n\n{table(header, lines)}"
+
+
+def head_data(stem: str) -> str:
+    """What more data makes of a completion head."""
+    document = read(stem)
+    header = ["plan", "head of", "iteration, dense / sparse, operations", "rewards", "gains", "worst step"]
+    lines, told = [], set()
+    for record in document["data"]:
+        names = ["with"] if record["plan"] in told else ["without", "with"]
+        told.add(record["plan"])
+        for name in names:
+            label = "-" if name == "without" else f"{record['trajectories']} trajectories"
+            own = record[name]
+            lines.append([record["plan"], label, f"{own['iteration_flops_ratio']:.2f}", *map(short, correlations(own))])
+    return f"{source(stem, document)}\n\n{table(header, lines)}"
+
+
+def head_run(stem: str) -> str:
+    """Gains' correlation, and that of the worst step, while a policy is trained."""
+    document = read(stem)
+    kinds = ("without", "kept", "refreshed")
+    header = ["iterations", *(f"{kind}: rewards, gains, worst" for kind in kinds)]
+    lines = [
+        [str(record["iteration"]), *(", ".join(map(short, correlations(record[kind]))) for kind in kinds)]
+        for record in document["run"]
+    ]
+    return table(header, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{
+        name: partial(agreement, f"fidelity_{name}")
+        for name in ("embedded", "late", "cache", "branched", "branched_paper", "fast")
+    },
+    "search_late": partial(search, "fidelity_late"),
+    "search_branched": partial(search, "fidelity_search_branched"),
+    "head_data": partial(head_data, "head_study"),
+    "head_run": partial(head_run, "head_study"),
+}
+"""What a page may name."""
+
+
+def with_tables(page: str) -> str:
+    """A page with all its tables as they were recorded.
+
+    Raises:
+        KeyError: it names a table that is not known.
+    """
+    return _MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n{found[4]}", page)
+
+
+def names_of(page: str) -> list[str]:
+    """The tables that a page has."""
+    return [found["name"] for found in _MARKED.finditer(page)]
+
+
+def read(stem: str) -> dict[str, Any]:
+    """A record."""
+    return json.loads((RESULTS / f"{stem}.json").read_text(encoding="utf-8"))
+
+
+def source(stem: str, document: Mapping[str, Any]) -> str:
+    """Where a table's numbers are, and what made them."""
+    groups = ""
+    if "groups_measured" in document["settings"]:
+        groups = f"{document['settings']['groups_measured']} groups of {document['settings']['group_size']}, "
+    return f"[{stem}.json]({LINK}/{stem}.json), {groups}{document['hardware']['cpu']}:\n`{document['command']}`"
+
+
+def correlations(record: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of rewards, of gains, and of the gains in the worst step; rewards over the states with a completion of their own.
+
+    Older records of windowed trajectories hold a mean over all states beside the lists of single ones.
+    """
+    return tuple(record[key] for key in _CORRELATIONS)
+
+
+def short(value: float) -> str:
+    """Two digits, as pages have them."""
+    return f"{value:.2f}".replace("0.", ".", 1)
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
