@@ -1,4 +1,4 @@
-"""Tables of recorded fidelity, as Markdown: what `python -m densegrpo_fast.fidelity` and `head_study.py` have measured.
+"""Recorded measurements as Markdown: of lookaheads (fidelity, `head_study.py`, `chunk_gains.py`) and calibrations.
 
 A page names the tables it wants between two marks, `<!-- table: NAME -->` and `<!-- end of table -->`; what stands
 there is written anew by `python benches/_pages.py`, and a test holds it to the records.
@@ -101,6 +101,31 @@ def head_run(stem: str) -> str:
     return table(header, lines)
 
 
+def chunks(stem: str) -> str:
+    """How well gains of several steps stand for those of single ones."""
+    document = read(stem)
+    lines = [
+        [size, str(found["evaluations"]), *(short(found[key]) for key in _CORRELATIONS[1:])]
+        for size, found in document["chunks"].items()
+    ]
+    return f"{source(stem, document)}\n\n{table(['steps of a chunk', 'evaluations', 'gains', 'worst step'], lines)}"
+
+
+def calibration(stem: str) -> str:
+    """Levels and signs of every calibrated step before and after; * = beyond two standard deviations of fair signs."""
+    document = read(stem)
+    lines = []
+    for step in document["steps"]:
+        cells = [str(step)]
+        for state in (document["before"], document["after"]):
+            up, down = state["positive"][step], state["negative"][step]
+            mark = "*" if abs(up - down) > 2 * (up + down) ** 0.5 else ""
+            cells += [f"{state['noise_level'][step]:.2f}", f"{up} / {down}{mark}"]
+        lines.append([*cells, "no" if step in document["hopeless"] else "yes"])
+    header = ["step", "level before", "gains up / down", "level after", "gains up / down", "a level balances it"]
+    return f"{source(stem, document)}\n\n{table(header, lines)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{
         name: partial(agreement, f"fidelity_{name}")
@@ -110,6 +135,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "search_branched": partial(search, "fidelity_search_branched"),
     "head_data": partial(head_data, "head_study"),
     "head_run": partial(head_run, "head_study"),
+    "chunks": partial(chunks, "chunk_gains"),
+    **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched", "calibration_all")},
 }
 """What a page may name."""
 
