@@ -61,15 +61,20 @@ def at(run: Run, score: str, spent: np.ndarray, stop: float) -> float:
     return float(np.interp(stop, spent, held_out_of(run, score)))
 
 
-def compare(runs: Sequence[Run], first: str, second: str) -> dict[str, Any]:
+def compare(runs: Sequence[Run], first: str, second: str, *, timed: bool = True) -> dict[str, Any]:
     """Held-out difference first - second, with 95% intervals.
+
+    Args:
+        runs: as above.
+        first, second: variants.
+        timed: whether seconds of different runs can be compared: they were done at the same load.
 
     Returns:
         `seeds`, the seeds that both variants have, and under `scores` per score:
             `equal_iterations`: one interval over seeds for each iteration at which all paired runs were evaluated;
                 the last is the end of the runs.
             `equal_seconds`: the interval over seeds when both runs of a pair are stopped at the shorter one's time,
-                and these times.
+                and these times; None unless `timed`.
             `equal_compute`: the same when both are stopped at the smaller one's operations, and these (TFLOP); None
                 where those of a run are not known.
             `equal_iterations_over_prompts`: at the end, the interval over held-out prompts for the mean over these
@@ -81,11 +86,11 @@ def compare(runs: Sequence[Run], first: str, second: str) -> dict[str, Any]:
     paired = pairs(runs, first, second)
     if not paired:
         raise ValueError(f"compare: {first} and {second} must share a seed, got none")
-    scores = {name: _score(paired, name) for name in paired[0][0]["points"][0]["held_out"]}
+    scores = {name: _score(paired, name, timed) for name in paired[0][0]["points"][0]["held_out"]}
     return {"first": first, "second": second, "seeds": [run["seed"] for run, _ in paired], "scores": scores}
 
 
-def _score(paired: list[tuple[Run, Run]], score: str) -> dict[str, Any]:
+def _score(paired: list[tuple[Run, Run]], score: str, timed: bool) -> dict[str, Any]:
     curves = [[_by_iteration(run, score) for run in pair] for pair in paired]
     common = sorted(set.intersection(*(set(curve) for pair in curves for curve in pair)))
     prompts = [np.concatenate([_table(pair[side], score) for pair in paired], axis=1) for side in (0, 1)]
@@ -94,7 +99,7 @@ def _score(paired: list[tuple[Run, Run]], score: str) -> dict[str, Any]:
             {"iteration": iteration} | _interval([[curve[iteration] for curve in pair] for pair in curves])
             for iteration in common
         ],
-        "equal_seconds": _stopped(paired, score, seconds_of),
+        "equal_seconds": _stopped(paired, score, seconds_of) if timed else None,
         "equal_compute": _stopped(paired, score, operations_of),
         "equal_iterations_over_prompts": paired_interval(prompts[1], prompts[0])._asdict(),
     }

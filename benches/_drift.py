@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.kl import KlScale, gaussian_kl
 from densegrpo_fast.runtime.evaluation import HeldOut
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
 from densegrpo_fast.sampling.trajectory import Trajectory
 
 _WINDOW, _SIGMA = 11, 1.5
@@ -48,8 +47,27 @@ def _smoothed(images: Tensor) -> Tensor:
     return F.conv2d(F.conv2d(images, row[..., None, :], groups=3), row[..., :, None], groups=3)
 
 
+@torch.no_grad()
+def held_out_pictures(model: FlowModel, held_out: HeldOut, samples: int) -> Tensor:
+    """The first pictures of each prompt that `held_out` would draw with the model as it stands.
+
+    Returns:
+        [N*S, 3, H, W] float32 in [0, 1] on the CPU, of N prompts by S `samples`.
+    """
+    index = (torch.arange(len(held_out.prompts))[:, None] * held_out.samples + torch.arange(samples)).flatten()
+    noise = initial_noise(model, index, seed=held_out.seed, epoch=0, stream=Stream.EVALUATION)
+    conditioning = model.encode([prompt for prompt in held_out.prompts for _ in range(samples)])
+    sigmas = model.sigmas(held_out.num_steps)
+
+    def draw(part: slice) -> Tensor:
+        rows = conditioning.select(part)
+        return model.decode(sample_ode(model, noise[part], rows, sigmas, guidance_scale=held_out.guidance_scale))
+
+    return torch.cat(list(held_out.rows.each(slice(0, len(index)), draw))).float().cpu()
+
+
 def stochastic_trajectories(
-    model: FlowModel, config: Config, coefficients: StepCoefficients, held_out: HeldOut, samples: int
+    model: FlowModel, coefficients: StepCoefficients, held_out: HeldOut, samples: int, *, guidance_scale: float
 ) -> Trajectory:
     """Trajectories of the policy as it stands on the first held-out prompts, one each.
 
@@ -65,7 +83,7 @@ def stochastic_trajectories(
         sample_index=index,
         seed=held_out.seed,
         epoch=1,
-        guidance_scale=config.sampler.guidance_scale,
+        guidance_scale=guidance_scale,
         stream=Stream.EVALUATION,
     )
 
@@ -96,9 +114,14 @@ def divergence(model: FlowModel, trajectory: Trajectory, scale: KlScale) -> Tens
 
 
 def divergence_record(model: FlowModel, trajectory: Trajectory) -> dict[str, Any]:
-    """`divergence` in both scales by name, mean over samples: `per_step` [T], and `sum`, that of a whole trajectory."""
-    record = {}
+    """`divergence` in both scales by name, mean over samples.
+
+    Each has `per_step` [T], `per_trajectory`, the sum over the steps, and `per_noisy_step`, their mean over those with
+    noise.
+    """
+    record, noisy = {}, sum(trajectory.coefficients.noisy)
     for scale in ("flow_grpo", "paper"):
         per_step = divergence(model, trajectory, scale).mean(1)
-        record[scale] = {"per_step": per_step.tolist(), "sum": float(per_step.sum())}
+        total = float(per_step.sum())
+        record[scale] = {"per_step": per_step.tolist(), "per_trajectory": total, "per_noisy_step": total / noisy}
     return record

@@ -43,7 +43,7 @@ def model_options(name: str) -> dict[str, Any]:
 
 
 def load(config: Config, device: torch.device) -> SD3:
-    """The model that a configuration's `model.path` names, with its adapter.
+    """The model that a configuration's `model.path` names, with its adapter and the full decoder that it asks for.
 
     Raises:
         UserError: it cannot be loaded.
@@ -65,7 +65,18 @@ def load(config: Config, device: torch.device) -> SD3:
             width=options.width,
         )
     add_lora(model.network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=lora.init_seed)
-    return model
+    return with_decoder(model, config)
+
+
+def with_decoder(model: SD3, config: Config) -> SD3:
+    """The model, if it decodes as a configuration asks; else the same with a copy of its full decoder that does."""
+    dtype, vae = resolve_dtype(config.model.vae_dtype, model.device), model.pipeline.vae
+    how = "tiled" if vae.use_tiling else "sliced" if vae.use_slicing else "whole"
+    if (vae.dtype, how) == (dtype, config.model.vae_decode):
+        return model
+    other = model.decoding_in(dtype)
+    other.decode_by(config.model.vae_decode)
+    return other
 
 
 def random_embedded(device: torch.device) -> SD3:
@@ -94,7 +105,7 @@ def random_sd35(
     The two CLIP encoders have their real shapes. T5 is left out on both sides, so its block of the text is zeros.
 
     Args:
-        device, dtype: of transformer and text encoders; the autoencoders stay float32.
+        device, dtype: of transformer and text encoders; the autoencoders are float32.
         transformer: configuration of the `SD3Transformer2DModel`.
         max_sequence_length: length of the T5 block.
         height, width: image size in pixels.

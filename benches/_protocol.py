@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from _record import RESULTS, pairwise_ratio
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.fidelity.options import _plan as read_plan
 from densegrpo_fast.runtime.builders import trained_steps
+from densegrpo_fast.sampling.plan import make_plan
 
 SPARSE, DENSE_FAST, DENSE_TRAJECTORIES, DENSE_EXACT = "sparse", "dense_fast", "dense_trajectories", "dense_exact"
-STOCK_SPARSE, STOCK_DENSE = "stock_sparse", "stock_dense"
-NAMES = (SPARSE, DENSE_FAST, DENSE_TRAJECTORIES, DENSE_EXACT, STOCK_SPARSE, STOCK_DENSE)
+STOCK = STOCK_SPARSE, STOCK_DENSE = "stock_sparse", "stock_dense"
+NAMES = (SPARSE, DENSE_FAST, DENSE_TRAJECTORIES, DENSE_EXACT, *STOCK)
 
 KL_COEF = 0.01
 PINNED: dict[str, Any] = {
@@ -29,8 +32,13 @@ PINNED: dict[str, Any] = {
     "sampler.dynamics": "flow_sde",
     "trained_steps": 9,
     "optimizer.updates_per_iteration": 1,
+    "model.prompt_cache": None,
 }
 """What must hold in every variant, whatever was asked for; with the KL term, or without it in all of them."""
+STOCK_PINNED: dict[str, Any] = {"model.vae_dtype": "float32", "model.vae_decode": "whole"}
+"""What must hold in the baseline besides, whatever ours does: how the published codebases decode."""
+FAST_PRESET = "embedded_paper_fast"
+"""The preset whose lookahead dense_fast has unless something else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +49,23 @@ class Protocol:
         model: "embedded", a pipeline directory, or a name of `_models`.
         prompts: P.
         group_size: G.
-        plan: of dense_fast and dense_trajectories, as "nodes:4,7", "n_step:2" or a plan's name.
+        plan: of dense_fast and dense_trajectories, as `densegrpo_fast.fidelity --plans` takes it: "nodes:4,7",
+            "paths:2,3:3:-:-" or a plan's name.
         guidance, decoder: of their lookahead.
         copy_dtype: of the model's copy that it evaluates; "null" for no copy.
+        vae_dtype: of the full decoder of sparse, dense_fast and dense_trajectories; the others' is float32.
         head, cache: of dense_trajectories', as in the configuration; "null" for none.
         overrides: further options of all variants, as `key=value`, such as a micro-batch that fits the memory.
     """
 
     model: str = "embedded"
-    prompts: int = 2
-    group_size: int = 8
+    prompts: int = 3
+    group_size: int = 16
     plan: str = "exact_but_last"
     guidance: str = "full"
     decoder: str = "full"
     copy_dtype: str = "float32"
+    vae_dtype: str = "bfloat16"
     head: str = "null"
     cache: str = "null"
     overrides: tuple[str, ...] = ()
@@ -77,6 +88,7 @@ class Protocol:
             lookahead |= {"lookahead.head": self.head, "lookahead.cache": self.cache}
         methods = {DENSE_FAST: "branch", SPARSE: "sparse", STOCK_SPARSE: "sparse"}
         fixed = lookahead | {
+            "model.vae_dtype": "float32" if name == DENSE_EXACT else self.vae_dtype,
             "data.num_prompts": self.prompts,
             "sampler.group_size": self.group_size,
             "credit.method": methods.get(name, "dense"),
@@ -92,16 +104,17 @@ class Protocol:
                 problem = "is set by the protocol" if equals else "must be KEY=VALUE"
                 raise UserError(f"--override: {text} {problem}", ExitCode.USAGE)
             chosen[key] = value
+        if name in STOCK:
+            fixed |= STOCK_PINNED
         if name == DENSE_FAST:
             # one trunk per prompt, and of those no more in a forward than the other variants have rows
             fixed["sampler.branches"] = self.group_size
             chosen["sampler.micro_batch"] = math.gcd(self.prompts, int(chosen["sampler.micro_batch"]))
         arguments = [f"{key}={value}" for key, value in (chosen | fixed).items()]
         config = load_config(["--config", "embedded_paper", *arguments])[0]
-        expected = PINNED | {"objective.kl_coef": fixed["objective.kl_coef"]}
-        wrong = [
-            f"{key} is {value}, not {expected[key]}" for key, value in pinned(config).items() if value != expected[key]
-        ]
+        expected = PINNED | STOCK_PINNED | {"objective.kl_coef": fixed["objective.kl_coef"]}
+        found = pinned(config) | (stock_pinned(config) if name in STOCK else {})
+        wrong = [f"{key} is {value}, not {expected[key]}" for key, value in found.items() if value != expected[key]]
         if wrong:
             raise UserError(f"the protocol pins other settings: {'; '.join(wrong)}", ExitCode.USAGE)
         return config
@@ -115,14 +128,48 @@ def pinned(config: Config) -> dict[str, Any]:
         "sampler.dynamics": config.sampler.dynamics,
         "trained_steps": len(trained_steps(config, 0)),
         "optimizer.updates_per_iteration": config.optimizer.updates_per_iteration,
+        "model.prompt_cache": config.model.prompt_cache,
         "objective.kl_coef": config.objective.kl_coef,
     }
 
 
+def stock_pinned(config: Config) -> dict[str, Any]:
+    """The settings that the protocol pins in the baseline besides, as a configuration resolved them."""
+    return {"model.vae_dtype": config.model.vae_dtype, "model.vae_decode": config.model.vae_decode}
+
+
+def fast_settings(config: Config) -> dict[str, Any]:
+    """What dense_fast is, as its configuration resolved it; `preset` = `FAST_PRESET` if it is what that has, else None.
+
+    The number of branches is left out of that: it is the group's size.
+    """
+    ahead, model = config.lookahead, config.model
+    preset = load_config(["--config", FAST_PRESET])[0]
+    same = (ahead, model.vae_dtype) == (preset.lookahead, preset.model.vae_dtype)
+    return {
+        "preset": FAST_PRESET if same else None,
+        "branches": config.sampler.branches,
+        "plan": make_plan(ahead.plan, config.sampler.num_steps, ahead.nodes, ahead.n or 1, ahead.paths).name,
+        "guidance": ahead.guidance,
+        "copy_dtype": ahead.copy_dtype,
+        "decoder": ahead.decoder,
+        "vae_dtype": model.vae_dtype,
+    }
+
+
 def _plan(text: str) -> dict[str, Any]:
-    kind, _, argument = text.partition(":")
-    nodes, n = (argument, "") if kind == "nodes" else ("", argument)
-    return {"lookahead.plan": kind, "lookahead.nodes": f"[{nodes}]", "lookahead.n": n or "null"}
+    try:
+        plan = read_plan(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--plan: {error}", ExitCode.USAGE) from None
+    assert isinstance(plan, partial)
+    (kind,), given = plan.args, plan.keywords
+    return {
+        "lookahead.plan": kind,
+        "lookahead.nodes": given.get("points", []),
+        "lookahead.n": given.get("n", "null"),
+        "lookahead.paths": given.get("paths", []),
+    }
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -134,23 +181,41 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         default=default.model,
         help=f"embedded, a pipeline directory, {EMBEDDED_RANDOM}, or {SD35_RANDOM} (needs CUDA)",
     )
-    add("--prompts", type=int, default=default.prompts, help="prompts per iteration; default: 2")
-    add("--group-size", type=int, default=default.group_size, help="samples per prompt; default: 8")
+    add("--prompts", type=int, default=default.prompts, help="prompts per iteration; default: %(default)s")
+    add("--group-size", type=int, default=default.group_size, help="samples per prompt; default: %(default)s")
     both = "of dense_fast and dense_trajectories"
-    add("--plan", default=default.plan, help=f"{both}: nodes:4,7, n_step:2, one_step, ...; default: {default.plan}")
+    add(
+        "--plan",
+        default=default.plan,
+        help=f"{both}: nodes:4,7, n_step:2, one_step, ..., or the later steps of every state, as in paths:2,3:3:-:-; "
+        "default: %(default)s",
+    )
     add("--guidance", choices=("full", "cond_only", "reuse"), default=default.guidance, help=f"{both}; default: full")
     add("--decoder", choices=("preview", "full"), default=default.decoder, help=f"{both}; default: full")
     add(
         "--copy-dtype",
         default=default.copy_dtype,
         metavar="DTYPE",
-        help="precision of a copy, its adapter merged, that both evaluate; null = none; default: float32",
+        help="precision of a copy, its adapter merged, that both evaluate; null = none; default: %(default)s",
+    )
+    add(
+        "--vae-dtype",
+        choices=("float32", "bfloat16"),
+        default=default.vae_dtype,
+        help="precision of the full decoder of both and of sparse; default: %(default)s",
     )
     add("--head", default=default.head, metavar="FILE", help="completion head of dense_trajectories")
     add("--cache", default=default.cache, metavar="SPEC", help="features that it takes over from the rollout")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further options of all variants")
-    add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: 5")
-    add("--warmup", type=int, default=1, choices=range(1001), metavar="N", help="rounds before them; default: 1")
+    add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: %(default)s")
+    add(
+        "--warmup",
+        type=int,
+        default=1,
+        choices=range(1001),
+        metavar="N",
+        help="rounds before them; default: %(default)s",
+    )
     add("--output", type=Path, help="JSON file; default: results/<bench>_<cpu or gpu>.json")
     return made
 
@@ -163,7 +228,7 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
     """
     if options.model == SD35_RANDOM and not torch.cuda.is_available():
         raise UserError(f"--model {SD35_RANDOM} needs a CUDA device", ExitCode.ENVIRONMENT)
-    names = ("model", "prompts", "group_size", "plan", "guidance", "decoder", "copy_dtype", "head", "cache")
+    names = [field.name for field in fields(Protocol) if field.name != "overrides"]
     return Protocol(**{name: getattr(options, name) for name in names}, overrides=tuple(options.override))
 
 

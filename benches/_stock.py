@@ -145,7 +145,8 @@ class Stock:
         reward: of the images.
 
     Raises:
-        ValueError: the dynamics are not flow_sde at one noise level above 0.
+        ValueError: the dynamics are not flow_sde at one noise level above 0, or the autoencoder is not float32 or
+            decodes in parts.
     """
 
     def __init__(self, model: SD3, config: Config, reward: RewardMixture):
@@ -154,6 +155,12 @@ class Stock:
             raise ValueError(
                 "the stock baseline needs flow_sde with one noise level above 0, "
                 f"got {config.sampler.dynamics} with {sorted(levels)}"
+            )
+        vae = model.pipeline.vae
+        if vae.dtype != torch.float32 or vae.use_slicing or vae.use_tiling:
+            raise ValueError(
+                "the stock baseline needs a float32 autoencoder that decodes all images at once, "
+                f"got {vae.dtype}, sliced {vae.use_slicing}, tiled {vae.use_tiling}"
             )
         self.model, self.config, self.reward = model, config, reward
         self.scheduler = model.pipeline.scheduler
@@ -246,6 +253,13 @@ class Stock:
             latents = eager_step(self.scheduler, velocity, t.unsqueeze(0), latents, 0.0).prev_sample
         return latents
 
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [m, 3, H, W] in [0, 1] of clean latents [m, ...], all in one pass of the autoencoder."""
+        vae = self.model.pipeline.vae
+        shifted = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return (vae.decode(shifted).sample / 2 + 0.5).clamp(0, 1)
+
     def set_timesteps(self) -> None:
         """Put the sampler's grid into the pipeline's scheduler."""
         self.scheduler.set_timesteps(self.config.sampler.num_steps, device=self.model.device)
@@ -282,7 +296,7 @@ class Stock:
         self, states: Tensor, text: Text, prompts: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer
     ) -> Tensor:
         with timer("reward"):
-            return self._score(self.model.decode(states[-1]), prompts, metadata).unsqueeze(1)
+            return self._score(self.decode(states[-1]), prompts, metadata).unsqueeze(1)
 
     def _judge_states(
         self, states: Tensor, text: Text, prompts: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer
@@ -292,9 +306,9 @@ class Stock:
             with timer("lookahead"):
                 clean = self.complete(states[start], start, text)
             with timer("reward"):
-                scores.append(self._score(self.model.decode(clean), prompts, metadata))
+                scores.append(self._score(self.decode(clean), prompts, metadata))
         with timer("reward"):
-            image = self.model.decode(states[-1])
+            image = self.decode(states[-1])
             self._score(image, prompts, metadata)
             scores.append(self._score(image, prompts, metadata))
         return torch.stack(scores, dim=1)

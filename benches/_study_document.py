@@ -122,16 +122,17 @@ class StudyDocument:
         if self.against is not None and self.against not in names:
             names.append(self.against)
         document["noisy"] = noisy(runs)
-        document["over_budget"] = [
-            f"{run['variant']}-{run['seed']}" for run in runs if (run.get("cpu_seconds") or 0.0) > CPU_BUDGET
-        ]
+        spent = {f"{run['variant']}-{run['seed']}": run.get("cpu_seconds") for run in runs}
+        document["over_budget"] = [name for name, seconds in spent.items() if seconds and seconds > CPU_BUDGET]
+        document["unknown_cpu_seconds"] = [name for name, seconds in spent.items() if seconds is None]
         wanted = [(names[0], other) for other in names[1:]]
         if self.against is not None:
             wanted = [(name, self.against) for name in names if name != self.against]
-        document["comparisons"] = [compare(runs, *two) for two in wanted if pairs(runs, *two)]
+        timed = not document["noisy"]
+        document["comparisons"] = [compare(runs, *two, timed=timed) for two in wanted if pairs(runs, *two)]
         write_json(self.path, document)
         observed = document["settings"][names[0]]["reward"]["observed"]
-        save_plot(self.path.with_suffix(".png"), runs, names, ["reward", *observed])
+        save_plot(self.path.with_suffix(".png"), runs, names, ["reward", *observed], timed=timed)
 
 
 def same_start(one: Scores, other: Scores) -> bool:

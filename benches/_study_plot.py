@@ -1,4 +1,4 @@
-"""Draws a study: held-out scores against iterations, training seconds and, where known, operations."""
+"""Draws a study: held-out scores against iterations and, where they are known, training seconds and operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _STYLES = ("-", "--", ":", "-.")
 
 
-def save_plot(path: Path, runs: Sequence[Run], variants: Sequence[str], scores: Sequence[str]) -> None:
+def save_plot(
+    path: Path, runs: Sequence[Run], variants: Sequence[str], scores: Sequence[str], *, timed: bool = True
+) -> None:
     """Write a PNG with one row per score; a thin line per run, a thick one for the mean of a variant.
 
     Args:
@@ -23,11 +25,11 @@ def save_plot(path: Path, runs: Sequence[Run], variants: Sequence[str], scores: 
         runs: as in `_comparison`.
         variants: in the order of the legend; one without a run is left out.
         scores: held-out scores, such as "reward".
+        timed: whether seconds of different runs can be compared.
     """
-    panels: dict[str, Callable[[Run], np.ndarray | None]] = {
-        "iterations": _iterations,
-        "training seconds (evaluation not counted)": seconds_of,
-    }
+    panels: dict[str, Callable[[Run], np.ndarray | None]] = {"iterations": _iterations}
+    if timed:
+        panels["training seconds (evaluation not counted)"] = seconds_of
     if all(operations_of(run) is not None for run in runs if run["variant"] in variants):
         panels["training operations, TFLOP (evaluation not counted)"] = operations_of
     figure = Figure(figsize=(5 * len(panels), 3.4 * len(scores)), layout="constrained")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from _protocol import SPARSE, STOCK_DENSE
+from _protocol import SPARSE, STOCK, STOCK_DENSE
 from _stock import Stock
 from torch import Tensor
 
@@ -37,7 +37,7 @@ class Variant:
         config: its resolved configuration.
         cost: what it asks of the model per trajectory, by the closed forms.
         phases: seconds by phase of every call so far.
-        copies: models that its lookahead evaluates instead of the policy.
+        models: the policy, and what its lookahead evaluates instead.
     """
 
     def __init__(self, name: str, config: Config, model: SD3, reward: RewardMixture):
@@ -46,12 +46,12 @@ class Variant:
         self._iterations = 0
         self._prompts = builders.build_prompts(config)
         self._timer = PhaseTimer(builders.synchronizer(model.device))
-        self.copies: tuple[SD3, ...] = ()
-        if name.startswith("stock"):
+        self.models: tuple[SD3, ...] = (model,)
+        if name in STOCK:
             self._step = _stock(name, config, model, reward)
         else:
             lookahead = builders.build_lookahead(config, model)
-            self.copies = copies(lookahead, model)
+            self.models += copies(lookahead, model)
             self._step = _ours(config, model, reward, lookahead)
 
     @property
@@ -107,7 +107,7 @@ def _cost(name: str, config: Config) -> IterationCost:
         "kl": config.objective.kl_coef > 0,
     }
     steps, ahead = config.sampler.num_steps, config.lookahead
-    if name.startswith("stock"):
+    if name in STOCK:
         return stock_cost(steps, dense=name == STOCK_DENSE, **options)
     if name == SPARSE:
         return sparse_iteration(steps, **options)
@@ -180,8 +180,13 @@ def reward_with_tally(config: Config) -> tuple[RewardMixture, Tally]:
 
 
 @contextmanager
-def counted(model: SD3, tally: Tally, copies: Sequence[SD3] = ()) -> Iterator[Work]:
-    """Within the context, everything that goes through the model and its copies is counted; complete at its end."""
+def counted(models: Sequence[SD3], tally: Tally) -> Iterator[Work]:
+    """Within the context, everything that goes through the parts of the models is counted; complete at its end.
+
+    Args:
+        models: which may share parts.
+        tally: counts the pictures that are scored.
+    """
     work, before = Work(), tally.images
 
     def count(field: str) -> Callable[..., None]:
@@ -191,11 +196,12 @@ def counted(model: SD3, tally: Tally, copies: Sequence[SD3] = ()) -> Iterator[Wo
 
         return hook
 
-    parts = [("forwards", one.transformer) for one in (model, *copies)]
-    parts.append(("full_decodes", model.pipeline.vae.decoder))
-    if model.preview_decoder is not None:
-        parts.append(("preview_decodes", model.preview_decoder.decoder))
-    handles = [part.register_forward_pre_hook(count(name), with_kwargs=True) for name, part in parts]
+    parts: dict[torch.nn.Module, str] = {}
+    for model in models:
+        parts |= {model.transformer: "forwards", model.pipeline.vae.decoder: "full_decodes"}
+        if model.preview_decoder is not None:
+            parts[model.preview_decoder.decoder] = "preview_decodes"
+    handles = [part.register_forward_pre_hook(count(name), with_kwargs=True) for part, name in parts.items()]
     try:
         yield work
     finally:

@@ -1,20 +1,24 @@
 """A whole training iteration: sparse and dense rewards, ours and as the published codebases run them.
 
     python benches/bench_iteration.py                                       writes results/iteration_cpu.json
-    python benches/bench_iteration.py --model sd35_medium_random --group-size 24 --override sampler.micro_batch=8
+    python benches/bench_iteration.py --model sd35_medium_random --prompts 2 --group-size 24 \\
+        --override sampler.micro_batch=8
     pytest benches/bench_iteration.py --benchmark-only                      untrained, each variant by itself
 
 Ten steps, guidance 4.5, nine trained steps, one update per sample, with a KL term (the headline) and without:
 
     sparse              one reward per image; every exact optimisation that dense has, one decode
     dense_fast          a reward per branch: a prompt's samples leave one noise-free trunk at every trained step, and
-                        are completed by the plan, guidance, decoder and copy that are asked for
+                        are completed by the plan, guidance, decoder and copy that are asked for; without options it is
+                        the preset embedded_paper_fast
     dense_trajectories  a reward per state of whole trajectories by the same lookahead
-    dense_exact         the same by the exact plan, full guidance, full decoder, the policy itself
+    dense_exact         the same by the exact plan, full guidance, full decoder in float32, the policy itself
     stock_sparse        Flow-GRPO          } `_stock.py` lists where they are slow
     stock_dense         n = t, serially    }
 
-What each asks of the model is counted and must be what `sampling/cost.py` says before anything is timed.
+The first three decode in one precision, bfloat16 unless `--vae-dtype` says otherwise; the baseline always in float32,
+all images of a batch at once. What each asks of the model is counted and must be what `sampling/cost.py` says before
+anything is timed.
 """
 
 from __future__ import annotations
@@ -38,8 +42,21 @@ from typing import Any
 
 import pytest
 import torch
-from _models import EMBEDDED_RANDOM, load
-from _protocol import NAMES, SPARSE, Protocol, default_output, parser, pinned, protocol_of, ratios
+from _models import EMBEDDED_RANDOM, load, with_decoder
+from _protocol import (
+    DENSE_FAST,
+    NAMES,
+    SPARSE,
+    STOCK_SPARSE,
+    Protocol,
+    default_output,
+    fast_settings,
+    parser,
+    pinned,
+    protocol_of,
+    ratios,
+    stock_pinned,
+)
 from _record import (
     NOISY_SPREAD,
     interleaved,
@@ -52,6 +69,7 @@ from _record import (
 from _stock import Stock
 from _variants import Tally, Variant, counted, reward_with_tally
 
+from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.flow.noise import Stream, gaussian
 from densegrpo_fast.models.sd3 import SD3
@@ -75,7 +93,7 @@ class Bench:
 
     Attributes:
         protocol: what was asked for.
-        model: with its adapter; all variants train the same one.
+        model: with its adapter, which all variants train; the baseline's decoder.
         variants: by name.
         tally: counts the pictures that their rewards score.
     """
@@ -89,18 +107,29 @@ class Bench:
 def prepare(protocol: Protocol, *, kl: bool, model: SD3 | None = None) -> Bench:
     """Make the variants, on a model that is loaded unless given, and check that they agree and cost what they should.
 
+    Args:
+        protocol: what is asked for.
+        kl: whether the loss has its KL term.
+        model: with its adapter and the baseline's decoder.
+
     Raises:
         UserError: an option is wrong, or the model cannot be loaded.
         AssertionError: a variant's work is not its closed form's, or ours and the baseline's states differ.
     """
     configs = {name: protocol.config(name, kl=kl) for name in NAMES}
-    config = configs[SPARSE]
-    model = load(config, builders.default_device()) if model is None else model
-    reward, tally = reward_with_tally(config)
-    variants = {name: Variant(name, configs[name], model, reward) for name in NAMES}
+    model = load(configs[STOCK_SPARSE], builders.default_device()) if model is None else model
+    reward, tally = reward_with_tally(configs[SPARSE])
+    # variants that decode alike share a decoder
+    kinds = {_decoding(config): config for config in configs.values()}
+    models = {kind: with_decoder(model, config) for kind, config in kinds.items()}
+    variants = {name: Variant(name, config, models[_decoding(config)], reward) for name, config in configs.items()}
     bench = Bench(protocol, model, variants, tally)
     check_states(bench)
     return bench
+
+
+def _decoding(config: Config) -> tuple[str, str]:
+    return config.model.vae_dtype, config.model.vae_decode
 
 
 def check_states(bench: Bench) -> None:
@@ -119,7 +148,8 @@ def check_states(bench: Bench) -> None:
         gaussian(model.latent_shape, seed=config.seed, sample_index=index, step=step, stream=Stream.STEP)
         for step in range(len(ours) - 1)
     ]
-    stock = Stock(model, config, builders.build_reward(config.reward.terms, config.reward.options))
+    reward = builders.build_reward(config.reward.terms, config.reward.options)
+    stock = Stock(model, bench.variants[STOCK_SPARSE].config, reward)
     theirs, _ = stock.rollout(stock.encode(rows[:size]), size, ours[0], torch.stack(steps))
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item())
 
@@ -133,7 +163,7 @@ def check_work(bench: Bench) -> dict[str, int]:
     for name, variant in bench.variants.items():
         if bench.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with counted(bench.model, bench.tally, variant.copies) as work:
+        with counted(variant.models, bench.tally) as work:
             variant()
         found, cost = work.per_trajectory(variant.rows), variant.cost
         expected = {key: float(getattr(cost, key)) for key in found}
@@ -182,10 +212,13 @@ def measure(protocol: Protocol, *, rounds: int, warmup: int) -> dict[str, Any]:
     headline = timed(bench, rounds=rounds, warmup=warmup)
     without = timed(prepare(protocol, kl=False, model=bench.model), rounds=rounds, warmup=warmup)
     configs = {name: variant.config.model_dump(mode="json") for name, variant in bench.variants.items()}
+    stock = bench.variants[STOCK_SPARSE].config
     settings = {
         "rounds": rounds,
         "warmup": warmup,
         "pinned": pinned(bench.variants[SPARSE].config),
+        "stock": stock_pinned(stock) | {"images_per_decode": stock.sampler.micro_batch},
+        "dense_fast": fast_settings(bench.variants[DENSE_FAST].config),
         "variants": configs,
     }
     return (
@@ -210,7 +243,10 @@ def bench_iteration(benchmark: Any, name: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    options = parser(__doc__).parse_args(arguments)
+    made = parser(__doc__)
+    # every variant runs once before that, to be counted
+    made.set_defaults(rounds=3, warmup=0)
+    options = made.parse_args(arguments)
     with user_errors_exit():
         document = measure(protocol_of(options), rounds=options.rounds, warmup=options.warmup)
         write_json(options.output or default_output("iteration"), document)

@@ -5,13 +5,14 @@
 
     serial      every state by itself over all remaining steps, as TurningPoint-GRPO runs it (`_stock.py`)
     exact       the same completions: states at one sigma together, the rollout's velocities reused
-    copy        exact, by a copy of the model with the adapter merged, in the precision that is asked for
-    cached      exact, with the features of the rollout that are asked for
-    nodes       the plan and guidance that are asked for
+    nodes       the plan, guidance, copy, head and cache that are asked for; else nodes {4, 7} by the policy itself
     one_step    no evaluation: the clean estimates from the rollout's velocities
+    copy        exact, by a copy of the model with the adapter merged: in float32, or the precision that is asked for
+    cached      exact, with features of the rollout: each sample's own text features and the residual of blocks 2 to 5,
+                or those that are asked for
 
-Decoding and scoring are not in it. Before anything is timed, serial and exact are asserted to agree to float32
-rounding, and every way to evaluate what `sampling/cost.py` says.
+Decoding and scoring are not in it. Before anything is timed, serial, exact and a copy in float32 are asserted to agree
+to float32 rounding, and every way to evaluate what `sampling/cost.py` says.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ from typing import Any
 import pytest
 import torch
 from _models import EMBEDDED_RANDOM, load
-from _protocol import DENSE_TRAJECTORIES, Protocol, default_output, parser, protocol_of, ratios
+from _protocol import (
+    DENSE_TRAJECTORIES,
+    STOCK_DENSE,
+    Protocol,
+    default_output,
+    parser,
+    protocol_of,
+    ratios,
+)
 from _record import NOISY_SPREAD, interleaved, load_average, portable, provenance, spread, write_json
 from _stock import Stock
 from _variants import Tally, copies, counted, stock_cost
@@ -51,8 +60,12 @@ from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import one_step
 from densegrpo_fast.sampling.trajectory import Trajectory
 
-NAMES = ("serial", "exact", "copy", "cached", "nodes", "one_step")
-RATIOS = ("serial/exact", "copy/exact", "cached/exact", "nodes/exact", "nodes/serial", "one_step/exact")
+NAMES = ("serial", "exact", "nodes", "one_step", "copy", "cached")
+RATIOS = tuple(f"{name}/{other}" for other in ("exact", "serial") for name in NAMES if name != other)
+DEFAULTS: dict[str, Any] = {"prompts": 2, "group_size": 8, "plan": "nodes:4,7", "copy_dtype": "null"}
+"""What is chosen otherwise than for a whole iteration."""
+CACHE = "text:own+reuse:2-5"
+"""What the cached way takes over from the rollout, unless something is asked for."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +75,12 @@ class Way:
     Attributes:
         complete: returns the clean latents [T+1, B, ...], all work done.
         evaluations: that it asks of the model per trajectory.
-        copies: models that it evaluates instead.
+        models: that it evaluates.
     """
 
     complete: Callable[[], Tensor]
     evaluations: Evaluations
-    copies: tuple[SD3, ...] = ()
+    models: tuple[SD3, ...]
 
 
 def ways(protocol: Protocol) -> dict[str, Way]:
@@ -77,9 +90,9 @@ def ways(protocol: Protocol) -> dict[str, Way]:
         UserError: an option is wrong, or the model cannot be loaded.
         AssertionError: serial and exact differ, or a way evaluates another number of rows.
     """
-    configs = configurations(protocol)
+    configs, baseline = configurations(protocol), protocol.config(STOCK_DENSE, kl=True)
     exact = configs["exact"]
-    model = load(exact, builders.default_device())
+    model = load(baseline, builders.default_device())
     rows, _ = builders.build_prompts(exact).rows(0, exact.sampler.group_size)
     synchronize = builders.synchronizer(model.device)
 
@@ -95,11 +108,11 @@ def ways(protocol: Protocol) -> dict[str, Way]:
             return clean
 
         evaluations = lookahead_evaluations(lookahead.plan, guided=True, guidance=lookahead.guidance)
-        return drawn, Way(complete, evaluations, copies(lookahead, model))
+        return drawn, Way(complete, evaluations, (model, *copies(lookahead, model)))
 
     trajectory, batched = ours(exact)
 
-    stock = Stock(model, exact, builders.build_reward(exact.reward.terms, exact.reward.options))
+    stock = Stock(model, baseline, builders.build_reward(exact.reward.terms, exact.reward.options))
     text, steps = stock.encode(rows), trajectory.num_steps
     stock.set_timesteps()
 
@@ -110,12 +123,14 @@ def ways(protocol: Protocol) -> dict[str, Way]:
 
     cost = stock_cost(steps, trained_steps=0, guided=True, kl=False, dense=True)
     found = {
-        "serial": Way(serial, cost.lookahead),
+        "serial": Way(serial, cost.lookahead, (model,)),
         "exact": batched,
-        **{name: ours(configs[name])[1] for name in ("copy", "cached", "nodes")},
+        "nodes": ours(configs["nodes"])[1],
         "one_step": ours(exact, Lookahead(model, one_step(steps), chunk=exact.lookahead.chunk))[1],
+        "copy": ours(configs["copy"])[1],
+        "cached": ours(configs["cached"])[1],
     }
-    check(found, model, len(rows))
+    check(found, len(rows))
     return found
 
 
@@ -128,25 +143,26 @@ def configurations(protocol: Protocol) -> dict[str, Config]:
     plain = replace(protocol, plan="exact", guidance="full", head="null", cache="null", copy_dtype="null")
     asked = {
         "exact": plain,
-        "copy": replace(plain, copy_dtype="float32" if protocol.copy_dtype == "null" else protocol.copy_dtype),
-        "cached": replace(plain, cache="text" if protocol.cache == "null" else protocol.cache),
         "nodes": protocol,
+        "copy": replace(plain, copy_dtype="float32" if protocol.copy_dtype == "null" else protocol.copy_dtype),
+        "cached": replace(plain, cache=CACHE if protocol.cache == "null" else protocol.cache),
     }
     return {name: own.config(DENSE_TRAJECTORIES, kl=True) for name, own in asked.items()}
 
 
-def check(found: dict[str, Way], model: SD3, rows: int) -> None:
-    """Assert the work of every way, and that serial and exact agree where the base is float32."""
+def check(found: dict[str, Way], rows: int) -> None:
+    """Assert the work of every way, and that serial, exact and copy agree where they evaluate in float32."""
     clean = {}
     tally = Tally()
     for name, way in found.items():
-        with counted(model, tally, way.copies) as work:
+        with counted(way.models, tally) as work:
             clean[name] = way.complete()
         expected = rows * way.evaluations.forwards
         assert work.forwards == expected, f"{name} took {work.forwards} forwards, expected {expected}"
-    if model.transformer.dtype == torch.float32:
-        scale = clean["exact"].abs().max().item()
-        torch.testing.assert_close(clean["serial"], clean["exact"], rtol=1e-3, atol=1e-3 * scale)
+    scale = clean["exact"].abs().max().item()
+    for name in ("serial", "copy"):
+        if all(model.transformer.dtype == torch.float32 for model in found[name].models):
+            torch.testing.assert_close(clean[name], clean["exact"], rtol=1e-3, atol=1e-3 * scale)
 
 
 def measure(protocol: Protocol, *, rounds: int, warmup: int) -> dict[str, Any]:
@@ -168,7 +184,7 @@ def measure(protocol: Protocol, *, rounds: int, warmup: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def bench_lookahead(benchmark: Any, name: str) -> None:
-    way = ways(Protocol(model=EMBEDDED_RANDOM, prompts=1, group_size=2))[name]
+    way = ways(Protocol(**DEFAULTS | {"model": EMBEDDED_RANDOM, "prompts": 1, "group_size": 2}))[name]
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "load_average": load_average()}
     benchmark.extra_info["nfe"] = way.evaluations.forwards
     benchmark.pedantic(way.complete, rounds=3, warmup_rounds=1)
@@ -176,7 +192,9 @@ def bench_lookahead(benchmark: Any, name: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    options = parser(__doc__).parse_args(arguments)
+    made = parser(__doc__)
+    made.set_defaults(**DEFAULTS)
+    options = made.parse_args(arguments)
     with user_errors_exit():
         document = measure(protocol_of(options), rounds=options.rounds, warmup=options.warmup)
         write_json(options.output or default_output("lookahead"), document)

@@ -159,7 +159,7 @@ def estimated_bytes(config: Config, model: SD3, reward: Any) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     made = parser(__doc__)
-    made.set_defaults(model=SD35_RANDOM, rounds=3)
+    made.set_defaults(model=SD35_RANDOM, prompts=2, group_size=8, rounds=3)
     options = made.parse_args(arguments)
     with user_errors_exit():
         document = rehearse(protocol_of(options), rounds=options.rounds, warmup=options.warmup)

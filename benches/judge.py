@@ -2,10 +2,13 @@
 
     python benches/judge.py --study benches/results/study.json --work runs/study --output benches/results/judge.json
 
-Every run's adapter draws the study's held-out pictures from the same noise as the base model. Written are, for each run
-and for each variant minus the one of --against over seeds, with 95% intervals: the judge's scores (`_judge.py`), the
-distance of the pictures from the base's and the KL of the policy's steps from the base's (`_drift.py`). The judge is
-trained on renders alone, in some minutes, and kept in a file. A command that was stopped goes on where it was.
+Every run's adapter draws the study's held-out pictures, the first --samples of each prompt, from the same noise as the
+base model. Written are, for each run and for each variant minus the one of --against over seeds, with 95% intervals,
+what `MEASURES` names: the judge's scores (`_judge.py`), the distance of the pictures from the base's, and the KL of the
+policy from the base (`_drift.py`). The KL is that of a whole trajectory, the sum over its steps, with the mean of the
+noisy steps beside it; the trajectories of every policy have the noise levels, noisy steps and guidance with which the
+variant of --against trains, or the numbers could not be compared. The judge is trained on renders alone, in some
+minutes, and kept in a file. A command that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -37,11 +40,23 @@ if TYPE_CHECKING:
     from _judge import Judge
     from torch import Tensor
 
+    from densegrpo_fast.config import Config
     from densegrpo_fast.models.sd3 import SD3
     from densegrpo_fast.runtime.evaluation import HeldOut
 
 SCORES = ("graded", "probability")
 DRIFTS = ("pixel_distance", "dissimilarity")
+MEASURES = {
+    "judge/graded": "change of the judge's graded score",
+    "judge/probability": "change of the probability, by the judge, that a picture is right",
+    "drift/pixel_distance": "root mean square difference from the base's pictures of the same noise",
+    "drift/dissimilarity": "1 - SSIM with them",
+    "kl/flow_grpo": "KL from the base, sum over a trajectory's noisy steps, in the scale of Flow-GRPO's code",
+    "kl/paper": "the same in the scale of its paper",
+    "kl_per_noisy_step/flow_grpo": "mean over the noisy steps instead, in the scale of Flow-GRPO's code",
+    "kl_per_noisy_step/paper": "the same in the scale of its paper",
+}
+"""What a run is compared by."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,9 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"--against: expected one of {', '.join(dict.fromkeys(names))}, got {options.against}", ExitCode.USAGE
             )
-        evaluation = runs[0].config.evaluation.model_copy(
-            update={"num_prompts": options.prompts, "samples_per_prompt": options.samples}
-        )
+        evaluation = runs[0].config.evaluation.model_copy(update={"num_prompts": options.prompts})
+        if options.samples > evaluation.samples_per_prompt:
+            raise UserError(
+                f"--samples: expected at most the {evaluation.samples_per_prompt} pictures that the study drew for a "
+                f"prompt, got {options.samples}",
+                ExitCode.USAGE,
+            )
+        walk = next(found.config for found in runs if found.run["variant"] == options.against)
         held_out = builders.build_held_out(runs[0].config.model_copy(update={"evaluation": evaluation}))
         model = builders.load_base(runs[0].config, builders.default_device())
         judge, about = _judge(options.judge or options.work[0] / "judge.safetensors", model)
@@ -67,47 +87,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {
             "study": options.study.name,
             "prompts": len(held_out.prompts),
-            "samples": held_out.samples,
+            "samples": options.samples,
             "num_steps": held_out.num_steps,
             "guidance_scale": held_out.guidance_scale,
             "trajectories": min(options.trajectories, len(held_out.prompts)),
+            "kl": kl_settings(walk),
             "against": options.against,
         }
-        document = judged(Bench(model, held_out, judge, settings), about, runs, options.output)
+        document = judged(Bench(model, held_out, judge, walk, settings), about, runs, options.output)
         print(summary(document))
     return ExitCode.OK
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs are judged with: the base `model`, the `held_out` pictures, the `judge` and the `settings`."""
+    """What all runs are judged with.
+
+    Attributes:
+        model: the base.
+        held_out: the study's pictures, of which the first S of each of N prompts are drawn.
+        judge: the network.
+        walk: configuration whose sampler draws the trajectories of every policy for the KL.
+        settings: what is recorded of all that; `samples` is S.
+    """
 
     model: SD3
     held_out: HeldOut
     judge: Judge
+    walk: Config
     settings: dict[str, Any]
 
     def pictures(self) -> Tensor:
-        """All held-out pictures [N*S, 3, H, W] of the model as it stands."""
-        import torch
+        """The pictures [N*S, 3, H, W] of the model as it stands."""
+        from _drift import held_out_pictures
 
-        from densegrpo_fast.rewards.base import RewardMixture
-
-        kept = []
-
-        def keep(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
-            kept.append(images.float().cpu())
-            return [0.0] * len(images)
-
-        self.held_out.evaluate(self.model, RewardMixture({"keep": (keep, 1.0)}))
-        return torch.cat(kept)
+        return held_out_pictures(self.model, self.held_out, self.settings["samples"])
 
     def scores(self, pictures: Tensor) -> dict[str, list[list[float]]]:
         """Scores by name, [N, S]."""
         from _judge import graded, probability, scene_of
         from _judge_training import look
 
-        scenes = [scene_of(prompt) for prompt in self.held_out.prompts for _ in range(self.held_out.samples)]
+        scenes = [scene_of(prompt) for prompt in self.held_out.prompts for _ in range(self.settings["samples"])]
         seen = look(self.judge, pictures)
         return {name: self._table(of(seen, scenes)) for name, of in (("graded", graded), ("probability", probability))}
 
@@ -129,11 +150,15 @@ class Bench:
         from densegrpo_fast.runtime import builders
 
         start, weights = process_time(), read_weights(found.subject)
-        coefficients = builders.build_coefficients(found.config, self.model)
+        coefficients = builders.build_coefficients(self.walk, self.model, self.settings["kl"]["noisy_steps"])
         with wearing(self.model, found.subject, weights):
             pictures = self.pictures()
             walked = stochastic_trajectories(
-                self.model, found.config, coefficients, self.held_out, self.settings["trajectories"]
+                self.model,
+                coefficients,
+                self.held_out,
+                self.settings["trajectories"],
+                guidance_scale=self.walk.sampler.guidance_scale,
             )
         after, moved = self.scores(pictures), self.drift(pictures, base)
         return {
@@ -155,7 +180,22 @@ class Bench:
         }
 
     def _table(self, values: Tensor) -> list[list[float]]:
-        return [[round(value, 5) for value in row] for row in values.view(-1, self.held_out.samples).tolist()]
+        return [[round(value, 5) for value in row] for row in values.view(-1, self.settings["samples"]).tolist()]
+
+
+def kl_settings(config: Config) -> dict[str, Any]:
+    """The trajectories on which the KL of every policy is measured: those of a configuration's sampler.
+
+    They have noise in every step of every window that an iteration may have.
+    """
+    sampler = config.sampler
+    return {
+        "num_steps": sampler.num_steps,
+        "dynamics": sampler.dynamics,
+        "noise_levels": list(config.noise_levels),
+        "noisy_steps": sorted({step for window in config.windows() for step in window}),
+        "guidance_scale": sampler.guidance_scale,
+    }
 
 
 def judged(bench: Bench, about: Mapping[str, Any], runs: Sequence[Finished], output: Path) -> dict[str, Any]:
@@ -181,35 +221,37 @@ def judged(bench: Bench, about: Mapping[str, Any], runs: Sequence[Finished], out
     return document
 
 
-def agreement(before: Mapping[str, Any], reward: Sequence[Sequence[float | None]]) -> dict[str, float] | None:
-    """Rank correlation of the judge's scores with the training reward, over the base's pictures; None if not known.
+def agreement(before: Mapping[str, Any], reward: Sequence[Sequence[float | None]]) -> dict[str, float]:
+    """Rank correlation of the judge's scores with the training reward, over the base's pictures that both scored.
 
     Args:
-        before: the judge's scores of them, [N, S] each.
-        reward: the study's, of at least as many prompts.
+        before: the judge's scores, [N, S] each: of the first S pictures of N prompts.
+        reward: the study's, of at least as many pictures for each of its prompts; None = missing.
+
+    Returns:
+        one for each score, and `pictures`, how many they are over.
     """
     from scipy import stats
 
-    found = {}
+    found: dict[str, float] = {}
     for name in SCORES:
-        table = before[name]
-        if len(table) > len(reward) or len(table[0]) != len(reward[0]):
-            return None
         both = [
             (one, other)
-            for own, theirs in zip(table, reward, strict=False)
-            for one, other in zip(own, theirs, strict=True)
+            for own, theirs in zip(before[name], reward, strict=False)
+            for one, other in zip(own, theirs, strict=False)
             if other is not None
         ]
-        found[name] = float(stats.spearmanr(both).statistic)
+        found |= {name: float(stats.spearmanr(both).statistic), "pictures": len(both)}
     return found
 
 
 def measures(run: Mapping[str, Any]) -> dict[str, float]:
-    """What a run is compared by, one number each."""
+    """What a run is compared by (`MEASURES`), one number each."""
     found = {f"judge/{name}": run["judge"][name]["change"]["mean"] for name in SCORES}
     found |= {f"drift/{name}": run["drift"][name]["mean"] for name in DRIFTS}
-    return found | {f"kl/{scale}": value["sum"] for scale, value in run["kl"].items()}
+    for key, part in (("kl", "per_trajectory"), ("kl_per_noisy_step", "per_noisy_step")):
+        found |= {f"{key}/{scale}": value[part] for scale, value in run["kl"].items()}
+    return found
 
 
 def variants(runs: Sequence[Run]) -> dict[str, Any]:
@@ -251,12 +293,12 @@ def summary(document: Mapping[str, Any]) -> str:
 
 def _line(key: str, value: Mapping[str, float | None]) -> str:
     mean, low, high = (float("nan") if value[part] is None else value[part] for part in ("mean", "low", "high"))
-    return f"  {key:22} {mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+    return f"  {key:28} {mean:+.3g} [{low:+.3g}, {high:+.3g}]"
 
 
 def _opened(output: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
     """A new document, or the one in `output` if its runs were judged alike."""
-    fresh = provenance() | {"settings": dict(settings), "judge": dict(about), "runs": []}
+    fresh = provenance() | {"measures": MEASURES, "settings": dict(settings), "judge": dict(about), "runs": []}
     if not output.exists():
         return fresh
     try:
@@ -286,9 +328,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--judge", type=Path, help="the judge's file; if not given, judge.safetensors in the first --work"
     )
-    parser.add_argument("--against", default="sparse", help="variant that the others are compared with")
+    parser.add_argument(
+        "--against",
+        default="sparse",
+        help="variant that the others are compared with, whose noise the KL is measured under",
+    )
     parser.add_argument("--prompts", type=int, default=256, help="held-out prompts")
-    parser.add_argument("--samples", type=int, default=2, help="pictures per prompt")
+    parser.add_argument("--samples", type=int, default=2, help="pictures per prompt, at most the study's")
     parser.add_argument("--trajectories", type=int, default=48, help="of each policy, for the KL")
     return parser
 

@@ -201,9 +201,11 @@ def summary(document: dict[str, Any]) -> str:
                 if value is not None
             ]
     if document["noisy"]:
-        lines.append("  timings are noisy: repeat on a quieter machine before quoting equal seconds")
+        lines.append("  timings are noisy, so nothing is compared at equal seconds: repeat on a quieter machine")
     if document["over_budget"]:
         lines.append(f"  more than {CPU_BUDGET:.0f} CPU seconds: {', '.join(document['over_budget'])}")
+    if document["unknown_cpu_seconds"]:
+        lines.append(f"  CPU seconds not known: {', '.join(document['unknown_cpu_seconds'])}")
     return "\n".join(lines)
 
 

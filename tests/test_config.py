@@ -22,11 +22,13 @@ PRESETS = [
     "embedded_dense",
     "embedded_dppo",
     "embedded_fast",
+    "embedded_flash",
     "embedded_g2rpo",
     "embedded_guard",
     "embedded_mixgrpo",
     "embedded_mixture",
     "embedded_paper",
+    "embedded_paper_fast",
     "embedded_pcpo",
     "embedded_return_to_go",
     "embedded_sparse",
@@ -38,6 +40,7 @@ PRESETS = [
     "embedded_vgpo",
     "sd35_medium_pickscore",
     "sd35_medium_pickscore_24gb",
+    "sd35_medium_pickscore_fast",
 ]
 EMBEDDED_DENSE = read_settings("embedded_dense")
 BASE = Path(__file__).parent / "data" / "base.yaml"

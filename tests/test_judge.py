@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "benches"))
 import _judge_training  # noqa: E402
 import judge as command  # noqa: E402
 import study  # noqa: E402
-from _drift import dissimilarity, divergence, pixel_distance  # noqa: E402
+from _drift import dissimilarity, divergence, held_out_pictures, pixel_distance  # noqa: E402
 from _judge import KINDS, PAIRS, Judge, Seen, centres, graded, probability, scene_of  # noqa: E402
 from _judge_training import (  # noqa: E402
     NO_RELATION,
@@ -36,11 +36,14 @@ from _judge_training import (  # noqa: E402
     weights_fingerprint,
 )
 
+from densegrpo_fast.config.cli import load_config  # noqa: E402
 from densegrpo_fast.embedded import architecture, scenes  # noqa: E402
 from densegrpo_fast.embedded.scenes import COLOURS, RELATIONS, SHAPES, Item, Scene  # noqa: E402
 from densegrpo_fast.exit_codes import ExitCode  # noqa: E402
 from densegrpo_fast.flow.dynamics import B, C, coefficients  # noqa: E402
 from densegrpo_fast.models.base import Velocity  # noqa: E402
+from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
+from densegrpo_fast.runtime.evaluation import HeldOut  # noqa: E402
 from densegrpo_fast.sampling.rollout import rollout  # noqa: E402
 from densegrpo_fast.train import train as train_run  # noqa: E402
 
@@ -223,7 +226,7 @@ def finished(variant: str, seed: int, moved: float, kl: float = 0.0) -> dict[str
         "seed": seed,
         "judge": {name: {"change": values} for name in command.SCORES},
         "drift": {name: values for name in command.DRIFTS},
-        "kl": {"paper": {"sum": kl}},
+        "kl": {"paper": {"per_trajectory": kl, "per_noisy_step": kl / 4}},
     }
 
 
@@ -236,18 +239,55 @@ def test_variants_are_compared_over_their_common_seeds():
     change = found["measures"]["judge/graded"]
     assert change["mean"] == pytest.approx(0.3) and change["high"] == pytest.approx(0.3 + 1.2706, abs=1e-4)
     assert found["measures"]["kl/paper"]["mean"] == pytest.approx(1.0)
+    assert found["measures"]["kl_per_noisy_step/paper"]["mean"] == pytest.approx(0.25)
     assert command.variants(runs)["a"]["drift/pixel_distance"]["mean"] == pytest.approx(3.3)
 
 
 def test_agreement_is_a_rank_correlation_over_pictures():
     before = {"graded": [[0.1, 0.2], [0.3, 0.4]], "probability": [[0.4, 0.3], [0.2, 0.1]]}
-    # the study has a prompt more, and no score of one picture
-    found = command.agreement(before, [[1.0, 2.0], [None, 4.0], [0.0, 0.0]])
-    assert found == {"graded": pytest.approx(1.0), "probability": pytest.approx(-1.0)}
-    assert command.agreement(before, [[1.0], [2.0]]) is None
+    # the study has a prompt more, a third picture of each, and no score of one
+    found = command.agreement(before, [[1.0, 2.0, 9.0], [None, 4.0, -9.0], [0.0, 0.0, 0.0]])
+    assert found == {"graded": pytest.approx(1.0), "probability": pytest.approx(-1.0), "pictures": 3}
 
 
-VARIANTS = ("embedded_sparse", "embedded_coca")
+@pytest.mark.parametrize("samples", [1, 2])
+def test_pictures_are_those_that_the_study_drew(tiny_policy, samples):
+    model = tiny_policy()
+    held_out = HeldOut(
+        ["a cat", "the moon", "a tree"],
+        [{}] * 3,
+        samples_per_prompt=2,
+        num_steps=3,
+        guidance_scale=2.0,
+        seed=0,
+        chunk=4,
+    )
+    drawn = []
+
+    def keep(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        drawn.append(images)
+        return [0.0] * len(images)
+
+    held_out.evaluate(model, RewardMixture({"keep": (keep, 1.0)}))
+    theirs = torch.cat(drawn).unflatten(0, (3, 2))[:, :samples].flatten(0, 1)
+    # other batches, other rounding
+    torch.testing.assert_close(held_out_pictures(model, held_out, samples), theirs, atol=1e-4, rtol=0)
+
+
+def test_the_kl_is_taken_on_one_kind_of_trajectory():
+    config = load_config(["--config", "embedded_fast", "--sampler.noise_level", "[0.7, 0.6, 0.5, 0.4, 0.3, 0.2]"])[0]
+    assert command.kl_settings(config) == {
+        "num_steps": 6,
+        "dynamics": "cps",
+        "noise_levels": [0.7, 0.6, 0.5, 0.4, 0.3, 0.2],
+        # windows of two in steps 0 to 2: not the first window alone
+        "noisy_steps": [0, 1, 2],
+        "guidance_scale": 1.0,
+    }
+
+
+VARIANTS = ("embedded_sparse", "embedded_fast")
+"""The second one's own trajectories have noise in two steps."""
 OVERRIDES = (
     "run.iterations=1",
     "data.num_prompts=1",
@@ -288,6 +328,9 @@ def test_finished_runs_are_judged_and_not_twice(recorded, tmp_path, quick, monke
     assert f"{VARIANTS[1]} minus {VARIANTS[0]}, 1 seeds" in capsys.readouterr().out
     assert document["judge"]["recipe"]["steps"] == 2 and {"commit", "hardware", "command"} <= document.keys()
     assert (recorded / "work" / "judge.safetensors").is_file()
+    assert document["agreement"]["pictures"] == 3 * 2
+    assert document["measures"].keys() == document["variants"][VARIANTS[0]].keys()
+    assert document["settings"]["kl"]["noisy_steps"] == [0, 1, 2]
     for run in document["runs"]:
         for name in command.SCORES:
             assert np.shape(run["after"][name]) == np.shape(document["before"][name]) == (3, 2)
@@ -297,7 +340,11 @@ def test_finished_runs_are_judged_and_not_twice(recorded, tmp_path, quick, monke
         assert 0 < run["drift"]["pixel_distance"]["mean"] < 0.5
         for scale in ("flow_grpo", "paper"):
             steps = run["kl"][scale]["per_step"]
-            assert len(steps) == 6 and math.fsum(steps) == pytest.approx(run["kl"][scale]["sum"]) and max(steps) > 0
+            assert len(steps) == 6 and max(steps) > 0
+            # noise in the first three steps
+            total = math.fsum(steps[:3])
+            assert run["kl"][scale]["per_trajectory"] == pytest.approx(total) and steps[3:] == [0.0] * 3
+            assert run["kl"][scale]["per_noisy_step"] == pytest.approx(total / 3)
     monkeypatch.setattr(command.Bench, "judged", None)
     assert judged(recorded, tmp_path / "judge.json") == ExitCode.OK
     assert json.loads((tmp_path / "judge.json").read_text())["runs"] == document["runs"]
@@ -334,7 +381,11 @@ def test_runs_that_are_not_the_study_s_are_refused_by_name(recorded, tmp_path, c
 
 def test_bad_options_are_refused(recorded, tmp_path, capsys):
     assert judged(recorded, tmp_path / "judge.json", "--against", "dense") == ExitCode.USAGE
-    assert "--against: expected one of embedded_sparse, embedded_coca, got dense" in capsys.readouterr().err
+    assert "--against: expected one of embedded_sparse, embedded_fast, got dense" in capsys.readouterr().err
+    assert judged(recorded, tmp_path / "judge.json", "--samples", "3") == ExitCode.USAGE
+    assert (
+        "--samples: expected at most the 2 pictures that the study drew for a prompt, got 3" in capsys.readouterr().err
+    )
     (tmp_path / "study.json").write_text("{}")
     assert judged(tmp_path, tmp_path / "judge.json") == ExitCode.USAGE
     assert "is no readable study" in capsys.readouterr().err

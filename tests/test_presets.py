@@ -27,6 +27,7 @@ EMBEDDED = [name for name in preset_names() if name.startswith("embedded_")]
 METHODS = {
     "embedded_sparse": "2505.05470",
     "embedded_fast": "2505.05470",
+    "embedded_flash": "2605.15980",
     "embedded_stepwise": "2603.28718",
     "embedded_value": "2601.20218",
     "embedded_return_to_go": "2601.20218",
@@ -96,7 +97,8 @@ def test_a_methods_preset_is_a_few_keys_and_names_its_source(name: str) -> None:
 
 
 def test_every_embedded_preset_is_a_method_or_a_base() -> None:
-    assert set(EMBEDDED) - set(METHODS) == {"embedded_dense", "embedded_branched", "embedded_paper"}
+    bases = {"embedded_dense", "embedded_branched", "embedded_paper", "embedded_paper_fast"}
+    assert set(EMBEDDED) - set(METHODS) == bases
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -133,6 +135,15 @@ def test_only_stepwise_normalises_over_all_steps_together() -> None:
         ("embedded_g2rpo", {"credit.method": "granular", "credit.granularities": [1, 2], "lookahead.plan": "exact"}),
         ("embedded_fast", {"credit.method": "sparse", "window.schedule": "random", "window.size": 2}),
         (
+            "embedded_flash",
+            {
+                "credit.method": "sparse",
+                "window.schedule": "random",
+                "window.size": 1,
+                "objective.step_weight": "flash",
+            },
+        ),
+        (
             "embedded_mixgrpo",
             {"credit.method": "sparse", "window.schedule": "progressive", "window.remainder": "dpm_solver"},
         ),
@@ -143,3 +154,38 @@ def test_what_a_preset_takes_over(name: str, expected: dict[str, Any]) -> None:
     settings = preset(name).model_dump()
     found = {key: settings[key.partition(".")[0]][key.partition(".")[2]] for key in expected}
     assert found == expected
+
+
+@pytest.mark.parametrize("base", ["embedded_paper", "sd35_medium_pickscore"])
+def test_the_fast_engine_is_the_base_with_branches_and_cheaper_exact_completions(base: str) -> None:
+    plain, fast = preset(base), preset(f"{base}_fast")
+    changed = {
+        (section, key)
+        for section, own in fast.model_dump(exclude={"preset", "seed"}).items()
+        for key, value in own.items()
+        if value != getattr(getattr(plain, section), key)
+    }
+    rows = {("sampler", "micro_batch"), ("sampler", "group_size"), ("data", "num_prompts")}
+    assert changed - rows == {
+        ("model", "vae_dtype"),
+        ("sampler", "branches"),
+        ("lookahead", "plan"),
+        ("lookahead", "copy_dtype"),
+        ("credit", "method"),
+    }
+    # as many samples in an iteration, and all of a prompt's from one trunk
+    samples = [one.data.num_prompts * one.sampler.group_size for one in (plain, fast)]
+    assert samples[0] == samples[1] and fast.sampler.branches == fast.sampler.group_size
+    assert (fast.lookahead.plan, fast.lookahead.guidance, fast.lookahead.decoder) == ("exact_but_last", "full", "full")
+    assert fast.credit.method == "branch" and fast.model.vae_dtype == "bfloat16"
+    # a copy as precise as the policy: the large one is in bfloat16 on a GPU
+    assert fast.lookahead.copy_dtype == ("bfloat16" if fast.model.dtype == "auto" else fast.model.dtype)
+
+
+def test_flash_draws_one_step_for_all_samples_of_an_iteration() -> None:
+    config = preset("embedded_flash")
+    drawn = [list(builders.noisy_steps(config, iteration)) for iteration in range(40)]
+    assert all(len(steps) == 1 for steps in drawn)
+    # any but the last of six
+    assert {steps[0] for steps in drawn} == set(range(5))
+    assert all(builders.trained_steps(config, iteration) == drawn[iteration] for iteration in range(40))

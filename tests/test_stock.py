@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benches"))
 
 import bench_iteration  # noqa: E402
-from _protocol import NAMES, Protocol  # noqa: E402
+from _protocol import NAMES, STOCK_PINNED, Protocol, fast_settings, stock_pinned  # noqa: E402
 from _stock import Stock, StockIteration  # noqa: E402
 from _variants import stock_cost  # noqa: E402
 from bench_iteration import check_work, evaluations  # noqa: E402
@@ -25,6 +26,7 @@ from densegrpo_fast.config import Config  # noqa: E402
 from densegrpo_fast.config.cli import load_config  # noqa: E402
 from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
 from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
+from densegrpo_fast.models import sd3  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
 from densegrpo_fast.runtime import builders  # noqa: E402
@@ -189,6 +191,27 @@ def test_its_own_noise_is_torchs(tiny_policy: Policy) -> None:
     assert not torch.equal(latents[0][1:], latents[1][1:])
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_all_images_go_through_the_autoencoder_at_once(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, dense: bool
+) -> None:
+    # ours would decode one by one with so small a cache
+    monkeypatch.setattr(sd3, "_CACHED_PLACES", 1)
+    model, decoded = tiny_policy(), []
+    model.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(inputs[0]))
+    Stock(model, settings("dense"), REWARD).iteration(ROWS, METADATA, PhaseTimer(), dense=dense)
+    assert [(len(latents), latents.dtype) for latents in decoded] == [(6, torch.float32)] * (5 if dense else 1)
+
+
+def test_another_autoencoder_is_refused(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    with pytest.raises(ValueError, match=r"needs a float32 autoencoder .*, got torch\.bfloat16"):
+        Stock(model.decoding_in(torch.bfloat16), settings("sparse"), REWARD)
+    model.decode_by("sliced")
+    with pytest.raises(ValueError, match="decodes all images at once, .* sliced True"):
+        Stock(model, settings("sparse"), REWARD)
+
+
 def test_phases_are_timed(tiny_policy: Policy) -> None:
     timer = PhaseTimer()
     Stock(tiny_policy(), settings("dense"), REWARD).iteration(ROWS, METADATA, timer, dense=True)
@@ -237,6 +260,24 @@ def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl:
     assert set(bench.variants["stock_dense"].phases[0]) == {"rollout", "lookahead", "reward", "update"}
 
 
+def test_the_record_says_what_the_fast_engine_and_the_baseline_are(
+    tiny_policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny_policy()
+    monkeypatch.setattr(bench_iteration, "load", lambda config, device: made)
+    output = tmp_path / "iteration.json"
+    arguments = ["--model", "embedded_random", "--prompts", "1", "--group-size", "2", "--rounds", "1"]
+    assert bench_iteration.main([*arguments, "--output", str(output)]) == ExitCode.OK
+    document = json.loads(output.read_text())
+    assert set(document["ratios"]) == set(document["no_kl"]["ratios"]) == set(bench_iteration.RATIOS)
+    settings = document["settings"]
+    assert settings["stock"] == STOCK_PINNED | {"images_per_decode": 2}
+    assert settings["dense_fast"]["preset"] == "embedded_paper_fast" and settings["dense_fast"]["branches"] == 2
+    decoding = {name: config["model"]["vae_dtype"] for name, config in settings["variants"].items()}
+    exact = ("dense_exact", "stock_sparse", "stock_dense")
+    assert decoding == dict.fromkeys(NAMES, "bfloat16") | dict.fromkeys(exact, "float32")
+
+
 def test_work_that_is_not_the_closed_forms_is_noticed(tiny_policy: Policy) -> None:
     bench = bench_iteration.prepare(Protocol(prompts=1, group_size=2), kl=False, model=tiny_policy())
     sparse = bench.variants["sparse"]
@@ -247,19 +288,75 @@ def test_work_that_is_not_the_closed_forms_is_noticed(tiny_policy: Policy) -> No
 
 def test_variants_differ_in_rewards_and_lookahead_alone() -> None:
     overrides = ("sampler.micro_batch=4", "lookahead.chunk=3")
-    protocol = Protocol(plan="n_step:2", guidance="cond_only", decoder="preview", overrides=overrides)
+    protocol = Protocol(
+        prompts=2, group_size=8, plan="n_step:2", guidance="cond_only", decoder="preview", overrides=overrides
+    )
     configs = {name: protocol.config(name, kl=True) for name in NAMES}
     branched = configs.pop("dense_fast")
-    shared = [config.model_dump(exclude={"lookahead": True, "credit": {"method"}}) for config in configs.values()]
+    own = {"lookahead": True, "credit": {"method"}, "model": {"vae_dtype"}}
+    shared = [config.model_dump(exclude=own) for config in configs.values()]
     assert all(settings == shared[0] for settings in shared)
     ahead, exact = configs["dense_trajectories"].lookahead, configs["dense_exact"].lookahead
     assert (ahead.plan, ahead.n, ahead.guidance, ahead.decoder, ahead.chunk) == ("n_step", 2, "cond_only", "preview", 3)
     assert (exact.plan, exact.n, exact.guidance, exact.decoder, exact.chunk) == ("exact", None, "full", "full", 3)
     assert [name for name, config in configs.items() if config.credit.method == "sparse"] == ["sparse", "stock_sparse"]
-    same = {"lookahead": True, "credit": {"method"}, "sampler": {"branches", "micro_batch"}}
-    assert branched.model_dump(exclude=same) == configs["dense_exact"].model_dump(exclude=same)
+    own |= {"sampler": {"branches", "micro_batch"}}
+    assert branched.model_dump(exclude=own) == configs["dense_exact"].model_dump(exclude=own)
     assert (branched.sampler.branches, branched.sampler.micro_batch) == (8, 2)
     assert branched.lookahead == ahead
+
+
+def test_ours_decodes_in_one_precision_and_the_baseline_in_its_own() -> None:
+    configs = {name: Protocol(overrides=("model.vae_decode=sliced",)).config(name, kl=True) for name in NAMES}
+    decoding = {name: (config.model.vae_dtype, config.model.vae_decode) for name, config in configs.items()}
+    ours = ("sparse", "dense_fast", "dense_trajectories")
+    assert {decoding.pop(name) for name in ours} == {("bfloat16", "sliced")}
+    assert decoding.pop("dense_exact") == ("float32", "sliced")
+    assert decoding == dict.fromkeys(("stock_sparse", "stock_dense"), ("float32", "whole"))
+    assert stock_pinned(configs["stock_dense"]) == STOCK_PINNED
+    with pytest.raises(UserError, match=r"model\.vae_dtype=bfloat16 is set by the protocol"):
+        Protocol(overrides=("model.vae_dtype=bfloat16",)).config("stock_dense", kl=True)
+
+
+def test_each_variant_has_the_decoder_of_its_configuration(tiny_policy: Policy) -> None:
+    model = tiny_policy()
+    bench = bench_iteration.prepare(Protocol(prompts=1, group_size=2), kl=False, model=model)
+    decoders = {name: variant.models[0].pipeline.vae for name, variant in bench.variants.items()}
+    assert all(decoders[name] is model.pipeline.vae for name in ("dense_exact", "stock_sparse", "stock_dense"))
+    assert model.pipeline.vae.dtype == torch.float32
+    assert decoders["sparse"] is decoders["dense_fast"] is decoders["dense_trajectories"]
+    assert decoders["sparse"].dtype == torch.bfloat16
+    assert {variant.models[0].transformer for variant in bench.variants.values()} == {model.transformer}
+
+
+def test_what_is_timed_without_options_is_the_fast_preset() -> None:
+    config, preset = Protocol().config("dense_fast", kl=True), load_config(["--config", "embedded_paper_fast"])[0]
+    # but for its rate, which would change the policy that is timed, and the running average
+    apart = {"preset": True, "optimizer": {"lr"}, "ema": True}
+    assert config.model_dump(exclude=apart) == preset.model_dump(exclude=apart)
+    expected = {
+        "preset": "embedded_paper_fast",
+        "branches": 16,
+        "plan": "exact_but_last",
+        "guidance": "full",
+        "copy_dtype": "float32",
+        "decoder": "full",
+        "vae_dtype": "bfloat16",
+    }
+    assert fast_settings(config) == expected
+    other = fast_settings(Protocol(group_size=8, plan="nodes:4,7").config("dense_fast", kl=True))
+    assert other == expected | {"preset": None, "branches": 8, "plan": "nodes{4,7}"}
+
+
+def test_a_plan_is_written_as_for_the_fidelity_command() -> None:
+    ahead = Protocol(plan="paths:4,7:4:4:7:7:8:-:-:9:-").config("dense_trajectories", kl=True).lookahead
+    assert (ahead.plan, ahead.nodes, ahead.n) == ("paths", [], None)
+    assert ahead.paths == [[4, 7], [4], [4], [7], [7], [8], [], [], [9], []]
+    with pytest.raises(UserError, match="--plan: expected exact, .*, got 'paths:'") as caught:
+        Protocol(plan="paths:").config("dense_fast", kl=True)
+    assert caught.value.exit_code == ExitCode.USAGE
+    with pytest.raises(UserError, match=r"lookahead\.paths: expected a list for each of the 10 states, got 4"):
+        Protocol(plan="paths:2,3:3:-:-").config("dense_fast", kl=True)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +365,7 @@ def test_variants_differ_in_rewards_and_lookahead_alone() -> None:
         ("sampler.num_steps=8", "num_steps is 8, not 10"),
         ("objective.trained_steps=3", "trained_steps is 3, not 9"),
         ("optimizer.updates_per_iteration=2", "updates_per_iteration is 2, not 1"),
+        ("model.prompt_cache=prompts", "prompt_cache is prompts, not None"),
         ("lookahead.decoder=preview", "is set by the protocol"),
         ("sampler.micro_batch", "must be KEY=VALUE"),
     ],

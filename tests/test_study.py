@@ -257,7 +257,7 @@ def test_runs_that_cannot_stand_together_are_refused(tmp_path):
 
 @pytest.fixture
 def no_plot(monkeypatch):
-    monkeypatch.setattr(_study_plot, "save_plot", lambda *_: None)
+    monkeypatch.setattr(_study_plot, "save_plot", lambda *_, **__: None)
 
 
 def test_every_variant_is_compared_with_the_one_asked_for(tmp_path, capsys, no_plot):
@@ -343,15 +343,19 @@ def test_cpu_seconds_add_up_over_stops_and_too_many_are_named(tmp_path, monkeypa
     document = json.loads(output.read_text())
     assert [run["cpu_seconds"] for run in document["runs"]] == [500.0, 650.0]
     assert document["over_budget"] == [f"{SPARSE}-0"]
-    assert f"more than 600 CPU seconds: {SPARSE}-0" in capsys.readouterr().out
+    assert document["unknown_cpu_seconds"] == []
+    told = capsys.readouterr().out
+    assert f"more than 600 CPU seconds: {SPARSE}-0" in told and "not known" not in told
 
 
-def test_the_cpu_seconds_of_a_directory_that_was_there_are_not_known(tmp_path, no_plot):
+def test_the_cpu_seconds_of_a_directory_that_was_there_are_not_known(tmp_path, capsys, no_plot):
     output, work = tmp_path / "study.json", tmp_path / "work"
     FakeTrain()(plan().config(DENSE, 0, work / f"{DENSE}-0"))
     study.conduct(study.Plan((DENSE,), (0,), 2, plan().overrides), output, work, FakeTrain())
     document = json.loads(output.read_text())
     assert document["runs"][0]["cpu_seconds"] is None and document["over_budget"] == []
+    assert document["unknown_cpu_seconds"] == [f"{DENSE}-0"]
+    assert f"CPU seconds not known: {DENSE}-0" in capsys.readouterr().out
 
 
 def test_runs_of_one_seed_differ_in_the_variant_alone(tmp_path):
@@ -370,6 +374,26 @@ def test_uneven_timings_are_marked_as_noisy(tmp_path):
     assert noisy([steady, uneven])
 
 
+def test_a_noisy_study_is_not_compared_at_equal_seconds(tmp_path, capsys, monkeypatch):
+    output, drawn = tmp_path / "study.json", []
+    monkeypatch.setattr(_study_plot, "save_plot", lambda *_, timed: drawn.append(timed))
+    study.conduct(plan(), output, tmp_path / "work", FakeTrain())
+    assert "equal seconds " in capsys.readouterr().out
+    document = json.loads(output.read_text())
+    # one of four seconds per iteration beside those of two: quartiles 2.5 and 3.5 around 3
+    for point in document["runs"][3]["points"]:
+        point["seconds"] = {"rollout": 2 * sum(point["seconds"].values())}
+    write_json(output, document)
+    study.conduct(plan(), output, tmp_path / "work", FakeTrain())
+    document, told = json.loads(output.read_text()), capsys.readouterr().out
+    assert document["noisy"] and drawn[0] and not drawn[-1]
+    for found in document["comparisons"][0]["scores"].values():
+        assert found["equal_seconds"] is None
+        # the same study at equal iterations stays valid
+        assert found["equal_iterations"][-1]["mean"] > 0
+    assert "timings are noisy, so nothing is compared at equal seconds" in told and "equal seconds " not in told
+
+
 def test_every_variant_of_a_plot_has_a_look_of_its_own(tmp_path, monkeypatch):
     looks, draw = [], _study_plot._draw
     monkeypatch.setattr(_study_plot, "_draw", lambda *given: (looks.append(given[-1]), draw(*given)))
@@ -380,6 +404,9 @@ def test_every_variant_of_a_plot_has_a_look_of_its_own(tmp_path, monkeypatch):
     looks.clear()
     save_plot(tmp_path / "a.png", [run("a", 0, [0.0, 0.1], 1.0, operations=2.0)], ["a"], ["reward"])
     assert len(looks) == 3
+    looks.clear()
+    save_plot(tmp_path / "a.png", [run("a", 0, [0.0, 0.1], 1.0)], ["a"], ["reward"], timed=False)
+    assert len(looks) == 1
 
 
 def test_records_hold_no_directories_of_this_machine():
