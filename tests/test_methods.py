@@ -60,8 +60,10 @@ def configured(method: str, **options: object) -> Config:
     return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])[0]
 
 
-def experience(config: Config, model: FlowModel, iteration: int = 0) -> tuple[Sampled, Outcome]:
-    rows = ["a cat", "a cat", "a cat", "the moon", "the moon", "the moon"]
+def experience(
+    config: Config, model: FlowModel, iteration: int = 0, prompts: tuple[str, str] = ("a cat", "the moon")
+) -> tuple[Sampled, Outcome]:
+    rows = [prompt for prompt in prompts for _ in range(3)]
     judge = Judge(config, model, REWARD, builders.build_lookahead(config, model))
     noisy = builders.noisy_steps(config, iteration)
     trajectory = draw(config, model, rows, builders.build_coefficients(config, model, noisy), iteration)
@@ -106,6 +108,29 @@ def test_a_window_is_all_that_is_judged(tiny_policy: Policy, method: str) -> Non
         assert outcome.gains is not None and not outcome.gains[..., [0, 3]].any()
     learner = Learner(model, builders.learner_options(config))
     assert learner.update(trajectory, values.flatten(0, 1), [1, 2])["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("window", [True, False])
+def test_instant_rewards_of_vgpo(mixture_model: FlowModel, window: bool) -> None:
+    """Those of the next latents in one step (Eq 9), but with a window the last noisy step's: the real image's own."""
+    options = {"window.schedule": "fixed", "window.size": 2} if window else {}
+    config, model = configured("vgpo", **options), mixture_model
+    trajectory, outcome = experience(config, model, prompts=("01", "2"))
+
+    def reward(clean: Tensor) -> Tensor:
+        return brightness(model.decode(clean, "full"), [], []).view(2, 3)
+
+    def projected(state: int) -> Tensor:
+        sigma = trajectory.coefficients.sigmas[state]
+        return reward(trajectory.latents[state] - sigma * trajectory.velocities[state])
+
+    # noise in the steps 0 and 1 of 4, or in all: the rewards of the states that the steps lead to
+    image = reward(trajectory.latents[4])
+    expected = [projected(1), image, image, image] if window else [*map(projected, (1, 2, 3)), image]
+    assert outcome.lookahead_rewards is not None
+    torch.testing.assert_close(outcome.lookahead_rewards[..., 1:], torch.stack(expected, -1))
+    if window:
+        assert (projected(2) - image).abs().max() > 1e-3, "Eq 9 of step 1"
 
 
 @pytest.mark.parametrize("remainder", ["share", "dpm_solver", "both"])
