@@ -115,7 +115,13 @@ class Config(Section):
             return f"sampler.noise_level: expected at most 1 with dynamics cps, got {max(self.noise_levels)}"
         trained = self.objective.trained_steps
         for candidates in [trained] if isinstance(trained, list) else self.windows():
-            if noisy_among(self, candidates):
+            if noisy := noisy_among(self, candidates):
+                quiet = len(candidates) - len(noisy)
+                if isinstance(trained, int) and trained <= quiet:
+                    return (
+                        f"objective.trained_steps: expected at least {quiet + 1} to draw where {quiet} of the steps "
+                        f"{candidates[0]}..{candidates[-1]} inject no noise, got {trained}"
+                    )
                 continue
             if any(self.noise_levels[step] for step in candidates):
                 return (
@@ -133,6 +139,8 @@ class Config(Section):
         last = steps - 2 if self.window.last is None else self.window.last
         if last > steps - 2:
             return f"window.last: expected at most {steps - 2}, got {last}"
+        if first > last:
+            return f"window.first: expected at most {last}, got {first}"
         if first + size - 1 > last:
             return f"window.size: expected a window that fits the steps {first}..{last}, got {size}"
         return None
