@@ -94,12 +94,14 @@ def arguments_problem(
 
 
 def _plan_problem(config: Config, method: registry.CreditMethod) -> str | None:
-    if method.plan is None or config.lookahead.plan == method.plan:
+    if method.plan is None:
         return None
-    return (
-        f"lookahead.plan: expected {method.plan}, by which the rewards of credit.method {config.credit.method} are "
-        f"defined, got {config.lookahead.plan}"
-    )
+    defined = f"{method.plan}, by which the rewards of credit.method {config.credit.method} are defined"
+    if config.lookahead.plan != method.plan:
+        return f"lookahead.plan: expected {defined}, got {config.lookahead.plan}"
+    if (head := config.lookahead.head) is not None:
+        return f"lookahead.head: expected null with {defined}, got {head}"
+    return None
 
 
 def _coefficients_problem(config: Config, taken: Iterable[str]) -> str | None:
