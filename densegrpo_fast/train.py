@@ -160,6 +160,7 @@ def dry_run(config: Config) -> ExitCode:
         PhaseTimer(builders.synchronizer(model.device)),
     )
     rows, metadata = builders.build_prompts(small).rows(0, small.sampler.group_size)
+    builders.build_held_out(small)  # for what may be wrong with its prompts
     levels, costs = NoiseLevels(small, model, reward), CostLog(small, model, judge.lookahead)
     if levels.due(0):
         with timer("calibration"):

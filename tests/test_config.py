@@ -276,6 +276,26 @@ def test_refusals_name_the_key_and_the_reason(argument: str, expected: str) -> N
             "expected at most 1 with dynamics cps, got 1.2",
         ),
         (
+            ["objective.trained_steps=2", "sampler.noise_level=[0,0.7,0,0,0,0,0,0]"],
+            "objective.trained_steps: expected at least 3 to draw where 2 of the steps 0..2 inject no noise, got 2",
+        ),
+        (
+            ["sampler.dynamics=cps", "objective.trained_steps=[7]", "window.schedule=none", "window.size=null"],
+            "objective.trained_steps: expected a step that injects noise, which the last one of dynamics cps does "
+            "not, got [7]",
+        ),
+        (
+            [
+                "sampler.dynamics=precise",
+                "objective.trained_steps=[0, 7]",
+                "window.schedule=none",
+                "window.size=null",
+                "sampler.noise_level=[0,1,1,1,1,1,1,1]",
+            ],
+            "objective.trained_steps: expected a step that injects noise, which the last one of dynamics precise does "
+            "not, got [0, 7]",
+        ),
+        (
             ["model.compile=default", "lookahead.cache=text"],
             "lookahead.cache: expected null with model.compile, which hides the network's blocks, got",
         ),

@@ -55,7 +55,20 @@ def test_every_policy_loss_goes_with_every_step_weight(policy: str, weight: str)
     [
         ("credit.method=turning_pont", 'credit.method: unknown method "turning_pont"; did you mean "turning_point"?'),
         ("credit.method=vgpo", "lookahead.plan: expected one_step, by which the rewards of credit.method vgpo are"),
+        (
+            "credit.method=vgpo lookahead.plan=one_step lookahead.head=head.safetensors",
+            "lookahead.head: expected null with one_step, by which the rewards of credit.method vgpo are defined, got",
+        ),
         ("credit.method=coca credit.window=3", "credit.window: expected a divisor of the 8 steps, got 3"),
+        (  # floor((5 + 1) * .6) - 1 = 2 steps after the window of 3
+            "credit.method=coca credit.window=4 window.remainder_share=0.6",
+            "credit.window: expected a divisor of the 5 steps that window.remainder_share leaves, got 4",
+        ),
+        (  # floor(7 * .6) - 1 = 3 steps after 0..1, floor(4 * .6) - 1 = 1 after 3..4: 5 and 6 in all
+            "credit.method=coca credit.window=5 window.schedule=random window.size=2 window.last=4 "
+            "window.remainder_share=0.6",
+            "credit.window: expected a divisor of the 6 steps that window.remainder_share leaves, got 5",
+        ),
         (
             "credit.method=mixture credit.terminal_coef=0 credit.dense_coef=0",
             "credit.terminal_coef, credit.dense_coef: expected one above 0, got 0 and 0",
@@ -141,6 +154,12 @@ def test_what_does_not_go_together_is_refused_by_name(arguments: str, expected: 
         "objective.policy=dppo sampler.dynamics=cps sampler.noise_level=[0.7,0,0.7,0.7,0.7,0.7,0.7,0]",
         "credit.method=dense credit.window=3 credit.terminal_coef=0 credit.dense_coef=0",
         "credit.method=vgpo lookahead.plan=one_step",
+        # 3 + 2 steps
+        "credit.method=coca credit.window=5 window.remainder_share=0.6",
+        "credit.method=coca credit.window=8 window.remainder=dpm_solver",
+        # noise in one step of the first window, in two of the second
+        "credit.smoothing=0.5 window.schedule=random window.size=2 window.last=2 "
+        "sampler.noise_level=[0,0.7,0.7,0,0,0,0,0]",
         "lookahead.plan=nodes lookahead.nodes=[1] window.schedule=fixed window.size=3",
         # starts at 1, 3, 5: not at 2 and 4
         "lookahead.plan=nodes lookahead.nodes=[2,4,6] window.schedule=progressive window.size=1 window.stride=2 "

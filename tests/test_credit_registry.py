@@ -44,11 +44,27 @@ OPTIONS = {
     "granularities": [1, 2],
 }
 RELATIVE = [name for name in METHODS if name != "vgpo"]
-"""Methods whose advantages are a comparison alone. VGPO multiplies one by a ratio of rewards, whose zero counts."""
+"""Methods whose advantages are a comparison alone. VGPO multiplies one by a ratio of rewards, whose zero counts, and
+adds a share of the rewards themselves."""
+BRANCHED = [name for name in METHODS if registry.find(name).uses_branches]
 
 seeds = st.integers(0, 2**20)
+choices = st.fixed_dictionaries(
+    {
+        "std": st.sampled_from(["group", "global"]),
+        "normalize": st.sampled_from(["step", "joint"]),
+        "discount": st.sampled_from([0.0, 0.9, 1.0]),
+        "step_value": st.sampled_from(["gain", "value", "return_to_go"]),
+        "terminal_coef": st.sampled_from([0.0, 1.0]),
+        "consistent": st.booleans(),
+        "balance": st.booleans(),
+        "window": st.sampled_from([1, 2, 4]),
+        "alpha": st.sampled_from([0.0, 0.25, 1.0]),
+    }
+)
 every_method = pytest.mark.parametrize("name", METHODS)
 few = settings(deadline=None, max_examples=8)
+more = settings(deadline=None, max_examples=20)
 
 
 def evidence(seed: int, noisy: Sequence[bool] = (True,) * T) -> Evidence:
@@ -111,22 +127,26 @@ def test_declarations_are_the_functions_own(name: str) -> None:
 
 
 @every_method
-@few
-@given(seed=seeds, order=st.permutations(range(G)))
-def test_members_of_a_group_may_come_in_any_order(name: str, seed: int, order: list[int]) -> None:
+@more
+@given(seed=seeds, order=st.permutations(range(G)), options=choices)
+def test_members_of_a_group_may_come_in_any_order(
+    name: str, seed: int, order: list[int], options: dict[str, Any]
+) -> None:
     known = evidence(seed)
-    close(judged(name, members(known, order)), judged(name, known)[:, order])
+    options |= {"absolute_coef": 1e-4}
+    close(judged(name, members(known, order), **options), judged(name, known, **options)[:, order])
 
 
 @pytest.mark.parametrize("name", RELATIVE)
-@pytest.mark.parametrize("std", ["group", "global"])
-@few
-@given(seed=seeds, scale=st.floats(0.5, 50), shift=st.floats(-1e4, 1e4))
-def test_unit_and_zero_of_the_reward_do_not_matter(name: str, std: str, seed: int, scale: float, shift: float) -> None:
+@more
+@given(seed=seeds, scale=st.floats(0.5, 50), shift=st.floats(-1e4, 1e4), options=choices)
+def test_unit_and_zero_of_the_reward_do_not_matter(
+    name: str, seed: int, scale: float, shift: float, options: dict[str, Any]
+) -> None:
     known = evidence(seed)
     assert known.lookahead_rewards is not None
     other = rewarded(known, scale * known.lookahead_rewards + shift)
-    close(judged(name, other, std=std), judged(name, known, std=std))
+    close(judged(name, other, **options), judged(name, known, **options))
 
 
 @few
@@ -136,24 +156,27 @@ def test_vgpo_keeps_the_unit_only(seed: int, scale: float) -> None:
     assert known.lookahead_rewards is not None
     scaled = rewarded(known, scale * known.lookahead_rewards)
     close(judged("vgpo", scaled), judged("vgpo", known))
+    # the zero counts: far above it Q hardly differs along a trajectory, and all weights go to 1
+    moved = judged("vgpo", rewarded(known, known.lookahead_rewards + 1e4))
+    assert (moved - judged("vgpo", known)).abs().max() > 1e-3
     # with k > 0 every early step's advantage grows by weight * k * Q, which is above 0
     grown = judged("vgpo", known, absolute_coef=1e-4) - judged("vgpo", known)
     assert (grown[..., :2] > 0).all() and not grown[..., 2:].any()
 
 
 @every_method
-@pytest.mark.parametrize("std", ["group", "global"])
-@few
-@given(seed=seeds, lost=st.integers(0, G - 1))
-def test_a_missing_sample_is_as_if_it_never_was(name: str, std: str, seed: int, lost: int) -> None:
+@more
+@given(seed=seeds, lost=st.integers(0, G - 1), options=choices)
+def test_a_missing_sample_is_as_if_it_never_was(name: str, seed: int, lost: int, options: dict[str, Any]) -> None:
     known = evidence(seed)
+    options |= {"absolute_coef": 1e-4}
     assert known.lookahead_rewards is not None
     rewards = known.lookahead_rewards.clone()
     rewards[:, lost] = torch.nan
-    values = judged(name, rewarded(known, rewards), std=std)
+    values = judged(name, rewarded(known, rewards), **options)
     others = [member for member in range(G) if member != lost]
     assert not values[:, lost].any()
-    close(values[:, others], judged(name, members(known, others), std=std))
+    close(values[:, others], judged(name, members(known, others), **options))
 
 
 @every_method
@@ -195,9 +218,14 @@ def test_groups_without_spread_get_nothing(name: str, seed: int) -> None:
     assert known.lookahead_rewards is not None
     rewards = known.lookahead_rewards.clone()
     rewards[1] = rewards[1, :1]
-    found = registry.advantages(name, rewarded(known, rewards), OPTIONS)
-    assert not found.values[1].any() and found.values[0].any()
-    assert found.zero_spread == pytest.approx(0.5)
+    for std in ("group", "global"):
+        found = registry.advantages(name, rewarded(known, rewards), OPTIONS | {"std": std})
+        assert not found.values[1].any() and found.values[0].any()
+        assert found.zero_spread == pytest.approx(0.5)
+    # over all steps together a group has no spread if its rewards rise alike from step to step, too
+    rising = rewards.clone()
+    rising[1] = 1e4 + 512 * torch.arange(T + 1)
+    assert not judged(name, rewarded(known, rising), normalize="joint", discount=0.0)[1].any()
     assert not judged(name, known, spread_floor=1e9).any()
 
 
@@ -219,6 +247,26 @@ def test_the_clip_bounds_and_nothing_else(name: str, seed: int) -> None:
     assert bound.abs().max() <= 0.5
     if name != "coca":  # clips before its second normalisation, too
         close(bound, free.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+@pytest.mark.parametrize("std", ["group", "global"])
+@few
+@given(seed=seeds, shift=st.floats(-1e4, 1e4))
+def test_branches_are_compared_with_those_of_their_trunk(name: str, std: str, seed: int, shift: float) -> None:
+    """Two trunks of each of two prompts are credited as one trunk of each of four is, whose properties are above."""
+    known = evidence(seed)
+    assert known.branch_rewards is not None
+    rewards = known.branch_rewards.unflatten(2, (2, 2)).squeeze(1)  # [P, N, C, K, L]
+    trunks = replace(known, branch_rewards=rewards)
+    alone = replace(known, branch_rewards=rewards.flatten(0, 1)[:, None], rewards=known.rewards.view(2 * P, G // 2))
+    values = judged(name, trunks, std=std)
+    assert torch.equal(values.view(2 * P, G // 2, T), judged(name, alone, std=std))
+    if std == "group":  # the global one is around the mean of all
+        # the luck of the noise that a trunk starts from drops out
+        moved = rewards.clone()
+        moved[:, 1] += shift
+        close(judged(name, replace(known, branch_rewards=moved)), values)
 
 
 @every_method

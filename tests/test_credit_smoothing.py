@@ -153,6 +153,11 @@ def test_smoothing_that_means_nothing_is_refused() -> None:
     for options, expected in (
         (["credit.method=sparse"], "credit.smoothing: expected 0 with credit.method sparse, which has no lookahead"),
         (["window.schedule=fixed", "window.size=1"], "credit.smoothing: expected 0 with one noisy step"),
+        (["sampler.noise_level=[0.7,0,0,0,0,0]"], "credit.smoothing: expected 0 with one noisy step"),
+        (  # the last step of cps injects nothing
+            ["window.schedule=none", "window.size=null", "sampler.noise_level=[0,0.7,0,0,0,0.7]"],
+            "credit.smoothing: expected 0 with one noisy step",
+        ),
         (["credit.smoothing=-1"], "credit.smoothing"),
     ):
         own = [] if any("smoothing" in option for option in options) else ["credit.smoothing=0.5"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit import registry
+from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.guard import guard_table
 from densegrpo_fast.objective.policy import Objective
@@ -59,8 +60,10 @@ def configured(method: str, **options: object) -> Config:
     return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])[0]
 
 
-def experience(config: Config, model: FlowModel, iteration: int = 0) -> tuple[Sampled, Outcome]:
-    rows = ["a cat", "a cat", "a cat", "the moon", "the moon", "the moon"]
+def experience(
+    config: Config, model: FlowModel, iteration: int = 0, prompts: tuple[str, str] = ("a cat", "the moon")
+) -> tuple[Sampled, Outcome]:
+    rows = [prompt for prompt in prompts for _ in range(3)]
     judge = Judge(config, model, REWARD, builders.build_lookahead(config, model))
     noisy = builders.noisy_steps(config, iteration)
     trajectory = draw(config, model, rows, builders.build_coefficients(config, model, noisy), iteration)
@@ -105,6 +108,54 @@ def test_a_window_is_all_that_is_judged(tiny_policy: Policy, method: str) -> Non
         assert outcome.gains is not None and not outcome.gains[..., [0, 3]].any()
     learner = Learner(model, builders.learner_options(config))
     assert learner.update(trajectory, values.flatten(0, 1), [1, 2])["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("window", [True, False])
+def test_instant_rewards_of_vgpo(mixture_model: FlowModel, window: bool) -> None:
+    """Those of the next latents in one step (Eq 9), but with a window the last noisy step's: the real image's own."""
+    options = {"window.schedule": "fixed", "window.size": 2} if window else {}
+    config, model = configured("vgpo", **options), mixture_model
+    trajectory, outcome = experience(config, model, prompts=("01", "2"))
+
+    def reward(clean: Tensor) -> Tensor:
+        return brightness(model.decode(clean, "full"), [], []).view(2, 3)
+
+    def projected(state: int) -> Tensor:
+        sigma = trajectory.coefficients.sigmas[state]
+        return reward(trajectory.latents[state] - sigma * trajectory.velocities[state])
+
+    # noise in the steps 0 and 1 of 4, or in all: the rewards of the states that the steps lead to
+    image = reward(trajectory.latents[4])
+    expected = [projected(1), image, image, image] if window else [*map(projected, (1, 2, 3)), image]
+    assert outcome.lookahead_rewards is not None
+    torch.testing.assert_close(outcome.lookahead_rewards[..., 1:], torch.stack(expected, -1))
+    if window:
+        assert (projected(2) - image).abs().max() > 1e-3, "Eq 9 of step 1"
+
+
+@pytest.mark.parametrize("remainder", ["share", "dpm_solver", "both"])
+@pytest.mark.parametrize("method", registry.names())
+def test_other_steps_after_the_window_are_judged_or_refused(tiny_policy: Policy, method: str, remainder: str) -> None:
+    window = {"sampler.num_steps": 7, "window.schedule": "progressive", "window.size": 2, "window.last": 3}
+    window |= {"window.stride": 2, "window.every": 1}
+    share = {"window.remainder_share": 0.8} if remainder != "dpm_solver" else {}
+    solver = {"window.remainder": "dpm_solver"} if remainder != "share" else {}
+    if registry.find(method).uses_branches:
+        with pytest.raises(UserError, match=r"window\.remainder\w*: expected .* with sampler.branches") as caught:
+            configured(method, **window, **share, **solver)
+        assert caught.value.exit_code == ExitCode.USAGE
+        return
+    config, model = configured(method, **window, **share, **solver), tiny_policy()
+    learner, lengths = Learner(model, builders.learner_options(config)), []
+    for iteration in range(2):
+        trajectory, outcome = experience(config, model, iteration)
+        steps, values = builders.trained_steps(config, iteration), outcome.advantages.values.flatten(0, 1)
+        assert values.shape[1] == trajectory.num_steps and values[:, steps].any() and values.isfinite().all()
+        assert learner.update(trajectory, values, steps)["grad_norm"] > 0
+        lengths.append(trajectory.num_steps)
+    # windows 0..1 and 2..3: of the 5 and 3 steps after them floor(6 * .8) - 1 and floor(4 * .8) - 1 are kept
+    assert lengths == ([2 + 3, 4 + 2] if share else [7, 7])
+    assert config.lengths() == sorted({*lengths}, reverse=True)
 
 
 def test_one_noisy_step_of_a_shared_start_is_branching(tiny_policy: Policy) -> None:

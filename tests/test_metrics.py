@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -196,3 +198,29 @@ def test_progress_shows_a_bar_on_a_terminal() -> None:
     assert "4/4" in shown
     assert "reward=0.5" in shown
     assert "a line\n" in shown
+
+
+def documented() -> list[str]:
+    """The names in the first table of METRICS.md."""
+    text = (Path(metrics.__file__).parent / "METRICS.md").read_text().partition("## Alarms")[0]
+    cells = (line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def test_what_a_run_writes_is_documented_and_what_is_documented_is_written(
+    train: Callable[..., int], tmp_path: Path
+) -> None:
+    common = {"run.iterations": 2, "evaluation.every": 1, "lookahead.guard_every": 1, "lookahead.guard_alarm": 1}
+    common |= {"sampler.group_size": 4, "sampler.micro_batch": 4}
+    calibrated = {"calibration.every": 2, "calibration.samples": 8, "calibration.rounds": 1}
+    branched = {"sampler.branches": 2, "credit.method": "branch", "objective.negative_factor": 0.5}
+    written: set[str] = set()
+    for name, own in (("trajectories", calibrated), ("branches", branched | {"sampler.micro_batch": 2})):
+        assert train(tmp_path / name, **{**common, **own}) == 0
+        written.update(*read_metrics(tmp_path / name / "metrics.jsonl"))
+    places = {"K": r"\d+", "NAME": r"\w+", "PHASE": r"\w+"}
+    patterns = {name: re.sub("|".join(places), lambda found: places[found[0]], name) for name in documented()}
+    known = {name: {key for key in written if re.fullmatch(pattern, key)} for name, pattern in patterns.items()}
+    assert written == set.union(*known.values())
+    # a head that learns is tested in test_head_refresh.py
+    assert [name for name, keys in known.items() if not keys] == ["guard/head_explained", "guard/head_rows"]

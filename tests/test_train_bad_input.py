@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from densegrpo_fast.runtime import experience
+from densegrpo_fast.train import main
+
 Train = Callable[..., int]
+
+
+def dry_run(*arguments: str) -> int:
+    """The status that a dry run of the embedded model is refused with."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--dry-run", "--config=embedded_dense", *arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
 
 
 def test_nothing_to_resume(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,12 +86,39 @@ def test_broken_prompt_files_are_refused_with_the_line(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue square\n")
     assert train(tmp_path / "run", **{"data.prompts": prompts}) == 2
-    assert f"{prompts}: line 2: empty" in capsys.readouterr().err
+    assert f"error: data.prompts: {prompts}: line 2: empty" in capsys.readouterr().err
     prompts.write_text("")
     assert train(tmp_path / "run", **{"data.eval_prompts": prompts}) == 2
-    assert f"{prompts}: this prompt file is empty" in capsys.readouterr().err
+    assert f"error: data.eval_prompts: {prompts}: this prompt file is empty" in capsys.readouterr().err
     assert train(tmp_path / "run", **{"data.prompts": tmp_path / "none.txt"}) == 2
     assert "cannot read this prompt file" in capsys.readouterr().err
+    # a dry run looks for them as well, though it evaluates nothing
+    assert dry_run("--data.eval_prompts", str(tmp_path / "none.txt")) == 2
+    assert "error: data.eval_prompts: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--lookahead.graphs true", "lookahead.graphs: CUDA graphs need a CUDA device, the model is on cpu; set it"),
+        ("--lookahead.memory_gb 1e-9", "lookahead.memory_gb: 1e-09 is too small for one row, for which a forward"),
+        ("--lookahead.cache reuse:4-8", "lookahead.cache.reuse_blocks: this model has blocks 0..5, so the end is at"),
+        ("--lookahead.cache skip:6", "lookahead.cache.skip_blocks: this model has blocks 0..5, got [6]"),
+        ("--lookahead.cache texts", "lookahead.cache: expected text (or text:own), reuse:2-5 or skip:0,6, joined by"),
+        ("--lookahead.head none.safetensors", "lookahead.head: none.safetensors is no completion head (No such file"),
+        ("--lora.targets [attn.none]", "lora.targets: 'attn.none' matches no module of SD3Transformer2DModel"),
+        ("--sampler.calibration none.json", "sampler.calibration: cannot read none.json: No such file"),
+    ],
+)
+def test_what_the_model_or_the_device_cannot_do_is_refused_before_anything_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, expected: str
+) -> None:
+    def drawn(*arguments: object, **options: object) -> None:
+        raise AssertionError("a trajectory is drawn")
+
+    monkeypatch.setattr(experience, "draw", drawn)
+    assert dry_run(*arguments.split()) == 2
+    assert f"error: {expected}" in capsys.readouterr().err
 
 
 def test_an_unknown_reward_is_refused(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

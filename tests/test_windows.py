@@ -202,6 +202,7 @@ def test_without_windows_training_draws_what_it_always_drew() -> None:
         (["window.schedule=fixed", "window.size=8"], "window.size: expected a window that fits the steps 0..6, got 8"),
         ([*FAST, "window.first=3"], "window.size: expected a window that fits the steps 3..3, got 2"),
         ([*FAST[:2], "window.last=7"], "window.last: expected at most 6, got 7"),
+        ([*FAST, "window.first=4"], "window.first: expected at most 3, got 4"),
         ([*FAST, "objective.trained_steps=3"], "objective.trained_steps: expected at most 2 steps to draw, got 3"),
         ([*FAST, "objective.trained_steps=[1]"], "expected all_but_last or a number with a window, got [1]"),
         (

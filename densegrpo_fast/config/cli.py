@@ -128,11 +128,18 @@ def validate(settings: dict[str, Any]) -> Config:
         if made is None:
             return config
         sampler = config.sampler.model_dump() | {"noise_level": list(made.noise_level)}
+    except ValidationError as error:
+        raise _invalid("invalid configuration:", error) from None
+    try:
         return Config.model_validate(config.model_dump() | {"sampler": sampler})
     except ValidationError as error:
-        problems = describe_errors(error)
-        separator = "\n  " if len(problems) > 1 else " "
-        raise UserError(separator.join(["invalid configuration:", *problems]), ExitCode.USAGE) from None
+        raise _invalid(f"sampler.calibration: the levels of {made.path} do not fit:", error) from None
+
+
+def _invalid(beginning: str, error: ValidationError) -> UserError:
+    problems = describe_errors(error)
+    separator = "\n  " if len(problems) > 1 else " "
+    return UserError(separator.join([beginning, *problems]), ExitCode.USAGE)
 
 
 def _print_and_exit(text: str) -> None:

@@ -5,7 +5,7 @@ A credit method from outside of the package is an exception: its file is run whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.credit import registry
@@ -63,7 +63,7 @@ def _smoothing_problem(config: Config, method: registry.CreditMethod) -> str | N
     given, name = config.credit.smoothing, config.credit.method
     if given and not method.uses_lookahead:
         return f"credit.smoothing: expected 0 with credit.method {name}, which has no lookahead, got {given}"
-    if given and config.window.size == 1:
+    if given and all(len(noisy_among(config, window)) < 2 for window in config.schedule().reached()):
         return f"credit.smoothing: expected 0 with one noisy step, between whose ends no state lies, got {given}"
     return None
 
@@ -94,18 +94,23 @@ def arguments_problem(
 
 
 def _plan_problem(config: Config, method: registry.CreditMethod) -> str | None:
-    if method.plan is None or config.lookahead.plan == method.plan:
+    if method.plan is None:
         return None
-    return (
-        f"lookahead.plan: expected {method.plan}, by which the rewards of credit.method {config.credit.method} are "
-        f"defined, got {config.lookahead.plan}"
-    )
+    defined = f"{method.plan}, by which the rewards of credit.method {config.credit.method} are defined"
+    if config.lookahead.plan != method.plan:
+        return f"lookahead.plan: expected {defined}, got {config.lookahead.plan}"
+    if (head := config.lookahead.head) is not None:
+        return f"lookahead.head: expected null with {defined}, got {head}"
+    return None
 
 
 def _coefficients_problem(config: Config, taken: Iterable[str]) -> str | None:
-    credit, steps = config.credit, config.sampler.num_steps
-    if "window" in taken and steps % credit.window:
-        return f"credit.window: expected a divisor of the {steps} steps, got {credit.window}"
+    credit = config.credit
+    if "window" in taken:
+        for steps in config.lengths():
+            if steps % credit.window:
+                left = "" if steps == config.sampler.num_steps else " that window.remainder_share leaves"
+                return f"credit.window: expected a divisor of the {steps} steps{left}, got {credit.window}"
     if "terminal_coef" in taken and credit.terminal_coef + credit.dense_coef == 0:
         return "credit.terminal_coef, credit.dense_coef: expected one above 0, got 0 and 0"
     return None
@@ -152,5 +157,11 @@ def trainable_steps(config: Config) -> list[int]:
 
 def quiet_steps(config: Config) -> list[int]:
     """The steps that training may train although they inject no noise."""
-    ends = {config.sampler.num_steps - 1} if config.sampler.dynamics in _QUIET_END else set()
-    return [step for step in trainable_steps(config) if step in ends or not config.noise_levels[step]]
+    trainable = trainable_steps(config)
+    return sorted({*trainable} - {*noisy_among(config, trainable)})
+
+
+def noisy_among(config: Config, steps: Sequence[int]) -> list[int]:
+    """Those of some steps that inject noise where an iteration lets them, in their order."""
+    end = config.sampler.num_steps - 1 if config.sampler.dynamics in _QUIET_END else None
+    return [step for step in steps if step != end and config.noise_levels[step]]

@@ -25,7 +25,7 @@ from densegrpo_fast.config.learning import (
     RewardOptions,
     RunOptions,
 )
-from densegrpo_fast.config.methods import credit_problem, remainder_problem
+from densegrpo_fast.config.methods import credit_problem, noisy_among, remainder_problem
 from densegrpo_fast.config.nodes import nodes_problem
 from densegrpo_fast.config.objectives import objective_problem
 from densegrpo_fast.config.rewards import meaning
@@ -39,7 +39,7 @@ from densegrpo_fast.config.sampling import (
 )
 from densegrpo_fast.credit import registry
 from densegrpo_fast.fingerprint import fingerprint
-from densegrpo_fast.sampling.windows import Windows
+from densegrpo_fast.sampling.windows import Windows, remaining_steps
 
 _CHECKS = (
     credit_problem,
@@ -113,11 +113,23 @@ class Config(Section):
             return f"sampler.noise_level: expected one number per step, got {len(given)}"
         if self.sampler.dynamics == "cps" and max(self.noise_levels) > 1:
             return f"sampler.noise_level: expected at most 1 with dynamics cps, got {max(self.noise_levels)}"
-        trained, levels = self.objective.trained_steps, self.noise_levels
+        trained = self.objective.trained_steps
         for candidates in [trained] if isinstance(trained, list) else self.windows():
-            if not any(levels[step] > 0 for step in candidates):
-                where = "" if self.window.size is None else f" of the window {candidates[0]}..{candidates[-1]}"
-                return f"sampler.noise_level: expected noise in at least one trained step{where}, got 0 in all of them"
+            if noisy := noisy_among(self, candidates):
+                quiet = len(candidates) - len(noisy)
+                if isinstance(trained, int) and trained <= quiet:
+                    return (
+                        f"objective.trained_steps: expected at least {quiet + 1} to draw where {quiet} of the steps "
+                        f"{candidates[0]}..{candidates[-1]} inject no noise, got {trained}"
+                    )
+                continue
+            if any(self.noise_levels[step] for step in candidates):
+                return (
+                    "objective.trained_steps: expected a step that injects noise, which the last one of dynamics "
+                    f"{self.sampler.dynamics} does not, got {trained}"
+                )
+            where = "" if self.window.size is None else f" of the window {candidates[0]}..{candidates[-1]}"
+            return f"sampler.noise_level: expected noise in at least one trained step{where}, got 0 in all of them"
         return None
 
     def _window_problem(self) -> str | None:
@@ -127,6 +139,8 @@ class Config(Section):
         last = steps - 2 if self.window.last is None else self.window.last
         if last > steps - 2:
             return f"window.last: expected at most {steps - 2}, got {last}"
+        if first > last:
+            return f"window.first: expected at most {last}, got {first}"
         if first + size - 1 > last:
             return f"window.size: expected a window that fits the steps {first}..{last}, got {size}"
         return None
@@ -197,6 +211,14 @@ class Config(Section):
     def windows(self) -> list[range]:
         """Every window that an iteration may have; without windows the steps 0..T-2, which are all that is trained."""
         return [range(self.sampler.num_steps - 1)] if self.window.size is None else self.schedule().reached()
+
+    def lengths(self) -> list[int]:
+        """Every number of steps that a trajectory may have, falling: `window.remainder_share` may leave some out."""
+        if self.window.size is None:
+            return [self.sampler.num_steps]
+        ends = {window.stop for window in self.windows()}
+        after = {end: remaining_steps(self.sampler.num_steps - end, self.window.remainder_share) for end in ends}
+        return sorted({end + left for end, left in after.items()}, reverse=True)
 
     @property
     def noise_levels(self) -> tuple[float, ...]:

@@ -16,8 +16,13 @@ with the reviews.
 
 Unlike in every other method the zero of the rewards matters. Q is a weight only as long as it is not negative: a
 trajectory with a Q below 0 weighs its steps alike, as a negative weight would turn an advantage around, and k * Q is a
-penalty there. So give VGPO rewards of at least 0. With noise in some of the steps only, Q sums the instant rewards that
-are computed, which are those of the noisy steps; each of these discounts once.
+penalty there. So give VGPO rewards of at least 0.
+
+With noise in all steps every instant reward is Eq 9's. With noise in some only, two things are ours. Q sums the instant
+rewards of the noisy steps, each of which discounts once. And as states that noise-free steps join have one completion,
+a step's is that of the last of them: of the state before the next noisy step, projected in one ODE step, and after the
+last noisy step the real final image, to which the ODE has gone in all its steps. With a window (as in embedded_vgpo) Q
+so mixes two estimators: one-step projections, and for the last noisy step a reward without an error of projection.
 """
 
 from __future__ import annotations

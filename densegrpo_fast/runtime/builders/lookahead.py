@@ -99,7 +99,7 @@ def build_head(path: Path, plan: Plan, model: FlowModel) -> CompletionHead:
     Raises:
         UserError: (usage) it cannot be read, or was made for another plan or model.
     """
-    head = read_head(path, model)
+    head = read_head(path, model, "lookahead.head")
     if head.config.paths != plan.paths:
         raise UserError(
             f"lookahead.head: {path} was made for another plan than {plan.name}; "
@@ -109,8 +109,13 @@ def build_head(path: Path, plan: Plan, model: FlowModel) -> CompletionHead:
     return head
 
 
-def read_head(path: Path, model: FlowModel) -> CompletionHead:
+def read_head(path: Path, model: FlowModel, option: str = "--head") -> CompletionHead:
     """A completion head from its file, on the model's device.
+
+    Args:
+        path: the file.
+        model: whose rollouts it corrects.
+        option: that named the file, for the message.
 
     Raises:
         UserError: (usage) it cannot be read, or was made for a model of another shape.
@@ -118,11 +123,11 @@ def read_head(path: Path, model: FlowModel) -> CompletionHead:
     try:
         head = load_head(path)
     except ValueError as error:
-        raise UserError(f"completion head: {error}", ExitCode.USAGE) from None
+        raise UserError(f"{option}: {error}", ExitCode.USAGE) from None
     made, own = (head.config.latent_shape, head.config.hidden), (model.latent_shape, model.network.inner_dim)
     if made != own:
         raise UserError(
-            f"completion head: {path} was made for latents and hidden width {made}, this model has {own}",
+            f"{option}: {path} was made for latents and hidden width {made}, this model has {own}",
             ExitCode.USAGE,
         )
     return head.to(model.device)

@@ -7,6 +7,7 @@ from typing import Any
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.embedded import scenes
+from densegrpo_fast.exit_codes import UserError
 from densegrpo_fast.runtime.data import BUILT_IN, PromptSampler, PromptSet, built_in_prompts, load_prompts
 from densegrpo_fast.runtime.evaluation import HeldOut
 
@@ -33,13 +34,21 @@ class TrainingPrompts:
 
 
 def build_prompts(config: Config) -> TrainingPrompts:
-    """Training prompts: the embedded model's sentences, a set of the package, or a file."""
+    """Training prompts: the embedded model's sentences, a set of the package, or a file.
+
+    Raises:
+        UserError: (usage) the file cannot be read or holds something else than prompts.
+    """
     prompts = _prompt_set(config.data.prompts, held_out=False)
     return TrainingPrompts(prompts, PromptSampler(len(prompts), config.data.num_prompts, config.seed))
 
 
 def build_held_out(config: Config) -> HeldOut:
-    """The held-out evaluation; its prompts and noise do not depend on the run's seed, so runs can be compared."""
+    """The held-out evaluation; its prompts and noise do not depend on the run's seed, so runs can be compared.
+
+    Raises:
+        UserError: as `build_prompts`.
+    """
     options = config.evaluation
     prompts = _prompt_set(config.data.eval_prompts, held_out=True)
     return HeldOut(
@@ -57,4 +66,9 @@ def _prompt_set(source: str, held_out: bool) -> PromptSet:
     if source == "scenes":
         prompts = scenes.prompts(held_out=held_out, count=_SENTENCES)
         return PromptSet(tuple(prompts), tuple({} for _ in prompts))
-    return built_in_prompts(source, held_out) if source in BUILT_IN else load_prompts(source)
+    if source in BUILT_IN:
+        return built_in_prompts(source, held_out)
+    try:
+        return load_prompts(source)
+    except UserError as error:
+        raise UserError(f"data.{'eval_prompts' if held_out else 'prompts'}: {error}", error.exit_code) from None
