@@ -7,10 +7,11 @@
 Trajectories are drawn from the starting policy, every step's reward gains are counted by their sign, and the step's
 noise is raised while they are balanced and lowered where they are not (DenseGRPO, arXiv 2601.20218, Algorithm 1).
 "staircase" looks for the highest balanced level of each step, with the same noise in all rounds until further samples
-confirm what was found; "printed" is the paper's rule to the letter. Samples that no round has seen tell the result.
-Steps start from `sampler.noise_level`, and have noise as in training: in the steps of one of the configuration's
-windows, the samples being shared out among several windows (in all steps with `--window.schedule none --window.size
-null`); with `sampler.branches` each step is taken from a noise-free trunk.
+confirm what was found, and leaves steps alone that the least noise does not balance; "printed" is the paper's rule to
+the letter. Samples that no round has seen tell the result. Steps start from `sampler.noise_level`, and have noise as in
+training: in the steps of one of the configuration's windows, the samples being shared out among several windows (in all
+steps with `--window.schedule none --window.size null`); with `sampler.branches` each step is taken from a noise-free
+trunk.
 Completions are exact, whatever `lookahead` says: the error of a cheap plan has a sign too. Options of the preset may be
 overridden as in training; they are parsed before torch is imported. Exit codes are in `exit_codes.py`.
 """
@@ -68,7 +69,7 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
     if options.plot is not None:
         report.figure_class()
     meter = _meter(config, options.samples)
-    start, seen = rule.levels, options.samples
+    start, seen = rule.result, options.samples
     judging = 2 * (seen + (max(2, seen // options.branches) if options.branches else 0))
     with tqdm(total=options.rounds * seen + judging, unit="sample", disable=None) as bar:
 

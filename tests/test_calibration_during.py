@@ -28,7 +28,7 @@ OPTIONS = {
     "window.size": "null",
     "calibration.every": 3,
     "calibration.samples": 16,
-    "calibration.rounds": 2,
+    "calibration.rounds": 4,
 }
 
 
@@ -70,14 +70,15 @@ def test_a_calibration_moves_the_levels_by_the_rule(mixture_model: Any, monkeypa
     found = levels(configured(), mixture_model, monkeypatch)
     before, decoded = len(mixture_model.calls), len(mixture_model.decoded)
     metrics = calibrate(found, 3)
-    # one first move of .16 up or down, and perhaps a second one; the result is a level that was measured or come to
+    # two rounds at the lowest level, a first move of .16 up or down, and perhaps a second one; the result is a level
+    # that was measured or come to
     assert found.levels != (0.7,) * 4 and all(0.1 <= level <= 1.0 for level in found.levels)
-    assert metrics["calibration/rounds"] == 2 and 0 <= metrics["calibration/imbalance"] <= 1
-    # closed form: 2 rounds of 16 samples, each 4 steps and 3 + 2 + 1 of the exact completions
-    assert metrics["nfe/calibration"] == metrics["nfe_unguided/calibration"] == 2 * 16 * (4 + 6)
+    assert metrics["calibration/rounds"] == 4 and 0 <= metrics["calibration/imbalance"] <= 1
+    # closed form: 4 rounds of 16 samples, each 4 steps and 3 + 2 + 1 of the exact completions
+    assert metrics["nfe/calibration"] == metrics["nfe_unguided/calibration"] == 4 * 16 * (4 + 6)
     # with the image a picture for each state
-    assert metrics["decodes/full"] == metrics["pictures_scored"] == sum(mixture_model.decoded[decoded:]) == 2 * 16 * 5
-    assert sum(rows for rows, _, _ in mixture_model.calls[before:]) == 2 * 16 * (4 + 6)
+    assert metrics["decodes/full"] == metrics["pictures_scored"] == sum(mixture_model.decoded[decoded:]) == 4 * 16 * 5
+    assert sum(rows for rows, _, _ in mixture_model.calls[before:]) == 4 * 16 * (4 + 6)
 
 
 def test_samples_depend_on_the_iteration_alone(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +149,7 @@ def test_refused_options(options: dict[str, object], expected: str) -> None:
 def test_a_run_recalibrates_and_goes_on_bit_for_bit(train: Any, tmp_path: Path) -> None:
     options = {"sampler.dynamics": "flow_sde", "sampler.num_steps": 2, "evaluation.every": 0}
     # the levels start above what a calibration may choose, so the first one changes them
-    options |= {"calibration.every": 2, "calibration.samples": 8, "calibration.rounds": 2, "calibration.highest": 0.5}
+    options |= {"calibration.every": 2, "calibration.samples": 8, "calibration.rounds": 4, "calibration.highest": 0.5}
     options |= {"sampler.micro_batch": 4, "optimizer.updates_per_iteration": 1}
     assert train(tmp_path / "whole", **options, **{"run.iterations": 4}) == 0
     # stopped right before the second calibration, and once more after it

@@ -63,7 +63,8 @@ class NoiseLevels:
         for measured in rounds:
             for cost, samples in meter.costs(measured.levels):
                 costs.calibration(cost, samples)
-        imbalances = [abs(signs.imbalance) for signs in rounds[0].signs if signs.decided]
+        first = [measured for measured in rounds if measured.levels == tuple(levels)][:1]
+        imbalances = [abs(signs.imbalance) for measured in first for signs in measured.signs if signs.decided]
         self.levels = tuple(
             found if step in self._noisy else old
             for step, (found, old) in enumerate(zip(rule.result, self.levels, strict=True))

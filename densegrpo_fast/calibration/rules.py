@@ -158,6 +158,10 @@ class PrintedRule:
         return {"name": self.name, "eps1": self.eps1, "eps2": self.eps2, "limits": asdict(self.limits)}
 
 
+_DRAWS_BELOW = 2
+"""Draws that are measured at the lowest level."""
+
+
 @dataclass
 class _Stair:
     """Where one step stands.
@@ -165,11 +169,12 @@ class _Stair:
     Attributes:
         start: its level at first; 0 = a step without noise.
         ceiling: highest level that it may still have.
-        level: what the next round measures.
+        level: what the next round of the climb measures.
         size, direction: of its last move.
-        balanced: the level that was last measured and balanced, and `seen` the signs that it had there.
+        balanced: the level that was last measured and balanced, or None.
+        seen: signs at the lowest level, and then those at the balanced one.
         ended: whether it has been bracketed, or the limits or a lack of signs hold it.
-        hopeless: whether it was out of balance at the lowest level too.
+        hopeless: whether it was out of balance at the lowest level.
     """
 
     start: float
@@ -198,10 +203,11 @@ class Staircase:
     down; each change of direction halves the move until it is `resolution`. A step has ended when it changes its
     direction at that size, is held by a limit, or has too few signs to tell. Levels of 0 (ODE steps) stay.
 
-    What common random numbers find is the luckiest level of one draw, so when all steps have ended, a further draw
-    confirms the levels found: a step that is out of balance over both draws together goes on below that level, on the
-    new draw. The rule has settled when a draw confirms all steps. A step that is out of balance at the lowest level
-    too is *hopeless*: it is not the amount of noise that unbalances it, and it keeps the level it started from.
+    First of all, two draws are measured at the lowest level. A step that is out of balance there is *hopeless*: it is
+    not the amount of noise that unbalances it, and it keeps the level it started from. Then the others climb, all on
+    the first draw. What that finds may be the luckiest level of one draw, so when all steps have ended, a further draw
+    confirms the levels found: a step that is out of balance over both draws together goes on, on the new draw, in the
+    lower half of what is left to it. The rule has settled when a draw confirms all steps.
 
     With the paper's count instead, more samples would demand an ever finer balance; with chance alone as the measure,
     enough samples would find some imbalance at any level. The share is what makes the result independent of how many
@@ -243,12 +249,14 @@ class Staircase:
         self.first, self.resolution = first, resolution
         starts = [limits.clamp(level) if level else 0.0 for level in levels]
         self._stairs = [_Stair(start, limits.highest, start, first) for start in starts]
-        self._confirming = False
+        self._update = self._look_down
         self.draw, self.settled = 0, False
 
     @property
     def levels(self) -> tuple[float, ...]:
-        return self.result if self._confirming else tuple(stair.level for stair in self._stairs)
+        if self._update == self._look_down:
+            return tuple(self.limits.lowest if stair.start else 0.0 for stair in self._stairs)
+        return self.result if self._update == self._confirm else tuple(stair.level for stair in self._stairs)
 
     @property
     def result(self) -> tuple[float, ...]:
@@ -263,30 +271,41 @@ class Staircase:
         return max(self.share * decided, self.deviations * math.sqrt(decided))
 
     def update(self, signs: Sequence[Signs]) -> None:
-        if self._confirming:
-            self._confirm(signs)
-            return
+        self._update(signs)
+
+    def _look_down(self, signs: Sequence[Signs]) -> None:
         for stair, count in zip(self._stairs, signs, strict=True):
-            self._climb(stair, count)
+            stair.seen += count
+        self.draw += 1
+        if self.draw < _DRAWS_BELOW:
+            return
+        for stair in self._stairs:
+            stair.hopeless = not self._balanced(stair.seen) and stair.seen.decided >= self.enough
+            stair.ended = stair.hopeless
+        self._update, self.draw = self._climb, 0
+
+    def _climb(self, signs: Sequence[Signs]) -> None:
+        for stair, count in zip(self._stairs, signs, strict=True):
+            if not stair.hopeless:
+                self._judge(stair, count)
         if all(stair.ended for stair in self._stairs):
-            self._confirming = any(stair.balanced is not None for stair in self._stairs)
-            self.settled = not self._confirming
-            self.draw += self._confirming
+            self.settled = all(stair.balanced is None for stair in self._stairs)
+            if not self.settled:
+                self._update = self._confirm
+                self.draw += 1
 
     def _confirm(self, signs: Sequence[Signs]) -> None:
-        self._confirming = False
         refuted = False
         for stair, count in zip(self._stairs, signs, strict=True):
-            both = stair.seen + count
-            if stair.balanced is None or self._balanced(both):
+            if stair.balanced is None or self._balanced(stair.seen + count):
                 continue
-            stair.ceiling = self.limits.clamp(stair.balanced - self.resolution)
-            stair.level, stair.balanced = stair.balanced, None
-            stair.size, stair.direction, stair.ended, refuted = self.first, -1, False, True
-            self._move(stair, -1)
-        self.settled = not refuted
+            below = max(self.resolution, (stair.balanced - self.limits.lowest) / 2)
+            stair.ceiling = stair.level = self.limits.clamp(stair.balanced - below)
+            stair.balanced, stair.size, stair.direction = None, self.first, -1
+            stair.ended, refuted = False, True
+        self.settled, self._update = not refuted, self._climb
 
-    def _climb(self, stair: _Stair, count: Signs) -> None:
+    def _judge(self, stair: _Stair, count: Signs) -> None:
         if not stair.level or count.decided < self.enough:
             stair.ended = True
             return
@@ -306,9 +325,7 @@ class Staircase:
             stair.ended |= stair.size == self.resolution
             stair.size = max(stair.size / 2, self.resolution)
         level = min(self.limits.clamp(stair.level + direction * stair.size), stair.ceiling)
-        held = level == stair.level
-        stair.ended |= held
-        stair.hopeless = held and direction < 0
+        stair.ended |= level == stair.level
         stair.level, stair.direction = level, direction
 
     def describe(self) -> dict[str, Any]:
