@@ -24,6 +24,7 @@ from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
+from densegrpo_fast.sampling.tree import grow
 
 T, B = 4, 6
 
@@ -79,6 +80,29 @@ def test_nothing_is_read_back(model: FlowModel, conditioning: Conditioning, fami
         for decoder in ("full", "preview"):
             assert lookahead.images(clean, trajectory.coefficients.noisy, decoder).shape == (T + 1, B, 3, 64, 64)
     assert sample_ode(model, noise, conditioning, model.sigmas(T)).shape == noise.shape
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_nothing_of_branches_is_read_back(model: FlowModel, conditioning: Conditioning, guidance_scale: float) -> None:
+    """Two trunks with three branches each at the steps 0, 2 and 3, the last of which leads to the image."""
+    index = torch.arange(0, B, 3, device="meta")
+    tree = grow(
+        model,
+        initial_noise(model, index, seed=0, epoch=0),
+        conditioning,
+        coefficients(model.sigmas(T), [0.7, 0.0, 0.7, 0.7], "flow_sde").to(torch.device("meta")),
+        branches=3,
+        sample_index=index,
+        seed=0,
+        epoch=0,
+        guidance_scale=guidance_scale,
+        micro_batch=1,
+    )
+    for guidance in ("full", "cond_only"):
+        lookahead = Lookahead(model, plans.exact(T), guidance=guidance, chunk=4)
+        for drawn in (tree, tree.reach(lookahead), tree.select(slice(0, 2))):
+            clean = drawn.completions(lookahead)
+            assert clean.device.type == "meta" and clean.shape == (3, B, *model.latent_shape)
 
 
 def test_a_read_would_be_noticed() -> None:
