@@ -15,7 +15,7 @@ from torch import Tensor
 from densegrpo_fast.exit_codes import ExitCode
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity import statistics
-from densegrpo_fast.fidelity.measure import Variant, agreement_of, measure, reference, score, trajectories
+from densegrpo_fast.fidelity.measure import Variant, agreement_of, cost_of, measure, reference, score, trajectories
 from densegrpo_fast.fidelity.options import parse, plans_of
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.search import Thresholds, cheapest, search
@@ -50,6 +50,19 @@ def test_one_rollout_serves_all_variants_in_any_split(subject: Subject) -> None:
     alone = measure(subject, variants[:1], range(2, 4), group_size=6, seed=0)
     torch.testing.assert_close(alone[variants[0]], together[variants[0]][2:])
     assert not torch.equal(together[variants[0]], together[variants[1]])
+
+
+def test_samples_of_one_noise_share_their_first_completion(subject: Subject) -> None:
+    shared, variant = replace(subject, shared_noise=True), Variant(plans.nodes(5, (2,)), "full", "full")
+    rewards = measure(shared, [variant], range(2), group_size=6, seed=0)
+    for found in rewards.values():
+        # in state 0 a group is one sample, and from then on six
+        assert [len(group.unique()) for group in found[..., 0]] == [1, 1]
+        assert all(len(group.unique()) == 6 for group in found[..., 1])
+    # of 4 + 3 + 2 + 1 evaluations the first 4 are for all six
+    assert cost_of(reference(5), shared, 6).lookahead.guided == pytest.approx(4 / 6 + 6)
+    reused = replace(reference(5), guidance="reuse")
+    assert cost_of(reused, shared, 6).lookahead.unguided == cost_of(reference(5), subject, 6).lookahead.guided == 10
 
 
 def test_exact_is_its_own_reference(subject: Subject) -> None:
@@ -438,6 +451,7 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
         (["--group-size", "1"], "expected a whole number of at least 2, got '1'"),
         (["--threshold-gains", "2"], "expected a number in [-1, 1], got '2'"),
         (["--search", "--groups", "1"], "--search needs --groups of at least 2"),
+        (["--search", "--head", "a.safetensors"], "--search and --head exclude each other"),
         (["--cost", "--analytic"], "--cost and --analytic exclude each other"),
         (["--cost", "--head", "a.safetensors"], "--cost --head counts a head of the usual size; leave its FILE out"),
         (["--head"], "--head needs the FILE of a head"),
