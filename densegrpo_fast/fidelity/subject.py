@@ -173,6 +173,7 @@ def pipeline_subject(
             "copy_dtypes": list(copy_dtypes),
             "vae_dtypes": [config.model.vae_dtype, *vae_dtypes],
             "vae_decode": config.model.vae_decode,
+            "preview_dtype": config.model.preview_dtype,
             "caches": list(dict.fromkeys(spec for _, spec in caches)),
             "graphs": config.lookahead.graphs,
             "branched": config.sampler.branches is not None,
