@@ -123,7 +123,8 @@ class Tree:
             ValueError: as `Lookahead.complete`.
         """
         tree = self if self.reached else self.reach(lookahead)
-        return lookahead.complete(tree.twigs)[[step + 1 for step in self.steps]]
+        clean = lookahead.complete(tree.twigs)
+        return torch.stack([clean[step + 1] for step in self.steps])
 
 
 Sampled = Trajectory | Tree
