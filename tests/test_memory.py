@@ -311,6 +311,18 @@ def test_text_of_every_sample_would_not_fit() -> None:
     assert check(replace(large, state={"lookahead features": 2 * prompt}), 48 * GIB, "cuda:0") is None
 
 
+def test_half_precision_halves_the_preview_decoder() -> None:
+    whole, half = (ModelMemory(flops.embedded(), dtype=torch.float32, preview_dtype=dtype) for dtype in DTYPES)
+    assert half.preview_decoder == whole.preview_decoder / 2 > 0
+    assert half.full_decoder == whole.full_decoder
+    # what is decoded is float32 in either case
+    assert half.decode(4, "full") == whole.decode(4, "full")
+    assert 0.4 < half.decode(4, "preview") / whole.decode(4, "preview") < 0.9
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
 def test_the_24_gb_preset_fits_24_gb() -> None:
     from transformers import CLIPConfig, CLIPModel
 

@@ -229,7 +229,7 @@ class Judge:
         def completions(chunk: int) -> Tensor:
             for way in ways:
                 way.chunk = chunk
-            reached = tree.reach(ways[0].model, chunk)
+            reached = tree.reach(ways[0])
             return torch.stack([reached.completions(way) for way in ways])
 
         with timer("lookahead"):

@@ -19,6 +19,7 @@ from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.visit import Travellers
 
 
 @dataclass(frozen=True)
@@ -97,36 +98,33 @@ class Tree:
         return self.twigs.latents[step + 1, self.taken(rows)]
 
     @torch.no_grad()
-    def reach(self, model: FlowModel, chunk: int | None = None) -> Tree:
+    def reach(self, lookahead: Lookahead) -> Tree:
         """The tree with the velocity of every state that a branch leads to, at the trunks' guidance.
 
         Args:
-            model: the policy, or a lookahead's copy of it: nothing but completions goes on from there.
-            chunk: branches per forward. None = all of them.
+            lookahead: evaluates them as it does its nodes, by its model: nothing but completions goes on from there.
         """
-        twigs = self.twigs
+        twigs, sigmas = self.twigs, self.coefficients.sigmas
         velocities = twigs.latents.new_zeros(twigs.velocities.shape)
-        size = chunk or twigs.batch
+        lookahead.visits.begin(lookahead.model)
         for state in self.inner:
-            sigma = self.coefficients.sigmas[state]
-            for start in range(0, twigs.batch, size):
-                part = slice(start, min(start + size, twigs.batch))
-                here = twigs.latents[state, part]
-                conditioning = twigs.conditioning.select(part)
-                found = model.velocity(here, sigma.expand(len(here)), conditioning, self.guidance_scale)
-                velocities[state, part] = found.combined()
+            here, sigma = twigs.latents[state], sigmas[state].expand(twigs.batch)
+            # they are there already: whatever the velocity, the jump has no length
+            rows = Travellers(here, here, sigma, sigma, twigs.conditioning, samples=None)
+            velocities[state] = lookahead.arrive(rows, state, self.guidance_scale).velocity
         return replace(self, twigs=replace(twigs, velocities=velocities), reached=True)
 
     def completions(self, lookahead: Lookahead) -> Tensor:
         """Clean latents [M, B, ...] float32 of every step's branches.
 
-        A tree that is not `reached` is, by the lookahead's model: several completions of one tree share that.
+        A tree that is not `reached` is, by the lookahead: several completions of one tree share that.
 
         Raises:
             ValueError: as `Lookahead.complete`.
         """
-        tree = self if self.reached else self.reach(lookahead.model, lookahead.chunk)
-        return lookahead.complete(tree.twigs)[[step + 1 for step in self.steps]]
+        tree = self if self.reached else self.reach(lookahead)
+        clean = lookahead.complete(tree.twigs)
+        return torch.stack([clean[step + 1] for step in self.steps])
 
 
 Sampled = Trajectory | Tree
