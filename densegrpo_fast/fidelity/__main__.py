@@ -139,9 +139,9 @@ def _subject_and_variants(
 
     make_plans = plans_of(options)
     if config is not None and config.sampler.branches is not None:
-        if given := [name for name in ("head", "cache") if getattr(options, name)]:
+        if options.cache:
             problem = f"is for trajectories, and {config.preset} has sampler.branches; leave it out"
-            raise UserError(f"--{given[0]} {problem}", ExitCode.USAGE)
+            raise UserError(f"--cache {problem}", ExitCode.USAGE)
     if config is None:
         subject = analytic_subject(options.groups)
         guidances, decoders = options.guidance or ["full"], options.decoder or ["full"]

@@ -7,6 +7,7 @@ a lookahead's to complete. The velocity of a state is evaluated once for all its
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,12 +31,12 @@ class Tree:
     Attributes:
         trunk: noise-free trajectories of S rows, as far as the last state that branches.
         twigs: B rows of which only what follows a branching step t is filled: `latents[t+1]`, where its branches lead;
-            `velocities[t+1]`, the guided velocity there (of t < T-1), once `reach` has filled it; `log_probs[t]`, of
-            the branches' steps. Its `coefficients.noisy` marks the states that branches lead to, as if their next step
-            were noisy: a lookahead then completes these and no others.
+            `velocities[t+1]` and `hidden[t+1]`, the guided velocity and the hidden tokens there (of t < T-1), once
+            `reach` has filled them; `log_probs[t]`, of the branches' steps. Its `coefficients.noisy` marks the states
+            that branches lead to, as if their next step were noisy: a lookahead then completes these and no others.
         coefficients: of the sampler, with noise in the M branching steps.
         branches: K.
-        reached: whether `reach` has filled the velocities.
+        reached: whether `reach` has filled what completions start with.
     """
 
     trunk: Trajectory
@@ -97,14 +98,16 @@ class Tree:
         return self.twigs.latents[step + 1, self.taken(rows)]
 
     @torch.no_grad()
-    def reach(self, model: FlowModel, chunk: int | None = None) -> Tree:
+    def reach(self, model: FlowModel, chunk: int | None = None, *, keep_hidden: bool = False) -> Tree:
         """The tree with the velocity of every state that a branch leads to, at the trunks' guidance.
 
         Args:
             model: the policy, or a lookahead's copy of it: nothing but completions goes on from there.
             chunk: branches per forward. None = all of them.
+            keep_hidden: keep the network's last hidden tokens there too, for a lookahead with a completion head.
         """
         twigs = self.twigs
+        hidden: Tensor | None = None
         velocities = twigs.latents.new_zeros(twigs.velocities.shape)
         size = chunk or twigs.batch
         for state in self.inner:
@@ -113,20 +116,30 @@ class Tree:
                 part = slice(start, min(start + size, twigs.batch))
                 here = twigs.latents[state, part]
                 conditioning = twigs.conditioning.select(part)
-                found = model.velocity(here, sigma.expand(len(here)), conditioning, self.guidance_scale)
+                with model.tap() if keep_hidden else nullcontext([]) as tokens:
+                    found = model.velocity(here, sigma.expand(len(here)), conditioning, self.guidance_scale)
                 velocities[state, part] = found.combined()
-        return replace(self, twigs=replace(twigs, velocities=velocities), reached=True)
+                if keep_hidden:
+                    if hidden is None:
+                        hidden = tokens[0].new_zeros(*velocities.shape[:2], *tokens[0].shape[1:])
+                    hidden[state, part] = tokens[0]
+        return replace(self, twigs=replace(twigs, velocities=velocities, hidden=hidden), reached=True)
+
+    def reached_by(self, lookahead: Lookahead) -> Tree:
+        """The tree as a lookahead's completions start from it: as it is if `reached`, else `reach` by its model."""
+        if self.reached:
+            return self
+        return self.reach(lookahead.model, lookahead.chunk, keep_hidden=lookahead.head is not None)
 
     def completions(self, lookahead: Lookahead) -> Tensor:
         """Clean latents [M, B, ...] float32 of every step's branches.
 
-        A tree that is not `reached` is, by the lookahead's model: several completions of one tree share that.
+        A tree that is not `reached` is, by the lookahead: several completions of one tree share that.
 
         Raises:
             ValueError: as `Lookahead.complete`.
         """
-        tree = self if self.reached else self.reach(lookahead.model, lookahead.chunk)
-        return lookahead.complete(tree.twigs)[[step + 1 for step in self.steps]]
+        return lookahead.complete(self.reached_by(lookahead).twigs)[[step + 1 for step in self.steps]]
 
 
 Sampled = Trajectory | Tree
