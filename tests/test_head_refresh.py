@@ -21,7 +21,7 @@ from densegrpo_fast.runtime.head_examples import Examples, exactly_completed, ex
 from densegrpo_fast.runtime.head_training import BATCH, HeadRefresher, explained
 from densegrpo_fast.runtime.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import Evaluations, dense_iteration
+from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations
 from densegrpo_fast.sampling.guard_cost import guard_check
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
@@ -150,9 +150,8 @@ def test_what_a_check_costs_by_hand() -> None:
     24 trajectories, of which a head learns in 5 steps of 128 rows: 640 / 24 rows each, three forwards a row.
     """
     rows = 5 * BATCH / 24
-    cost = guard_check(
-        plans.exact(10), guided=True, cheap=plans.nodes(10, (3, 6)), guidance="cond_only", head_rows=rows
-    )
+    cheap = lookahead_evaluations(plans.nodes(10, (3, 6)), guided=True, guidance="cond_only")
+    cost = replace(guard_check(plans.exact(10), guided=True), cheap=cheap, head_rows=rows)
     assert (cost.exact, cost.cheap) == (Evaluations(guided=45), Evaluations(unguided=9))
     assert cost.forwards == 99 and (cost.full_decodes, cost.rewards) == (11, 11)
     # powers of ten, so that the sum shows every count

@@ -18,12 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
+from densegrpo_fast.sampling.tree import grow
 
 T, B = 4, 6
 
@@ -79,6 +81,25 @@ def test_nothing_is_read_back(model: FlowModel, conditioning: Conditioning, fami
         for decoder in ("full", "preview"):
             assert lookahead.images(clean, trajectory.coefficients.noisy, decoder).shape == (T + 1, B, 3, 64, 64)
     assert sample_ode(model, noise, conditioning, model.sigmas(T)).shape == noise.shape
+
+
+def test_nothing_of_branches_with_a_head_is_read_back(model: FlowModel, conditioning: Conditioning) -> None:
+    index, plan = torch.arange(0, B, 3, device="meta"), plans.nodes(T, [2])
+    tree = grow(
+        model,
+        initial_noise(model, index, seed=0, epoch=0),
+        conditioning,
+        coefficients(model.sigmas(T), 0.7, "flow_sde").only([0, 1, 2]).to(torch.device("meta")),
+        branches=3,
+        sample_index=index,
+        seed=0,
+        epoch=0,
+        guidance_scale=4.5,
+    )
+    with torch.device("meta"):
+        head = CompletionHead(HeadConfig(T, plan.paths, model.latent_shape, 2, model.network.inner_dim, width=16))
+    clean = tree.completions(Lookahead(model, plan, chunk=4, head=head))
+    assert clean.device.type == "meta" and clean.shape == (3, B, *model.latent_shape)
 
 
 def test_a_read_would_be_noticed() -> None:
