@@ -6,8 +6,9 @@
 
 Gains are small differences between similar pictures, so a preview decoder has to agree with the full one on what the
 policy makes, not on pictures at large. The starting policy is rolled out on training prompts, the full decoder decodes
-the results, and the preview decoder that the configuration has is fitted to them. Held-out groups tell how far both
-decoders' rewards agree, before and after. The result is an AutoencoderTiny directory for `model.preview_decoder`.
+the results, and the preview decoder that the configuration has is fitted to them, in float32 whatever
+`model.preview_dtype` says. Held-out groups tell how far both decoders' rewards agree, before and after. The result is
+an AutoencoderTiny directory for `model.preview_decoder`.
 Options are those of training, and are parsed before torch is imported. Exit codes are in `exit_codes.py`.
 """
 
@@ -56,6 +57,7 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     from densegrpo_fast.runtime.files import STAGE_SUFFIX, output_errors
     from densegrpo_fast.runtime.preview_training import agreement, train_preview
 
+    config = config.model_copy(update={"model": config.model.model_copy(update={"preview_dtype": "float32"})})
     model = builders.build_model(config, builders.default_device())
     if not isinstance(model, SD3) or model.preview_decoder is None:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -47,38 +48,54 @@ def test_when_the_residual_of_the_text_is_needed(spec: CacheSpec, needed: bool) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "lookahead.cache: nothing to reuse"),
-        ({"reuse_blocks": (2, 2)}, r"reuse_blocks: expected a first block and a later end .* got \[2, 2\]"),
-        ({"reuse_blocks": (-1, 2)}, "reuse_blocks"),
-        ({"skip_blocks": (2, 1)}, r"skip_blocks: expected increasing block numbers from 0, got \[2, 1\]"),
-        ({"skip_blocks": (-1,)}, "skip_blocks"),
-        ({"skip_blocks": (0, 2), "reuse_blocks": (1, 3)}, r"\[2\] already lie in reuse_blocks \[1, 3\]"),
-        ({"skip_blocks": (0,), "own_text": True}, "own_text: expected false without text"),
+        ({}, "expected something to reuse (text, reuse:2-5 or skip:0,6), or null for no cache"),
+        (
+            {"reuse_blocks": (2, 2)},
+            "expected reuse with a first block and a later end (not included), got reuse:2-2",
+        ),
+        (
+            {"reuse_blocks": (-1, 2)},
+            "expected reuse with a first block and a later end (not included), got reuse:-1-2",
+        ),
+        ({"skip_blocks": (2, 1)}, "expected skip with increasing block numbers from 0, got skip:2,1"),
+        ({"skip_blocks": (-1,)}, "expected skip with increasing block numbers from 0, got skip:-1"),
+        (
+            {"skip_blocks": (0, 2), "reuse_blocks": (1, 3)},
+            "expected no block in both of reuse:1-3 and skip:0,2, got [2]",
+        ),
+        ({"skip_blocks": (0,), "own_text": True}, "expected text:own for each sample's own text, got no text"),
     ],
 )
 def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^lookahead\.cache: {re.escape(message)}$"):
         CacheSpec(**options)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (CacheSpec(reuse_blocks=(1, 3)), "reuse_blocks: this model has blocks 0..1, so the end is at most 2"),
-        (CacheSpec(skip_blocks=(2,)), r"skip_blocks: this model has blocks 0..1, got \[2\]"),
-        (CacheSpec(skip_blocks=(0, 1)), "every block of the model is skipped"),
+        (
+            CacheSpec(reuse_blocks=(1, 3)),
+            "expected reuse with an end of at most 2, as this model has blocks 0..1, got reuse:1-3",
+        ),
+        (CacheSpec(skip_blocks=(2,)), "expected skip with blocks of this model, 0..1, got skip:2"),
+        (CacheSpec(skip_blocks=(0, 1)), "expected at least one block to be left, got skip:0,1, which is all"),
     ],
 )
 def test_blocks_that_a_network_lacks(spec: CacheSpec, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^lookahead\.cache: {re.escape(message)}$"):
         spec.check(tiny_sd3().network)
 
 
 def test_networks_that_are_not_supported() -> None:
     spec, network = CacheSpec(text=True), tiny_sd3().network
     spec.check(network)
-    with pytest.raises(ValueError, match=r"only SD3's transformer .* got Linear; leave lookahead.cache out"):
+    with pytest.raises(
+        ValueError, match=r"^lookahead\.cache: only SD3's transformer .* got Linear; set it to null for"
+    ):
         spec.check(torch.nn.Linear(1, 1))
     network.transformer_blocks[1].attn.set_processor(FusedJointAttnProcessor2_0())
-    with pytest.raises(ValueError, match="block 1 has FusedJointAttnProcessor2_0 where plain joint attention"):
+    with pytest.raises(
+        ValueError, match=r"^lookahead\.cache: block 1 has FusedJointAttnProcessor2_0 where plain joint"
+    ):
         spec.check(network)

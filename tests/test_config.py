@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from densegrpo_fast.config import Config, options
 from densegrpo_fast.config.cli import CliFlags, load_config, validate
 from densegrpo_fast.config.rewards import REWARD_NAMES
+from densegrpo_fast.config.schema import sections
 from densegrpo_fast.config.yaml_files import dump_yaml, parse_yaml, preset_names, read_settings
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.fingerprint import differences
@@ -288,6 +291,17 @@ def test_refusals_name_the_key_and_the_reason(argument: str, expected: str) -> N
 )
 def test_refusals_of_options_that_disagree(arguments: list[str], expected: str) -> None:
     assert expected in refused(*arguments)
+
+
+def test_errors_name_options_that_there_are() -> None:
+    """Of the texts of the package that begin as a message about an option does: SECTION.KEY, then a colon."""
+    begins = re.compile(rf"({'|'.join(sections())})\.[a-z_.]+(?=:)")
+    named = set()
+    for path in (Path(__file__).parent.parent / "densegrpo_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and (found := begins.match(node.value)):
+                named.add(found[0])
+    assert len(named) > 30 and named <= set(options())
 
 
 def test_every_reward_of_the_package_can_be_named() -> None:

@@ -15,6 +15,7 @@ from densegrpo_fast.runtime import builders
 BASE = [f"--config={Path(__file__).parent / 'data' / 'base.yaml'}", "window.schedule=none", "window.size=null"]
 BRANCHES = ["sampler.branches=4", "sampler.micro_batch=6", "credit.method=branch"]
 NODES = ["lookahead.plan=nodes"]
+PATHS = ["lookahead.plan=paths"]
 WINDOW = ["window.schedule=fixed", "window.size=2"]
 GRANULAR = [*BRANCHES, "credit.method=granular", "lookahead.plan=exact"]
 
@@ -80,6 +81,14 @@ def config(*argv: str) -> Config:
             [*BRANCHES, *NODES, "lookahead.nodes=[3]", *WINDOW, "window.size=6", "objective.trained_steps=3"],
             "lookahead.nodes: expected a step of 4..7 among them, got [3]",
         ),
+        (  # of the trained steps 1 and 4, whose branches lead to the states 2 and 5, neither has a path
+            [*BRANCHES, *PATHS, "lookahead.paths=[[3],[],[],[4],[],[],[],[]]", "objective.trained_steps=[1,4]"],
+            "lookahead.paths: expected a step in the path of a state that is completed (2, 5), got",
+        ),
+        (  # two of the seven steps are drawn, and five of the states that they lead to have no path
+            [*BRANCHES, *PATHS, "lookahead.paths=[[],[2],[],[4],[],[],[],[]]", "objective.trained_steps=2"],
+            "lookahead.paths: expected a step in the path of a state that is completed (2, 4), got",
+        ),
         (
             [*BRANCHES, *NODES, "lookahead.nodes=[7]", "objective.trained_steps=[6]"],
             "lookahead.plan: expected one_step where no state before 7 is completed, got nodes [7]",
@@ -97,6 +106,8 @@ def test_nodes_after_the_first_branches_are_enough() -> None:
     config(*BRANCHES, *NODES, "lookahead.nodes=[2]")
     # one step of 0..6 is drawn: branches of step 5 lead to state 6, where exact_but_last evaluates nothing either
     config(*BRANCHES, *NODES, "lookahead.nodes=[4,6]", "objective.trained_steps=1")
+    # of six states one alone has no path, and three are drawn
+    config(*BRANCHES, *PATHS, "lookahead.paths=[[],[4],[],[4],[5],[6],[7],[]]", "objective.trained_steps=3")
 
 
 def test_branches_may_be_completed_with_a_head() -> None:

@@ -83,6 +83,15 @@ def test_every_policy_loss_goes_with_every_step_weight(policy: str, weight: str)
             "lookahead.plan=nodes lookahead.nodes=[6] window.schedule=fixed window.size=1 window.first=6",
             "lookahead.nodes: expected a step of 7..7 among them, got [6]",
         ),
+        (
+            "lookahead.plan=paths lookahead.paths=[[],[],[],[],[],[],[],[]]",
+            "lookahead.paths: expected a step in the path of a state that is completed (0, 1, 2), got [[], [], [], [], "
+            "[], [], [], []]: in an iteration whose first completed state is 0 the plan would be one_step",
+        ),
+        (  # a path of state 3 alone, which the window of the steps 0 and 1 does not complete
+            "lookahead.plan=paths lookahead.paths=[[],[],[],[5],[],[],[],[]] window.schedule=random window.size=2",
+            "lookahead.paths: expected a step in the path of a state that is completed (0, 1), got",
+        ),
         ("credit.discount=1.5", "credit.discount: expected a number <= 1.0, got 1.5"),
         ("credit.terminal_coef=-1", "credit.terminal_coef: expected a number >= 0.0, got -1"),
         ("credit.alpha=2", "credit.alpha: expected a number <= 1.0, got 2"),
@@ -147,6 +156,11 @@ def test_what_does_not_go_together_is_refused_by_name(arguments: str, expected: 
         "window.first=1 window.last=5",
         # from the last of the windows, state 6, exact_but_last would evaluate nothing either
         "lookahead.plan=nodes lookahead.nodes=[3,6] window.schedule=random window.size=1",
+        # one path is enough
+        "lookahead.plan=paths lookahead.paths=[[],[5],[],[],[],[],[],[]]",
+        "lookahead.plan=paths lookahead.paths=[[],[],[],[],[],[6],[],[]] window.schedule=fixed window.size=2 "
+        "window.first=5",
+        "credit.method=sparse lookahead.plan=paths lookahead.paths=[[],[],[],[],[],[],[],[]]",
         # without a lookahead nobody asks for nodes
         "credit.method=sparse lookahead.plan=nodes lookahead.nodes=[1] window.schedule=fixed window.size=3 "
         "window.first=3",

@@ -15,17 +15,19 @@ from torch import Tensor
 from densegrpo_fast.exit_codes import ExitCode
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity import statistics
-from densegrpo_fast.fidelity.measure import Variant, agreement_of, measure, reference, score, trajectories
+from densegrpo_fast.fidelity.measure import Variant, agreement_of, cost_of, measure, reference, score, trajectories
 from densegrpo_fast.fidelity.options import parse, plans_of
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.search import Thresholds, cheapest, search
 from densegrpo_fast.fidelity.subject import Subject, analytic_subject
 from densegrpo_fast.flow.dynamics import coefficients
+from densegrpo_fast.flow.remainder import with_remainder
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.sampling import path_tree
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.trajectory import Trajectory
 from densegrpo_fast.sampling.tree import grow
 
 
@@ -50,6 +52,19 @@ def test_one_rollout_serves_all_variants_in_any_split(subject: Subject) -> None:
     assert not torch.equal(together[variants[0]], together[variants[1]])
 
 
+def test_samples_of_one_noise_share_their_first_completion(subject: Subject) -> None:
+    shared, variant = replace(subject, shared_noise=True), Variant(plans.nodes(5, (2,)), "full", "full")
+    rewards = measure(shared, [variant], range(2), group_size=6, seed=0)
+    for found in rewards.values():
+        # in state 0 a group is one sample, and from then on six
+        assert [len(group.unique()) for group in found[..., 0]] == [1, 1]
+        assert all(len(group.unique()) == 6 for group in found[..., 1])
+    # of 4 + 3 + 2 + 1 evaluations the first 4 are for all six
+    assert cost_of(reference(5), shared, 6).lookahead.guided == pytest.approx(4 / 6 + 6)
+    reused = replace(reference(5), guidance="reuse")
+    assert cost_of(reused, shared, 6).lookahead.unguided == cost_of(reference(5), subject, 6).lookahead.guided == 10
+
+
 def test_exact_is_its_own_reference(subject: Subject) -> None:
     rewards = measure(subject, [reference(5)], range(2), group_size=6, seed=0)
     (exact,) = rewards.values()
@@ -71,9 +86,7 @@ def test_the_tree_holds_every_plans_completions(mixture_model: FlowModel, guidan
         guidance_scale=guidance_scale,
     )
     mixture_model.calls.clear()
-    tree: dict[tuple[int, path_tree.Path], Tensor] = {}
-    for state, path, clean in path_tree.completions(mixture_model, trajectory, max_nodes=3, guidance="cond_only"):
-        tree[state, path] = clean
+    tree = completed_everywhere(Lookahead(mixture_model, plans.exact(steps), guidance="cond_only"), trajectory)
     # states 0, 2, 3 (state 1 shares state 2's): subsets of the nodes ahead, less the empty one, are evaluations
     assert len(mixture_model.calls) == (2**3 - 1) + (2**1 - 1)
     for nodes in path_tree.node_sets(steps, 3):
@@ -82,10 +95,43 @@ def test_the_tree_holds_every_plans_completions(mixture_model: FlowModel, guidan
             torch.testing.assert_close(tree[state, path_tree.path_after(nodes, state)], expected[state])
 
 
-def test_the_search_finds_what_measuring_finds(subject: Subject) -> None:
-    found = search(
-        subject, range(2), guidances=["full"], decoders=["full", "preview"], max_nodes=2, group_size=6, seed=1
+@pytest.mark.parametrize("group", [1, 3])
+def test_the_tree_ends_as_the_window_says(mixture_model: FlowModel, group: int) -> None:
+    """Noise in steps 0 and 1 of 5, then DPM-Solver++, for samples with and without one initial noise."""
+    steps, index = 5, torch.arange(6)
+    euler = coefficients(mixture_model.sigmas(steps), 0.7, "flow_sde").only(range(2))
+    trajectory = rollout(
+        mixture_model,
+        initial_noise(mixture_model, index - index % group, seed=0, epoch=0),
+        mixture_model.encode(["0"] * 3 + ["12"] * 3),
+        with_remainder(euler, 2, second_order=True),
+        sample_index=index,
+        seed=0,
+        epoch=0,
     )
+    trajectory = replace(trajectory, shared=group)
+    exact = Lookahead(mixture_model, plans.exact(steps), chunk=4)
+    tree, expected = completed_everywhere(exact, trajectory), exact.complete(trajectory)
+    first_order = exact.complete(replace(trajectory, coefficients=euler))
+    for state in (0, 1):
+        full = tuple(range(state + 1, steps))
+        torch.testing.assert_close(tree[state, full], expected[state])
+        assert (expected[state] - first_order[state]).abs().max() > 1e-3
+    for nodes in path_tree.node_sets(steps, 3):
+        expected = exact.by(plans.nodes(steps, nodes)).complete(trajectory)
+        for state in (0, 1):
+            torch.testing.assert_close(tree[state, path_tree.path_after(nodes, state)], expected[state])
+
+
+def completed_everywhere(lookahead: Lookahead, trajectory: Trajectory) -> dict[tuple[int, path_tree.Path], Tensor]:
+    """The completions of every state along every path."""
+    found = path_tree.completions(lookahead, trajectory, max_nodes=trajectory.num_steps)
+    return {(state, path): clean for state, path, clean in found}
+
+
+def test_the_search_finds_what_measuring_finds(subject: Subject) -> None:
+    ways = [Variant(plans.exact(5), "full", decoder) for decoder in ("full", "preview")]
+    found = search(subject, range(2), ways=ways, max_nodes=2, group_size=6, seed=1)
     names = [candidate.variant.plan.name for candidate in found]
     # of the nodes 1..4: no one, one or two, with either decoder
     assert len([name for name in names if not name.startswith("paths")]) == 2 * (1 + 4 + 6)
@@ -105,7 +151,7 @@ def test_the_search_finds_what_measuring_finds(subject: Subject) -> None:
 def test_the_search_looks_at_branches_and_windows_too(subject: Subject) -> None:
     windowed = replace(subject, coefficients=subject.coefficients.only((1, 2)))
     for searched in (windowed, replace(windowed, branched=True)):
-        found = search(searched, range(2), guidances=["full"], decoders=["full"], max_nodes=2, group_size=4, seed=3)
+        found = search(searched, range(2), ways=[reference(5)], max_nodes=2, group_size=4, seed=3)
         plans_found = [candidate.variant for candidate in found]
         rewards = measure(searched, plans_found, range(2), group_size=4, seed=3)
         for candidate in found:
@@ -126,7 +172,8 @@ def test_operations_come_before_forwards(subject: Subject) -> None:
         full_decode, preview_decode, reward, head = 1000.0, 10.0, 0.0, 0.0
 
     known = replace(subject, flops=Flops())
-    found = search(known, range(1), guidances=["full"], decoders=["full", "preview"], max_nodes=1, group_size=4, seed=1)
+    ways = [Variant(plans.exact(5), "full", decoder) for decoder in ("full", "preview")]
+    found = search(known, range(1), ways=ways, max_nodes=1, group_size=4, seed=1)
     decoders = [candidate.variant.decoder for candidate in found]
     count = decoders.count("preview")
     assert decoders == ["preview"] * count + ["full"] * (len(found) - count)
@@ -158,7 +205,8 @@ def test_branches_are_judged_among_those_of_their_state(subject: Subject) -> Non
     clean = tree.completions(Lookahead(model, plans.exact(5), chunk=100))
     expected = branched.reward(model.decode(clean.flatten(0, 1), "full"), rows * 3, metadata * 3).values
     torch.testing.assert_close(rewards[reference(5)], expected.view(3, 3, 4).permute(1, 2, 0), rtol=1e-5, atol=1e-6)
-    found = [statistics.compare_branches(rewards[reference(5)], rewards[variant]) for variant in variants]
+    noisy = branched.coefficients.noisy
+    found = [statistics.compare_branches(rewards[reference(5)], rewards[variant], noisy) for variant in variants]
     assert found[1].spearman_rewards_mean == found[1].spearman_gains_mean > 0.9 > found[0].spearman_gains_mean
     assert len(found[0].spearman_gains) == 3 and found[0].remaining_gains == 1
     # in part: the same group in another range
@@ -168,7 +216,7 @@ def test_branches_are_judged_among_those_of_their_state(subject: Subject) -> Non
 
 
 def test_the_cheapest_plan_above_the_thresholds(subject: Subject) -> None:
-    found = search(subject, range(2), guidances=["full"], decoders=["full"], max_nodes=4, group_size=8, seed=0)
+    found = search(subject, range(2), ways=[reference(5)], max_nodes=4, group_size=8, seed=0)
     limits = Thresholds(0.9, 0.85, 0.5)
     chosen = cheapest(found, limits)
     assert chosen is not None and limits.met_by(chosen.agreement)
@@ -304,7 +352,7 @@ def test_costs_of_cheaper_forwards_by_hand(
     # what does not fit a model is left out, and said
     assert list(models["embedded"]["left_out"]) == ["cache(reuse:6-18)"] and not record["left_out"]
     assert list(models["flux"]["left_out"]) == ["head", "copy(bfloat16)", "cache(text)", "cache(reuse:6-18)"]
-    assert "left out: cache(reuse:6-18): lookahead.cache.reuse_blocks: this model has" in capsys.readouterr().out
+    assert "left out: cache(reuse:6-18): lookahead.cache: expected reuse with an end of" in capsys.readouterr().out
     monkeypatch.setattr(costs, "ARCHITECTURES", {"embedded": flops.embedded})
     with pytest.raises(SystemExit):
         fidelity.main([*arguments, "--cache", "skip:70"])
@@ -403,6 +451,7 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
         (["--group-size", "1"], "expected a whole number of at least 2, got '1'"),
         (["--threshold-gains", "2"], "expected a number in [-1, 1], got '2'"),
         (["--search", "--groups", "1"], "--search needs --groups of at least 2"),
+        (["--search", "--head", "a.safetensors"], "--search and --head exclude each other"),
         (["--cost", "--analytic"], "--cost and --analytic exclude each other"),
         (["--cost", "--head", "a.safetensors"], "--cost --head counts a head of the usual size; leave its FILE out"),
         (["--head"], "--head needs the FILE of a head"),

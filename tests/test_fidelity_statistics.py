@@ -103,8 +103,33 @@ def test_signs_are_counted_step_by_step() -> None:
     assert math.isnan(found.sign_agreement_steps[0]) and math.isnan(found.sign_agreement_rewards_steps[0])
     assert (found.sign_agreement, found.sign_agreement_rewards) == (pytest.approx(1 / 3), 0)
     # among branches the sign of a gain is that of the reward about the mean
-    found = statistics.compare_branches(exact[..., :2], cheap[..., :2])
+    found = statistics.compare_branches(exact[..., :2], cheap[..., :2], (True, True, False, False))
     assert found.sign_agreement_steps == found.sign_agreement_rewards_steps == pytest.approx((2 / 3, 0))
+
+
+def test_branches_that_lead_to_the_last_states_are_shown_and_not_counted() -> None:
+    """T = 4, branches at the steps 0, 2 and 3: of the states 1, 3 and 4 that they lead to, state 1 alone counts."""
+    exact = torch.rand(3, 6, 3, generator=torch.Generator().manual_seed(0))
+    cheap = exact.clone()
+    cheap[..., 0] = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    # the third group's branches of step 0 are all alike
+    exact[2, :, 0] = 0.5
+    noisy = (True, False, True, True)
+    found = statistics.compare_branches(exact, cheap, noisy)
+    by_hand = [stats.spearmanr(exact[p, :, 0], cheap[p, :, 0]).statistic for p in (0, 1)]
+    assert found.spearman_gains == pytest.approx((sum(by_hand) / 2, 1, 1))
+    for value in (found.spearman_rewards_mean, found.spearman_gains_mean, found.spearman_gains_worst_step):
+        assert value == pytest.approx(sum(by_hand) / 2)
+    assert found.sign_agreement == found.sign_agreement_steps[0] < 1 and found.sign_agreement_steps[1:] == (1, 1)
+    assert (found.remaining_gains, found.excluded_gains) == (pytest.approx(2 / 3), 1)
+    alone = statistics.compare_branches(exact[..., :1], cheap[..., :1], (True, False, False, False))
+    for name in ("pooled_gains", "spearman_advantages", "sign_agreement_advantages", "spearman_rewards_error"):
+        assert getattr(found, name) == pytest.approx(getattr(alone, name)), name
+    # where nothing counts nothing is claimed
+    last = statistics.compare_branches(exact[..., 1:], cheap[..., 1:], (False, False, True, True))
+    assert math.isnan(last.spearman_gains_mean) and math.isnan(last.pooled_gains) and last.spearman_gains == (1, 1)
+    with pytest.raises(ValueError, match=r"must both be \[P, G, 1\] with G >= 2, got \[3, 6, 3\]"):
+        statistics.compare_branches(exact, cheap, (True, False))
 
 
 @settings(deadline=None, max_examples=30)

@@ -168,5 +168,5 @@ def test_the_table_of_what_a_cache_saves(embedded: flops.ModelFlops, sd35: flops
 
 
 def test_features_are_reused_in_sd3_alone() -> None:
-    with pytest.raises(ValueError, match="got FluxTransformer2DModel; leave lookahead.cache out"):
+    with pytest.raises(ValueError, match="got FluxTransformer2DModel; set it to null for this model"):
         flops.cached_forward(flops.flux(), CacheSpec(text=True))

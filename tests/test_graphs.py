@@ -28,6 +28,7 @@ from densegrpo_fast.sampling.graphs import Capturer, CudaCapturer, GraphedVisits
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.tree import Tree, grow
 
 T = 4
 PROMPTS = ["a cat", "a cat", "a photo of the moon"]
@@ -119,6 +120,22 @@ def sampled(model: Any, epoch: int = 0, prompts: list[str] = PROMPTS, scale: flo
     return rollout(model, noise, conditioning, table, **counters, guidance_scale=scale, **options)
 
 
+def grown(model: Any, epoch: int = 0, scale: float = 1.0) -> Tree:
+    """Two trunks with three branches at each of the steps 0 and 2."""
+    index = torch.arange(0, 6, 3, device=model.device)
+    return grow(
+        model,
+        initial_noise(model, index, seed=0, epoch=epoch),
+        model.encode(["a cat"] * 3 + ["a photo of the moon"] * 3),
+        coefficients(model.sigmas(T), 0.7, "flow_sde").only((0, 2)).to(model.device),
+        branches=3,
+        sample_index=index,
+        seed=0,
+        epoch=epoch,
+        guidance_scale=scale,
+    )
+
+
 @torch.no_grad()
 def move(model: Any, name: str = ".lora_") -> None:
     """Change weights in place, as an optimiser does."""
@@ -138,6 +155,40 @@ def test_a_replay_is_the_computation(setting: Setting, scale: float, guidance: A
         trajectory = sampled(model, epoch, prompts, scale, keep_guidance=True)
         setting.close(graphed.complete(trajectory), eager.complete(trajectory))
         assert len(visits.graphs) == 4
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_branches_are_completed_by_the_same_graphs(setting: Setting, scale: float) -> None:
+    model = setting.policy()
+    visits = Counted(setting.capturer)
+    graphed = Lookahead(model, plans.exact(T), chunk=4, visits=visits)
+    eager = Lookahead(model, plans.exact(T), chunk=4)
+    forwards, velocity = [], model.velocity
+    model.velocity = lambda *arguments: forwards.append(len(arguments[0])) or velocity(*arguments)
+    for epoch in range(2):
+        tree = grown(model, epoch, scale)
+        # two trunks, as far as state 2
+        assert forwards == [2] * 3
+        visits.rows.clear()
+        found = tree.completions(graphed)
+        # the 6 branches of step 0 and the 6 of step 2 arrive at the states 1 and 3; the former go on by 2 and 3
+        assert visits.rows == [4, 2] * 4
+        setting.close(found, tree.completions(eager))
+        # whether they arrive or go on is all the same to a graph: one for each number of rows
+        assert len(visits.graphs) == 2
+        forwards.clear()
+
+
+class Counted(GraphedVisits):
+    """Graphed visits that note how many rows each had."""
+
+    def __init__(self, capturer: Capturer):
+        super().__init__(capturer)
+        self.rows: list[int] = []
+
+    def __call__(self, model: Any, rows: Any, node: int, scale: float, **options: Any) -> Any:
+        self.rows.append(len(rows))
+        return super().__call__(model, rows, node, scale, **options)
 
 
 def test_weights_that_change_in_place_are_seen(setting: Setting) -> None:
@@ -239,9 +290,9 @@ def test_gradients_are_refused(setting: Setting) -> None:
     model = setting.policy()
     lookahead = Lookahead(model, plans.nodes(T, [2]), visits=GraphedVisits(setting.capturer))
     trajectory = sampled(model)
-    standing = list(lookahead.evaluate(trajectory).values())
+    standing = lookahead.evaluate(trajectory)
     with pytest.raises(RuntimeError, match="captured without gradients"):
-        lookahead._visit(standing[:1], [0], 3, trajectory, 0)
+        lookahead.advance({0: standing[0]}, 3, trajectory)
 
 
 def test_a_model_that_asks_the_device_runs_without_graphs(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
@@ -327,16 +378,23 @@ def test_nothing_waits_for_the_gpu(tiny_policy: Callable[..., FlowModel]) -> Non
     conditioning, table = model.encode(PROMPTS), coefficients(model.sigmas(T), 0.7, "flow_sde").to("cuda")
     graphed = Lookahead(model, plans.exact(T), chunk=4, visits=GraphedVisits(setting.capturer))
 
-    def run() -> Tensor:
+    def along() -> Tensor:
         trajectory = rollout(model, noise, conditioning, table, **options)
         graphed.complete(trajectory)
         return graphed.complete(replace(trajectory, latents=trajectory.latents.clone()))
 
-    expected = run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    setting.close(found, expected)
+    def branching() -> Tensor:
+        tree = grow(model, noise[:1], conditioning, table.only((0, 2)), branches=3, **options | {"sample_index": first})
+        graphed.complete(tree.reach(graphed).twigs)
+        return tree.completions(graphed)
+
+    first = options["sample_index"][:1]
+    for run in (along, branching):
+        expected = run()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        setting.close(found, expected)

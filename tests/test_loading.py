@@ -130,6 +130,22 @@ def test_a_bfloat16_decoder_is_close(tiny_directory: Path) -> None:
     assert 0 < (exact - close).abs().max() < 0.05
 
 
+def test_a_bfloat16_preview_decoder_is_close(tiny_directory: Path, tmp_path: Path) -> None:
+    preview = tiny_sd3().preview_decoder
+    assert preview is not None
+    preview.save_pretrained(tmp_path / "taesd3")
+    own = {"path": tiny_directory, "max_sequence_length": 8, "preview_decoder": tmp_path / "taesd3"}
+    one, two = (load_model(options(**own, preview_dtype=dtype), CPU) for dtype in DTYPES)
+    assert (one.preview_dtype, two.preview_dtype) == (torch.float32, torch.bfloat16)
+    # the full decoder is the same
+    latents = torch.randn(2, *one.latent_shape)
+    assert torch.equal(one.decode(latents), two.decode(latents)) and two.pipeline.vae.dtype == torch.float32
+    exact, close = one.decode(latents, "preview"), two.decode(latents, "preview")
+    assert close.dtype == torch.float32
+    assert 0 < (exact - close).abs().max() < 0.05
+    assert not any(parameter.requires_grad for parameter in two.preview_decoder.parameters())
+
+
 DTYPES = ("float32", "bfloat16")
 
 

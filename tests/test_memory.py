@@ -40,6 +40,8 @@ from densegrpo_fast.runtime.memory import (
     refuse,
 )
 from densegrpo_fast.runtime.preparation import estimate_memory
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.lookahead import Lookahead
 
 TARGETS = flops.ATTENTION_TARGETS
 ROWS = 3
@@ -297,7 +299,8 @@ def test_hidden_tokens_of_branches_take_what_was_counted(tiny_policy: Callable[.
     model, branches = tiny_policy(), ("credit.method=branch", "sampler.branches=2", "lookahead.plan=one_step")
     chosen = of_the_rollout("window.schedule=none", "window.size=null", *branches, "lookahead.head=head.safetensors")
     tree = sample_tree(chosen, model, ["a"] * 4 + ["b"] * 4, build_coefficients(chosen, model), 0)
-    hidden = tree.reach(model, keep_hidden=True).twigs.hidden
+    head = CompletionHead(HeadConfig(5, ((),) * 5, model.latent_shape, 2, 32))
+    hidden = tree.reach(Lookahead(model, plans.one_step(5), head=head)).twigs.hidden
     assert hidden is not None
     assert estimate_memory(chosen, model).state["hidden tokens"] == tensor_bytes([hidden]) == 8 * 5 * 16 * 32 * 4
 
@@ -318,6 +321,18 @@ def test_text_of_every_sample_would_not_fit() -> None:
         problem is not None and "most goes to lookahead features (64.9 GiB), less with fewer lookahead.nodes" in problem
     )
     assert check(replace(large, state={"lookahead features": 2 * prompt}), 48 * GIB, "cuda:0") is None
+
+
+def test_half_precision_halves_the_preview_decoder() -> None:
+    whole, half = (ModelMemory(flops.embedded(), dtype=torch.float32, preview_dtype=dtype) for dtype in DTYPES)
+    assert half.preview_decoder == whole.preview_decoder / 2 > 0
+    assert half.full_decoder == whole.full_decoder
+    # what is decoded is float32 in either case
+    assert half.decode(4, "full") == whole.decode(4, "full")
+    assert 0.4 < half.decode(4, "preview") / whole.decode(4, "preview") < 0.9
+
+
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def test_the_24_gb_preset_fits_24_gb() -> None:

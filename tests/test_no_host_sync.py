@@ -83,23 +83,30 @@ def test_nothing_is_read_back(model: FlowModel, conditioning: Conditioning, fami
     assert sample_ode(model, noise, conditioning, model.sigmas(T)).shape == noise.shape
 
 
-def test_nothing_of_branches_with_a_head_is_read_back(model: FlowModel, conditioning: Conditioning) -> None:
-    index, plan = torch.arange(0, B, 3, device="meta"), plans.nodes(T, [2])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_nothing_of_branches_is_read_back(model: FlowModel, conditioning: Conditioning, guidance_scale: float) -> None:
+    """Two trunks with three branches each at the steps 0, 2 and 3, the last of which leads to the image."""
+    index = torch.arange(0, B, 3, device="meta")
     tree = grow(
         model,
         initial_noise(model, index, seed=0, epoch=0),
         conditioning,
-        coefficients(model.sigmas(T), 0.7, "flow_sde").only([0, 1, 2]).to(torch.device("meta")),
+        coefficients(model.sigmas(T), [0.7, 0.0, 0.7, 0.7], "flow_sde").to(torch.device("meta")),
         branches=3,
         sample_index=index,
         seed=0,
         epoch=0,
-        guidance_scale=4.5,
+        guidance_scale=guidance_scale,
+        micro_batch=1,
     )
+    plan = plans.nodes(T, [2])
     with torch.device("meta"):
         head = CompletionHead(HeadConfig(T, plan.paths, model.latent_shape, 2, model.network.inner_dim, width=16))
-    clean = tree.completions(Lookahead(model, plan, chunk=4, head=head))
-    assert clean.device.type == "meta" and clean.shape == (3, B, *model.latent_shape)
+    ways = [Lookahead(model, plans.exact(T), guidance=guidance, chunk=4) for guidance in ("full", "cond_only")]
+    for lookahead in (*ways, Lookahead(model, plan, chunk=4, head=head)):
+        for drawn in (tree, tree.reach(lookahead), tree.select(slice(0, 2))):
+            clean = drawn.completions(lookahead)
+            assert clean.device.type == "meta" and clean.shape == (3, B, *model.latent_shape)
 
 
 def test_a_read_would_be_noticed() -> None:

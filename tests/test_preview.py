@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.preview import collect, main
@@ -63,8 +64,11 @@ def test_the_command_writes_a_decoder_that_a_model_takes(
     from densegrpo_fast.runtime import builders
 
     output, own = tmp_path / "preview", ["--pictures", "4", "--steps", "30", "--batch", "4"]
-    arguments = train.arguments(tmp_path / "unused", **SMALL)
+    # fitted in float32 all the same
+    arguments = train.arguments(tmp_path / "unused", **SMALL, **{"model.preview_dtype": "bfloat16"})
     assert main(["--output", str(output), *own, *arguments]) == 0
+    (weights,) = output.glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}
     shown = capsys.readouterr().out
     numbers = next(line for line in shown.splitlines() if "pixel error" in line).split()
     assert float(numbers[-1]) < float(numbers[-3])

@@ -57,7 +57,8 @@ def test_trunks_follow_the_flow_as_far_as_they_branch(mixture_model: Any) -> Non
     assert (tree.batch, tree.branches, tree.steps) == (2, K, [1, 3])
     # states 0..3 are evaluated, and then where the branches of steps 1 and 3 lead
     assert [rows for rows, _, _ in mixture_model.calls] == [2] * 4
-    assert not tree.reached and tree.reach(mixture_model, chunk=4).reached
+    lookahead = Lookahead(mixture_model, plans.one_step(T), chunk=4)
+    assert not tree.reached and tree.reach(lookahead).reached
     assert [rows for rows, _, _ in mixture_model.calls[4:]] == [4, 2 * K - 4] * 2
     sigmas, latents = mixture_model.sigmas(T), initial_noise(mixture_model, INDEX, seed=3, epoch=1)
     for step in range(4):
@@ -140,7 +141,7 @@ def test_forwards_are_the_closed_form(mixture_model: Any, data: st.DataObject) -
     # trunk up to its last branching state; each branch's own first velocity, unless it is the image already
     assert mixture_model.evaluated_rows == 2 * (steps[-1] + 1)
     mixture_model.calls.clear()
-    tree = tree.reach(mixture_model, chunk=3)
+    tree = tree.reach(Lookahead(mixture_model, plans.one_step(steps_of_all), chunk=3))
     first = branches * sum(step < steps_of_all - 1 for step in steps)
     assert mixture_model.evaluated_rows == 2 * first
     # a stride of g takes ceil((T-1-k)/g) evaluations after step k, of which the first is there
@@ -231,7 +232,7 @@ def test_a_head_corrects_the_last_jumps_of_branches(
 def test_keeping_hidden_tokens_of_branches_changes_nothing_else(tiny_policy: Callable[..., FlowModel]) -> None:
     model = tiny_policy(spread=0.1)
     tree = grown(model, [0, 2], num_steps=4, prompts=["a cat", "the moon"])
-    plain, kept = (tree.reach(model, 4, keep_hidden=keep) for keep in (False, True))
+    plain, kept = (tree.reach(Lookahead(model, plans.one_step(4), chunk=4, head=head)) for head in (None, Spy()))
     assert plain.twigs.hidden is None and kept.twigs.hidden is not None
     assert torch.equal(plain.twigs.velocities, kept.twigs.velocities)
     # of the states that branches lead to, by state as the latents are

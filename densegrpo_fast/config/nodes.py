@@ -1,4 +1,4 @@
-"""Whether the nodes of a lookahead's plan lie ahead of what is completed. Nothing here imports torch."""
+"""Whether a lookahead's plan evaluates anything of what is completed. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -9,42 +9,59 @@ if TYPE_CHECKING:
 
 
 def nodes_problem(config: Config) -> str | None:
-    """What is wrong with the nodes among the other options, beginning with the key; None = nothing.
+    """What is wrong with the nodes or paths among the other options, beginning with the key; None = nothing.
 
-    Where no node lies ahead of any state that an iteration completes, the plan is one_step under another name. That is
-    let pass from state T-2 on, where exact_but_last evaluates nothing either, and for some of several windows only: the
-    same nodes must then serve another one.
+    Where none lies ahead of any state that an iteration completes, the plan is one_step under another name. That is let
+    pass from state T-2 on, where exact_but_last evaluates nothing either, and for some of several windows only: the
+    same plan must then serve another one.
     """
-    nodes, steps = config.lookahead.nodes, config.sampler.num_steps
-    if config.lookahead.plan != "nodes" or not (config.uses_lookahead or config.uses_branches):
+    plan, steps = config.lookahead.plan, config.sampler.num_steps
+    if plan not in ("nodes", "paths") or not (config.uses_lookahead or config.uses_branches):
         return None
-    completed = _first_completed(config)
-    used = any(first < nodes[-1] for first in completed)
-    for first in completed:
-        if nodes[-1] > first or (used and first >= steps - 2):
+    given = config.lookahead.nodes if plan == "nodes" else config.lookahead.paths
+    completed = _completed(config)
+    used = any(_evaluations(config, state) for states in completed for state in states)
+    for states in completed:
+        first = states[0]
+        if any(_evaluations(config, state) for state in states) or (used and first >= steps - 2):
             continue
         if first >= steps - 1:
-            return f"lookahead.plan: expected one_step where no state before {first} is completed, got nodes {nodes}"
+            return f"lookahead.plan: expected one_step where no state before {first} is completed, got {plan} {given}"
+        expected = f"a step of {first + 1}..{steps - 1} among them"
+        if plan == "paths":
+            expected = f"a step in the path of a state that is completed ({', '.join(map(str, states))})"
         return (
-            f"lookahead.nodes: expected a step of {first + 1}..{steps - 1} among them, got {nodes}: in an iteration "
-            f"whose first completed state is {first} the plan would be one_step (or say so: lookahead.plan one_step)"
+            f"lookahead.{plan}: expected {expected}, got {given}: in an iteration whose first completed state is "
+            f"{first} the plan would be one_step (or say so: lookahead.plan one_step)"
         )
     return None
 
 
-def _first_completed(config: Config) -> list[int]:
-    """The first state that an iteration completes, for every choice of noisy steps that it may have.
+def _evaluations(config: Config, state: int) -> int:
+    """Steps of the plan that lie ahead of a state; the image is state T."""
+    options = config.lookahead
+    if options.plan == "paths":
+        return len(options.paths[state]) if state < config.sampler.num_steps else 0
+    return sum(node > state for node in options.nodes)
 
-    With trajectories it is the one that a noisy step leaves, with branches the one that a trained step leads to.
+
+def _completed(config: Config) -> list[list[int]]:
+    """The states that an iteration completes, increasing, for every choice of noisy steps that it may have.
+
+    With trajectories these are the ones that a noisy step leaves, with branches those that a trained step leads to. Of
+    the choices of drawn steps that begin alike only one is named that evaluates least.
     """
     levels, trained = config.noise_levels, config.objective.trained_steps
     if not config.uses_branches:
         noisy = ([step for step in window if levels[step]] for window in config.schedule().reached())
-        return [steps[0] for steps in noisy if steps]
+        return [steps for steps in noisy if steps]
     if isinstance(trained, list):
-        return [trained[0] + 1]
-    return [
-        step + 1
-        for window in config.windows()
-        for step in window[: len(window) - (trained if isinstance(trained, int) else len(window)) + 1]
-    ]
+        return [[step + 1 for step in trained]]
+    choices = []
+    for window in config.windows():
+        states = [step + 1 for step in window]
+        count = trained if isinstance(trained, int) else len(states)
+        for place in range(len(states) - count + 1):
+            later = sorted(states[place + 1 :], key=lambda state: _evaluations(config, state))
+            choices.append([states[place], *sorted(later[: count - 1])])
+    return choices

@@ -43,6 +43,7 @@ class ModelOptions(Section):
         description="directory of an AutoencoderTiny for the same latents; null = the folder preview_decoder of a "
         "pipeline directory, if it is there"
     )
+    preview_dtype: Literal["float32", "bfloat16"] = Field(description="precision of the preview decoder")
     prompt_cache: Text | None = Field(
         description="directory that keeps encoded prompts; the text encoders are then only in memory while a prompt "
         "that is not in it is encoded. null = no cache, the encoders stay in memory"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from densegrpo_fast.fidelity.statistics import Agreement, compare, compare_branches
 from densegrpo_fast.fidelity.subject import Subject
-from densegrpo_fast.models.base import Cache, Decoder, Recorder
+from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Recorder
+from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.runtime import scoring
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
@@ -100,6 +101,7 @@ def cost_of(variant: Variant, subject: Subject, group_size: int) -> IterationCos
     }
     if subject.branched:
         return branched_iteration(variant.plan, branches=group_size, **options)
+    options["shared"] = group_size if subject.shared_noise and not _own(variant, subject, group_size) else 1
     return dense_iteration(variant.plan, **options)
 
 
@@ -117,7 +119,7 @@ def flops_ratio(variant: Variant, subject: Subject, group_size: int) -> float | 
 def agreement_of(subject: Subject, exact: Tensor, cheap: Tensor) -> Agreement:
     """Agreement of the rewards of a variant with the reference's, both as `measure` returns them."""
     if subject.branched:
-        return compare_branches(exact, cheap)
+        return compare_branches(exact, cheap, subject.coefficients.noisy)
     return compare(exact, cheap, subject.coefficients.noisy)
 
 
@@ -130,7 +132,18 @@ def lookahead_of(subject: Subject, variant: Variant, batch: Batch[Sampled]) -> L
         chunk=subject.chunk,
         head=subject.head if variant.head else None,
         cache=None if variant.cache is None else batch.caches[variant.copy, variant.cache],
+        visits=subject.visits,
     )
+
+
+def completed(variant: Variant) -> Variant:
+    """The variant as far as its completions go: those that differ in the decoder alone share them."""
+    return replace(variant, decoder="full", vae=None)
+
+
+def decoding(subject: Subject, variant: Variant) -> FlowModel:
+    """The model whose decoders a variant's images come from."""
+    return subject.model if variant.vae is None else subject.vaes[variant.vae]
 
 
 class SideBySide:
@@ -208,9 +221,10 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
     model = subject.model
     for rows, metadata, index in _rows(subject, groups, group_size):
         caches = {key: make(len(rows), group_size) for key, make in subject.caches.items()}
+        first = index - index % group_size if subject.shared_noise else index
         trajectory = rollout(
             model,
-            initial_noise(model, index, seed=seed, epoch=0),
+            initial_noise(model, first, seed=seed, epoch=0),
             model.encode(rows),
             subject.coefficients,
             sample_index=index,
@@ -223,6 +237,8 @@ def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int)
             # a group that is larger than the chunk is split evenly
             micro_batch=None if len(rows) <= subject.chunk else math.gcd(len(rows), subject.chunk),
         )
+        if subject.shared_noise:
+            trajectory = replace(trajectory, shared=group_size)
         yield Batch(trajectory, rows, metadata, group_size, caches)
 
 
@@ -281,10 +297,9 @@ def measure(
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
     done = 0
     for batch in batches(subject, groups, group_size=group_size, seed=seed):
-        # what differs in the decoder alone shares its completions
-        for way in dict.fromkeys(_completed(variant) for variant in wanted):
+        for way in dict.fromkeys(map(completed, wanted)):
             lookahead = lookahead_of(subject, way, batch)
-            alike = [variant for variant in wanted if _completed(variant) == way]
+            alike = [variant for variant in wanted if completed(variant) == way]
             for variant, images in pictures(subject, lookahead, batch, alike):
                 parts[variant].append(score(subject, batch, images))
         done += len(batch.rows) // group_size
@@ -299,15 +314,16 @@ def pictures(
     drawn = batch.trajectory
     clean = drawn.completions(lookahead) if isinstance(drawn, Tree) else lookahead.complete(drawn)
     for variant in variants:
-        decoding = copy(lookahead)
-        decoding.model = subject.model if variant.vae is None else subject.vaes[variant.vae]
+        other = copy(lookahead)
+        other.model = decoding(subject, variant)
         if isinstance(drawn, Tree):
-            images = torch.cat(list(decoding.decoded(clean.flatten(0, 1), variant.decoder)))
+            images = torch.cat(list(other.decoded(clean.flatten(0, 1), variant.decoder)))
             yield variant, images.unflatten(0, clean.shape[:2])
         else:
-            yield variant, decoding.images(clean, drawn.coefficients.noisy, variant.decoder)
+            yield variant, other.images(clean, drawn.coefficients.noisy, variant.decoder)
 
 
-def _completed(variant: Variant) -> Variant:
-    """The variant as far as its completions go."""
-    return replace(variant, decoder="full", vae=None)
+def _own(variant: Variant, subject: Subject, group_size: int) -> bool:
+    """Whether each completion takes something over from its own sample's rollout, as `Lookahead.sharing` asks."""
+    reused = variant.guidance == "reuse" and subject.guided
+    return reused or (variant.cache is not None and CacheSpec.parse(variant.cache).alike(group_size) < group_size)

@@ -17,6 +17,7 @@ MakePlan = Callable[[int], Plan]
 _EXCLUDED = {
     "cost": ("analytic", "search", "config", "adapter", "vae_dtype", "plot"),
     "analytic": ("config", "adapter", "head", "copy_dtype", "vae_dtype", "cache"),
+    "search": ("head",),
 }
 _DEFAULT_PLANS = ("exact_but_last", "n_step:2", "one_step")
 
@@ -39,7 +40,7 @@ def parse(arguments: Sequence[str], docstring: str | None = None) -> tuple[argpa
         for name in excluded:
             if getattr(options, name):
                 parser.error(f"--{mode} and --{name.replace('_', '-')} exclude each other")
-        if overrides:
+        if overrides and mode != "search":
             parser.error(f"--{mode} takes no configuration, got {' '.join(overrides)}")
     if options.head is not None and (options.head is True) != options.cost:
         problem = "counts a head of the usual size; leave its FILE out" if options.cost else "needs the FILE of a head"
@@ -52,7 +53,7 @@ def parse(arguments: Sequence[str], docstring: str | None = None) -> tuple[argpa
 
 
 def plans_of(options: argparse.Namespace) -> list[MakePlan]:
-    """The plans to measure: those given, or the default ones."""
+    """The plans to measure: those given, or the default ones, which the configuration's own is put beside."""
     return options.plans or [_plan(text) for text in _DEFAULT_PLANS]
 
 
@@ -152,7 +153,7 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         type=_plan,
         metavar="PLAN",
         help="exact, exact_but_last, one_step, nodes:3,6, n_step:2, or the later steps of every state, as in "
-        f"paths:2,3:3:-:-; default: {' '.join(_DEFAULT_PLANS)}",
+        f"paths:2,3:3:-:-; default: the configuration's own, and {' '.join(_DEFAULT_PLANS)}",
     )
     add(
         "--guidance",
@@ -175,7 +176,7 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         "--search",
         action="store_true",
         help="find the cheapest plan above the thresholds on one half of the prompts, a node set or paths of each "
-        "state's own; judge all plans on the other",
+        "state's own, in every way that the other options name; judge all plans on the other",
     )
     add("--max-nodes", type=partial(_integer, 0), default=3, help="longest path that is searched; default: 3")
     for name, default in (("rewards", 0.95), ("gains", 0.90), ("worst", 0.75)):

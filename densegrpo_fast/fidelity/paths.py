@@ -92,10 +92,10 @@ def chain_of(table: Scored, exact: Mapping[int, Tensor], num_steps: int, *, gain
     steps = []
     for state, onward in pairwise(own):
         by_reward = _agreement(exact[state], completed[state])
-        if not gains:
-            step = by_reward[:, None].repeat(1, len(choices[onward]))
-        elif state > num_steps - 2:
+        if state > num_steps - 2:
             step = torch.zeros(len(choices[state]), len(choices[onward]), dtype=torch.float64)
+        elif not gains:
+            step = by_reward[:, None].repeat(1, len(choices[onward]))
         else:
             states[state] = by_reward
             gain = exact[onward] - exact[state]

@@ -31,13 +31,15 @@ _COLUMNS = {
 ENOUGH = 0.8
 """Share of units that must remain for a figure to stand for the groups."""
 LEGEND = """\
-guided, unguided   evaluations of the lookahead per trajectory; a guided one is two forwards
+guided, unguided   evaluations of the lookahead per sample, a trajectory or its branches; a guided one is two forwards
 cost               forwards of the lookahead / those of the exact plan
 iteration          operations of the dense training iteration / those of the sparse one, from the model's configuration
 rewards, gains     mean in-group Spearman correlation with the exact plan, full guidance, full decoder, over the states
-                   0..T-2 that have a completion of their own
+                   0..T-2 that have a completion of their own, or that branches lead to: their rewards rank branches
+                   of one state as their gains do
 worst              the same of the gains, in the step where it is lowest
-sign, pooled       gains of the same sign; Pearson correlation of the gains over everything
+sign, pooled       gains of the same sign, of branches rewards on the same side of their mean; Pearson correlation of
+                   the gains over everything
 advantages         Spearman correlation over a group's samples and steps, and sign, of the normalised advantages"""
 
 
@@ -67,11 +69,25 @@ def plan_record(variant: Variant, agreement: Agreement, subject: Subject, group_
     }
 
 
-def search_record(candidates: Sequence[Candidate], chosen: Candidate | None, thresholds: Thresholds) -> dict[str, Any]:
-    """The search as plain JSON data: thresholds, the plan chosen with its in-sample agreement, and all candidates."""
+def search_record(
+    candidates: Sequence[Candidate],
+    chosen: Candidate | None,
+    thresholds: Thresholds,
+    *,
+    max_nodes: int,
+    longest_path: int,
+) -> dict[str, Any]:
+    """The search as plain JSON data: thresholds, the plan chosen with its in-sample agreement, and all candidates.
+
+    Args:
+        max_nodes: evaluations of the longest path that was searched.
+        longest_path: of the longest one that there is.
+    """
     keys = ("spearman_rewards_mean", "spearman_gains_mean", "spearman_gains_worst_step")
     return {
         "thresholds": asdict(thresholds),
+        "max_nodes": max_nodes,
+        "longest_path": longest_path,
         "chosen": None if chosen is None else chosen.variant.name,
         # as the command line takes it: nodes{3,6} is nodes:3,6
         "chosen_plan": None if chosen is None else chosen.variant.plan.name.replace("{", ":").removesuffix("}"),
@@ -91,11 +107,10 @@ def plan_table(records: Mapping[str, dict[str, Any]]) -> str:
     return table(header, lines)
 
 
-def step_table(records: Mapping[str, dict[str, Any]]) -> str:
-    """Correlation of the gains at every step, one line per variant."""
-    steps = max((len(record["spearman_gains"]) for record in records.values()), default=0)
+def step_table(records: Mapping[str, dict[str, Any]], steps: Sequence[int]) -> str:
+    """Correlation of the gains at each of these steps, one line per variant."""
     lines = [[name, *map(_cell, record["spearman_gains"])] for name, record in records.items()]
-    return table(["gains at step", *map(str, range(steps))], lines)
+    return table(["gains at step", *map(str, steps)], lines)
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -18,7 +18,9 @@ from densegrpo_fast.fidelity.measure import (
     Variant,
     agreement_of,
     batches,
+    completed,
     cost_of,
+    decoding,
     flops_ratio,
     lookahead_of,
     pictures,
@@ -28,9 +30,8 @@ from densegrpo_fast.fidelity.measure import (
 from densegrpo_fast.fidelity.paths import Scored, chain_of
 from densegrpo_fast.fidelity.statistics import Agreement
 from densegrpo_fast.fidelity.subject import Subject
-from densegrpo_fast.models.base import Decoder
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.lookahead import Guidance
+from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.path_tree import Path, completions, node_sets
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.sharing import Sharing
@@ -65,7 +66,7 @@ class Candidate:
     """A plan that the search looked at.
 
     Attributes:
-        variant: the plan with its guidance and decoder.
+        variant: the plan, and how it completes and decodes.
         forwards: network forwards of its lookahead per trajectory.
         iteration: operations of the dense iteration over those of the sparse one; None where they are not known.
         agreement: on the groups that were searched.
@@ -81,8 +82,7 @@ def search(
     subject: Subject,
     groups: range,
     *,
-    guidances: Sequence[Guidance],
-    decoders: Sequence[Decoder],
+    ways: Sequence[Variant],
     max_nodes: int,
     group_size: int,
     seed: int,
@@ -94,7 +94,8 @@ def search(
     Args:
         subject: what is measured.
         groups: indices of the prompts to search on.
-        guidances, decoders: to combine with every plan.
+        ways: how to complete and decode, every plan in each of them; their own plans have no part in it, and none has a
+            head, which is for one plan.
         max_nodes: evaluations of the longest path.
         group_size: G.
         seed: of all noise.
@@ -104,31 +105,36 @@ def search(
     Returns:
         All candidates, cheapest first, by operations of the iteration where they are known and else by forwards; of
         equal cost the preview decoder before the full one, and the better agreement of the gains first. Of plans that
-        complete alike the first is kept.
+        complete alike the first is kept, and a copy or a cache only with plans that evaluate something.
     """
-    ways = [(guidance, decoder) for guidance in guidances for decoder in decoders]
-    parts: dict[tuple[Guidance, Decoder], list[Scored]] = {way: [] for way in ways}
+    judge = reference(subject.coefficients.num_steps)
+    ways = list(dict.fromkeys(replace(way, plan=judge.plan) for way in ways))
+    parts: dict[Variant, list[Scored]] = {way: [] for way in ways}
     exact: list[Tensor] = []
     done = 0
-    for drawn in batches(subject, groups, group_size=group_size, seed=seed):
-        batch = _reached(subject, drawn)
-        lookahead = lookahead_of(subject, variant := reference(subject.coefficients.num_steps), batch)
-        exact.extend(score(subject, batch, images) for _, images in pictures(subject, lookahead, batch, [variant]))
-        for guidance in guidances:
-            scored: dict[Decoder, dict[tuple[int, Path], Tensor]] = {decoder: {} for decoder in decoders}
-            for state, path, clean in _completions(subject, batch, guidance, max_nodes):
-                for decoder in decoders:
-                    scored[decoder][state, path] = _decoded(subject, batch, clean, decoder)
-            for decoder in decoders:
-                parts[guidance, decoder].append(scored[decoder])
+    for batch in batches(subject, groups, group_size=group_size, seed=seed):
+        lookahead = lookahead_of(subject, judge, batch)
+        exact.extend(score(subject, batch, images) for _, images in pictures(subject, lookahead, batch, [judge]))
+        for completing in dict.fromkeys(map(completed, ways)):
+            scored: dict[Variant, dict[tuple[int, Path], Tensor]] = {
+                way: {} for way in ways if completed(way) == completing
+            }
+            lookahead = lookahead_of(subject, completing, batch)
+            for state, path, clean in _completions(subject, lookahead, batch, max_nodes):
+                for way, found in scored.items():
+                    found[state, path] = _decoded(subject, batch, clean, way)
+            for way, found in scored.items():
+                parts[way].append(found)
         done += len(batch.rows) // group_size
         progress(done)
 
     truth, candidates = torch.cat(exact), []
-    for guidance, decoder in ways:
-        table = _joined(parts[guidance, decoder])
+    for way in ways:
+        table = _joined(parts[way])
         for plan in _plans(subject, table, truth, max_nodes, worst):
-            variant = Variant(plan, guidance, decoder)
+            if not plan.evaluations and (way.copy or way.cache):
+                continue
+            variant = replace(way, plan=plan)
             agreement = agreement_of(subject, truth, assemble(table, plan, states_of(subject)))
             forwards = cost_of(variant, subject, group_size).lookahead.forwards
             candidates.append(Candidate(variant, forwards, flops_ratio(variant, subject, group_size), agreement))
@@ -138,6 +144,11 @@ def search(
 def cheapest(candidates: Sequence[Candidate], thresholds: Thresholds) -> Candidate | None:
     """The first candidate, in the order of `search`, that meets the thresholds."""
     return next((candidate for candidate in candidates if thresholds.met_by(candidate.agreement)), None)
+
+
+def longest_path(subject: Subject) -> int:
+    """Most evaluations that a completion can take: one at every step that is left to the first state completed."""
+    return max(0, subject.coefficients.num_steps - 1 - min(states_of(subject)))
 
 
 def states_of(subject: Subject) -> list[int]:
@@ -179,20 +190,13 @@ def _plans(subject: Subject, table: Scored, truth: Tensor, max_nodes: int, worst
             yield plan
 
 
-def _reached(subject: Subject, batch: Batch[Sampled]) -> Batch[Sampled]:
-    """The batch, of trees with the velocities that all their completions start with."""
-    if not isinstance(batch.trajectory, Tree):
-        return batch
-    return replace(batch, trajectory=batch.trajectory.reach(subject.model, subject.chunk))
-
-
 def _completions(
-    subject: Subject, batch: Batch[Sampled], guidance: Guidance, max_nodes: int
+    subject: Subject, lookahead: Lookahead, batch: Batch[Sampled], max_nodes: int
 ) -> Iterator[tuple[int, Path, Tensor]]:
     """Clean latents of every state along every path, and of the image as state T where a reward is measured there."""
     drawn = batch.trajectory
-    line = drawn.twigs if isinstance(drawn, Tree) else drawn
-    yield from completions(subject.model, line, max_nodes=max_nodes, guidance=guidance)
+    line = drawn.reach(lookahead).twigs if isinstance(drawn, Tree) else drawn
+    yield from completions(lookahead, line, max_nodes=max_nodes)
     if line.num_steps in states_of(subject):
         yield line.num_steps, (), line.latents[-1]
 
@@ -207,7 +211,8 @@ def _order(candidate: Candidate) -> tuple[int | float, bool, float]:
     return cost, candidate.variant.decoder == "full", -gains if gains == gains else 0.0
 
 
-def _decoded(subject: Subject, batch: Batch[Sampled], clean: Tensor, decoder: Decoder) -> Tensor:
+def _decoded(subject: Subject, batch: Batch[Sampled], clean: Tensor, way: Variant) -> Tensor:
     """Rewards [P', G] of one clean latent per row."""
-    images = torch.cat([subject.model.decode(part, decoder) for part in clean.split(subject.chunk)])
+    model = decoding(subject, way)
+    images = torch.cat([model.decode(part, way.decoder) for part in clean.split(subject.chunk)])
     return score(subject, batch, images[None])[..., 0]

@@ -24,18 +24,19 @@ class Agreement:
 
     Rewards are those of states 0..T-2, gains those of steps 0..T-2: the last state is nearly the image itself and would
     flatter any plan. Only states with a completion of their own count, which are those followed by a step with noise
-    (`Sharing.states`): the states after a window share the image itself, whatever the plan. A unit is one group at one
-    state or step. Units whose exact values are all equal say nothing and are left out; units where only the cheap
-    values are all equal count as correlation 0. NaN = nothing to compare.
+    (`Sharing.states`): the states after a window share the image itself, whatever the plan. Of branches those count
+    that lead to the states 0..T-2. A unit is one group at one state or step. Units whose exact values are all equal say
+    nothing and are left out; units where only the cheap values are all equal count as correlation 0. NaN = nothing to
+    compare.
 
     Attributes:
         spearman_rewards_mean, spearman_gains_mean: mean Spearman correlation over the units that remain, in [-1, 1].
         spearman_rewards_error, spearman_gains_error: standard error of these means, taken over groups.
         spearman_gains_worst_step: smallest mean over groups of any step.
         spearman_rewards, spearman_gains: mean over groups per state and per step, T-1 numbers each, NaN where nothing
-            counts.
+            counts; of branches one for each of their M steps, whether it counts or not.
         sign_agreement: share of gains with the exact sign, among those that are not zero in both.
-        sign_agreement_steps: the same per step, T-1 numbers.
+        sign_agreement_steps: the same per step, as many numbers as of `spearman_gains`.
         sign_agreement_rewards, sign_agreement_rewards_steps: the same of the rewards about their group's mean.
         pooled_rewards, pooled_gains: Pearson correlation over all groups, states and samples together.
         spearman_advantages, sign_agreement_advantages: the same of the normalised advantages, ranked over all samples
@@ -105,7 +106,7 @@ def compare(exact: Tensor, cheap: Tensor, noisy: Sequence[bool] | None = None) -
     )
 
 
-def compare_branches(exact: Tensor, cheap: Tensor) -> Agreement:
+def compare_branches(exact: Tensor, cheap: Tensor, noisy: Sequence[bool]) -> Agreement:
     """Agreement of the rewards of branches, each step's with those that leave the same state.
 
     The reward of the state itself is the same for all its branches, so their gains rank them as their rewards do; the
@@ -114,20 +115,22 @@ def compare_branches(exact: Tensor, cheap: Tensor) -> Agreement:
     Args:
         exact: [P, G, M] float, the reference: G branches at each of M steps of P trunks; NaN = missing.
         cheap: [P, G, M] float.
+        noisy: of each of the T steps whether branches take it, which M of them do.
 
     Raises:
-        ValueError: the shapes differ, or G is below 2.
+        ValueError: the shapes differ, G is below 2, or `noisy` is for another M.
     """
-    if exact.shape != cheap.shape or exact.ndim != 3 or exact.shape[1] < 2:
+    steps = [step for step, branches in enumerate(noisy) if branches]
+    if exact.shape != cheap.shape or exact.ndim != 3 or exact.shape[1] < 2 or exact.shape[2] != len(steps):
         raise ValueError(
-            "compare_branches: exact and cheap must both be [P, G, M] with G >= 2, "
+            f"compare_branches: exact and cheap must both be [P, G, {len(steps)}] with G >= 2, "
             f"got {list(exact.shape)} and {list(cheap.shape)}"
         )
     present = ~(exact.isnan() | cheap.isnan())
     rewards = [values.double().where(present, math.nan) for values in (exact, cheap)]
     gains = [about_mean(values) for values in rewards]
     advantages = [normalize_groups(values).values for values in rewards]
-    return _agreement(rewards, gains, advantages, present, torch.ones(exact.shape[2], dtype=torch.bool))
+    return _agreement(rewards, gains, advantages, present, torch.tensor([step + 1 < len(noisy) - 1 for step in steps]))
 
 
 def persistence(exact: Tensor) -> tuple[float, ...]:
@@ -223,17 +226,21 @@ def _agreement(
     gains: list[Tensor],
     advantages: list[Tensor],
     present: Tensor,
-    own: Tensor,
+    counted: Tensor,
 ) -> Agreement:
     """Agreement of exact and cheap rewards, gains and their advantages, all [P, G, N]; see `compare`.
 
-    Where `own` [N] bool is false everything is NaN, and nothing is a unit.
+    Only where `counted` [N] bool is true there are units; the numbers of each of the N places are there all the same.
     """
     advantages = [values.where(~gains[0].isnan(), math.nan) for values in advantages]
     deviations = [about_mean(values) for values in rewards]
-    by_rewards = spearman(*(values.transpose(1, 2) for values in rewards))
-    by_gains = spearman(*(values.transpose(1, 2) for values in gains))
-    reward_units, gain_units = (~by[:, own].isnan() for by in (by_rewards, by_gains))
+    at_each = [spearman(*(values.transpose(1, 2) for values in pair)) for pair in (rewards, gains)]
+    signs_at_each = [_by_step(*pair) for pair in (deviations, gains)]
+    reward_units, gain_units = (~by[:, counted].isnan() for by in at_each)
+    by_rewards, by_gains = (by.where(counted, math.nan) for by in at_each)
+    rewards, gains, advantages, deviations = (
+        [values.where(counted, math.nan) for values in pair] for pair in (rewards, gains, advantages, deviations)
+    )
     return Agreement(
         spearman_rewards_mean=_mean(by_rewards),
         spearman_rewards_error=_error(by_rewards),
@@ -241,9 +248,9 @@ def _agreement(
         spearman_gains_error=_error(by_gains),
         spearman_gains_worst_step=_smallest(by_gains.nanmean(0)),
         sign_agreement=sign_agreement(*gains),
-        sign_agreement_steps=_by_step(*gains),
+        sign_agreement_steps=signs_at_each[1],
         sign_agreement_rewards=sign_agreement(*deviations),
-        sign_agreement_rewards_steps=_by_step(*deviations),
+        sign_agreement_rewards_steps=signs_at_each[0],
         pooled_rewards=pearson(*(values.flatten() for values in rewards)).item(),
         pooled_gains=pearson(*(values.flatten() for values in gains)).item(),
         spearman_advantages=_mean(spearman(*(values.flatten(1) for values in advantages))),
@@ -253,8 +260,8 @@ def _agreement(
         excluded_rewards=int((~reward_units).sum()),
         excluded_gains=int((~gain_units).sum()),
         missing=_share(~present),
-        spearman_rewards=tuple(by_rewards.nanmean(0).tolist()),
-        spearman_gains=tuple(by_gains.nanmean(0).tolist()),
+        spearman_rewards=tuple(at_each[0].nanmean(0).tolist()),
+        spearman_gains=tuple(at_each[1].nanmean(0).tolist()),
     )
 
 

@@ -20,6 +20,8 @@ from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.data import PromptSet
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import UnitFlops
+from densegrpo_fast.sampling.plan import Plan
+from densegrpo_fast.sampling.visit import Visits
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
@@ -51,6 +53,8 @@ class Subject:
         caches: by (dtype of the copy that reads it, or None, and spec) what makes a feature cache for so many rows in
             groups of so many, for the variants that take features over from the rollout.
         cheap_flops: of one lookahead forward of those variants, by (dtype of the copy, cache spec), either or None.
+        shared_noise: whether the trajectories of a group start from one noise.
+        visits: how the lookaheads' forwards are run; None = operation by operation.
         settings: what a reader must know to repeat the measurement; plain JSON data.
     """
 
@@ -71,6 +75,8 @@ class Subject:
     caches: Mapping[tuple[str | None, str], Callable[[int, int], Cache]] = field(default_factory=dict)
     cheap_flops: Mapping[tuple[str | None, str | None], float] = field(default_factory=dict)
     branched: bool = False
+    shared_noise: bool = False
+    visits: Visits | None = None
 
     @property
     def guided(self) -> bool:
@@ -84,21 +90,23 @@ def pipeline_subject(
     groups: int,
     *,
     head: Path | None = None,
+    head_plan: Plan | None = None,
     copy_dtypes: Sequence[str] = (),
     vae_dtypes: Sequence[str] = (),
-    caches: Sequence[str] = (),
+    caches: Sequence[tuple[str | None, str]] = (),
 ) -> Subject:
     """The model, sampler, held-out prompts and reward of a configuration.
 
     Args:
-        config: a run's; its batch sizes are not used.
+        config: a run's, in whose every iteration the same steps are noisy; its batch sizes are not used.
         adapter: adapter directory of a run, or None for the model as it comes.
         groups: how many held-out prompts to use.
         head: file of a completion head, or None.
+        head_plan: that the head must be for; None = any.
         copy_dtypes: precisions of copies with the adapter merged.
         vae_dtypes: further precisions of the full decoder.
-        caches: specs of features to take over from the rollout, as in the configuration; each copy reads them, or the
-            model itself without any.
+        caches: specs of features to take over from the rollout, as in the configuration, each with the precision of the
+            copy that reads them; None = the model itself does.
 
     Raises:
         UserError: something cannot be loaded, or there are too few prompts.
@@ -108,33 +116,35 @@ def pipeline_subject(
     from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.chunks import lookahead_chunks
 
-    if config.window.remainder_share < 1:
-        raise UserError("window.remainder_share: plans are compared on all of the grid; set it to 1", ExitCode.USAGE)
     prompts = _held_out(config, groups)
     reward = builders.build_reward(config.reward.terms, config.reward.options)
     model = builders.load_base(config, builders.default_device())
     builders.check_calibration(config, model)
+    visits = builders.build_visits(config, model)
     if adapter is not None:
         _load_adapter(model.network, adapter)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
-    lora, corrector = config.lora, None if head is None else builders.read_head(head, model)
+    lora, corrector = config.lora, None
+    if head is not None:
+        corrector = (
+            builders.read_head(head, model) if head_plan is None else builders.build_head(head, head_plan, model)
+        )
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
     copies: dict[str, FlowModel] = {dtype: builders.build_copy(model, dtype) for dtype in copy_dtypes}
     chunks = lookahead_chunks(config, model, "full")
     costs: dict[tuple[str | None, str | None], float] = {(dtype, None): unit.reference_forward for dtype in copies}
     features: dict[tuple[str | None, str], Callable[[int, int], Cache]] = {}
     everywhere, halves = plans.exact(config.sampler.num_steps), model.forwards(config.sampler.guidance_scale)
-    for dtype in copies or (None,):
+    for dtype, spec in caches:
         reader = model if dtype is None else copies[dtype]
-        for spec in caches:
-            make = partial(builders.build_cache, spec, model, reader, everywhere, halves=halves)
-            costs[dtype, spec] = cached_forward(
-                architecture_of(model),
-                make(rows=1, group=1).spec,
-                lora_rank=0 if copies else lora.rank,
-                lora_targets=tuple(lora.targets),
-            )
-            features[dtype, spec] = lru_cache(maxsize=2)(lambda rows, group, make=make: make(rows=rows, group=group))
+        make = partial(builders.build_cache, spec, model, reader, everywhere, halves=halves)
+        costs[dtype, spec] = cached_forward(
+            architecture_of(model),
+            make(rows=1, group=1).spec,
+            lora_rank=lora.rank if dtype is None else 0,
+            lora_targets=tuple(lora.targets),
+        )
+        features[dtype, spec] = lru_cache(maxsize=2)(lambda rows, group, make=make: make(rows=rows, group=group))
     return Subject(
         model=model,
         coefficients=builders.build_coefficients(config, model),
@@ -152,6 +162,8 @@ def pipeline_subject(
         caches=features,
         cheap_flops=costs,
         branched=config.sampler.branches is not None,
+        shared_noise=config.sampler.shared_noise,
+        visits=visits,
         settings={
             "subject": config.preset,
             # the directory of this machine is nobody else's business
@@ -160,10 +172,13 @@ def pipeline_subject(
             "head": None if head is None else head.name,
             "copy_dtypes": list(copy_dtypes),
             "vae_dtypes": [config.model.vae_dtype, *vae_dtypes],
-            "caches": list(caches),
+            "vae_decode": config.model.vae_decode,
+            "preview_dtype": config.model.preview_dtype,
+            "caches": list(dict.fromkeys(spec for _, spec in caches)),
+            "graphs": config.lookahead.graphs,
             "branched": config.sampler.branches is not None,
             "sampler": config.sampler.model_dump(
-                mode="json", exclude={"group_size", "micro_batch", "shared_noise", "calibration", "branches"}
+                mode="json", exclude={"group_size", "micro_batch", "calibration", "branches"}
             ),
             "reward": config.reward.terms,
         },

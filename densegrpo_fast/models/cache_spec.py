@@ -42,24 +42,20 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if not (self.text or self.reuse_blocks or self.skip_blocks):
             raise ValueError(
-                "lookahead.cache: nothing to reuse; set text, reuse_blocks or skip_blocks, or leave lookahead.cache out"
+                "lookahead.cache: expected something to reuse (text, reuse:2-5 or skip:0,6), or null for no cache"
             )
         if self.own_text and not self.text:
-            raise ValueError("lookahead.cache.own_text: expected false without text")
+            raise ValueError("lookahead.cache: expected text:own for each sample's own text, got no text")
         if self.reuse_blocks is not None and not 0 <= self.reuse_blocks[0] < self.reuse_blocks[1]:
             raise ValueError(
-                "lookahead.cache.reuse_blocks: expected a first block and a later end (not included), "
-                f"got {list(self.reuse_blocks)}"
+                f"lookahead.cache: expected reuse with a first block and a later end (not included), got {self._reuse}"
             )
         if any(block < 0 for block in self.skip_blocks) or list(self.skip_blocks) != sorted(set(self.skip_blocks)):
-            raise ValueError(
-                f"lookahead.cache.skip_blocks: expected increasing block numbers from 0, got {list(self.skip_blocks)}"
-            )
+            raise ValueError(f"lookahead.cache: expected skip with increasing block numbers from 0, got {self._skip}")
         both = [block for block in self.skip_blocks if block in self.reused]
         if both:
             raise ValueError(
-                f"lookahead.cache.skip_blocks: {both} already lie in reuse_blocks {list(self.reuse_blocks or ())}; "
-                "name them once"
+                f"lookahead.cache: expected no block in both of {self._reuse} and {self._skip}, got {both}"
             )
 
     @classmethod
@@ -95,6 +91,16 @@ class CacheSpec:
         if self.skip_blocks:
             parts.append(f"skip{{{','.join(map(str, self.skip_blocks))}}}")
         return "+".join(parts)
+
+    @property
+    def _reuse(self) -> str:
+        """The blocks that are reused, as `parse` takes them."""
+        return f"reuse:{'-'.join(map(str, self.reuse_blocks or ()))}"
+
+    @property
+    def _skip(self) -> str:
+        """The blocks that are left out, as `parse` takes them."""
+        return f"skip:{','.join(map(str, self.skip_blocks))}"
 
     @property
     def reused(self) -> range:
@@ -134,7 +140,7 @@ class CacheSpec:
 
         from densegrpo_fast.models.attention import DispatchedJointAttention
 
-        way_out = "; leave lookahead.cache out for this model"
+        way_out = "; set it to null for this model"
         if not isinstance(network, SD3Transformer2DModel):
             raise ValueError(
                 f"lookahead.cache: only SD3's transformer (SD3Transformer2DModel) is supported, got "
@@ -150,12 +156,12 @@ class CacheSpec:
         count = len(network.transformer_blocks)
         if self.reused.stop > count:
             raise ValueError(
-                f"lookahead.cache.reuse_blocks: this model has blocks 0..{count - 1}, so the end is at most {count}, "
-                f"got {list(self.reuse_blocks or ())}"
+                f"lookahead.cache: expected reuse with an end of at most {count}, as this model has blocks "
+                f"0..{count - 1}, got {self._reuse}"
             )
         if self.skip_blocks and self.skip_blocks[-1] >= count:
             raise ValueError(
-                f"lookahead.cache.skip_blocks: this model has blocks 0..{count - 1}, got {list(self.skip_blocks)}"
+                f"lookahead.cache: expected skip with blocks of this model, 0..{count - 1}, got {self._skip}"
             )
         if len(self.skip_blocks) == count:
-            raise ValueError("lookahead.cache.skip_blocks: every block of the model is skipped; keep at least one")
+            raise ValueError(f"lookahead.cache: expected at least one block to be left, got {self._skip}, which is all")

@@ -84,16 +84,18 @@ def load_sd3(
     revision: str | None = None,
     vae_dtype: torch.dtype = torch.float32,
     preview_decoder: str | None = None,
+    preview_dtype: torch.dtype = torch.float32,
     prompt_store: PromptStore | None = None,
 ) -> SD3:
     """Load an SD3 pipeline, without its T5 encoder if the directory has none.
 
     Args:
         path: "embedded", a local pipeline directory, or a hub id.
-        dtype: of transformer and text encoders; the preview decoder stays float32.
+        dtype: of transformer and text encoders.
         vae_dtype: of the full decoder.
         preview_decoder: directory of the `AutoencoderTiny` for previews; None = the pipeline directory's own folder
             `preview_decoder`, if it has one.
+        preview_dtype: of the preview decoder.
         prompt_store: where encoded prompts are kept; the text encoders are then loaded for missing prompts alone.
 
     Raises:
@@ -115,7 +117,8 @@ def load_sd3(
         if module is not None:
             module.requires_grad_(False).eval()
     pipeline.vae.to(memory_format=torch.channels_last)
-    preview = _load_preview(directory, preview_decoder, pipeline.transformer.config.in_channels, device)
+    channels = pipeline.transformer.config.in_channels
+    preview = _load_preview(directory, preview_decoder, channels, device, preview_dtype)
     return SD3(
         pipeline,
         preview,
@@ -234,7 +237,7 @@ def _load_part(name: str, directory: Path, dtype: torch.dtype) -> Any:
     return kind.from_pretrained(directory)
 
 
-def _load_preview(pipeline: Path, given: str | None, channels: int, device: torch.device) -> Any:
+def _load_preview(pipeline: Path, given: str | None, channels: int, device: torch.device, dtype: torch.dtype) -> Any:
     directory = pipeline / "preview_decoder" if given is None else Path(given).expanduser()
     if not directory.is_dir():
         if given is None:
@@ -244,7 +247,7 @@ def _load_preview(pipeline: Path, given: str | None, channels: int, device: torc
         from diffusers import AutoencoderTiny
 
     try:
-        preview = load_network(AutoencoderTiny, directory, torch.float32)
+        preview = load_network(AutoencoderTiny, directory, dtype)
     except OSError as error:
         words = f"cannot load an AutoencoderTiny from {directory}: {error}"
         raise UserError(f"model.preview_decoder: {words}", ExitCode.ENVIRONMENT) from None

@@ -89,13 +89,13 @@ def _lora_layers(network: Any) -> dict[str, Any]:
         plain = isinstance(layer, Linear) and not (layer.lora_variant or any(layer.lora_bias.values()) or layer.merged)
         if not plain:
             raise ValueError(
-                f"lookahead.copy: {name} carries something else than a plain, unmerged LoRA, which cannot be followed; "
-                "set lookahead.copy to null"
+                f"lookahead.copy_dtype: {name} carries something else than a plain, unmerged LoRA, which cannot be "
+                "followed; set it to null"
             )
     for name, parameter in network.named_parameters():
         if parameter.requires_grad and _ADAPTER not in name:
             raise ValueError(
-                f"lookahead.copy: {name} is trained besides the LoRA, which the copy would not follow; "
-                "set lookahead.copy to null"
+                f"lookahead.copy_dtype: {name} is trained besides the LoRA, which the copy would not follow; "
+                "set it to null"
             )
     return layers

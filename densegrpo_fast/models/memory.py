@@ -102,7 +102,8 @@ class ModelMemory:
     Args:
         architecture: what to count; of the SD3 family.
         dtype: of the transformer; its adapter is float32.
-        vae_dtype: of the full decoder; the preview decoder is float32.
+        vae_dtype: of the full decoder.
+        preview_dtype: of the preview decoder.
         lora_rank: of the adapter.
         lora_targets: suffixes of the names of the adapted projections.
     """
@@ -113,6 +114,7 @@ class ModelMemory:
         *,
         dtype: torch.dtype,
         vae_dtype: torch.dtype = torch.float32,
+        preview_dtype: torch.dtype = torch.float32,
         lora_rank: int = 32,
         lora_targets: tuple[str, ...] = ATTENTION_TARGETS,
     ):
@@ -125,7 +127,7 @@ class ModelMemory:
             self.network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
             self.vae = nn.Module.to(architecture.full_decoder(), vae_dtype)
             make = architecture.preview_decoder
-            self.preview = None if make is None else make()
+            self.preview = None if make is None else nn.Module.to(make(), preview_dtype)
         self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         for parameter in self.parameters:
             parameter.data = parameter.data.float()

@@ -166,6 +166,11 @@ class SD3(FlowModel):
     def input_dtype(self) -> torch.dtype:
         return self.transformer.dtype
 
+    @property
+    def preview_dtype(self) -> torch.dtype:
+        """Precision of the preview decoder; float32 without one."""
+        return torch.float32 if self.preview_decoder is None else self.preview_decoder.dtype
+
     def velocity(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Velocity:

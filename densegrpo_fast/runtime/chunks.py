@@ -56,6 +56,7 @@ def lookahead_chunks(config: Config, model: FlowModel, decoder: Decoder) -> Chun
         architecture_of(model),
         dtype=model.transformer.dtype,
         vae_dtype=model.pipeline.vae.dtype,
+        preview_dtype=model.preview_dtype,
         lora_rank=config.lora.rank,
         lora_targets=tuple(config.lora.targets),
     )

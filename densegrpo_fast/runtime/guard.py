@@ -168,7 +168,7 @@ class DriftGuard:
             guided=self.model.forwards(chosen.guidance_scale) > 1,
             noisy=noisy,
         )
-        return compare_branches(exact, own), cost
+        return compare_branches(exact, own, noisy), cost
 
     def _rewards(self, clean: Tensor, rows: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Rewards [1, G, S] of clean latents [S*G, ...], S for each of a group's rows, by the full decoder."""

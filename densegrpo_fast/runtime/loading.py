@@ -40,6 +40,7 @@ def load_model(options: ModelOptions, device: torch.device) -> SD3:
         revision=options.revision,
         vae_dtype=resolve_dtype(options.vae_dtype, device),
         preview_decoder=options.preview_decoder,
+        preview_dtype=resolve_dtype(options.preview_dtype, device),
         prompt_store=prompt_cache(options, dtype),
     )
     set_up(model, options)

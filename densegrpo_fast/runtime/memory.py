@@ -25,7 +25,7 @@ _ADVICE = {
     "rollout": "a smaller sampler.micro_batch",
     "lookahead": "a smaller lookahead.chunk, or fewer samples (data.num_prompts, sampler.group_size)",
     "pictures": "fewer samples (data.num_prompts, sampler.group_size), model.vae_decode sliced, model.vae_dtype "
-    "bfloat16, or a smaller lookahead.chunk",
+    "or model.preview_dtype bfloat16, or a smaller lookahead.chunk",
     "update": "model.gradient_checkpointing true, or a smaller sampler.micro_batch",
     "training": "a smaller lora.rank",
     "trajectories": "fewer samples (data.num_prompts, sampler.group_size)",

@@ -94,6 +94,7 @@ def estimate_memory(
         architecture_of(model),
         dtype=model.transformer.dtype,
         vae_dtype=pipeline.vae.dtype,
+        preview_dtype=model.preview_dtype,
         lora_rank=lora.rank,
         lora_targets=tuple(lora.targets),
     )

@@ -6,7 +6,7 @@ in a row, whatever the number of states; the first velocity of every state is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,7 +27,7 @@ Guidance = Literal["full", "cond_only", "reuse"]
 
 
 @dataclass(frozen=True)
-class _Standing:
+class Standing:
     """Where a state's completion stands: the grid index of its last evaluation, what that saw and gave, and the
     evaluation before it where a second-order step wants it."""
 
@@ -109,13 +109,13 @@ class Lookahead:
             raise ValueError("a completion head needs a rollout, or branches reached, with keep_hidden=True")
         standing = self.evaluate(trajectory)
         if standing:
-            done = self._jump(list(standing.values()), steps, trajectory.coefficients)
+            done = self.jump(list(standing.values()), steps, trajectory.coefficients)
             for j, end in zip(standing, done.split([len(state.latents) for state in standing.values()]), strict=True):
                 ends[j] = sharing.spread(j, self._correct(j, standing[j], end))
         return torch.stack([ends[owner] for owner in sharing.owners])
 
     @torch.no_grad()
-    def evaluate(self, trajectory: Trajectory, first: int = 0) -> dict[int, _Standing]:
+    def evaluate(self, trajectory: Trajectory, first: int = 0) -> dict[int, Standing]:
         """Bring every state that needs a completion of its own to its last evaluation, in the order of the states.
 
         Args:
@@ -123,32 +123,77 @@ class Lookahead:
                 result.
             first: which sample of the rollout that a cache has recorded the first row is.
         """
-        sharing, terms = self.sharing(trajectory), trajectory.guidance_terms
-        states = sharing.states[:-1]
-        standing = {
-            j: _Standing(
+        plan, standing = self.plan_for(trajectory.num_steps), self.start(trajectory)
+        for node in plan.nodes():
+            here = {state: at for state, at in standing.items() if node in plan.paths[state]}
+            if here:
+                standing |= self.advance(here, node, trajectory, first)
+        return standing
+
+    def start(self, trajectory: Trajectory) -> dict[int, Standing]:
+        """Every state that needs a completion of its own, by itself, with the rollout's velocity there."""
+        sharing = self.sharing(trajectory)
+        self.visits.begin(self.model)
+        return {
+            j: Standing(
                 j,
                 sharing.rows(j, trajectory.latents[j]),
                 sharing.rows(j, trajectory.velocities[j]),
                 None if trajectory.hidden is None else sharing.rows(j, trajectory.hidden[j]),
             )
-            for j in states
+            for j in sharing.states[:-1]
         }
-        self.visits.begin(self.model)
-        plan = self.plan_for(trajectory.num_steps)
-        for node in plan.nodes():
-            here = [j for j in states if node in plan.paths[j]]
-            if not here:
-                continue
-            sizes = [len(standing[j].latents) for j in here]
-            arrived, velocity, tokens = self._visit([standing[j] for j in here], here, node, trajectory, first)
-            if self.guidance == "reuse" and terms is not None:
-                # no completion is shared then
-                velocity.unflatten(0, (len(here), -1)).add_(terms[node])
-            parts = [None] * len(here) if tokens is None else tokens.split(sizes)
-            for j, x, v, h in zip(here, arrived.split(sizes), velocity.split(sizes), parts, strict=True):
-                standing[j] = _Standing(node, x, v, h, standing[j].remembered(trajectory.coefficients.remainder))
-        return standing
+
+    def advance(
+        self, standing: Mapping[int, Standing], node: int, trajectory: Trajectory, first: int = 0
+    ) -> dict[int, Standing]:
+        """Take completions to a later grid index, and evaluate the model there.
+
+        Args:
+            standing: where they stand, by their states.
+            node: where they meet.
+            trajectory, first: as in `evaluate`, after `start`.
+        """
+        sizes, remainder = [len(at.latents) for at in standing.values()], trajectory.coefficients.remainder
+        arrived, velocity, tokens = self._visit(standing, node, trajectory, first)
+        if self.guidance == "reuse" and trajectory.guidance_terms is not None:
+            # no completion is shared then
+            velocity.unflatten(0, (len(standing), -1)).add_(trajectory.guidance_terms[node])
+        parts = [None] * len(standing) if tokens is None else tokens.split(sizes)
+        rows = zip(arrived.split(sizes), velocity.split(sizes), parts, strict=True)
+        return {
+            state: Standing(node, x, v, hidden, at.remembered(remainder))
+            for (state, at), (x, v, hidden) in zip(standing.items(), rows, strict=True)
+        }
+
+    def arrive(self, rows: Travellers, node: int, scale: float, cache: Cache | None = None) -> Arrival:
+        """Take rows to a node, and evaluate the model there, at most `chunk` rows at a time.
+
+        Args:
+            rows: who travels.
+            node: grid index where they meet.
+            scale: guidance there; 1 = off.
+            cache: features of the rollout to take over, or None.
+        """
+        arrived, velocity, hidden = torch.empty_like(rows.latents), torch.empty_like(rows.velocity), None
+        for start in range(0, len(rows), self.chunk):
+            part = slice(start, min(start + self.chunk, len(rows)))
+            here = self.visits(self.model, rows.select(part), node, scale, tap=self.head is not None, cache=cache)
+            arrived[part], velocity[part] = here.latents, here.velocity
+            if here.hidden is not None:
+                if hidden is None:
+                    hidden = here.hidden.new_empty(len(rows), *here.hidden.shape[1:])
+                hidden[part] = here.hidden
+        return Arrival(arrived, velocity, hidden)
+
+    @staticmethod
+    def jump(states: Sequence[Standing], node: int, coefficients: StepCoefficients) -> Tensor:
+        """Latents [m, ...] float32 of completions, one after another, at a grid index where nothing is evaluated."""
+        sigmas = coefficients.sigmas
+        sigma = torch.cat([sigmas[at.index].expand(len(at.latents)) for at in states])
+        latents = torch.cat([at.latents for at in states])
+        velocity = torch.cat([at.slope(node, coefficients.remainder) for at in states])
+        return ops.euler_jump(latents, velocity, sigma, sigmas[node].expand_as(sigma))
 
     @torch.no_grad()
     def images(self, clean: Tensor, noisy: tuple[bool, ...], decoder: Decoder) -> Tensor:
@@ -210,51 +255,32 @@ class Lookahead:
         paths = self.plan_for(len(noisy)).paths
         return sum(len(paths[j]) for j in Sharing(noisy).states[:-1])
 
-    def _jump(self, states: list[_Standing], node: int, coefficients: StepCoefficients) -> Tensor:
-        sigmas = coefficients.sigmas
-        sigma = torch.cat([sigmas[state.index].expand(len(state.latents)) for state in states])
-        latents = torch.cat([state.latents for state in states])
-        velocity = torch.cat([state.slope(node, coefficients.remainder) for state in states])
-        return ops.euler_jump(latents, velocity, sigma, sigmas[node].expand_as(sigma))
-
-    def _correct(self, state: int, standing: _Standing, estimate: Tensor) -> Tensor:
+    def _correct(self, state: int, standing: Standing, estimate: Tensor) -> Tensor:
         if self.head is None or standing.hidden is None or not self.head.applies(state):
             return estimate
         index = torch.full((len(estimate),), state, device=estimate.device)
         parts = zip(*(x.split(self.chunk) for x in (standing.hidden, standing.latents, estimate, index)), strict=True)
         return estimate + torch.cat([self.head(*part) for part in parts])
 
-    def _visit(
-        self, standing: list[_Standing], states: list[int], node: int, trajectory: Trajectory, first: int
-    ) -> Arrival:
-        """Take states that meet at a node there, in chunks of rows: all rows of a state, then those of the next."""
-        sigmas, device = trajectory.coefficients.sigmas, trajectory.latents.device
-        sigma = torch.cat([sigmas[state.index].expand(len(state.latents)) for state in standing])
-        conditioning, samples = trajectory.conditioning.repeat(len(states)), None
+    def _visit(self, standing: Mapping[int, Standing], node: int, trajectory: Trajectory, first: int) -> Arrival:
+        """Take states that meet at a node there: all rows of a state, then those of the next."""
+        sigmas, remainder = trajectory.coefficients.sigmas, trajectory.coefficients.remainder
+        sigma = torch.cat([sigmas[at.index].expand(len(at.latents)) for at in standing.values()])
+        conditioning, samples = trajectory.conditioning.repeat(len(standing)), None
         sharing = self.sharing(trajectory)
         if len(conditioning) != len(sigma):
             conditioning = replace(
-                conditioning, rows=torch.cat([sharing.rows(j, trajectory.conditioning.rows) for j in states])
+                conditioning, rows=torch.cat([sharing.rows(j, trajectory.conditioning.rows) for j in standing])
             )
         if self.cache is not None:
-            own = torch.arange(first, first + trajectory.batch, device=device)
-            samples = torch.cat([sharing.rows(j, own) for j in states])
+            own = torch.arange(first, first + trajectory.batch, device=trajectory.latents.device)
+            samples = torch.cat([sharing.rows(j, own) for j in standing])
         rows = Travellers(
-            latents=torch.cat([state.latents for state in standing]),
-            velocity=torch.cat([state.slope(node, trajectory.coefficients.remainder) for state in standing]),
+            latents=torch.cat([at.latents for at in standing.values()]),
+            velocity=torch.cat([at.slope(node, remainder) for at in standing.values()]),
             sigma=sigma,
             next_sigma=sigmas[node].expand_as(sigma),
             conditioning=conditioning,
             samples=samples,
         )
-        scale = self.guidance_scale(trajectory.guidance_scale)
-        arrived, velocity, hidden = torch.empty_like(rows.latents), torch.empty_like(rows.velocity), None
-        for start in range(0, len(rows), self.chunk):
-            part = slice(start, min(start + self.chunk, len(rows)))
-            here = self.visits(self.model, rows.select(part), node, scale, tap=self.head is not None, cache=self.cache)
-            arrived[part], velocity[part] = here.latents, here.velocity
-            if here.hidden is not None:
-                if hidden is None:
-                    hidden = here.hidden.new_empty(len(rows), *here.hidden.shape[1:])
-                hidden[part] = here.hidden
-        return Arrival(arrived, velocity, hidden)
+        return self.arrive(rows, node, self.guidance_scale(trajectory.guidance_scale), self.cache)

@@ -12,9 +12,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from densegrpo_fast.flow import ops
-from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
+from densegrpo_fast.sampling.lookahead import Lookahead, Standing
 from densegrpo_fast.sampling.trajectory import Trajectory
 
 Path = tuple[int, ...]
@@ -22,41 +20,27 @@ Path = tuple[int, ...]
 
 
 @torch.no_grad()
-def completions(
-    model: FlowModel, trajectory: Trajectory, *, max_nodes: int, guidance: Guidance = "full"
-) -> Iterator[tuple[int, Path, Tensor]]:
+def completions(lookahead: Lookahead, trajectory: Trajectory, *, max_nodes: int) -> Iterator[tuple[int, Path, Tensor]]:
     """Complete every state along every path.
 
     Args:
-        model: the policy.
+        lookahead: completes them, in every way but its own plan, and without its head, which is for that plan.
         trajectory: its rollout; states that a noise-free step joins to the next are left out, as their completions are
             that one's.
         max_nodes: evaluations of the longest path, at least 0.
-        guidance: after a state's first velocity, as in `Lookahead`.
 
     Yields:
-        (state, path, clean latents [B, ...] float32), one evaluation of B rows each, except for the empty paths.
+        (state, path, clean latents [B, ...] float32), one evaluation each, except for the empty paths, of B rows or of
+        those among them with a completion of their own.
     """
-    sigmas, steps, conditioning = trajectory.coefficients.sigmas, trajectory.num_steps, trajectory.conditioning
-    scale = trajectory.guidance_scale if guidance == "full" else 1.0
-
-    def jump(latents: Tensor, velocity: Tensor, start: int, end: int) -> Tensor:
-        rows = len(latents)
-        return ops.euler_jump(latents, velocity, sigmas[start].expand(rows), sigmas[end].expand(rows))
-
-    for state in sorted(set(Lookahead.owners(trajectory.coefficients.noisy)) - {steps}):
-        pending: list[tuple[Path, Tensor, Tensor]] = [((), trajectory.latents[state], trajectory.velocities[state])]
+    steps, sharing = trajectory.num_steps, lookahead.sharing(trajectory)
+    for state, root in lookahead.start(trajectory).items():
+        pending: list[tuple[Path, Standing]] = [((), root)]
         while pending:
-            path, latents, velocity = pending.pop()
-            here = path[-1] if path else state
-            yield state, path, jump(latents, velocity, here, steps)
-            for node in range(here + 1, steps) if len(path) < max_nodes else ():
-                arrived = jump(latents, velocity, here, node)
-                sigma = sigmas[node].expand(len(arrived))
-                onward = model.velocity(arrived, sigma, conditioning, scale).combined()
-                if guidance == "reuse" and trajectory.guidance_terms is not None:
-                    onward = onward + trajectory.guidance_terms[node]
-                pending.append(((*path, node), arrived, onward))
+            path, here = pending.pop()
+            yield state, path, sharing.spread(state, lookahead.jump([here], steps, trajectory.coefficients))
+            for node in range(here.index + 1, steps) if len(path) < max_nodes else ():
+                pending.append(((*path, node), lookahead.advance({state: here}, node, trajectory)[state]))
 
 
 def node_sets(num_steps: int, max_nodes: int) -> list[Path]:

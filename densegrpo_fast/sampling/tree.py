@@ -7,7 +7,6 @@ a lookahead's to complete. The velocity of a state is evaluated once for all its
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +19,7 @@ from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.visit import Travellers
 
 
 @dataclass(frozen=True)
@@ -98,38 +98,29 @@ class Tree:
         return self.twigs.latents[step + 1, self.taken(rows)]
 
     @torch.no_grad()
-    def reach(self, model: FlowModel, chunk: int | None = None, *, keep_hidden: bool = False) -> Tree:
+    def reach(self, lookahead: Lookahead) -> Tree:
         """The tree with the velocity of every state that a branch leads to, at the trunks' guidance.
 
         Args:
-            model: the policy, or a lookahead's copy of it: nothing but completions goes on from there.
-            chunk: branches per forward. None = all of them.
-            keep_hidden: keep the network's last hidden tokens there too, for a lookahead with a completion head.
+            lookahead: evaluates them as it does its nodes, by its model: nothing but completions goes on from there.
+                With a completion head the hidden tokens there are kept too.
         """
-        twigs = self.twigs
-        hidden: Tensor | None = None
-        velocities = twigs.latents.new_zeros(twigs.velocities.shape)
-        size = chunk or twigs.batch
+        twigs, sigmas = self.twigs, self.coefficients.sigmas
+        velocities, hidden = twigs.latents.new_zeros(twigs.velocities.shape), None
+        lookahead.visits.begin(lookahead.model)
         for state in self.inner:
-            sigma = self.coefficients.sigmas[state]
-            for start in range(0, twigs.batch, size):
-                part = slice(start, min(start + size, twigs.batch))
-                here = twigs.latents[state, part]
-                conditioning = twigs.conditioning.select(part)
-                with model.tap() if keep_hidden else nullcontext([]) as tokens:
-                    found = model.velocity(here, sigma.expand(len(here)), conditioning, self.guidance_scale)
-                velocities[state, part] = found.combined()
-                if keep_hidden:
-                    if hidden is None:
-                        hidden = tokens[0].new_zeros(*velocities.shape[:2], *tokens[0].shape[1:])
-                    hidden[state, part] = tokens[0]
+            here, sigma = twigs.latents[state], sigmas[state].expand(twigs.batch)
+            # they are there already: whatever the velocity, the jump has no length
+            rows = Travellers(here, here, sigma, sigma, twigs.conditioning, samples=None)
+            _, velocities[state], tokens = lookahead.arrive(rows, state, self.guidance_scale)
+            if tokens is not None:
+                hidden = tokens.new_zeros(len(velocities), *tokens.shape) if hidden is None else hidden
+                hidden[state] = tokens
         return replace(self, twigs=replace(twigs, velocities=velocities, hidden=hidden), reached=True)
 
     def reached_by(self, lookahead: Lookahead) -> Tree:
-        """The tree as a lookahead's completions start from it: as it is if `reached`, else `reach` by its model."""
-        if self.reached:
-            return self
-        return self.reach(lookahead.model, lookahead.chunk, keep_hidden=lookahead.head is not None)
+        """The tree as a lookahead's completions start from it: as it is if `reached`, else `reach`."""
+        return self if self.reached else self.reach(lookahead)
 
     def completions(self, lookahead: Lookahead) -> Tensor:
         """Clean latents [M, B, ...] float32 of every step's branches.

@@ -1,6 +1,14 @@
 """Builds the parts of a run from its configuration."""
 
-from densegrpo_fast.runtime.builders.lookahead import build_cache, build_copy, build_head, build_lookahead, read_head
+from densegrpo_fast.runtime.builders.lookahead import (
+    build_cache,
+    build_copy,
+    build_head,
+    build_lookahead,
+    build_plan,
+    build_visits,
+    read_head,
+)
 from densegrpo_fast.runtime.builders.model import (
     build_model,
     check_calibration,
@@ -23,8 +31,10 @@ __all__ = [
     "build_lookahead",
     "build_model",
     "build_observer",
+    "build_plan",
     "build_prompts",
     "build_reward",
+    "build_visits",
     "build_windows",
     "check_calibration",
     "default_device",

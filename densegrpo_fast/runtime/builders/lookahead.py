@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from densegrpo_fast.config import Config
@@ -17,24 +18,17 @@ from densegrpo_fast.runtime.chunks import lookahead_chunks
 from densegrpo_fast.sampling.graphs import GraphedVisits
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import Plan, make_plan
+from densegrpo_fast.sampling.visit import Visits
 
 
 def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
     """The lookahead that the credit method needs; None if it needs none."""
     if not (config.uses_lookahead or config.uses_branches):
         return None
-    options = config.lookahead
-
-    def replan(num_steps: int) -> Plan:
-        return make_plan(options.plan, num_steps, options.nodes, options.n or 1, options.paths)
-
+    options, replan = config.lookahead, partial(build_plan, config)
     plan = replan(config.sampler.num_steps)
     head = None if options.head is None else build_head(Path(options.head), plan, model)
-    if options.graphs and model.device.type != "cuda":
-        raise UserError(
-            f"lookahead.graphs: CUDA graphs need a CUDA device, the model is on {model.device}; set it to false",
-            ExitCode.USAGE,
-        )
+    visits = build_visits(config, model)
     evaluated = model if options.copy_dtype is None else build_copy(model, options.copy_dtype)
     if evaluated is not model and config.model.compile is not None:
         evaluated.compile(config.model.compile)
@@ -53,9 +47,29 @@ def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
         decode_chunk=chunks.decode,
         head=head,
         cache=cache,
-        visits=GraphedVisits() if options.graphs else None,
+        visits=visits,
         replan=replan,
     )
+
+
+def build_plan(config: Config, num_steps: int) -> Plan:
+    """The configured plan, for so many steps."""
+    options = config.lookahead
+    return make_plan(options.plan, num_steps, options.nodes, options.n or 1, options.paths)
+
+
+def build_visits(config: Config, model: FlowModel) -> Visits:
+    """How the lookahead's forwards are run.
+
+    Raises:
+        UserError: (usage) as graphs, and the model is on no CUDA device.
+    """
+    if config.lookahead.graphs and model.device.type != "cuda":
+        raise UserError(
+            f"lookahead.graphs: CUDA graphs need a CUDA device, the model is on {model.device}; set it to false",
+            ExitCode.USAGE,
+        )
+    return GraphedVisits() if config.lookahead.graphs else Visits()
 
 
 def build_copy(model: FlowModel, dtype: str) -> LookaheadCopy:

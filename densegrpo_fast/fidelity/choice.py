@@ -1,0 +1,189 @@
+"""What a fidelity run measures, by its options and its configuration: the subject, and which variants of the lookahead.
+
+Unless plans are named, the lookahead that the configuration trains with is among them, with its head, copy and cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from densegrpo_fast.credit import registry
+from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.fidelity.measure import Variant, expanded
+from densegrpo_fast.fidelity.options import plans_of
+from densegrpo_fast.fidelity.subject import Subject, analytic_subject, pipeline_subject
+from densegrpo_fast.models.base import Decoder
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.lookahead import Guidance
+from densegrpo_fast.sampling.plan import Plan
+
+if TYPE_CHECKING:
+    from densegrpo_fast.config import Config
+
+Value = TypeVar("Value")
+
+
+class Choice(NamedTuple):
+    """What to measure.
+
+    Attributes:
+        subject: on what.
+        variants: the lookaheads, each once.
+        own: those of them that the configuration trains with; empty where plans are named, or it has no lookahead.
+        ways: of which plan a search is to find the best, each with the exact one in its place.
+    """
+
+    subject: Subject
+    variants: list[Variant]
+    own: list[Variant]
+    ways: list[Variant]
+
+
+def choose(options: argparse.Namespace, config: Config | None) -> Choice:
+    """What the options ask for.
+
+    Args:
+        options: parsed.
+        config: of the pipeline; None = the analytic flow.
+
+    Raises:
+        UserError: an option does not fit the others, the configuration or its model.
+    """
+    makers = plans_of(options)
+    if config is None:
+        subject, own = analytic_subject(options.groups), []
+        guidances, decoders = options.guidance or ["full"], options.decoder or ["full"]
+    else:
+        for make in makers:
+            _made(make, config.sampler.num_steps)
+        _check(config, options)
+        own = [] if options.plans else own_variants(config)
+        subject = _pipeline(options, config, own)
+        guidances = options.guidance or [config.lookahead.guidance]
+        decoders = options.decoder or [config.lookahead.decoder]
+    _check_decoders(subject, options, [*decoders, *(variant.decoder for variant in own)])
+    if not subject.guided:
+        # without guidance there is nothing to drop after the first velocity
+        guidances = ["full"]
+    chosen = [*(variant.plan for variant in own), *(_made(make, subject.coefficients.num_steps) for make in makers)]
+    head, exact = subject.head if options.head else None, plans.exact(subject.coefficients.num_steps)
+
+    def beside(variants: list[Variant]) -> list[Variant]:
+        return expanded(
+            variants,
+            head=lambda plan: head is not None and plan.paths == head.config.paths,
+            copies=_once(options.copy_dtype),
+            caches=_once(options.cache),
+            vaes=_once(options.vae_dtype),
+        )
+
+    asked = beside([variant for plan in chosen for variant in _crossed(plan, guidances, decoders)])
+    if head is not None and not any(variant.head for variant in asked):
+        raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)
+    variants = [*own, *asked]
+    if any(variant.decoder == "preview" for variant in variants):
+        variants = [Variant(exact, "full", "preview"), *variants]
+    ways = [way for way in beside(_crossed(exact, guidances, decoders)) if not way.head]
+    ways += [Variant(exact, v.guidance, v.decoder, copy=v.copy, cache=v.cache) for v in own]
+    return Choice(subject, _once(variants), own, _once(ways))
+
+
+def own_variants(config: Config) -> list[Variant]:
+    """The lookahead that a configuration trains with: none if it has no use for one, several with granularities."""
+    if not (config.uses_lookahead or config.uses_branches):
+        return []
+    from densegrpo_fast.runtime.builders import build_plan
+
+    options, steps = config.lookahead, config.sampler.num_steps
+    chosen = [build_plan(config, steps)]
+    if "granularities" in registry.find(config.credit.method).options:
+        chosen = [plans.strided(steps, stride) for stride in config.credit.granularities]
+    guidance: Guidance = "full" if config.sampler.guidance_scale == 1.0 else options.guidance
+    extras: dict[str, Any] = {"head": options.head is not None, "copy": options.copy_dtype, "cache": options.cache}
+    return [Variant(plan, guidance, options.decoder, **extras) for plan in chosen]
+
+
+def _crossed(plan: Plan, guidances: list[Guidance], decoders: list[Decoder]) -> list[Variant]:
+    # without an evaluation every guidance is the same
+    return [
+        Variant(plan, guidance, decoder)
+        for guidance in (guidances if plan.evaluations else guidances[:1])
+        for decoder in decoders
+    ]
+
+
+def _pipeline(options: argparse.Namespace, config: Config, own: list[Variant]) -> Subject:
+    """The configuration's subject, with what the options and its own lookahead ask for."""
+    dtypes, specs = _once(options.copy_dtype), _once(options.cache)
+    head, head_plan = options.head, None
+    if own and own[0].head:
+        if head is not None:
+            problem = f"the configuration has lookahead.head {config.lookahead.head}; name --plans, or leave one out"
+            raise UserError(f"--head: {problem}", ExitCode.USAGE)
+        head, head_plan = Path(str(config.lookahead.head)), own[0].plan
+    return pipeline_subject(
+        config,
+        options.adapter,
+        options.groups,
+        head=head,
+        head_plan=head_plan,
+        copy_dtypes=_once([*dtypes, *(variant.copy for variant in own if variant.copy)]),
+        vae_dtypes=_once(options.vae_dtype),
+        caches=_once(
+            [
+                *((dtype, spec) for dtype in dtypes or (None,) for spec in specs),
+                *((variant.copy, variant.cache) for variant in own if variant.cache),
+            ]
+        ),
+    )
+
+
+def _check(config: Config, options: argparse.Namespace) -> None:
+    """Refuse a configuration of which one set of trajectories, or trees, shows only a part.
+
+    Raises:
+        UserError: (usage) always with the way out.
+    """
+    if config.window.remainder_share < 1:
+        raise UserError("window.remainder_share: plans are compared on all of the grid; set it to 1", ExitCode.USAGE)
+    windows, drawn = config.schedule().reached(), config.objective.trained_steps
+    if len(windows) > 1:
+        raise UserError(
+            f"window.schedule: expected fixed, as plans are compared in one window, got {config.window.schedule} with "
+            f"the windows {', '.join(f'{window[0]}..{window[-1]}' for window in windows)}; choose by "
+            "--window.schedule fixed --window.first STEP",
+            ExitCode.USAGE,
+        )
+    if config.sampler.branches is None:
+        return
+    if isinstance(drawn, int) and drawn < len(config.windows()[0]):
+        raise UserError(
+            f"objective.trained_steps: expected all_but_last or a list of steps, as plans are compared in the same "
+            f"steps, got {drawn} drawn for each iteration",
+            ExitCode.USAGE,
+        )
+    if options.cache:
+        problem = f"is for trajectories, and {config.preset} has sampler.branches; leave it out"
+        raise UserError(f"--cache {problem}", ExitCode.USAGE)
+    if "reuse" in (options.guidance or ()):
+        raise UserError("--guidance: expected full or cond_only with sampler.branches, got reuse", ExitCode.USAGE)
+
+
+def _check_decoders(subject: Subject, options: argparse.Namespace, decoders: list[Decoder]) -> None:
+    if not {*decoders} <= {*subject.decoders}:
+        key = "--decoder" if "preview" in (options.decoder or ()) else "lookahead.decoder"
+        raise UserError(f"{key}: this model has no preview decoder, expected full", ExitCode.USAGE)
+
+
+def _made(make: Callable[[int], Plan], num_steps: int) -> Plan:
+    try:
+        return make(num_steps)
+    except ValueError as error:
+        raise UserError(f"--plans: {error}", ExitCode.USAGE) from None
+
+
+def _once(values: Iterable[Value] | None) -> list[Value]:
+    return list(dict.fromkeys(values or ()))
