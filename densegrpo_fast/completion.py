@@ -99,7 +99,7 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
         )
     lookahead.head = head
     exact = Lookahead(model, plans.exact(steps), chunk=lookahead.chunk)
-    counter = HeadCounter(config, model, exact, lookahead)
+    counter = HeadCounter(config, exact, lookahead)
     training, held_out = collect(config, exact, lookahead, head, options.trajectories, counter)
     train_head(head, training, options.steps, config.seed)
     shares = explained(head, held_out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from time import perf_counter
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import HeadCost
 from densegrpo_fast.runtime.costs import CostLog
 from densegrpo_fast.runtime.head_examples import showing
@@ -21,13 +20,12 @@ class HeadCounter:
 
     Args:
         config: the run's.
-        model: the policy.
         exact: the exact lookahead, which evaluates the policy.
         lookahead: that the head is for, and has.
     """
 
-    def __init__(self, config: Config, model: FlowModel, exact: Lookahead, lookahead: Lookahead):
-        self.config, self.model, self.exact, self.lookahead = config, model, exact, lookahead
+    def __init__(self, config: Config, exact: Lookahead, lookahead: Lookahead):
+        self.config, self.exact, self.lookahead = config, exact, lookahead
         self.start, self._policy, self._cheap = perf_counter(), 0.0, 0.0
 
     def add(self, drawn: Sampled) -> None:
@@ -44,7 +42,7 @@ class HeadCounter:
             learned: rows that the head has learnt from, forward and backward.
             judged: rows that it was judged by.
         """
-        prices, tflop = CostLog(self.config, self.model, self.lookahead).prices, None
+        prices, tflop = CostLog(self.config, self.exact.model, self.lookahead).prices, None
         if prices is not None:
             # a backward through the head costs two forwards
             head = (3 * learned + judged) * prices.unit.head
@@ -55,7 +53,7 @@ class HeadCounter:
     def _exactly(self, drawn: Sampled) -> IterationCost:
         """Rollout and exact completions, per sample."""
         noisy = drawn.coefficients.noisy
-        plan, guided = self.exact.plan_for(len(noisy)), self.model.forwards(drawn.guidance_scale) > 1
+        plan, guided = self.exact.plan_for(len(noisy)), self.exact.model.forwards(drawn.guidance_scale) > 1
         if isinstance(drawn, Tree):
             return branched_iteration(
                 plan, branches=drawn.branches, trained_steps=0, guided=guided, kl=False, noisy=noisy
