@@ -29,6 +29,7 @@ from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
 from densegrpo_fast.sampling.tree import grow
+from densegrpo_fast.sampling.visit import Arrival, Travellers, Visits
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,21 @@ def test_samples_of_one_noise_share_their_first_completion(subject: Subject) -> 
     assert cost_of(reference(5), shared, 6).lookahead.guided == pytest.approx(4 / 6 + 6)
     reused = replace(reference(5), guidance="reuse")
     assert cost_of(reused, shared, 6).lookahead.unguided == cost_of(reference(5), subject, 6).lookahead.guided == 10
+
+
+def test_forwards_are_run_as_the_subject_says(subject: Subject) -> None:
+    class Counted(Visits):
+        rows = 0
+
+        def __call__(self, model: FlowModel, rows: Travellers, *arguments: object, **options: object) -> Arrival:
+            self.rows += len(rows)
+            return super().__call__(model, rows, *arguments, **options)
+
+    # branches of the steps 1 and 2: 6 rows arrive at the states 2 and 3, and go on by 2 and 1 nodes
+    visits = Counted()
+    branched = replace(subject, coefficients=subject.coefficients.only((1, 2)), branched=True, visits=visits)
+    measure(branched, [], range(1), group_size=6, seed=0)
+    assert visits.rows == 6 * (2 + (2 + 1))
 
 
 def test_exact_is_its_own_reference(subject: Subject) -> None:

@@ -1,7 +1,8 @@
 """The host waits for the device in no step of a rollout, a lookahead or an update.
 
-Rollout and lookahead run on the meta device, where a tensor has no values: any read of one by the host would raise. An
-update reads a few numbers at its end, as many for one step as for many.
+Rollout and lookahead run on the meta device, where a tensor has no values: any read of one by the host would raise. So
+does here what sends the host's own numbers to the device, as that waits too. An update reads a few numbers at its end,
+as many for one step as for many.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from densegrpo_fast.flow.dynamics import coefficients
@@ -48,15 +50,39 @@ def conditioning(model: FlowModel) -> Conditioning:
     )
 
 
+@pytest.fixture
+def nothing_sent(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, a tensor of the host's numbers and an index that is a list of them raise."""
+    indexed = Tensor.__getitem__
+
+    def tensor(*arguments: Any, **options: Any) -> Tensor:
+        raise AssertionError("numbers are sent to the device")
+
+    def item(self: Tensor, index: Any) -> Tensor:
+        if any(isinstance(part, list) for part in (index if isinstance(index, tuple) else (index,))):
+            raise AssertionError("an index is sent to the device")
+        return indexed(self, index)
+
+    def refuse() -> None:
+        monkeypatch.setattr(torch, "tensor", tensor)
+        monkeypatch.setattr(Tensor, "__getitem__", item)
+
+    return refuse
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 @pytest.mark.parametrize("family", ["flow_sde", "cps"])
-def test_nothing_is_read_back(model: FlowModel, conditioning: Conditioning, family: str, guidance_scale: float) -> None:
+def test_nothing_is_read_back(
+    model: FlowModel, conditioning: Conditioning, nothing_sent: Callable[[], None], family: str, guidance_scale: float
+) -> None:
     index = torch.arange(B, device="meta")
     noise = initial_noise(model, index, seed=0, epoch=0)
     table = coefficients(model.sigmas(T), [0.7, 0.7, 0.0, 0.7], family).to(torch.device("meta"))
     # groups of 3 in micro-batches of 3
     spec = CacheSpec(text=True, reuse_blocks=(0, 1))
     cache = FeatureCache(model.network, spec, nodes=(2,), rows=B, group=3, halves=model.forwards(guidance_scale))
+    grid = model.sigmas(T)
+    nothing_sent()
     trajectory = rollout(
         model,
         noise,
@@ -80,28 +106,22 @@ def test_nothing_is_read_back(model: FlowModel, conditioning: Conditioning, fami
         assert shared.device.type == "meta" and shared.shape == clean.shape
         for decoder in ("full", "preview"):
             assert lookahead.images(clean, trajectory.coefficients.noisy, decoder).shape == (T + 1, B, 3, 64, 64)
-    assert sample_ode(model, noise, conditioning, model.sigmas(T)).shape == noise.shape
+    assert sample_ode(model, noise, conditioning, grid).shape == noise.shape
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
-def test_nothing_of_branches_is_read_back(model: FlowModel, conditioning: Conditioning, guidance_scale: float) -> None:
+def test_nothing_of_branches_is_read_back(
+    model: FlowModel, conditioning: Conditioning, nothing_sent: Callable[[], None], guidance_scale: float
+) -> None:
     """Two trunks with three branches each at the steps 0, 2 and 3, the last of which leads to the image."""
     index = torch.arange(0, B, 3, device="meta")
-    tree = grow(
-        model,
-        initial_noise(model, index, seed=0, epoch=0),
-        conditioning,
-        coefficients(model.sigmas(T), [0.7, 0.0, 0.7, 0.7], "flow_sde").to(torch.device("meta")),
-        branches=3,
-        sample_index=index,
-        seed=0,
-        epoch=0,
-        guidance_scale=guidance_scale,
-        micro_batch=1,
-    )
-    plan = plans.nodes(T, [2])
+    noise = initial_noise(model, index, seed=0, epoch=0)
+    table = coefficients(model.sigmas(T), [0.7, 0.0, 0.7, 0.7], "flow_sde").to(torch.device("meta"))
+    counters, plan = {"sample_index": index, "seed": 0, "epoch": 0}, plans.nodes(T, [2])
     with torch.device("meta"):
         head = CompletionHead(HeadConfig(T, plan.paths, model.latent_shape, 2, model.network.inner_dim, width=16))
+    nothing_sent()
+    tree = grow(model, noise, conditioning, table, branches=3, **counters, guidance_scale=guidance_scale, micro_batch=1)
     ways = [Lookahead(model, plans.exact(T), guidance=guidance, chunk=4) for guidance in ("full", "cond_only")]
     for lookahead in (*ways, Lookahead(model, plan, chunk=4, head=head)):
         for drawn in (tree, tree.reach(lookahead), tree.select(slice(0, 2))):
@@ -109,9 +129,14 @@ def test_nothing_of_branches_is_read_back(model: FlowModel, conditioning: Condit
             assert clean.device.type == "meta" and clean.shape == (3, B, *model.latent_shape)
 
 
-def test_a_read_would_be_noticed() -> None:
+def test_a_read_would_be_noticed(nothing_sent: Callable[[], None]) -> None:
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ones(1, device="meta").item()
+    nothing_sent()
+    with pytest.raises(AssertionError, match="numbers are sent"):
+        torch.tensor([1.0], device="meta")
+    with pytest.raises(AssertionError, match="an index is sent"):
+        torch.ones(2, device="meta")[[0]]
 
 
 class Reads(TorchDispatchMode):

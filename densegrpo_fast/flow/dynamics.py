@@ -96,13 +96,15 @@ class StepCoefficients:
         kept = [step in steps for step in range(self.num_steps)]
         if all(kept):
             return self
-        euler = torch.zeros_like(self.table)
-        euler[:, A] = 1.0
-        euler[:, B] = self.sigmas.diff()
-        mask = torch.tensor(kept, device=self.table.device)[:, None]
+        table = torch.zeros_like(self.table)
+        table[:, A] = 1.0
+        table[:, B] = self.sigmas.diff()
+        # a mask would have to be sent to the device, which the host would wait for
+        for step in steps:
+            table[step] = self.table[step]
         return replace(
             self,
-            table=torch.where(mask, self.table, euler),
+            table=table,
             noise_level=tuple(level if keep else 0.0 for level, keep in zip(self.noise_level, kept, strict=True)),
             noisy=tuple(noisy and keep for noisy, keep in zip(self.noisy, kept, strict=True)),
         )

@@ -130,7 +130,8 @@ class Tree:
         Raises:
             ValueError: as `Lookahead.complete`.
         """
-        return lookahead.complete(self.reached_by(lookahead).twigs)[[step + 1 for step in self.steps]]
+        clean = lookahead.complete(self.reached_by(lookahead).twigs)
+        return torch.stack([clean[step + 1] for step in self.steps])
 
 
 Sampled = Trajectory | Tree
