@@ -159,7 +159,7 @@ class DriftGuard:
         """The same of a prompt's branches."""
         assert outcome.branch_rewards is not None
         own = outcome.branch_rewards[prompt].cpu()  # [N, C, K]
-        led_to = clean[[step + 1 for step in chosen.steps]]
+        led_to = torch.stack([clean[step + 1] for step in chosen.steps])
         exact = self._rewards(led_to.flatten(0, 1), rows, metadata).view_as(own)
         noisy = chosen.coefficients.noisy
         cost = branched_guard_check(
