@@ -45,6 +45,13 @@ def examples(seed: int, count: int = 24, kind: int = 0) -> Examples:
     return Examples(hidden, latents, estimate, share * latents, torch.arange(count) % 2)
 
 
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that shows in a few steps what a run's rate shows in many."""
+    monkeypatch.setattr(head_training, "_REFRESH_LR", 3e-4)
+
+
+@pytest.mark.usefixtures("fast")
 def test_it_learns_and_is_judged_on_what_it_has_not_seen() -> None:
     head = head_of()
     before, random_state = {name: x.clone() for name, x in head.state_dict().items()}, torch.get_rng_state()
@@ -62,6 +69,7 @@ def test_it_learns_and_is_judged_on_what_it_has_not_seen() -> None:
     assert torch.equal(head.scale, before["scale"]) and not torch.equal(head.out.weight, before["out.weight"])
 
 
+@pytest.mark.usefixtures("fast")
 def test_what_it_learns_of_one_kind_is_not_at_the_cost_of_another() -> None:
     """Twenty refreshes by turns of two kinds, then ten of one alone; each other refresher forgets what it was shown."""
     others, found = examples(99, 200, kind=-1), []

@@ -15,7 +15,8 @@ from densegrpo_fast.runtime.head_examples import Examples
 
 BATCH = 128
 """Most rows of an optimiser step."""
-_REFRESH_LR = 3e-4
+_REFRESH_LR = 1e-4
+"""Low, as a refresh goes over few examples many times."""
 _MEMORY_ROWS, _MEMORY_BYTES = 512, 2**28
 """Most that a run's head remembers: each checkpoint holds it."""
 
