@@ -90,11 +90,12 @@ def collect(config: Config, model: FlowModel, pictures: int, chunk: int) -> tupl
     import torch
 
     from densegrpo_fast.runtime.drawing import drawn
+    from densegrpo_fast.runtime.experience import sample
     from densegrpo_fast.runtime.preview_training import Pictures, decoded
 
     parts: tuple[list[Pictures], list[Pictures]] = ([], [])
-    for batch in drawn(config, model, pictures):
-        latents = batch.trajectory.latents[-1]
+    for batch in drawn(config, model, pictures, sample):
+        latents = batch.samples.latents[-1]
         images = decoded(model, latents, "full", chunk)
         parts[batch.held_out].append(Pictures(latents.cpu(), images, batch.rows, batch.metadata))
     training, held_out = (

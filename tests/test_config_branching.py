@@ -47,7 +47,6 @@ def config(*argv: str) -> Config:
             "optimizer.updates_per_iteration: expected a divisor of the 2 micro-batches",
         ),
         ([*BRANCHES, "sampler.shared_noise=true"], "sampler.shared_noise: expected false with sampler.branches, got"),
-        ([*BRANCHES, "lookahead.head=head.st"], "lookahead.head: expected null with sampler.branches, got head.st"),
         ([*BRANCHES, "lookahead.cache=text"], "lookahead.cache: expected null with sampler.branches, got text"),
         ([*BRANCHES, "lookahead.guidance=reuse"], "lookahead.guidance: expected full or cond_only with sampler.br"),
         (
@@ -65,6 +64,11 @@ def config(*argv: str) -> Config:
         (
             [*BRANCHES, "credit.method=granular"],
             "lookahead.plan: expected exact, by which the rewards of credit.method",
+        ),
+        (
+            [*GRANULAR, "lookahead.head=head.st"],
+            "lookahead.head: expected null with credit.method granular, for whose several completions of a branch no "
+            "head is made, got head.st",
         ),
         ([*GRANULAR, "credit.granularities=[2,1]"], "credit.granularities: expected increasing step sizes, got [2, 1]"),
         ([*GRANULAR, "credit.granularities=[1,8]"], "credit.granularities: expected at most 7"),
@@ -104,6 +108,13 @@ def test_nodes_after_the_first_branches_are_enough() -> None:
     config(*BRANCHES, *NODES, "lookahead.nodes=[4,6]", "objective.trained_steps=1")
     # of six states one alone has no path, and three are drawn
     config(*BRANCHES, *PATHS, "lookahead.paths=[[],[4],[],[4],[5],[6],[7],[]]", "objective.trained_steps=3")
+
+
+def test_branches_may_be_completed_with_a_head() -> None:
+    lookahead = config(
+        *BRANCHES, "lookahead.plan=one_step", "lookahead.head=head.st", "lookahead.head_refresh=5"
+    ).lookahead
+    assert (lookahead.head, lookahead.head_refresh) == ("head.st", 5)
 
 
 def test_trunks_branch_at_the_steps_that_are_trained() -> None:

@@ -129,6 +129,12 @@ def test_a_branched_iteration_by_hand() -> None:
     assert (cost.rollout.forwards, cost.lookahead.forwards) == (2.25, 18 + 72)
     assert (cost.policy.forwards, cost.reference.forwards, cost.backwards) == (2.25, 2.25, 1.125)
     assert (cost.full_decodes, cost.preview_decodes, cost.rewards) == (0, 9, 9)
+    assert cost.corrections == 0
+    # of nine states, 1 to 9, the head corrects the first
+    helped = branched_iteration(
+        plans.exact(10), branches=8, trained_steps=9, guided=True, kl=True, head=HeadOfEarlyStates()
+    )
+    assert helped.corrections == 1
     # a branch at the last step is a picture, with nothing to evaluate
     noisy = (False,) * 3 + (True,)
     last = branched_iteration(plans.exact(4), branches=2, trained_steps=1, guided=False, kl=False, noisy=noisy)

@@ -365,6 +365,12 @@ def test_costs_of_cheaper_forwards_by_hand(
     assert 0.45 < row["lookahead_forward"] / unit["reference_forward"] < 0.55
     assert (row["copy"], row["cache"], row["head"]) == ("bfloat16", "reuse:6-18", False)
     assert found["nodes{4}+head/cond_only/preview"]["corrections"] == 9
+    # branches of the steps 0 to 8 lead to the states 1 to 9, of which the last leaves no step out; about a tenth each
+    assert found["nodes{4}+head/cond_only/preview, 8 branches"]["corrections"] == 8
+    assert all(
+        0.05 < models[name]["flops"]["head"] / models[name]["flops"]["forward"] < 0.2
+        for name in ("embedded", "sd35_medium")
+    )
     # what does not fit a model is left out, and said
     assert list(models["embedded"]["left_out"]) == ["cache(reuse:6-18)"] and not record["left_out"]
     assert list(models["flux"]["left_out"]) == ["head", "copy(bfloat16)", "cache(text)", "cache(reuse:6-18)"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, load_head, save_head
 from densegrpo_fast.models.flops import ModelFlops
-from densegrpo_fast.runtime.head_training import BATCH, Examples, HeadRefresher, examples_of, explained
+from densegrpo_fast.models.lookahead_copy import LookaheadCopy
+from densegrpo_fast.runtime import head_training
+from densegrpo_fast.runtime.head_examples import Examples, exactly_completed, examples_of, showing
+from densegrpo_fast.runtime.head_training import BATCH, HeadRefresher, explained
 from densegrpo_fast.runtime.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import Evaluations, dense_iteration
+from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations
 from densegrpo_fast.sampling.guard_cost import guard_check
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.tree import grow
 
 SHAPE = HeadConfig(3, ((1,), (), ()), (4, 4, 4), patch=2, hidden=8, width=16, depth=1)
 
@@ -31,19 +36,27 @@ def head_of(config: HeadConfig = SHAPE, seed: int = 0) -> CompletionHead:
         return CompletionHead(config).requires_grad_(False).eval()
 
 
-def examples(seed: int, count: int = 24) -> Examples:
-    """Targets that follow from the latents: half of them."""
+def examples(seed: int, count: int = 24, kind: int = 0) -> Examples:
+    """Targets that follow from the latents: half of them, or minus half where the tokens are of a negative kind."""
     generator = torch.Generator().manual_seed(seed)
     latents, estimate = (torch.randn(count, 4, 4, 4, generator=generator) for _ in range(2))
-    hidden = torch.randn(count, 4, 8, generator=generator)
-    return Examples(hidden, latents, estimate, 0.5 * latents, torch.arange(count) % 2)
+    hidden = torch.randn(count, 4, 8, generator=generator) + 3.0 * kind * torch.tensor([1.0, -1.0] * 4)
+    share = -0.5 if kind < 0 else 0.5
+    return Examples(hidden, latents, estimate, share * latents, torch.arange(count) % 2)
 
 
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that shows in a few steps what a run's rate shows in many."""
+    monkeypatch.setattr(head_training, "_REFRESH_LR", 3e-4)
+
+
+@pytest.mark.usefixtures("fast")
 def test_it_learns_and_is_judged_on_what_it_has_not_seen() -> None:
     head = head_of()
     before, random_state = {name: x.clone() for name, x in head.state_dict().items()}, torch.get_rng_state()
     refresher = HeadRefresher(head, steps=30, seed=0)
-    shares = [refresher.refresh(examples(seed), iteration=seed) for seed in range(8)]
+    shares = [refresher.refresh(examples(seed), iteration=seed).explained for seed in range(8)]
     # the zero function explains nothing
     assert shares[0] == pytest.approx(0.0, abs=1e-6)
     assert sorted(shares) == shares and shares[-1] > 0.25
@@ -54,6 +67,43 @@ def test_it_learns_and_is_judged_on_what_it_has_not_seen() -> None:
     # frozen as it was before, and the units of the errors are those that it was made with
     assert not head.training and not any(p.requires_grad for p in head.parameters())
     assert torch.equal(head.scale, before["scale"]) and not torch.equal(head.out.weight, before["out.weight"])
+
+
+@pytest.mark.usefixtures("fast")
+def test_what_it_learns_of_one_kind_is_not_at_the_cost_of_another() -> None:
+    """Twenty refreshes by turns of two kinds, then ten of one alone; each other refresher forgets what it was shown."""
+    others, found = examples(99, 200, kind=-1), []
+    for forgets in (False, True):
+        refresher = HeadRefresher(head_of(), steps=30, seed=0)
+        for seed in range(20):
+            refresher.refresh(examples(seed, kind=1 if seed % 2 else -1), seed)
+        before = [share for _, share in explained(refresher.head, others).values()]
+        for seed in range(20, 30):
+            refresher.memory = None if forgets else refresher.memory
+            refresher.refresh(examples(seed, kind=1), seed)
+        after = [share for _, share in explained(refresher.head, others).values()]
+        found.append([late - early for early, late in zip(before, after, strict=True)])
+    (kept, forgotten) = found
+    assert min(kept) >= 0 and max(forgotten) < -0.3
+
+
+def test_it_remembers_the_newest_as_far_as_a_checkpoint_may_hold_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (examples(seed) for seed in range(3))
+    refresher = HeadRefresher(head_of(), steps=2, seed=0)
+    # no more than 128 rows of a step, as many of them remembered as new
+    assert [refresher.refresh(each, seed).rows for seed, each in enumerate((first, second))] == [2 * 24, 2 * 48]
+    assert refresher.memory is not None
+    assert torch.equal(refresher.memory.latents, torch.cat([second.latents, first.latents]))
+    monkeypatch.setattr(head_training, "_MEMORY_ROWS", 60)
+    refresher.refresh(third, 2)
+    expected = torch.cat([third.latents, second.latents, first.latents[:12]])
+    assert torch.equal(refresher.memory.latents, expected)
+    assert refresher.refresh(examples(3, 300), 3).rows == 2 * (64 + 60)
+    # a row is 4 tokens of 8, 3 times 4x4x4 floats, and the state: 4 (32 + 192) + 8 bytes
+    assert third.row_bytes == 904
+    monkeypatch.setattr(head_training, "_MEMORY_BYTES", 904 * 30 + 1)
+    refresher.refresh(third, 4)
+    assert torch.equal(refresher.tensors()["head_memory"]["state"], torch.cat([third.state, torch.arange(6) % 2]))
 
 
 def test_a_checkpoint_continues_to_the_bit() -> None:
@@ -108,9 +158,8 @@ def test_what_a_check_costs_by_hand() -> None:
     24 trajectories, of which a head learns in 5 steps of 128 rows: 640 / 24 rows each, three forwards a row.
     """
     rows = 5 * BATCH / 24
-    cost = guard_check(
-        plans.exact(10), guided=True, cheap=plans.nodes(10, (3, 6)), guidance="cond_only", head_rows=rows
-    )
+    cheap = lookahead_evaluations(plans.nodes(10, (3, 6)), guided=True, guidance="cond_only")
+    cost = replace(guard_check(plans.exact(10), guided=True), cheap=cheap, head_rows=rows)
     assert (cost.exact, cost.cheap) == (Evaluations(guided=45), Evaluations(unguided=9))
     assert cost.forwards == 99 and (cost.full_decodes, cost.rewards) == (11, 11)
     # powers of ten, so that the sum shows every count
@@ -180,12 +229,73 @@ def test_a_run_continues_to_the_bit_and_the_policy_is_left_alone(train: Any, hea
     assert whole[0]["flops/guard"] > still[0]["flops/guard"] > 0
     # exact completions 2 + 1 of three steps for each of 2 samples; the head sees state 0 at node 1, for both
     assert (still[0]["nfe/guard"], whole[0]["nfe/guard"]) == (6, 8)
-    # states 0 and 1 of 2 samples, 5 steps
-    assert [record["guard/head_rows"] for record in whole] == [20, 20, 20]
+    # states 0 and 1 of 2 samples, 5 steps; from the second time on as many rows that it remembers
+    assert [record["guard/head_rows"] for record in whole] == [20, 40, 40]
     # the zero function explains nothing
     assert whole[0]["guard/head_explained"] == pytest.approx(0.0, abs=1e-6)
     # from then on the completions are other ones
     assert whole[1]["gain/step_0"] != still[1]["gain/step_0"]
+
+
+def test_a_head_follows_the_policy_on_branches(train: Any, head_file: Path, tmp_path: Path) -> None:
+    """2 prompts x 1 trunk x 2 branches of the steps 0 and 1 of three; the head corrects state 1 alone."""
+    branches = {"sampler.branches": 2, "sampler.micro_batch": 1, "credit.method": "branch", "run.iterations": 2}
+    branches |= {"objective.trained_steps": "[0, 1]", "optimizer.updates_per_iteration": 1}
+    plain = load_head(head_file)
+    one_step = head_of(replace(plain.config, paths=((), (), ())))
+    save_head(one_step, tmp_path / "head.safetensors")
+    common = options(tmp_path / "head.safetensors", 5) | {"lookahead.plan": "one_step", "lookahead.nodes": "[]"}
+    common |= branches
+    assert train(tmp_path / "whole", **common) == 0
+    assert train(tmp_path / "parts", **common | {"run.iterations": 1}) == 0
+    assert train(tmp_path / "parts", "--resume", **common) == 0
+    assert train(tmp_path / "still", **common | {"lookahead.head_refresh": 0}) == 0
+    whole, parts, still = (without_seconds(tmp_path / name) for name in ("whole", "parts", "still"))
+    assert parts == whole
+    heads = [load_head(tmp_path / name / "completion_head.safetensors") for name in ("whole", "parts")]
+    for one, other in zip(heads[0].state_dict().values(), heads[1].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    # the first update knows nothing of it, and the second is by other completions
+    assert (whole[0]["reward"], whole[0]["grad_norm"]) == (still[0]["reward"], still[0]["grad_norm"])
+    assert whole[1]["reward"] != still[1]["reward"]
+    # both branches are reached at states 1 and 2, and go on exactly from the first; it sees nothing more than that
+    assert whole[0]["nfe/guard"] == still[0]["nfe/guard"] == 2 * (2 + 1)
+    assert whole[0]["guard/head_explained"] == pytest.approx(0.0, abs=1e-6)
+    # one state of 2 branches, 5 steps
+    assert [record["guard/head_rows"] for record in whole] == [10, 20]
+    assert whole[0]["flops/guard"] > still[0]["flops/guard"] > 0
+
+
+def test_examples_of_branches_are_what_the_head_will_see(tiny_policy: Callable[..., FlowModel]) -> None:
+    model, plan, index = tiny_policy(spread=0.1), plans.nodes(4, [2]), torch.tensor([0, 2])
+    config = HeadConfig(4, plan.paths, model.latent_shape, patch=2, hidden=model.network.inner_dim, width=16, depth=1)
+    tree = grow(
+        model,
+        initial_noise(model, index, seed=0, epoch=0),
+        model.encode(["a cat", "a cat", "the moon", "the moon"]),
+        coefficients(model.sigmas(4), 0.7, "flow_sde").only([0, 1, 2]),
+        branches=2,
+        sample_index=index,
+        seed=0,
+        epoch=0,
+    )
+    head = head_of(config)
+    lookahead, exact = Lookahead(model, plan, head=head), Lookahead(model, plans.exact(4))
+    line, ends = exactly_completed(exact, lookahead, tree)
+    found = Examples.joined(examples_of(lookahead, head, line, ends))
+    # branches lead to the states 1, 2 and 3, of which the last leaves no step out
+    assert found.state.tolist() == [1] * 4 + [2] * 4
+    plain = tree.completions(Lookahead(model, plan))
+    torch.testing.assert_close(found.estimate, plain[:2].flatten(0, 1), rtol=1e-5, atol=1e-5)
+    exactly = tree.completions(exact)
+    torch.testing.assert_close(found.estimate + found.target, exactly[:2].flatten(0, 1), rtol=1e-5, atol=1e-5)
+    # state 1 goes on at node 2; the branches are reached once, but for a lookahead that evaluates a copy
+    assert showing(exact, lookahead, tree) == Evaluations(unguided=1)
+    copied = Lookahead(LookaheadCopy(model), plan, head=head)
+    assert showing(exact, copied, tree) == Evaluations(unguided=1 + 3)
+    line, ends = exactly_completed(exact, copied, tree)
+    again = Examples.joined(examples_of(copied, head, line, ends))
+    torch.testing.assert_close(again.target, found.target, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.rewards.pickscore import PickScore
 from densegrpo_fast.runtime.builders import build_coefficients, build_lookahead
-from densegrpo_fast.runtime.experience import sample
+from densegrpo_fast.runtime.experience import sample, sample_tree
 from densegrpo_fast.runtime.lora import add_lora
 from densegrpo_fast.runtime.memory import (
     GIB,
@@ -40,6 +40,8 @@ from densegrpo_fast.runtime.memory import (
     refuse,
 )
 from densegrpo_fast.runtime.preparation import estimate_memory
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.lookahead import Lookahead
 
 TARGETS = flops.ATTENTION_TARGETS
 ROWS = 3
@@ -291,6 +293,16 @@ def test_hidden_tokens_take_what_was_counted(tiny_policy: Callable[..., SD3], dt
     # 5 noisy states of 8 samples; two nodes: where the completions stand, and where they go
     assert found.phases["lookahead"] - without.phases["lookahead"] == 2 * 5 * 8 * row
     assert found.to_come - without.to_come >= found.state["hidden tokens"]
+
+
+def test_hidden_tokens_of_branches_take_what_was_counted(tiny_policy: Callable[..., SD3]) -> None:
+    model, branches = tiny_policy(), ("credit.method=branch", "sampler.branches=2", "lookahead.plan=one_step")
+    chosen = of_the_rollout("window.schedule=none", "window.size=null", *branches, "lookahead.head=head.safetensors")
+    tree = sample_tree(chosen, model, ["a"] * 4 + ["b"] * 4, build_coefficients(chosen, model), 0)
+    head = CompletionHead(HeadConfig(5, ((),) * 5, model.latent_shape, 2, 32))
+    hidden = tree.reach(Lookahead(model, plans.one_step(5), head=head)).twigs.hidden
+    assert hidden is not None
+    assert estimate_memory(chosen, model).state["hidden tokens"] == tensor_bytes([hidden]) == 8 * 5 * 16 * 32 * 4
 
 
 def test_text_of_every_sample_would_not_fit() -> None:

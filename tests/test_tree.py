@@ -177,6 +177,76 @@ def test_the_published_counts() -> None:
     assert 2 * (cost.rollout.total + cost.lookahead.total) == 8 + 2 * (140 - 8)
 
 
+class Spy:
+    """A completion head that adds its state's number, and keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Tensor]] = []
+
+    def applies(self, state: int) -> bool:
+        return state != 2
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        self.seen.append([tensor.clone() for tensor in inputs])
+        latents, state = inputs[1], inputs[3]
+        return torch.ones_like(latents) * state.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_head_corrects_the_last_jumps_of_branches(
+    tiny_policy: Callable[..., FlowModel], chunk: int, guidance_scale: float
+) -> None:
+    """T = 4, node 3, branches of every step: states 1 and 2 see it at node 3, state 3 where it is, 4 is the image."""
+    model = tiny_policy(spread=0.1)
+    tree = grown(model, [0, 1, 2, 3], num_steps=4, prompts=["a cat", "the moon"], guidance_scale=guidance_scale)
+    plan, spy = plans.nodes(4, [3]), Spy()
+    plain = tree.completions(Lookahead(model, plan, chunk=chunk))
+    helped = tree.completions(Lookahead(model, plan, chunk=chunk, head=spy))
+    added = torch.tensor([1.0, 0.0, 3.0, 0.0]).view(4, 1, 1, 1, 1).expand_as(plain)
+    torch.testing.assert_close(helped - plain, added, rtol=1e-5, atol=1e-5)
+
+    hidden, latents, estimate, state = (torch.cat(parts) for parts in zip(*spy.seen, strict=True))
+    assert state.tolist() == [1] * 2 * K + [3] * 2 * K
+    sigmas, conditioning = tree.coefficients.sigmas, tree.twigs.conditioning
+
+    def alone(row: int, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Hidden tokens and velocity of one row, by itself."""
+        with model.tap() as tokens:
+            found = model.velocity(x, sigmas[index].expand(1), conditioning.select(slice(row, row + 1)), guidance_scale)
+        return tokens[0], found.combined()
+
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    with torch.no_grad():
+        for place, (step, row) in enumerate((step, row) for step in (0, 2) for row in range(2 * K)):
+            here = tree.twigs.latents[step + 1, row : row + 1]
+            tokens, velocity = alone(row, here, step + 1)
+            if step == 0:
+                here = here + (sigmas[3] - sigmas[1]) * velocity
+                tokens, velocity = alone(row, here, 3)
+            torch.testing.assert_close(latents[place], here[0], **close)
+            torch.testing.assert_close(hidden[place], tokens[0], **close)
+            torch.testing.assert_close(estimate[place], (here - sigmas[3] * velocity)[0], **close)
+
+
+def test_keeping_hidden_tokens_of_branches_changes_nothing_else(tiny_policy: Callable[..., FlowModel]) -> None:
+    model = tiny_policy(spread=0.1)
+    tree = grown(model, [0, 2], num_steps=4, prompts=["a cat", "the moon"])
+    plain, kept = (tree.reach(Lookahead(model, plans.one_step(4), chunk=4, head=head)) for head in (None, Spy()))
+    assert plain.twigs.hidden is None and kept.twigs.hidden is not None
+    assert torch.equal(plain.twigs.velocities, kept.twigs.velocities)
+    # of the states that branches lead to, by state as the latents are
+    assert kept.twigs.hidden.shape == (4, 2 * K, 16, model.network.inner_dim)
+    assert [bool(tokens.any()) for tokens in kept.twigs.hidden] == [False, True, False, True]
+    assert torch.equal(kept.select(slice(1, 2)).twigs.hidden, kept.twigs.hidden[:, K:])
+    with pytest.raises(ValueError, match="keep_hidden"):
+        plain.completions(Lookahead(model, plans.one_step(4), head=Spy()))
+    # a branch of the last step is the image: there is nothing to reach, or to correct
+    last = grown(model, [3], num_steps=4, prompts=["a cat"])
+    clean = last.completions(Lookahead(model, plans.one_step(4), head=Spy()))
+    assert torch.equal(clean[0], last.twigs.latents[4])
+
+
 def test_what_cannot_branch_is_refused(mixture_model: Any) -> None:
     with pytest.raises(ValueError, match="no step injects noise"):
         grown(mixture_model, [])

@@ -165,9 +165,9 @@ def _check(config: Config, options: argparse.Namespace) -> None:
             f"steps, got {drawn} drawn for each iteration",
             ExitCode.USAGE,
         )
-    if given := [name for name in ("head", "cache") if getattr(options, name)]:
+    if options.cache:
         problem = f"is for trajectories, and {config.preset} has sampler.branches; leave it out"
-        raise UserError(f"--{given[0]} {problem}", ExitCode.USAGE)
+        raise UserError(f"--cache {problem}", ExitCode.USAGE)
     if "reuse" in (options.guidance or ()):
         raise UserError("--guidance: expected full or cond_only with sampler.branches, got reuse", ExitCode.USAGE)
 

@@ -12,7 +12,7 @@ from densegrpo_fast.fidelity.measure import Variant, expanded
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.models.base import Decoder
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
+from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, usual_width
 from densegrpo_fast.models.flops import (
     ARCHITECTURES,
     Architecture,
@@ -50,8 +50,8 @@ def cost_records(
     for trajectories with noise in the window of steps 0..2 alone, which are then all that is trained.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
-    and the full decoder, comes first. Head, copies and caches are for trajectories of SD3's transformers, copies for
-    branches too; what does not fit a model is named in its record's `left_out`.
+    and the full decoder, comes first. Head, copies and caches are for SD3's transformers, caches not for branches; what
+    does not fit a model is named in its record's `left_out`.
 
     Args:
         make_plans: from T to a plan.
@@ -159,7 +159,8 @@ class _Extras:
             return cls(unit, forwards, None, (), (), dict.fromkeys(wishes, reason))
         shape = None
         if head:
-            shape = HeadConfig(STEPS, (), built.latent_shape, network.config.patch_size, network.inner_dim)
+            width = usual_width(network.inner_dim, network.config.num_layers, HeadConfig.depth)
+            shape = HeadConfig(STEPS, (), built.latent_shape, network.config.patch_size, network.inner_dim, width)
             unit = replace(unit, head=completion_head(shape))
         forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
         left_out, fitting = {}, []
@@ -201,7 +202,7 @@ def _model_record(architecture: Architecture, extras: _Extras, variants: Sequenc
             f"{variant.name}, window 0..{WINDOW - 1}": (None, True),
         }
         for title, (branches, window) in ways.items():
-            if branches is not None and (variant.head or variant.cache is not None):
+            if branches is not None and variant.cache is not None:
                 continue
             trained = WINDOW if window else TRAINED
             cost, without = (
@@ -243,14 +244,13 @@ def _cost(
     options: dict[str, Any] = {"trained_steps": trained, "guided": guided, "kl": kl}
     options |= {"guidance": variant.guidance, "decoder": variant.decoder}
     noisy = tuple(step < trained for step in range(STEPS))
-    if branches is not None:
-        return branched_iteration(variant.plan, branches=branches, noisy=noisy, **options)
-    head = None
     if variant.head and shape is not None:
         with torch.device("meta"):
-            head = CompletionHead(replace(shape, paths=variant.plan.paths))
+            options["head"] = CompletionHead(replace(shape, paths=variant.plan.paths))
+    if branches is not None:
+        return branched_iteration(variant.plan, branches=branches, noisy=noisy, **options)
     # of trajectories without a window the last step, which is not trained, has noise too
-    return dense_iteration(variant.plan, head=head, noisy=noisy if trained == WINDOW else None, **options)
+    return dense_iteration(variant.plan, noisy=noisy if trained == WINDOW else None, **options)
 
 
 def _amount(flops: float) -> str:

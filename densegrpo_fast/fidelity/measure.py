@@ -97,11 +97,12 @@ def cost_of(variant: Variant, subject: Subject, group_size: int) -> IterationCos
         "guidance": variant.guidance,
         "decoder": variant.decoder,
         "noisy": subject.coefficients.noisy,
+        "head": subject.head if variant.head else None,
     }
     if subject.branched:
         return branched_iteration(variant.plan, branches=group_size, **options)
     options["shared"] = group_size if subject.shared_noise and not _own(variant, subject, group_size) else 1
-    return dense_iteration(variant.plan, head=subject.head if variant.head else None, **options)
+    return dense_iteration(variant.plan, **options)
 
 
 def flops_ratio(variant: Variant, subject: Subject, group_size: int) -> float | None:

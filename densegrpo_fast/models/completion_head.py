@@ -10,6 +10,7 @@ gradient. An approximation: how good is measured by `python -m densegrpo_fast.fi
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CONFIG = "completion_head"
+_CONFIG, _COST = "completion_head", "cost"
+_HEADS = 4
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,53 @@ class HeadConfig:
     hidden: int
     width: int = 128
     depth: int = 2
-    heads: int = 4
+    heads: int = _HEADS
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    """What making a head took.
+
+    Attributes:
+        forwards: network forwards (NFE) of the rollouts and their completions.
+        decodes: images decoded; 0, as a head learns from latents.
+        head_rows: rows through the head, most of them forward and backward.
+        tflop: 1e12 floating-point operations of all that; None where they could not be counted.
+        seconds: from the first rollout to the head.
+    """
+
+    forwards: int
+    decodes: int
+    head_rows: int
+    tflop: float | None
+    seconds: float
+
+
+def usual_width(hidden: int, blocks: int, depth: int) -> int:
+    """Width of a head that takes about a tenth of the operations of a forward, at its default depth or another.
+
+    A block's products grow with the square of the width, and a network's tokens are a fifth more than a head's, as
+    those of the text are among them.
+
+    Args:
+        hidden: width of the transformer's tokens.
+        blocks: of the transformer.
+        depth: blocks of the head.
+
+    Returns:
+        A multiple of 16: heads of a multiple of 4 channels.
+    """
+    unit = 4 * _HEADS
+    return unit * max(1, round(hidden * math.sqrt(0.12 * blocks / depth) / unit))
 
 
 class CompletionHead(nn.Module):
     """Predicts exact completion minus one-step estimate from the last evaluation of a completion.
 
     Starts as the zero function, so an untrained head leaves every completion as it is.
+
+    Attributes:
+        cost: what making it took; None if that is not known.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -58,6 +100,7 @@ class CompletionHead(nn.Module):
         if height % config.patch or width % config.patch or config.width % config.heads:
             raise ValueError(f"completion head: latents {config.latent_shape} or width do not divide, got {config}")
         self.config = config
+        self.cost: HeadCost | None = None
         tokens, values = (height // config.patch) * (width // config.patch), channels * config.patch**2
         self.hidden_norm = nn.LayerNorm(config.hidden, elementwise_affine=False)
         self.embed = nn.Linear(config.hidden + 2 * values, config.width)
@@ -106,11 +149,14 @@ class CompletionHead(nn.Module):
 
 
 def save_head(head: CompletionHead, path: Path) -> None:
-    """Write a head as one safetensors file, its configuration in the metadata."""
+    """Write a head as one safetensors file, its configuration and what it cost in the metadata."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    save_file(tensors, path, metadata={_CONFIG: json.dumps(asdict(head.config))})
+    facts = {_CONFIG: json.dumps(asdict(head.config))}
+    if head.cost is not None:
+        facts[_COST] = json.dumps(asdict(head.cost))
+    save_file(tensors, path, metadata=facts)
 
 
 def load_head(path: Path) -> CompletionHead:
@@ -123,7 +169,8 @@ def load_head(path: Path) -> CompletionHead:
 
     try:
         with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {})[_CONFIG])
+            facts = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            settings, cost = facts[_CONFIG], facts.get(_COST)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
@@ -132,5 +179,6 @@ def load_head(path: Path) -> CompletionHead:
         ) from None
     settings |= {"paths": tuple(map(tuple, settings["paths"])), "latent_shape": tuple(settings["latent_shape"])}
     head = CompletionHead(HeadConfig(**settings))
+    head.cost = None if cost is None else HeadCost(**cost)
     head.load_state_dict(tensors)
     return head.requires_grad_(False).eval()

@@ -68,13 +68,11 @@ def sample(
     coefficients: StepCoefficients,
     iteration: int,
     *,
-    keep_hidden: bool = False,
     cache: Cache | None = None,
 ) -> Trajectory:
     """Roll the policy out on the B = P*G rows of an iteration; all noise is a function of (seed, iteration, row).
 
-    What the configured lookahead needs is kept, features in its `cache`; `keep_hidden` keeps the hidden tokens in any
-    case.
+    What the configured lookahead needs is kept, features in its `cache`.
     """
     options, completed = config.sampler, config.uses_lookahead
     index = torch.arange(len(rows), device=model.device)
@@ -90,7 +88,7 @@ def sample(
         guidance_scale=options.guidance_scale,
         micro_batch=options.micro_batch,
         keep_guidance=completed and config.lookahead.guidance == "reuse",
-        keep_hidden=keep_hidden or (completed and config.lookahead.head is not None),
+        keep_hidden=completed and config.lookahead.head is not None,
         cache=cache,
     )
     return replace(trajectory, shared=options.group_size) if options.shared_noise else trajectory
@@ -229,7 +227,7 @@ class Judge:
         def completions(chunk: int) -> Tensor:
             for way in ways:
                 way.chunk = chunk
-            reached = tree.reach(ways[0])
+            reached = tree.reached_by(ways[0])
             return torch.stack([reached.completions(way) for way in ways])
 
         with timer("lookahead"):
@@ -260,10 +258,11 @@ class Judge:
         if self.lookahead is None:
             return self.sparse_cost(drawn, trained_steps)
         options |= {"guidance": self.lookahead.guidance, "decoder": self.config.lookahead.decoder, "noisy": noisy}
+        options["head"] = self.lookahead.head
         if isinstance(drawn, Tree):
             plan, *others = [way.plan_for(len(noisy)) for way in self._ways(self.lookahead)]
             return branched_iteration(plan, others=others, branches=drawn.branches, **options)
-        options |= {"head": self.lookahead.head, "shared": self.lookahead.sharing(drawn).group}
+        options |= {"shared": self.lookahead.sharing(drawn).group}
         return dense_iteration(self.lookahead.plan_for(len(noisy)), **options)
 
     def sparse_cost(self, drawn: Sampled, trained_steps: int) -> IterationCost:

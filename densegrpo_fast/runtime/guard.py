@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.chunks import lookahead_chunks
 from densegrpo_fast.runtime.costs import CostLog
-from densegrpo_fast.runtime.experience import Outcome, complete_in
-from densegrpo_fast.runtime.head_training import Examples, HeadRefresher, examples_of
+from densegrpo_fast.runtime.experience import Outcome
+from densegrpo_fast.runtime.head_examples import Examples, exactly_completed, examples_of, showing
+from densegrpo_fast.runtime.head_training import HeadRefresher
 from densegrpo_fast.runtime.row_budget import RowBudget
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
 from densegrpo_fast.sampling.guard_cost import GuardCost, branched_guard_check, guard_check
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.sharing import Sharing
@@ -94,10 +93,20 @@ class DriftGuard:
         group = slice(prompt * size, (prompt + 1) * size)
         about = rows[group], metadata[group]
         if isinstance(trajectory, Tree):
-            found, cost = self._branches(trajectory, *about, outcome, prompt)
-            learned: dict[str, float] = {}
+            trunks = size // trajectory.branches
+            chosen: Sampled = trajectory.select(slice(prompt * trunks, (prompt + 1) * trunks))
         else:
-            found, cost, learned = self._trajectories(trajectory.select(group), *about, outcome, prompt, iteration)
+            chosen = trajectory.select(group)
+        line, clean = self._completed(chosen)
+        if isinstance(chosen, Tree):
+            found, cost = self._branches(chosen, clean, *about, outcome, prompt)
+        else:
+            found, cost = self._trajectories(chosen, clean, *about, outcome, prompt)
+        learned: dict[str, float] = {}
+        if self.lookahead is not None and self.refresher is not None:
+            learned = self._refresh(self.lookahead, self.refresher, line, clean, group.start, iteration)
+            cheap = showing(self.exact, self.lookahead, chosen)
+            cost = replace(cost, cheap=cheap, head_rows=learned.get("guard/head_rows", 0) / size)
         costs.guard(cost, size)
         return learned | {
             "guard/spearman_rewards": found.spearman_rewards_mean,
@@ -106,52 +115,57 @@ class DriftGuard:
             "guard/sign_agreement": found.sign_agreement,
         }
 
+    def _completed(self, chosen: Sampled) -> tuple[Trajectory, Tensor]:
+        """What a head that learns is shown, and the exact completions [T+1, B, ...] of its states."""
+        shown = self.exact if self.lookahead is None or self.refresher is None else self.lookahead
+
+        def completed(chunk: int) -> tuple[Trajectory, Tensor]:
+            self.exact.chunk = chunk
+            return exactly_completed(self.exact, shown, chosen)
+
+        return self.forwards.fitting(completed)
+
     def _trajectories(
         self,
         chosen: Trajectory,
+        clean: Tensor,
         rows: list[str],
         metadata: list[dict[str, Any]],
         outcome: Outcome,
         prompt: int,
-        iteration: int,
-    ) -> tuple[Agreement, GuardCost, dict[str, float]]:
-        """Agreement on a prompt's chosen trajectories, its cost for each, and what else is logged."""
+    ) -> tuple[Agreement, GuardCost]:
+        """Agreement on a prompt's chosen trajectories, and its cost for each."""
         assert outcome.lookahead_rewards is not None
-        size, noisy = len(rows), chosen.coefficients.noisy
-        clean = self.forwards.fitting(partial(complete_in, self.exact, chosen))
+        noisy = chosen.coefficients.noisy
         different = Sharing(noisy).different(clean)
         exact = self._rewards(different, rows, metadata)[..., Sharing(noisy).positions]
-        found = compare(exact, outcome.lookahead_rewards[prompt : prompt + 1].cpu(), noisy)
         cost = guard_check(
             self.exact.plan_for(chosen.num_steps),
             guided=self.model.forwards(chosen.guidance_scale) > 1,
             noisy=noisy,
             shared=chosen.shared,
         )
-        learned: dict[str, float] = {}
-        if self.lookahead is not None and self.refresher is not None:
-            learned, own = self._refresh(self.lookahead, self.refresher, chosen, clean, prompt * size, iteration)
-            cost = replace(cost, cheap=own, head_rows=learned.get("guard/head_rows", 0) / size)
-        return found, cost, learned
+        return compare(exact, outcome.lookahead_rewards[prompt : prompt + 1].cpu(), noisy), cost
 
     def _branches(
-        self, tree: Tree, rows: list[str], metadata: list[dict[str, Any]], outcome: Outcome, prompt: int
+        self,
+        chosen: Tree,
+        clean: Tensor,
+        rows: list[str],
+        metadata: list[dict[str, Any]],
+        outcome: Outcome,
+        prompt: int,
     ) -> tuple[Agreement, GuardCost]:
-        """The same of a prompt's branches; a completion head, which is for trajectories, has no part in it."""
+        """The same of a prompt's branches."""
         assert outcome.branch_rewards is not None
         own = outcome.branch_rewards[prompt].cpu()  # [N, C, K]
-        chosen = tree.select(slice(prompt * len(own), (prompt + 1) * len(own)))
-
-        def completions(chunk: int) -> Tensor:
-            self.exact.chunk = chunk
-            return chosen.completions(self.exact)
-
-        exact = self._rewards(self.forwards.fitting(completions).flatten(0, 1), rows, metadata).view_as(own)
-        noisy = tree.coefficients.noisy
+        led_to = torch.stack([clean[step + 1] for step in chosen.steps])
+        exact = self._rewards(led_to.flatten(0, 1), rows, metadata).view_as(own)
+        noisy = chosen.coefficients.noisy
         cost = branched_guard_check(
             self.exact.plan_for(len(noisy)),
-            branches=tree.branches,
-            guided=self.model.forwards(tree.guidance_scale) > 1,
+            branches=chosen.branches,
+            guided=self.model.forwards(chosen.guidance_scale) > 1,
             noisy=noisy,
         )
         return compare_branches(exact, own, noisy), cost
@@ -167,22 +181,14 @@ class DriftGuard:
         self,
         lookahead: Lookahead,
         refresher: HeadRefresher,
-        chosen: Trajectory,
+        line: Trajectory,
         clean: Tensor,
         first: int,
         iteration: int,
-    ) -> tuple[dict[str, float], Evaluations]:
-        """Let the head learn; what is logged of it, and the evaluations per trajectory that showed it the examples."""
-        parts = examples_of(lookahead, refresher.head, chosen, clean, first)
-        used = lookahead_evaluations(
-            lookahead.plan_for(chosen.num_steps),
-            guided=self.model.forwards(chosen.guidance_scale) > 1,
-            guidance=lookahead.guidance,
-            noisy=chosen.coefficients.noisy,
-            shared=lookahead.sharing(chosen).group,
-        )
+    ) -> dict[str, float]:
+        """Let the head learn; what is logged of it."""
+        parts = examples_of(lookahead, refresher.head, line, clean, first)
         if not parts:
-            return {}, used
-        examples = Examples.joined(parts)
-        before = refresher.refresh(examples, iteration)
-        return {"guard/head_explained": before, "guard/head_rows": refresher.rows(len(examples))}, used
+            return {}
+        explained, rows = refresher.refresh(Examples.joined(parts), iteration)
+        return {"guard/head_explained": explained, "guard/head_rows": rows}

@@ -1,11 +1,9 @@
-"""What a completion head learns from: exact completions, and how it is fitted to them, at first and during a run."""
+"""How a completion head is fitted to exact completions, at first and during a run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,68 +11,14 @@ from tqdm import tqdm
 
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.completion_head import CompletionHead
-from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.runtime.head_examples import Examples
 
 BATCH = 128
 """Most rows of an optimiser step."""
-_REFRESH_LR = 3e-4
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What the head sees and what it should say, N rows; all on the CPU.
-
-    Attributes:
-        hidden: [N, tokens, D] in the network's dtype or half precision.
-        latents, estimate, target: [N, C, H, W] float32; target = exact completion - estimate.
-        state: [N] int64.
-    """
-
-    hidden: Tensor
-    latents: Tensor
-    estimate: Tensor
-    target: Tensor
-    state: Tensor
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Examples]) -> Examples:
-        """The rows of all parts."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
-
-
-@torch.no_grad()
-def examples_of(
-    lookahead: Lookahead, head: CompletionHead, trajectory: Trajectory, ends: Tensor, first: int = 0
-) -> list[Examples]:
-    """Examples of each state that the head applies to, rows that share a completion once.
-
-    Args:
-        lookahead: brings the states to their last evaluation; its trajectory has its hidden tokens.
-        head: that shall learn.
-        trajectory: the rows [B].
-        ends: [T+1, B, ...] their exact completions.
-        first: as in `Lookahead.evaluate`.
-    """
-    sigmas, sharing, found = trajectory.coefficients.sigmas, lookahead.sharing(trajectory), []
-    for state, last in lookahead.evaluate(trajectory, first).items():
-        if not head.applies(state):
-            continue
-        assert last.hidden is not None
-        estimate, hidden = last.latents - sigmas[last.index] * last.velocity, last.hidden
-        found.append(
-            Examples(
-                hidden.half().cpu() if hidden.dtype.itemsize == 4 else hidden.cpu(),
-                last.latents.cpu(),
-                estimate.cpu(),
-                (sharing.rows(state, ends[state]) - estimate).cpu(),
-                torch.full((len(estimate),), state),
-            )
-        )
-    return found
+_REFRESH_LR = 1e-4
+"""Low, as a refresh goes over few examples many times."""
+_MEMORY_ROWS, _MEMORY_BYTES = 512, 2**28
+"""Most that a run's head remembers: each checkpoint holds it."""
 
 
 def train_head(head: CompletionHead, examples: Examples, steps: int, seed: int) -> None:
@@ -101,8 +45,24 @@ def explained(head: CompletionHead, examples: Examples) -> dict[int, tuple[int, 
     }
 
 
+class Refreshed(NamedTuple):
+    """What a refresh found.
+
+    Attributes:
+        explained: how good the head was on the new examples before: the share of the one-step estimates' squared error
+            that it took away, in (-inf, 1], over all rows; NaN where they had none.
+        rows: that it then learnt from, forward and backward.
+    """
+
+    explained: float
+    rows: int
+
+
 class HeadRefresher:
     """Trains a run's completion head further, on exact completions of the policy as it is.
+
+    Each time it is shown a few examples, of one prompt, and would soon do well on such alone. So it remembers those of
+    earlier times, the newest ones, as many as a checkpoint may well hold, and half of a step's rows are of them.
 
     Nothing else of the run changes by it: the head is no part of the policy, and what is drawn here comes from a
     generator of its own, so a run that continues from a checkpoint goes on to the bit.
@@ -116,28 +76,28 @@ class HeadRefresher:
     def __init__(self, head: CompletionHead, steps: int, seed: int):
         self.head, self.steps, self.seed = head, steps, seed
         self.optimizer = _optimizer(head, _REFRESH_LR)
+        self.memory: Examples | None = None
 
-    def rows(self, examples: int) -> int:
-        """Rows that a `refresh` with so many examples takes forward and backward through the head."""
-        return self.steps * min(examples, BATCH)
-
-    def refresh(self, examples: Examples, iteration: int) -> float:
-        """Learn from examples that the head has not seen.
-
-        Returns:
-            How good it was on them before: the share of the one-step estimates' squared error that it took away, in
-            (-inf, 1], over all rows; NaN where they had none.
-        """
+    def refresh(self, examples: Examples, iteration: int) -> Refreshed:
+        """Learn from examples that the head has not seen, and remember them."""
         errors = _errors(self.head, examples).values()
         before = _share(sum(left for left, _ in errors), sum(energy for _, energy in errors))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + iteration) % 2**63)
+        known = examples if self.memory is None else Examples.joined([examples, self.memory])
+        new = min(len(examples), BATCH if self.memory is None else BATCH // 2)
+        old = min(len(known) - len(examples), new)
         self.head.requires_grad_(True).train()
         with torch.enable_grad():
             for _ in range(self.steps):
-                index = torch.randperm(len(examples), generator=generator)[:BATCH]
-                _step(self.head, self.optimizer, examples, index)
+                index = torch.randperm(len(examples), generator=generator)[:new]
+                if old:
+                    earlier = torch.randperm(len(known) - len(examples), generator=generator)[:old]
+                    index = torch.cat([index, len(examples) + earlier])
+                _step(self.head, self.optimizer, known, index)
         self.head.requires_grad_(False).eval()
-        return before
+        # the newest come first
+        self.memory = known.rows(slice(min(_MEMORY_ROWS, _MEMORY_BYTES // known.row_bytes)))
+        return Refreshed(before, self.steps * (new + old))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint needs, by group and name."""
@@ -146,7 +106,8 @@ class HeadRefresher:
             for name, parameter in self.head.named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
-        return {"head": dict(self.head.state_dict()), "head_optimizer": moments}
+        remembered = {} if self.memory is None else self.memory.tensors()
+        return {"head": dict(self.head.state_dict()), "head_optimizer": moments, "head_memory": remembered}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Continue from `tensors` of a checkpoint.
@@ -168,6 +129,8 @@ class HeadRefresher:
             }
             if moments:
                 self.optimizer.state[parameter] = moments
+        remembered = tensors.get("head_memory")
+        self.memory = Examples(**remembered) if remembered else None
 
 
 @torch.no_grad()

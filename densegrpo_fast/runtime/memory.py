@@ -123,7 +123,7 @@ def estimate(
     held_out_rows = held_out.num_prompts * held_out.samples_per_prompt
     further = int(guided) + (1 + int(guided)) * int(config.objective.kl_coef != 0)
     picture, completed = memory.picture, states * samples
-    hidden = memory.hidden if config.uses_lookahead and config.lookahead.head is not None else 0
+    hidden = memory.hidden if dense and config.lookahead.head is not None else 0
     phases = {
         "rollout": memory.forward(sampler.micro_batch),
         # where the completions stand and where they go, states and velocities, and hidden tokens that are not the

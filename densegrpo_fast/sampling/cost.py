@@ -253,6 +253,7 @@ def branched_iteration(
     guidance: Guidance = "full",
     decoder: Decoder = "full",
     noisy: tuple[bool, ...] | None = None,
+    head: Head | None = None,
     others: Sequence[Plan] = (),
 ) -> IterationCost:
     """Cost of an iteration with a reward per branch (`sampling/tree.py`), for one of the samples that share a trunk.
@@ -263,6 +264,7 @@ def branched_iteration(
         trained_steps, guided, kl: as in `sparse_iteration`.
         guidance, noisy: as in `lookahead_evaluations`.
         decoder: of the images.
+        head: corrects the last jumps by `plan` of the states that it applies to.
         others: further plans, by each of which every branch is completed and scored besides (Granular-GRPO).
 
     Raises:
@@ -289,7 +291,7 @@ def branched_iteration(
         full_decodes=images if decoder == "full" else 0,
         preview_decodes=images if decoder == "preview" else 0,
         rewards=images,
-        corrections=0,
+        corrections=sum(head.applies(state) for state in inner) if head is not None else 0,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from densegrpo_fast.sampling.cost import Evaluations, UnitFlops, branched_iteration, lookahead_evaluations
-from densegrpo_fast.sampling.lookahead import Guidance
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.sharing import Sharing
 
@@ -51,29 +50,20 @@ def guard_check(
     guided: bool,
     noisy: tuple[bool, ...] | None = None,
     shared: int = 1,
-    cheap: Plan | None = None,
-    guidance: Guidance = "full",
-    head_rows: int | float = 0,
 ) -> GuardCost:
-    """Cost of re-scoring trajectories exactly, with full guidance and the full decoder.
+    """Cost of re-scoring trajectories exactly, with full guidance and the full decoder; no head learns from it.
 
     Args:
         exact: the plan through every step.
         guided, noisy: as in `lookahead_evaluations`.
         shared: as there; images are decoded and scored for each trajectory.
-        cheap: the lookahead's plan, if its completion head learns from the exact completions; None = no head learns.
-        guidance: of the lookahead.
-        head_rows: rows that the head learns from, for each trajectory.
 
     Raises:
         ValueError: `noisy` is for another number of steps.
     """
     evaluations = lookahead_evaluations(exact, guided=guided, noisy=noisy, shared=shared)
-    own = Evaluations()
-    if cheap is not None:
-        own = lookahead_evaluations(cheap, guided=guided, guidance=guidance, noisy=noisy, shared=shared)
     images = len(Sharing((True,) * exact.num_steps if noisy is None else noisy).states)
-    return GuardCost(evaluations, own, images, images, head_rows)
+    return GuardCost(evaluations, Evaluations(), images, images, 0)
 
 
 def branched_guard_check(

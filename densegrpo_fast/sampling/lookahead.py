@@ -104,9 +104,9 @@ class Lookahead:
         if self.guidance == "reuse" and trajectory.guidance_scale != 1.0 and trajectory.guidance_terms is None:
             raise ValueError('lookahead guidance "reuse" needs a rollout with keep_guidance=True')
         self.plan_for(steps)
-        if self.head is not None and trajectory.hidden is None:
-            raise ValueError("a completion head needs a rollout with keep_hidden=True")
         ends, sharing = {steps: trajectory.latents[steps]}, self.sharing(trajectory)
+        if self.head is not None and trajectory.hidden is None and sharing.states != [steps]:
+            raise ValueError("a completion head needs a rollout, or branches reached, with keep_hidden=True")
         standing = self.evaluate(trajectory)
         if standing:
             done = self.jump(list(standing.values()), steps, trajectory.coefficients)

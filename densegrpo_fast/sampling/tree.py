@@ -31,12 +31,12 @@ class Tree:
     Attributes:
         trunk: noise-free trajectories of S rows, as far as the last state that branches.
         twigs: B rows of which only what follows a branching step t is filled: `latents[t+1]`, where its branches lead;
-            `velocities[t+1]`, the guided velocity there (of t < T-1), once `reach` has filled it; `log_probs[t]`, of
-            the branches' steps. Its `coefficients.noisy` marks the states that branches lead to, as if their next step
-            were noisy: a lookahead then completes these and no others.
+            `velocities[t+1]` and `hidden[t+1]`, the guided velocity and the hidden tokens there (of t < T-1), once
+            `reach` has filled them; `log_probs[t]`, of the branches' steps. Its `coefficients.noisy` marks the states
+            that branches lead to, as if their next step were noisy: a lookahead then completes these and no others.
         coefficients: of the sampler, with noise in the M branching steps.
         branches: K.
-        reached: whether `reach` has filled the velocities.
+        reached: whether `reach` has filled what completions start with.
     """
 
     trunk: Trajectory
@@ -103,16 +103,24 @@ class Tree:
 
         Args:
             lookahead: evaluates them as it does its nodes, by its model: nothing but completions goes on from there.
+                With a completion head the hidden tokens there are kept too.
         """
         twigs, sigmas = self.twigs, self.coefficients.sigmas
-        velocities = twigs.latents.new_zeros(twigs.velocities.shape)
+        velocities, hidden = twigs.latents.new_zeros(twigs.velocities.shape), None
         lookahead.visits.begin(lookahead.model)
         for state in self.inner:
             here, sigma = twigs.latents[state], sigmas[state].expand(twigs.batch)
             # they are there already: whatever the velocity, the jump has no length
             rows = Travellers(here, here, sigma, sigma, twigs.conditioning, samples=None)
-            velocities[state] = lookahead.arrive(rows, state, self.guidance_scale).velocity
-        return replace(self, twigs=replace(twigs, velocities=velocities), reached=True)
+            _, velocities[state], tokens = lookahead.arrive(rows, state, self.guidance_scale)
+            if tokens is not None:
+                hidden = tokens.new_zeros(len(velocities), *tokens.shape) if hidden is None else hidden
+                hidden[state] = tokens
+        return replace(self, twigs=replace(twigs, velocities=velocities, hidden=hidden), reached=True)
+
+    def reached_by(self, lookahead: Lookahead) -> Tree:
+        """The tree as a lookahead's completions start from it: as it is if `reached`, else `reach`."""
+        return self if self.reached else self.reach(lookahead)
 
     def completions(self, lookahead: Lookahead) -> Tensor:
         """Clean latents [M, B, ...] float32 of every step's branches.
@@ -122,8 +130,7 @@ class Tree:
         Raises:
             ValueError: as `Lookahead.complete`.
         """
-        tree = self if self.reached else self.reach(lookahead)
-        clean = lookahead.complete(tree.twigs)
+        clean = lookahead.complete(self.reached_by(lookahead).twigs)
         return torch.stack([clean[step + 1] for step in self.steps])
 
 
