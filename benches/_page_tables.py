@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -41,7 +42,7 @@ def agreement(stem: str) -> str:
     lines = []
     for record in records:
         cells = [cell(record) for cell in shown.values()]
-        lines.append([*cells, f"{record['iteration_flops_ratio']:.2f}", *map(short, correlations(record))])
+        lines.append([*cells, f"{record['iteration_flops_ratio']:.2f}", *map(short, correlations(record, document))])
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 
 
@@ -65,13 +66,13 @@ def search(stem: str) -> str:
         if record["spearman_gains_mean"] > best:
             best = record["spearman_gains_mean"]
             mark = " (chosen)" if name == found["chosen"] else ""
-            front.append([f"{name}{mark}", f"{record['iteration_flops_ratio']:.2f}", *map(short, correlations(record))])
-    lines = front
+            numbers = [short(record[key]) for key in _CORRELATIONS]
+            front.append([f"{name}{mark}", f"{record['iteration_flops_ratio']:.2f}", *numbers])
     if found["chosen"] is not None:
         own = document["plans"][found["chosen"]]
-        outside = [f"{own['iteration_flops_ratio']:.2f}", *map(short, correlations(own))]
-        lines = [*front, ["the chosen one on the other half", *outside]]
-    return f"{source(stem, document)}\n\n{table(header, lines)}"
+        outside = [f"{own['iteration_flops_ratio']:.2f}", *map(short, correlations(own, document))]
+        front.append(["the chosen one on the other half", *outside])
+    return f"{source(stem, document)}\n\n{table(header, front)}"
 
 
 def head_data(stem: str) -> str:
@@ -84,8 +85,8 @@ def head_data(stem: str) -> str:
         told.add(record["plan"])
         for name in names:
             label = "-" if name == "without" else f"{record['trajectories']} trajectories"
-            own = record[name]
-            lines.append([record["plan"], label, f"{own['iteration_flops_ratio']:.2f}", *map(short, correlations(own))])
+            numbers = map(short, correlations(record[name], document))
+            lines.append([record["plan"], label, f"{record[name]['iteration_flops_ratio']:.2f}", *numbers])
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 
 
@@ -95,7 +96,7 @@ def head_run(stem: str) -> str:
     kinds = ("without", "kept", "refreshed")
     header = ["iterations", *(f"{kind}: rewards, gains, worst" for kind in kinds)]
     lines = [
-        [str(record["iteration"]), *(", ".join(map(short, correlations(record[kind]))) for kind in kinds)]
+        [str(record["iteration"]), *(", ".join(map(short, correlations(record[kind], document))) for kind in kinds)]
         for record in document["run"]
     ]
     return table(header, lines)
@@ -132,7 +133,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for name in ("embedded", "late", "cache", "branched", "branched_paper", "fast")
     },
     "search_late": partial(search, "fidelity_late"),
-    "search_branched": partial(search, "fidelity_search_branched"),
+    "search_branched": partial(search, "fidelity_branched"),
     "head_data": partial(head_data, "head_study"),
     "head_run": partial(head_run, "head_study"),
     "chunks": partial(chunks, "chunk_gains"),
@@ -168,12 +169,21 @@ def source(stem: str, document: Mapping[str, Any]) -> str:
     return f"[{stem}.json]({LINK}/{stem}.json), {groups}{document['hardware']['cpu']}:\n`{document['command']}`"
 
 
-def correlations(record: Mapping[str, Any]) -> tuple[float, ...]:
-    """Of rewards, of gains, and of the gains in the worst step; rewards over the states with a completion of their own.
+def correlations(record: Mapping[str, Any], document: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of rewards, of gains, and of the gains in the worst step, over the states 0..T-2.
 
-    Older records of windowed trajectories hold a mean over all states beside the lists of single ones.
+    Older records of branches hold means over all steps, but also the numbers of each step.
     """
-    return tuple(record[key] for key in _CORRELATIONS)
+    settings = document["settings"]
+    if not settings.get("branched"):
+        return tuple(record[key] for key in _CORRELATIONS)
+    # step k leads to state k + 1
+    counted = settings["sampler"]["num_steps"] - 2
+    rewards, gains = (
+        [value for value in record[key][:counted] if value is not None]
+        for key in ("spearman_rewards", "spearman_gains")
+    )
+    return fmean(rewards), fmean(gains), min(gains)
 
 
 def short(value: float) -> str:
