@@ -30,7 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, Staircase
+from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule
+from densegrpo_fast.calibration.staircase import Staircase
 from densegrpo_fast.command_line import check_outputs, command_parser, configuration
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps, circumstances, start_levels

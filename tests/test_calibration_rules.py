@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegrpo_fast.calibration.rules import Limits, PrintedRule, Signs, Staircase, calibrate
+from densegrpo_fast.calibration.rules import Limits, PrintedRule, Signs, calibrate
+from densegrpo_fast.calibration.staircase import Staircase
 
 NORMAL = NormalDist()
 Gains = Callable[[tuple[float, ...], int], list[list[float]]]

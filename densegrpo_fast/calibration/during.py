@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from densegrpo_fast.calibration.measure import GainMeter
-from densegrpo_fast.calibration.rules import Limits, Staircase, calibrate
+from densegrpo_fast.calibration.rules import Limits, calibrate
+from densegrpo_fast.calibration.staircase import Staircase
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.exit_codes import ExitCode, UserError
