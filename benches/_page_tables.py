@@ -137,7 +137,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "head_data": partial(head_data, "head_study"),
     "head_run": partial(head_run, "head_study"),
     "chunks": partial(chunks, "chunk_gains"),
-    **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched", "calibration_all")},
+    **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched")},
 }
 """What a page may name."""
 
