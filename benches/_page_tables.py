@@ -133,7 +133,6 @@ TABLES: dict[str, Callable[[], str]] = {
         for name in ("embedded", "late", "cache", "branched", "branched_paper", "fast")
     },
     "search_late": partial(search, "fidelity_late"),
-    "search_branched": partial(search, "fidelity_branched"),
     "head_data": partial(head_data, "head_study"),
     "head_run": partial(head_run, "head_study"),
     "chunks": partial(chunks, "chunk_gains"),
