@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import _method_tables
+
 RESULTS = Path(__file__).resolve().parent / "results"
 LINK = "../../benches/results"
 """Where the results are for a page in a folder of the package."""
@@ -128,6 +130,8 @@ def calibration(stem: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "methods_late": _method_tables.late,
+    "methods_early": _method_tables.early,
     **{
         name: partial(agreement, f"fidelity_{name}")
         for name in ("embedded", "late", "cache", "branched", "branched_paper", "fast")

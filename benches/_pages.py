@@ -2,15 +2,15 @@
 
 Those of the drop-ins (`bench_dropin.py`, `bench_turning_point.py`) go into the pages of `densegrpo_fast/compat`, those
 of the step ops on the CPU (`bench_sde_step.py` and its like) into `csrc/README.md`, those of `study.py` into
-`benches/README.md` (the methods) and the project's own page (dense against sparse), and those of fidelity and
-calibration into theirs. Tests hold the pages to what was recorded, so that neither changes without the other.
+the project's own page (dense against sparse), and those of the methods, of fidelity and of calibration into theirs
+(`_page_tables.py`). Tests hold the pages to what was recorded, so that neither changes without the other.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _comparison import compare
 from _page_tables import with_tables
-
-from densegrpo_fast.runtime.intervals import paired_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
@@ -44,37 +42,10 @@ STEPS = {
     "euler_jump": "`euler_jump`",
     "grpo_loss": "`grpo_loss`, forward and backward",
 }
-METHODS_PAGE = ROOT / "benches" / "README.md"
-METHODS = {
-    "embedded_branched": "branches of one state compared (the default preset)",
-    "branched_calibrated": "the same at calibrated noise",
-    "held_back": "the same, bad branches held back (NTHR's analogue)",
-    "tempflow": "TempFlow-GRPO",
-    "g2rpo": "G2RPO",
-    "turning_point": "TP-GRPO",
-    "turning_point_free": "TP-GRPO without its constraint",
-    "dense": "DenseGRPO (gain)",
-    "dense_exact": "the same, exact completions, decoded in full",
-    "dense_calibrated": "the same at calibrated noise",
-    "smoothed": "the same from smoothed rewards (ICRM's analogue)",
-    "value": "value",
-    "return_to_go": "return-to-go",
-    "mixture": "terminal and dense",
-    "stepwise": "Stepwise (normalised over all steps together)",
-    "vgpo": "VGPO",
-    "sparse": "Flow-GRPO (sparse)",
-    "coca": "CoCA",
-    "guard": "GRPO-Guard",
-    "dppo": "Flow-DPPO",
-    "pcpo": "PCPO's step weights",
-    "fast": "Flow-GRPO-Fast",
-    "mixgrpo": "MixGRPO-Flash",
-}
-"""Variants of the recorded studies, and what they are called."""
-STUDIES = ("methods", "study_branched")
-METHODS_SEED = 1
-"""The seed that both studies have."""
-TABLE_PAGES = tuple(ROOT / "densegrpo_fast" / part / "README.md" for part in ("fidelity", "calibration"))
+TABLE_PAGES = (
+    ROOT / "benches" / "README.md",
+    *(ROOT / "densegrpo_fast" / part / "README.md" for part in ("fidelity", "calibration")),
+)
 """Pages whose tables `_page_tables` makes."""
 STUDY_PAGE = ROOT / "README.md"
 REWARDED = {
@@ -142,37 +113,6 @@ def step_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def methods_results() -> list[dict[str, Any]]:
-    """The run of every method with the seed that all have, as its study holds it."""
-    documents = [json.loads((RESULTS / f"{study}.json").read_text(encoding="utf-8")) for study in STUDIES]
-    return [run for document in documents for run in document["runs"] if run["seed"] == METHODS_SEED]
-
-
-def methods_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """What every method learnt, the most first, as Markdown.
-
-    Args:
-        runs: one of every method.
-    """
-    found = []
-    for run in runs:
-        if run["variant"] not in METHODS:
-            continue
-        change = paired_interval(run["before"]["reward"], run["after"]["reward"])
-        strict = [mean(value for row in run[when]["scenes_strict"] for value in row) for when in ("before", "after")]
-        last = run["points"][-1]
-        found.append(
-            (
-                change.mean,
-                f"| {METHODS[run['variant']]} | `{run['variant']}` "
-                f"| {change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}] "
-                f"| {strict[0]:.0%} -> {strict[1]:.0%} | {last['operations']:.1f} |",
-            )
-        )
-    lines = [line for _, line in sorted(found, reverse=True)]
-    return "\n".join(["| method | variant | reward | strict | TFLOP |", "|---|---|---|---|---|", *lines])
-
-
 def with_table(page: str, host: str, document: Mapping[str, Any]) -> str:
     """A host's page with the table between its two marks.
 
@@ -185,11 +125,6 @@ def with_table(page: str, host: str, document: Mapping[str, Any]) -> str:
 def with_step_table(page: str, documents: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of csrc/ likewise."""
     return _between_marks(page, "csrc", step_table(documents))
-
-
-def with_methods_table(page: str, runs: Sequence[Mapping[str, Any]]) -> str:
-    """The page of benches/ likewise."""
-    return _between_marks(page, "benches", methods_table(runs))
 
 
 def study_result() -> dict[str, Any]:
@@ -253,8 +188,6 @@ def main() -> None:
         page.write_text(with_table(page.read_text(encoding="utf-8"), host, result_of(host)), encoding="utf-8")
     text = with_step_table(STEP_PAGE.read_text(encoding="utf-8"), {op: step_result_of(op) for op in STEPS})
     STEP_PAGE.write_text(text, encoding="utf-8")
-    text = with_methods_table(METHODS_PAGE.read_text(encoding="utf-8"), methods_results())
-    METHODS_PAGE.write_text(text, encoding="utf-8")
     for page in TABLE_PAGES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     text = with_study_table(STUDY_PAGE.read_text(encoding="utf-8"), study_result())
