@@ -158,7 +158,7 @@ def test_the_projects_page_quotes_the_study() -> None:
         assert all(one[section] == first[section] for one in settings.values()), section
     rates = {name: one["optimizer"]["lr"] for name, one in settings.items()}
     assert rates.pop("sparse") == 5e-4 and set(rates.values()) == {1e-3}
-    for key in ("dynamics", "group_size", "num_steps", "guidance_scale", "noise_level"):
+    for key in ("dynamics", "group_size", "num_steps", "guidance_scale"):
         assert all(one["sampler"][key] == first["sampler"][key] for one in settings.values()), key
     calibrated = {name for name, one in settings.items() if one["sampler"]["calibration"]}
     assert calibrated == {"branched_calibrated", "dense_calibrated"}
