@@ -21,7 +21,7 @@ LINK = "../../benches/results"
 """Where the results are for a page in a folder of the package."""
 
 _CORRELATIONS = ("spearman_rewards_mean", "spearman_gains_mean", "spearman_gains_worst_step")
-_MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?P<text>.*?)(\n<!-- end of table -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def agreement(stem: str) -> str:
@@ -92,18 +92,6 @@ def head_data(stem: str) -> str:
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 
 
-def head_run(stem: str) -> str:
-    """Gains' correlation, and that of the worst step, while a policy is trained."""
-    document = read(stem)
-    kinds = ("without", "kept", "refreshed")
-    header = ["iterations", *(f"{kind}: rewards, gains, worst" for kind in kinds)]
-    lines = [
-        [str(record["iteration"]), *(", ".join(map(short, correlations(record[kind], document))) for kind in kinds)]
-        for record in document["run"]
-    ]
-    return table(header, lines)
-
-
 def chunks(stem: str) -> str:
     """How well gains of several steps stand for those of single ones."""
     document = read(stem)
@@ -138,7 +126,6 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     "search_late": partial(search, "fidelity_late"),
     "head_data": partial(head_data, "head_study"),
-    "head_run": partial(head_run, "head_study"),
     "chunks": partial(chunks, "chunk_gains"),
     **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched")},
 }
@@ -151,7 +138,7 @@ def with_tables(page: str) -> str:
     Raises:
         KeyError: it names a table that is not known.
     """
-    return _MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n{found[4]}", page)
+    return _MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n\n{found[3]}", page)
 
 
 def names_of(page: str) -> list[str]:

@@ -206,6 +206,22 @@ def test_the_projects_page_says_which_dynamics_are_out_of_balance(dynamics: str,
     assert [step for step, (up, down) in enumerate(signs) if abs(up - down) > 2 * (up + down) ** 0.5] == steps
 
 
+def test_a_table_goes_between_its_own_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing stands there yet, and however often it is written."""
+    for name in ("one", "two"):
+        monkeypatch.setitem(TABLES.TABLES, name, lambda name=name: f"| {name} |")
+    end = "<!-- end of table -->"
+    page = f"<!-- table: one -->\n{end}\n\nbetween\n\n<!-- table: two -->\n\n| old |\n\n{end}\n"
+    written = f"<!-- table: one -->\n\n| one |\n\n{end}\n\nbetween\n\n<!-- table: two -->\n\n| two |\n\n{end}\n"
+    assert TABLES.with_tables(page) == written and TABLES.with_tables(written) == written
+    assert TABLES.names_of(page) == ["one", "two"]
+
+
+def test_every_table_is_on_a_page() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in PAGES.TABLE_PAGES]
+    assert sorted(name for page in pages for name in TABLES.names_of(page)) == sorted(TABLES.TABLES)
+
+
 @pytest.mark.parametrize("path", PAGES.TABLE_PAGES, ids=lambda path: path.parent.name)
 def test_tables_are_what_was_recorded(path: Path) -> None:
     page = path.read_text(encoding="utf-8")
