@@ -67,8 +67,8 @@ def config(*argv: str) -> Config:
         ),
         (
             [*GRANULAR, "lookahead.head=head.st"],
-            "lookahead.head: expected null with credit.method granular, for whose several completions of a branch no "
-            "head is made, got head.st",
+            "lookahead.head: expected null with exact, by which the rewards of credit.method granular are defined, "
+            "got head.st",
         ),
         ([*GRANULAR, "credit.granularities=[2,1]"], "credit.granularities: expected increasing step sizes, got [2, 1]"),
         ([*GRANULAR, "credit.granularities=[1,8]"], "credit.granularities: expected at most 7"),

@@ -44,9 +44,6 @@ def branching_problem(config: Config) -> str | None:
         return "lookahead.guidance: expected full or cond_only with sampler.branches, got reuse"
     if quiet := quiet_steps(config):
         return f"sampler.branches: branches need noise in every trained step, there is none in {quiet}"
-    if "granularities" in method.options and (head := config.lookahead.head) is not None:
-        several = f"credit.method {config.credit.method}, for whose several completions of a branch no head is made"
-        return f"lookahead.head: expected null with {several}, got {head}"
     if "granularities" in method.options and config.credit.granularities[-1] >= config.sampler.num_steps:
         return (
             f"credit.granularities: expected at most {config.sampler.num_steps - 1} (sampler.num_steps is "
