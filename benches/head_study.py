@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from time import process_time
 from typing import Any
 
-from _record import RESULTS, provenance, write_json
+from _record import RESULTS, portable, provenance, write_json
 
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 
@@ -99,7 +99,7 @@ def conduct(study: Study, work: Path, output: Path, commands: Commands) -> dict[
     Raises:
         UserError: a command failed, or `output` holds a study of other settings.
     """
-    settings = json.loads(json.dumps(vars(study)))
+    settings = portable(vars(study))
     document = {"settings": settings, "data": [], "run": []}
     if output.exists():
         document = json.loads(output.read_text(encoding="utf-8"))
