@@ -92,6 +92,18 @@ def head_data(stem: str) -> str:
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 
 
+def head_run(stem: str) -> str:
+    """What becomes of a completion head while the policy it was made for learns: rewards / gains / worst step."""
+    document = read(stem)
+    kinds = {"without": "no head", "kept": "the head as it was", "refreshed": "the refreshed head"}
+    lines = [
+        [str(record["iteration"])]
+        + [" / ".join(short(value, 3) for value in correlations(record[kind], document)) for kind in kinds]
+        for record in document["run"]
+    ]
+    return table(["iterations", *kinds.values()], lines)
+
+
 def chunks(stem: str) -> str:
     """How well gains of several steps stand for those of single ones."""
     document = read(stem)
@@ -126,6 +138,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     "search_late": partial(search, "fidelity_late"),
     "head_data": partial(head_data, "head_study"),
+    "head_run": partial(head_run, "head_study"),
     "chunks": partial(chunks, "chunk_gains"),
     **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched")},
 }
@@ -176,9 +189,9 @@ def correlations(record: Mapping[str, Any], document: Mapping[str, Any]) -> tupl
     return fmean(rewards), fmean(gains), min(gains)
 
 
-def short(value: float) -> str:
-    """Two digits, as pages have them."""
-    return f"{value:.2f}".replace("0.", ".", 1)
+def short(value: float, digits: int = 2) -> str:
+    """Without the zero before the point, as pages have them."""
+    return f"{value:.{digits}f}".replace("0.", ".", 1)
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

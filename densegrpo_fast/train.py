@@ -105,7 +105,8 @@ def train(config: Config, resume: bool = False) -> ExitCode:
                     with timer("update"):
                         advantages = outcome.advantages.values.flatten(0, 1).to(model.device)
                         steps = builders.trained_steps(config, iteration)
-                        update = learner.update(trajectory, advantages, steps)
+                        weights = builders.build_step_weights(config, model, levels.levels)
+                        update = learner.update(trajectory, advantages, steps, weights)
 
                     done = iteration + 1
                     costs.iteration(
@@ -171,7 +172,8 @@ def dry_run(config: Config) -> ExitCode:
     outcome = judge.judge(trajectory, rows, metadata, timer)
     with timer("update"):
         advantages, steps = outcome.advantages.values.flatten(0, 1).to(model.device), builders.trained_steps(small, 0)
-        update = learner.update(trajectory, advantages, steps)
+        weights = builders.build_step_weights(small, model, levels.levels)
+        update = learner.update(trajectory, advantages, steps, weights)
     costs.iteration(judge.cost(trajectory, len(steps)), judge.sparse_cost(trajectory, len(steps)), len(rows))
     record = iteration_record(1, trajectory, outcome, update, costs.metrics(), timer.seconds())
     print(f"dry run of {config.preset}: one iteration of {len(rows)} samples, {small.sampler.num_steps} steps")

@@ -14,6 +14,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit import registry
 from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.guard import guard_table
 from densegrpo_fast.objective.policy import Objective
@@ -93,6 +94,35 @@ def test_one_iteration(tiny_policy: Policy, method: str, policy: str) -> None:
     assert update["ratio_deviation"] <= 1e-6 and update["clip_fraction"] == update["skipped_updates"] == 0
     assert update["grad_norm"] > 0
     assert any(not torch.equal(before[name], parameter) for name, parameter in learner.parameters.items())
+
+
+@pytest.mark.parametrize("trained", ["all_but_last", 1])
+def test_a_step_trained_alone_weighs_what_it_does_among_all(tiny_policy: Policy, trained: object) -> None:
+    """Flash-GRPO trains one drawn step per iteration: its weight must not be 1 for being the only one."""
+    drawn = {"window.schedule": "random", "window.size": 1, "window.first": 0}
+    method = {**drawn, "objective.step_weight": "flash", "objective.trained_steps": trained}
+    config, model = configured("sparse", **method), tiny_policy()
+    weights = builders.build_step_weights(config, model)
+    assert weights[:3].mean().item() == pytest.approx(1.0, rel=1e-5)
+    # as the source has it: c = sqrt(|dt|) / std + std sqrt(|dt|) (1 - sigma) / (2 sigma), the weight (1/c) / mean(1/c)
+    sigmas = model.sigmas(4).double()
+    root, noise = sigmas.diff().abs().sqrt()[:3], builders.build_coefficients(config, model, [0, 1, 2]).table[:3, C]
+    std = noise.double() / root
+    gain = root / std + std * root * (1 - sigmas[:3]) / (2 * sigmas[:3])
+    torch.testing.assert_close(weights[:3].double(), (1 / gain) / (1 / gain).mean(), rtol=1e-4, atol=0)
+
+    seen = set()
+    for iteration in range(6):
+        trajectory, outcome = experience(config, model, iteration)
+        (step,) = builders.trained_steps(config, iteration)
+        judged = outcome.advantages.values.flatten(0, 1)
+        # advantages of a group add up to 0: ones in their place
+        update = Learner(model, builders.learner_options(config)).update(
+            trajectory, torch.ones_like(judged), [step], builders.build_step_weights(config, model)
+        )
+        assert update["policy_loss"] == pytest.approx(-weights[step].item(), rel=1e-4)
+        seen.add(step)
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize("method", ["sparse", "coca", "turning_point"])

@@ -48,6 +48,15 @@ class ObjectiveSettings:
     negative_threshold: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a policy loss or a weighting may take, by name."""
+        return {**vars(self), **self.arguments}
+
+    def step_weights(self, coefficients: StepCoefficients, steps: Sequence[int]) -> Tensor:
+        """`weights.step_weights` by the configured weighting. [T] float32."""
+        return step_weights(coefficients, steps, self.step_weight, self.options)
+
 
 class Objective:
     """The loss of every trained step of one iteration.
@@ -56,6 +65,7 @@ class Objective:
         settings: what it is made of.
         coefficients: of the iteration's sampler.
         steps: the trained steps.
+        weights: [T] float32 of the steps, where a run trains others too; None = `step_weights` of `steps`.
 
     Attributes:
         weights: [T] float32 of the steps.
@@ -65,12 +75,17 @@ class Objective:
             ("guard" without a ratio to normalise).
     """
 
-    def __init__(self, settings: ObjectiveSettings, coefficients: StepCoefficients, steps: Sequence[int]):
-        options = {**vars(settings), **settings.arguments}
+    def __init__(
+        self,
+        settings: ObjectiveSettings,
+        coefficients: StepCoefficients,
+        steps: Sequence[int],
+        weights: Tensor | None = None,
+    ):
         self.settings, self.coefficients = settings, coefficients
-        self.weights = step_weights(coefficients, steps, settings.step_weight, options)
+        self.weights = settings.step_weights(coefficients, steps) if weights is None else weights
         self._policy = POLICIES.find(settings.policy)
-        chosen = taken(f"policy {settings.policy}", self._policy.options, options)
+        chosen = taken(f"policy {settings.policy}", self._policy.options, settings.options)
         self._loss = self._policy.function()(coefficients, steps, **chosen)
 
     def loss(

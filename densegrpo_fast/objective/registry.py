@@ -13,8 +13,8 @@ steps, and the options that it has by keyword. It returns the loss of one step's
 
 The mapping holds metrics, 0-d tensors without gradient; what it leaves out of those that `ppo_clip_loss` has is filled
 in for the plain ratio. A weighting is a function from coefficients (and options) to a weight [T] of every step, of any
-unit: `step_weights` divides it by its mean over the trained steps. One line makes either an option of training: in this
-package an entry below, anywhere else
+unit: `step_weights` divides it by its mean over the steps that a run trains. One line makes either an option of
+training: in this package an entry below, anywhere else
 
     POLICIES.register("hinge", PolicyLoss(hinge, options=("margin",)))
     STEP_WEIGHTS.register("late", StepWeighting(lambda coefficients: 1 - coefficients.sigmas[:-1]))

@@ -52,8 +52,9 @@ def step_weights(
     """Weight of every step's policy loss, over its mean on the trained steps.
 
     Args:
-        coefficients: of the sampler.
-        steps: the trained steps.
+        coefficients: of the sampler, with noise in all of `steps`.
+        steps: the trained steps; where iterations differ in them, those of all iterations, or a lone step's weight is
+            always 1.
         kind: name of a weighting (`objective.registry`).
         options: values by name, at least those that it takes.
 

@@ -62,7 +62,9 @@ class Learner:
         self.bad_in_a_row = 0
         self.rows = RowBudget(options.micro_batch, "sampler.micro_batch", "set model.gradient_checkpointing to true")
 
-    def update(self, trajectory: Sampled, advantages: Tensor, steps: Sequence[int]) -> dict[str, float]:
+    def update(
+        self, trajectory: Sampled, advantages: Tensor, steps: Sequence[int], weights: Tensor | None = None
+    ) -> dict[str, float]:
         """Train on `steps` of every sample, in `updates_per_iteration` optimiser steps over parts of the batch.
 
         One forward and backward of a state trains all branches that leave it. A part whose loss or gradient is not
@@ -75,6 +77,7 @@ class Learner:
         Args:
             advantages: [B, T] float32.
             steps: indices of the trained steps.
+            weights: [T] float32 of the steps, see `Objective`.
 
         Returns:
             Metrics averaged over the parts: loss, those of the objective, ratio_deviation (largest) and
@@ -89,7 +92,7 @@ class Learner:
         size = self.rows.rows
         slices = [slice(start, start + size) for start in range(0, trajectory.batch, size)]
         parts = _split(slices, self.options.updates_per_iteration)
-        objective = Objective(self.options.objective, trajectory.coefficients, steps)
+        objective = Objective(self.options.objective, trajectory.coefficients, steps, weights)
         records = [self._step(trajectory, advantages, objective, steps, part) for part in parts]
         metrics = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
         metrics["ratio_deviation"] = max(record["ratio_deviation"] for record in records)

@@ -19,7 +19,13 @@ from densegrpo_fast.runtime.builders.model import (
 from densegrpo_fast.runtime.builders.prompts import TrainingPrompts, build_held_out, build_prompts
 from densegrpo_fast.runtime.builders.rewards import build_observer, build_reward
 from densegrpo_fast.runtime.builders.settings import learner_options, shrink
-from densegrpo_fast.runtime.builders.steps import build_coefficients, build_windows, noisy_steps, trained_steps
+from densegrpo_fast.runtime.builders.steps import (
+    build_coefficients,
+    build_step_weights,
+    build_windows,
+    noisy_steps,
+    trained_steps,
+)
 
 __all__ = [
     "TrainingPrompts",
@@ -34,6 +40,7 @@ __all__ = [
     "build_plan",
     "build_prompts",
     "build_reward",
+    "build_step_weights",
     "build_visits",
     "build_windows",
     "check_calibration",

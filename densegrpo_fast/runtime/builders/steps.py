@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.flow.remainder import with_remainder
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.runtime.builders.settings import learner_options
 from densegrpo_fast.sampling.windows import Windows, remaining_steps
 
 
@@ -33,19 +35,44 @@ def build_coefficients(
     Raises:
         UserError: (usage) a noise level does not fit the dynamics, whether or not it is in the window.
     """
-    options = config.sampler
-    try:
-        table = coefficients(
-            model.sigmas(options.num_steps), config.noise_levels if levels is None else levels, options.dynamics
-        )
-    except ValueError as error:
-        raise UserError(f"sampler: {error}", ExitCode.USAGE) from None
+    options, table = config.sampler, _every_step(config, model, levels)
     noisy = noisy_steps(config, 0) if window is None else window
     table, left = table.only(noisy), options.num_steps - (noisy[-1] + 1)
     if config.window.size is not None:
         count = remaining_steps(left, config.window.remainder_share)
         table = with_remainder(table, noisy[-1] + 1, steps=count, second_order=config.window.remainder == "dpm_solver")
     return table.to(model.device)
+
+
+def build_step_weights(config: Config, model: FlowModel, levels: Sequence[float] | None = None) -> Tensor:
+    """Weight of every step's policy loss, over its mean on all steps that the run trains in one iteration or another.
+
+    So the weight of a step does not depend on which others its iteration trains.
+
+    Args:
+        levels: as in `build_coefficients`.
+
+    Returns:
+        [T] float32, on the model's device.
+
+    Raises:
+        UserError: as `build_coefficients`.
+    """
+    wanted = config.objective.trained_steps
+    steps = wanted if isinstance(wanted, list) else sorted({step for window in config.windows() for step in window})
+    table = _every_step(config, model, levels).only(steps)
+    return learner_options(config).objective.step_weights(table, steps).to(model.device)
+
+
+def _every_step(config: Config, model: FlowModel, levels: Sequence[float] | None) -> StepCoefficients:
+    """Coefficients of a schedule without windows."""
+    options = config.sampler
+    try:
+        return coefficients(
+            model.sigmas(options.num_steps), config.noise_levels if levels is None else levels, options.dynamics
+        )
+    except ValueError as error:
+        raise UserError(f"sampler: {error}", ExitCode.USAGE) from None
 
 
 def noisy_steps(config: Config, iteration: int) -> Sequence[int]:
