@@ -55,7 +55,7 @@ def held_out_pictures(model: FlowModel, held_out: HeldOut, samples: int) -> Tens
         [N*S, 3, H, W] float32 in [0, 1] on the CPU, of N prompts by S `samples`.
     """
     index = (torch.arange(len(held_out.prompts))[:, None] * held_out.samples + torch.arange(samples)).flatten()
-    noise = initial_noise(model, index, seed=held_out.seed, epoch=0, stream=Stream.EVALUATION)
+    noise = initial_noise(model, index, seed=held_out.seed, iteration=0, stream=Stream.EVALUATION)
     conditioning = model.encode([prompt for prompt in held_out.prompts for _ in range(samples)])
     sigmas = model.sigmas(held_out.num_steps)
 
@@ -72,17 +72,17 @@ def stochastic_trajectories(
     """Trajectories of the policy as it stands on the first held-out prompts, one each.
 
     They start from the noise of the first held-out picture of each prompt; their steps have the noise of the evaluation
-    stream's second epoch, so every model takes the same.
+    stream's second iteration, so every model takes the same.
     """
     index = torch.arange(samples) * held_out.samples
     return rollout(
         model,
-        initial_noise(model, index, seed=held_out.seed, epoch=0, stream=Stream.EVALUATION),
+        initial_noise(model, index, seed=held_out.seed, iteration=0, stream=Stream.EVALUATION),
         model.encode(held_out.prompts[:samples]),
         coefficients,
         sample_index=index,
         seed=held_out.seed,
-        epoch=1,
+        iteration=1,
         guidance_scale=guidance_scale,
         stream=Stream.EVALUATION,
     )

@@ -16,7 +16,7 @@ from _study_document import differing
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime.subjects import Subject, locate
+from densegrpo_fast.runtime.model_refs import ModelRef, locate
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Finished:
 
     run: Run
     config: Config
-    subject: Subject
+    subject: ModelRef
 
     @property
     def name(self) -> str:

@@ -2,8 +2,8 @@
 
 Every iteration is counted by the closed forms of `densegrpo_fast.sampling.cost` on the embedded model's architecture
 (`densegrpo_fast.models.flops`): forwards of rollout, lookahead, replay and KL, decodes, and backward passes, each 1.1
-forwards there because the base has no gradient. Calibrations and the drift guard's re-scorings come on top where the
-run recorded their forwards (`nfe`), each forward with its share of decodes. Rewards are not counted (the embedded
+forwards there because the base has no gradient. Calibrations and the lookahead monitor's re-scorings come on top where
+the run recorded their forwards (`nfe`), each forward with its share of decodes. Rewards are not counted (the embedded
 model's own is image analysis), nor are held-out evaluations, as in the training seconds.
 """
 
@@ -127,7 +127,7 @@ class IterationOperations:
         from densegrpo_fast.runtime import builders
         from densegrpo_fast.sampling import plan as plans
         from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration
-        from densegrpo_fast.sampling.guard_cost import guard_check
+        from densegrpo_fast.sampling.monitor_cost import monitor_check
 
         config = self.config
         guided = config.sampler.guidance_scale != 1.0
@@ -145,7 +145,7 @@ class IterationOperations:
             decodes = tree.full_decodes * self.unit.full_decode / tree.lookahead.forwards
             return self.unit.forward + decodes
         shared = config.sampler.group_size if config.sampler.shared_noise else 1
-        check = guard_check(exact, guided=guided, noisy=noisy, shared=shared)
+        check = monitor_check(exact, guided=guided, noisy=noisy, shared=shared)
         return check.flops(self.unit) / check.forwards if check.forwards else 0.0
 
     def _noisy(self, iteration: int) -> tuple[bool, ...]:

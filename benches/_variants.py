@@ -16,7 +16,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import Judge, draw
+from densegrpo_fast.runtime.experience import RewardComputer, draw
 from densegrpo_fast.runtime.learner import Learner
 from densegrpo_fast.runtime.metrics import PhaseTimer
 from densegrpo_fast.sampling.cost import (
@@ -78,7 +78,7 @@ _Step = Callable[[list[str], list[dict[str, Any]], PhaseTimer, int], None]
 
 def _ours(config: Config, model: SD3, reward: RewardMixture, lookahead: Lookahead | None) -> _Step:
     learner = Learner(model, builders.learner_options(config))
-    judge = Judge(config, model, reward, lookahead)
+    judge = RewardComputer(config, model, reward, lookahead)
     coefficients, steps = builders.build_coefficients(config, model), builders.trained_steps(config, 0)
 
     def step(rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer, iteration: int) -> None:

@@ -37,7 +37,7 @@ def rows(batch: int = BATCH) -> dict[str, Function]:
     """Everything that can run here; first it is asserted that all compute the same."""
     given = inputs(batch)
     index, samples = torch.full((batch,), STEP, device=DEVICE), torch.arange(batch, device=DEVICE)
-    seed, epoch = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    seed, iteration = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
 
     def ours(implementation: str) -> Function:
         return lambda: sde_step(
@@ -47,7 +47,7 @@ def rows(batch: int = BATCH) -> dict[str, Function]:
             index,
             seed=seed,
             sample_index=samples,
-            epoch=epoch,
+            iteration=iteration,
             implementation=implementation,
         )
 

@@ -3,7 +3,7 @@
     python benches/head_study.py --work runs/heads
 
 Heads of each plan are trained on more and more trajectories of the starting policy, and judged on held-out groups.
-Then a run is trained with the best-taught head of the last plan, which the drift guard keeps fresh; every few
+Then a run is trained with the best-taught head of the last plan, which the lookahead monitor keeps fresh; every few
 iterations the policy of the moment is completed without a head, by the head as it was before the run, and by the
 refreshed one, and each is judged. All of it by the commands a user has. A study that was stopped goes on where it was.
 """
@@ -63,7 +63,7 @@ class Study:
         steps: optimiser steps of every head.
         iterations: of the run; 0 = none.
         every: iterations between two measurements of it.
-        guard_every, refresh: of the run's drift guard, and its optimiser steps.
+        monitor_every, refresh: of the run's lookahead monitor, and its optimiser steps.
         groups, group_size: held-out groups, and trajectories of each.
     """
 
@@ -73,7 +73,7 @@ class Study:
     steps: int
     iterations: int
     every: int
-    guard_every: int
+    monitor_every: int
     refresh: int
     groups: int
     group_size: int
@@ -146,7 +146,7 @@ def _of_the_run(study: Study, commands: Commands, work: Path, done: int) -> dict
         "run.iterations": done,
         "lookahead.head": first,
         "lookahead.head_refresh": study.refresh,
-        "lookahead.guard_every": study.guard_every,
+        "lookahead.monitor_every": study.monitor_every,
         "evaluation.every": 0,
     }
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]

@@ -34,10 +34,10 @@ from _record import provenance, write_json
 
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 from densegrpo_fast.runtime.intervals import mean_interval, paired_interval
-from densegrpo_fast.runtime.subjects import read_weights, wearing
+from densegrpo_fast.runtime.model_refs import read_weights, with_adapter
 
 if TYPE_CHECKING:
-    from _judge import Judge
+    from _judge import RewardComputer
     from torch import Tensor
 
     from densegrpo_fast.config import Config
@@ -113,7 +113,7 @@ class Bench:
 
     model: SD3
     held_out: HeldOut
-    judge: Judge
+    judge: RewardComputer
     walk: Config
     settings: dict[str, Any]
 
@@ -151,7 +151,7 @@ class Bench:
 
         start, weights = process_time(), read_weights(found.subject)
         coefficients = builders.build_coefficients(self.walk, self.model, self.settings["kl"]["noisy_steps"])
-        with wearing(self.model, found.subject, weights):
+        with with_adapter(self.model, found.subject, weights):
             pictures = self.pictures()
             walked = stochastic_trajectories(
                 self.model,
@@ -314,7 +314,7 @@ def _opened(output: Path, settings: Mapping[str, Any], about: Mapping[str, Any])
     return fresh | {"runs": document["runs"]}
 
 
-def _judge(file: Path, model: SD3) -> tuple[Judge, dict[str, Any]]:
+def _judge(file: Path, model: SD3) -> tuple[RewardComputer, dict[str, Any]]:
     from _judge_training import Recipe, trained
 
     return trained(file, model.pipeline.vae, Recipe())

@@ -45,10 +45,10 @@ struct Draw {
   uint32_t step_word, index_word, epoch_word, key0, key1;
 };
 
-DENSEGRPO_INLINE Draw make_draw(int64_t step, int32_t stream, int64_t sample, int64_t epoch, int64_t seed) {
+DENSEGRPO_INLINE Draw make_draw(int64_t step, int32_t stream, int64_t sample, int64_t iteration, int64_t seed) {
   const uint64_t key = static_cast<uint64_t>(seed);
   return {static_cast<uint32_t>(step) | static_cast<uint32_t>(stream) << 16, static_cast<uint32_t>(sample),
-          static_cast<uint32_t>(epoch), static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+          static_cast<uint32_t>(iteration), static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
 DENSEGRPO_INLINE Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {

@@ -18,7 +18,7 @@ enum Half : int32_t { kNoHalf, kFloat16, kBFloat16 };
 struct SdeStep {
   const float *latents, *rows;
   Velocities velocity;
-  const int64_t *step_index, *sample_index, *seed, *epoch;
+  const int64_t *step_index, *sample_index, *seed, *iteration;
   int32_t stream;
   Half half;
   int64_t elements;
@@ -34,7 +34,7 @@ struct SdeStep {
   DENSEGRPO_INLINE_MEMBER Sums step(int64_t row, int64_t begin, int64_t end) const {
     const float* coefficient = rows + row * kColumns;
     const float a = coefficient[kA], b = coefficient[kB], c = coefficient[kC];
-    const Draw draw = make_draw(step_index[row], stream, sample_index[row], *epoch, *seed);
+    const Draw draw = make_draw(step_index[row], stream, sample_index[row], *iteration, *seed);
     alignas(64) float noise[kTile] = {};
     alignas(64) float square[kTile], means[kTile];
     LaneSum sum;
@@ -83,19 +83,19 @@ DENSEGRPO_API void densegrpo_box_muller(const uint32_t* radius_words, const uint
 }
 
 // latents, velocity, next: [batch, elements]; uncond, guidance ([batch]): null without guidance; rows: [batch, 6], the
-// coefficients of each sample; step_index and sample_index: [batch]; seed and epoch: one value; half: 0 none, 1
+// coefficients of each sample; step_index and sample_index: [batch]; seed and iteration: one value; half: 0 none, 1
 // float16, 2 bfloat16, the type of `input`; log_prob: [batch]; mean, input: [batch, elements], null unless asked for,
 // A*latents + B*velocity and `next` in half precision. All contiguous.
 // Returns 0, or 1 when there was no memory (outputs are then undefined).
 DENSEGRPO_API int32_t densegrpo_sde_step_f32(const float* latents, const float* velocity, const float* uncond,
                                              const float* guidance, const float* rows, const int64_t* step_index,
-                                             const int64_t* sample_index, const int64_t* seed, const int64_t* epoch,
+                                             const int64_t* sample_index, const int64_t* seed, const int64_t* iteration,
                                              int32_t stream, int32_t half, int64_t batch, int64_t elements,
                                              int32_t threads, float* next, float* log_prob, uint16_t* input,
                                              float* mean) {
   using namespace densegrpo;
   constexpr int64_t kPerThread = 1 << 15;
-  const SdeStep body = {latents, rows, {velocity, uncond, guidance}, step_index, sample_index, seed, epoch, stream,
+  const SdeStep body = {latents, rows, {velocity, uncond, guidance}, step_index, sample_index, seed, iteration, stream,
                         static_cast<Half>(half), elements, next, mean, input};
   try {
     const std::vector<Sums> sums = for_blocks(body, batch, elements, threads, kPerThread);

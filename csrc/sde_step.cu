@@ -10,7 +10,7 @@ namespace densegrpo {
 namespace {
 
 struct Noise {
-  const int64_t *seed, *sample_index, *epoch;
+  const int64_t *seed, *sample_index, *iteration;
   int32_t stream;
 };
 
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
   const float a = coefficient(launch, at.row, kA), b = coefficient(launch, at.row, kB);
   const float c = coefficient(launch, at.row, kC);
   const Draw draw =
-      make_draw(launch.step_index[at.row], noise.stream, noise.sample_index[at.row], *noise.epoch, *noise.seed);
+      make_draw(launch.step_index[at.row], noise.stream, noise.sample_index[at.row], *noise.iteration, *noise.seed);
   float sum = 0.0f;
 #pragma unroll 1
   for (int turn = 0; turn < kQuadsPerThread; ++turn) {
@@ -67,18 +67,18 @@ DENSEGRPO_API const char* densegrpo_cuda_error(int32_t code) {
 DENSEGRPO_API int64_t densegrpo_cuda_block() { return densegrpo::kBlock; }
 
 // latents, velocity, next: [batch, elements] of the dtypes 0 float32, 1 float16, 2 bfloat16 (step.cuh lists the pairs;
-// next has that of latents); table: [steps, 6]; step_index, sample_index: [batch]; seed, epoch: one value; partial:
+// next has that of latents); table: [steps, 6]; step_index, sample_index: [batch]; seed, iteration: one value; partial:
 // [batch, blocks] scratch; log_prob: [batch]. All contiguous on one device. Launches on `stream_handle` and returns
 // at once, with 0 or a CUDA error.
 DENSEGRPO_API int32_t densegrpo_cuda_sde_step(int32_t device, void* stream_handle, int32_t latents_dtype,
                                               int32_t velocity_dtype, const void* latents, const void* velocity,
                                               const float* table, const int64_t* step_index, const int64_t* seed,
-                                              const int64_t* sample_index, const int64_t* epoch, int32_t stream,
+                                              const int64_t* sample_index, const int64_t* iteration, int32_t stream,
                                               int64_t steps, int64_t batch, int64_t elements, void* next,
                                               double* partial, float* log_prob) {
   using namespace densegrpo;
   const Launch launch = make_launch(table, step_index, steps, elements);
-  const Noise noise = {seed, sample_index, epoch, stream};
+  const Noise noise = {seed, sample_index, iteration, stream};
   const cudaStream_t queue = static_cast<cudaStream_t>(stream_handle);
   if (const cudaError_t error = cudaSetDevice(device)) return error;
   const bool vector = aligned(latents, latents_dtype, elements) && aligned(velocity, velocity_dtype, elements) &&

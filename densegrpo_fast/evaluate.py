@@ -31,7 +31,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, split_overrides
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 from densegrpo_fast.runtime.data import PromptSet, load_prompts
-from densegrpo_fast.runtime.subjects import BASE, Subject, check_models, locate, settings_source
+from densegrpo_fast.runtime.model_refs import BASE, ModelRef, check_models, locate, settings_source
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(evaluate(config, subjects, options.json))
 
 
-def evaluate(config: Config, subjects: list[Subject], output: Path | None) -> ExitCode:
+def evaluate(config: Config, subjects: list[ModelRef], output: Path | None) -> ExitCode:
     """Evaluate all subjects on the configuration's held-out prompts, print the comparison and write it.
 
     Raises:
@@ -71,14 +71,14 @@ def evaluate(config: Config, subjects: list[Subject], output: Path | None) -> Ex
     """
     from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.comparison import compare, tables
-    from densegrpo_fast.runtime.subjects import read_weights, wearing
+    from densegrpo_fast.runtime.model_refs import read_weights, with_adapter
 
     held_out, reward = builders.build_held_out(config), builders.build_observer(config)
     weights = [read_weights(subject) for subject in subjects]
     model = builders.load_base(config, builders.default_device())
     scores: dict[str, dict[str, Any]] = {}
     for subject, worn in zip(subjects, weights, strict=True):
-        with wearing(model, subject, worn):
+        with with_adapter(model, subject, worn):
             found = held_out.evaluate(model, reward)
         scores[subject.name] = {name: values.numpy() for name, values in found.scores.items()}
     comparison = compare(scores)

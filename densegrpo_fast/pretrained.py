@@ -121,7 +121,7 @@ def load_network(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
 
     # transformers then names the tensors whose shape is wrong; diffusers raises, and names one
     extra = {} if _is_diffusers(kind) else {"ignore_mismatched_sizes": True}
-    with quiet():
+    with silence_loading():
         try:
             network, found = kind.from_pretrained(
                 str(directory),
@@ -151,7 +151,7 @@ def load_tokenizer(kind: Any, directory: Path) -> Any:
     names = {path.name for path in directory.iterdir()}
     if not any(files <= names for files in _TOKENIZERS):
         raise OSError("expected tokenizer.json, or vocab.json and merges.txt, or spiece.model in this directory")
-    with quiet():
+    with silence_loading():
         try:
             return kind.from_pretrained(str(directory), local_files_only=True)
         # a damaged file comes as one of many errors, or as the bare Exception of the tokenizers library
@@ -198,7 +198,7 @@ def _words(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_loading() -> Iterator[None]:
     """Loading bars and advice of transformers and diffusers stay off the screen; errors do not."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -31,7 +31,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, split_overrides
 from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
 from densegrpo_fast.runtime.data import PromptSet, load_prompts
-from densegrpo_fast.runtime.subjects import BASE, Subject, check_models, locate, settings_source
+from densegrpo_fast.runtime.model_refs import BASE, ModelRef, check_models, locate, settings_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(sample(config, subject, prompts, options))
 
 
-def sample(config: Config, subject: Subject, prompts: PromptSet, options: argparse.Namespace) -> ExitCode:
+def sample(config: Config, subject: ModelRef, prompts: PromptSet, options: argparse.Namespace) -> ExitCode:
     """Draw all prompts with all seeds and write the output directory.
 
     Raises:
@@ -66,14 +66,14 @@ def sample(config: Config, subject: Subject, prompts: PromptSet, options: argpar
     from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.files import output_errors, replace_text
     from densegrpo_fast.runtime.images import save_grid, save_picture
+    from densegrpo_fast.runtime.model_refs import read_weights, with_adapter
     from densegrpo_fast.runtime.provenance import provenance
-    from densegrpo_fast.runtime.subjects import read_weights, wearing
 
     sampler = sampler_settings(config, options)
     weights = read_weights(subject)
     model = builders.load_base(config, builders.default_device())
     rows = [(prompt, seed) for prompt in prompts.prompts for seed in options.seeds]
-    with wearing(model, subject, weights):
+    with with_adapter(model, subject, weights):
         images = draw(model, rows, sampler, chunk=config.sampler.micro_batch)
 
     written = []
@@ -143,7 +143,7 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, A
 
     from densegrpo_fast.flow.dynamics import coefficients
     from densegrpo_fast.flow.noise import Stream
-    from densegrpo_fast.runtime.row_budget import RowBudget
+    from densegrpo_fast.runtime.oom_backoff import OomBackoff
     from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
 
     sigmas, guidance_scale = model.sigmas(sampler["num_steps"]), sampler["guidance_scale"]
@@ -158,18 +158,25 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, A
         prompts, seeds = zip(*rows[part], strict=True)
         # the seed takes the place of the sample's number, so rows of different seeds can share a forward
         index = torch.tensor(seeds, device=model.device)
-        noise = initial_noise(model, index, seed=0, epoch=0, stream=Stream.EVALUATION)
+        noise = initial_noise(model, index, seed=0, iteration=0, stream=Stream.EVALUATION)
         conditioning = model.encode(list(prompts))
         if table is None:
             latents = sample_ode(model, noise, conditioning, sigmas, guidance_scale=guidance_scale)
         else:
             trajectory = rollout(
-                model, noise, conditioning, table, sample_index=index, seed=0, epoch=0, guidance_scale=guidance_scale
+                model,
+                noise,
+                conditioning,
+                table,
+                sample_index=index,
+                seed=0,
+                iteration=0,
+                guidance_scale=guidance_scale,
             )
             latents = trajectory.latents[-1]
         return model.decode(latents).cpu()
 
-    return torch.cat(list(RowBudget(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
+    return torch.cat(list(OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
 
 
 def _prompts(options: argparse.Namespace) -> PromptSet:

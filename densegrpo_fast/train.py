@@ -43,12 +43,12 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.alarms import Alarms, alarms_for
     from densegrpo_fast.runtime.costs import CostLog
-    from densegrpo_fast.runtime.experience import Judge, draw_fitting
-    from densegrpo_fast.runtime.guard import DriftGuard
+    from densegrpo_fast.runtime.experience import RewardComputer, draw_fitting
     from densegrpo_fast.runtime.learner import Learner
     from densegrpo_fast.runtime.loggers import Loggers, RunFacts
     from densegrpo_fast.runtime.memory import peak_metrics, start_peak
     from densegrpo_fast.runtime.metrics import MetricsLog, PhaseTimer, Progress
+    from densegrpo_fast.runtime.monitor import LookaheadMonitor
     from densegrpo_fast.runtime.preparation import check_device, prepare
     from densegrpo_fast.runtime.records import RunRecords, iteration_record
     from densegrpo_fast.runtime.run_directory import open_run_directory
@@ -62,8 +62,8 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         model = builders.build_model(config, builders.default_device())
         learner = Learner(model, builders.learner_options(config))
         lookahead = builders.build_lookahead(config, model)
-        judge = Judge(config, model, reward, lookahead)
-        guard = DriftGuard(config, model, reward, lookahead)
+        judge = RewardComputer(config, model, reward, lookahead)
+        guard = LookaheadMonitor(config, model, reward, lookahead)
         costs = CostLog(config, model, lookahead)
         builders.build_coefficients(config, model)  # a sampler that cannot be is refused before anything is drawn
         levels = NoiseLevels(config, model, reward)
@@ -100,7 +100,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
                         )
                     outcome = judge.judge(trajectory, rows, metadata, timer)
                     if guard.due(iteration):
-                        with timer("guard"):
+                        with timer("monitor"):
                             observations |= guard.check(trajectory, rows, metadata, outcome, iteration, costs)
                     with timer("update"):
                         advantages = outcome.advantages.values.flatten(0, 1).to(model.device)
@@ -147,7 +147,7 @@ def dry_run(config: Config) -> ExitCode:
     from densegrpo_fast.calibration.during import NoiseLevels
     from densegrpo_fast.runtime import builders
     from densegrpo_fast.runtime.costs import CostLog
-    from densegrpo_fast.runtime.experience import Judge, draw
+    from densegrpo_fast.runtime.experience import RewardComputer, draw
     from densegrpo_fast.runtime.learner import Learner
     from densegrpo_fast.runtime.metrics import PhaseTimer
     from densegrpo_fast.runtime.records import PHASES, iteration_record
@@ -155,7 +155,7 @@ def dry_run(config: Config) -> ExitCode:
     small = builders.shrink(config)
     model = builders.build_model(small, builders.default_device(), dry_run=True)
     reward = builders.build_reward(small.reward.terms, small.reward.options)
-    judge = Judge(small, model, reward, builders.build_lookahead(small, model))
+    judge = RewardComputer(small, model, reward, builders.build_lookahead(small, model))
     learner, timer = (
         Learner(model, builders.learner_options(small)),
         PhaseTimer(builders.synchronizer(model.device)),

@@ -19,20 +19,20 @@ _LN2_TIMES_MINUS_2 = tl.constexpr(-1.3862943611198906)
 
 
 @triton.jit
-def random_words(quad, step, stream, sample, epoch, seed):
+def random_words(quad, step, stream, sample, iteration, seed):
     """Philox4x32-10 words of some quads of elements.
 
     Args:
         quad: element // 4, integer block.
         step, stream: 16-bit integers.
-        sample, epoch: integers, the low 32 bits count.
+        sample, iteration: integers, the low 32 bits count.
         seed: 64-bit key.
 
     Returns:
         four uint32 blocks.
     """
     word1 = step.to(tl.uint32) | (tl.cast(stream, tl.uint32) << 16)
-    return tl.philox(seed, quad.to(tl.uint32), word1, sample.to(tl.uint32), epoch.to(tl.uint32), _ROUNDS)
+    return tl.philox(seed, quad.to(tl.uint32), word1, sample.to(tl.uint32), iteration.to(tl.uint32), _ROUNDS)
 
 
 @triton.jit
@@ -91,16 +91,16 @@ def box_muller(radius_word, turn_word):
 
 
 @triton.jit
-def gaussian(block, step, stream, sample, epoch, seed, BLOCK: tl.constexpr):
+def gaussian(block, step, stream, sample, iteration, seed, BLOCK: tl.constexpr):
     """Normals of elements [block * BLOCK, (block + 1) * BLOCK) of one sample, [BLOCK] float32, in order.
 
     Args:
         block: index of the block of elements.
-        step, stream, sample, epoch, seed: as `random_words`.
+        step, stream, sample, iteration, seed: as `random_words`.
         BLOCK: elements, a power of 2, at least 4.
     """
     quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    word0, word1, word2, word3 = random_words(quad, step, stream, sample, epoch, seed)
+    word0, word1, word2, word3 = random_words(quad, step, stream, sample, iteration, seed)
     normal0, normal1 = box_muller(word0, word1)
     normal2, normal3 = box_muller(word2, word3)
     # [quad, pair, member of the pair]: row-major order is the order of the elements.

@@ -1,8 +1,8 @@
 """Noise, affine step and log-probability in one pass over the state: every input is read once, nothing is written but
 the next state and, if asked for, its copy in half precision and the mean.
 
-Grid: (samples, blocks of a sample). Seed, epoch, sample and step indices and coefficients are read from device memory,
-so a captured launch draws new noise when their tensors change.
+Grid: (samples, blocks of a sample). Seed, iteration, sample and step indices and coefficients are read from device
+memory, so a captured launch draws new noise when their tensors change.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def sde_step(
     step_index: Tensor,
     seed: Tensor,
     sample_index: Tensor,
-    epoch: Tensor,
+    iteration: Tensor,
     stream: int,
     input_dtype: torch.dtype | None = None,
     with_mean: bool = False,
@@ -90,7 +90,7 @@ def sde_step(
         guidance_scale: [B] float32; the velocity is uncond + guidance_scale * (velocity - uncond).
         table: step coefficients, [T, 6] float32.
         step_index: [B] int64; a step outside the table makes its row NaN.
-        seed, epoch: int64, one element.
+        seed, iteration: int64, one element.
         sample_index: [B] int64.
         stream: 16-bit stream number.
         input_dtype: of the copy of the next state that a model in half precision reads; None for no copy.
@@ -117,7 +117,7 @@ def sde_step(
                 step_index,
                 seed,
                 sample_index,
-                epoch,
+                iteration,
                 next_latents,
                 None if input_dtype is None else model_input,
                 mean if with_mean else None,

@@ -190,7 +190,7 @@ class TrainCommand:
         "window.size": "null",
         "lookahead.plan": "exact",
         "lookahead.decoder": "preview",
-        "lookahead.guard_every": 0,
+        "lookahead.monitor_every": 0,
         # a random model draws no scenes, but pictures of different file sizes
         "reward.terms": "{jpeg_incompressibility: 1.0}",
         "reward.observed": "[scenes]",

@@ -65,9 +65,9 @@ def test_one_is_enough(name: str, key: str, below: float, above: float) -> None:
 
 def test_drift_stays_as_it_was_seen_last() -> None:
     """The guard looks at some iterations alone, and its number may be missing there."""
-    low, high = ({"guard/spearman_gains": CONFIG.lookahead.guard_alarm + by} for by in (-0.01, 0.0))
+    low, high = ({"monitor/spearman_gains": CONFIG.lookahead.monitor_alarm + by} for by in (-0.01, 0.0))
     name = "lookahead_drift"
-    unknown = {"guard/spearman_gains": None}
+    unknown = {"monitor/spearman_gains": None}
     assert watched({}, low, {}, unknown, high, {}, low) == [[], [name], [name], [name], [], [], [name]]
 
 

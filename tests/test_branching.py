@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.doctor.loop import configured_loop, rouse_adapter
+from densegrpo_fast.doctor.loop import configured_loop, randomize_lora_
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import Judge, sample_tree
+from densegrpo_fast.runtime.experience import RewardComputer, sample_branches
 from densegrpo_fast.runtime.learner import Learner
 from densegrpo_fast.runtime.metrics import PhaseTimer
 
@@ -48,9 +48,9 @@ def configured(**options: object) -> Config:
 
 def test_branches_are_judged_within_their_trunk(tiny_policy: Policy) -> None:
     config, model = configured(), tiny_policy()
-    tree = sample_tree(config, model, ROWS, builders.build_coefficients(config, model), 0)
+    tree = sample_branches(config, model, ROWS, builders.build_coefficients(config, model), 0)
     assert (tree.batch, tree.branches, tree.steps) == (4, 3, [0, 1, 2])
-    outcome = Judge(config, model, REWARD, builders.build_lookahead(config, model)).judge(
+    outcome = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model)).judge(
         tree, ROWS, [{}] * 12, PhaseTimer()
     )
     # [P, G, T]: three judged steps, each trunk's branches around their own mean
@@ -69,8 +69,8 @@ def test_branches_are_judged_within_their_trunk(tiny_policy: Policy) -> None:
 
 def test_granular_rewards_are_of_both_completions_the_finest_last(tiny_policy: Policy) -> None:
     config, model = configured(**{"credit.method": "granular", "credit.granularities": "[1, 3]"}), tiny_policy()
-    tree = sample_tree(config, model, ROWS, builders.build_coefficients(config, model), 0)
-    judge = Judge(config, model, REWARD, builders.build_lookahead(config, model))
+    tree = sample_branches(config, model, ROWS, builders.build_coefficients(config, model), 0)
+    judge = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model))
     outcome = judge.judge(tree, ROWS, [{}] * 12, PhaseTimer())
     # by hand, for T = 4 and 3 branches: states 1, 2, 3 are evaluated, then a stride of 1 visits 2 + 1 + 0 later points,
     # a stride of 3 none
@@ -78,7 +78,7 @@ def test_granular_rewards_are_of_both_completions_the_finest_last(tiny_policy: P
     assert 3 * cost.lookahead.total == 3 * 3 + 3 * 3
     assert cost.rewards == cost.full_decodes == 2 * 3
     assert outcome.scores.values.numel() == 2 * 36
-    exact = Judge(configured(), model, REWARD, builders.build_lookahead(config, model))
+    exact = RewardComputer(configured(), model, REWARD, builders.build_lookahead(config, model))
     alone = exact.judge(tree, ROWS, [{}] * 12, PhaseTimer()).rewards
     torch.testing.assert_close(alone, outcome.rewards, rtol=1e-5, atol=1e-5)
 
@@ -86,7 +86,7 @@ def test_granular_rewards_are_of_both_completions_the_finest_last(tiny_policy: P
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_a_state_is_trained_once_for_all_its_branches(tiny_policy: Policy, kl_coef: float) -> None:
     config, model = configured(**{"objective.kl_coef": kl_coef, "optimizer.lr": 1e-4}), tiny_policy(spread=0.05)
-    tree = sample_tree(config, model, ROWS, builders.build_coefficients(config, model), 0)
+    tree = sample_branches(config, model, ROWS, builders.build_coefficients(config, model), 0)
     learner = Learner(model, builders.learner_options(config))
     judged = torch.randn(12, 4)
     update = learner.update(tree, judged, tree.steps)
@@ -102,7 +102,7 @@ def test_bad_branches_that_point_where_good_ones_do_can_be_held_back(tiny_policy
     found = []
     for options in ({}, held):
         config, model = configured(**options), tiny_policy()
-        tree = sample_tree(config, model, ROWS, builders.build_coefficients(config, model), 0)
+        tree = sample_branches(config, model, ROWS, builders.build_coefficients(config, model), 0)
         judged = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
         if not options:
             # the same by hand: of each state's branches, and by the cosines of what their steps added
@@ -129,7 +129,7 @@ def test_bad_branches_that_point_where_good_ones_do_can_be_held_back(tiny_policy
 
 def test_the_ratio_check_knows_branches(tiny_policy: Policy) -> None:
     config, model = configured(**{"sampler.micro_batch": 1}), tiny_policy()
-    rouse_adapter(model.network)
+    randomize_lora_(model.network)
     loop = configured_loop(config, model)
     assert loop.steps == (0, 1, 2) and max(loop.deviations()) <= 1e-6 and loop.unsteadiness() == 0
 

@@ -20,7 +20,7 @@ from densegrpo_fast.models.analytic import AnalyticModel
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.data import PromptSet
-from densegrpo_fast.runtime.row_budget import RowBudget
+from densegrpo_fast.runtime.oom_backoff import OomBackoff
 
 T = 4
 SMALL = (3, 1, 2)
@@ -38,7 +38,7 @@ def meter(model: FlowModel, prompts: Sequence[str], reward: Any = brightness, **
         "dynamics": "flow_sde",
         "prompts": PromptSet(tuple(prompts), ({},) * len(prompts)),
         "guidance_scale": 1.0,
-        "rows": RowBudget(8, "rows"),
+        "rows": OomBackoff(8, "rows"),
         "seed": 3,
         "max_missing": 0.0,
         "count": 12,
@@ -50,7 +50,7 @@ def meter(model: FlowModel, prompts: Sequence[str], reward: Any = brightness, **
 def test_the_same_draw_is_the_same_whatever_the_batches(mixture_model: FlowModel) -> None:
     prompts = ["0", "12", "01"]
     one = meter(mixture_model, prompts).gains([0.7] * T, 0)
-    two = meter(mixture_model, prompts, rows=RowBudget(5, "rows")).gains([0.7] * T, 0)
+    two = meter(mixture_model, prompts, rows=OomBackoff(5, "rows")).gains([0.7] * T, 0)
     assert one.shape == (12, T) and one.dtype == torch.float64
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     other = meter(mixture_model, prompts).gains([0.7] * T, 1)
@@ -177,7 +177,7 @@ def linear_flow(branched: bool) -> tuple[StepConsistency, Tensor, Tensor, Tensor
     def linear(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return images.double().flatten(1).logit() @ weight
 
-    found = meter(model, [""], linear, rows=RowBudget(1024, "rows"), count=4096, branched=branched)
+    found = meter(model, [""], linear, rows=OomBackoff(1024, "rows"), count=4096, branched=branched)
     result = found.consistency(levels, HELD_OUT_DRAW, 4)
 
     table = coefficients(model.sigmas(T), levels, "flow_sde")

@@ -76,7 +76,7 @@ def test_a_line_by_hand() -> None:
 
 @pytest.mark.parametrize("method", ["dense", "sparse"])
 def test_a_budget_changes_rounding_alone(train: Any, tmp_path: Path, method: str) -> None:
-    options = {"run.iterations": 1, "evaluation.every": 0, "credit.method": method, "lookahead.guard_every": 1}
+    options = {"run.iterations": 1, "evaluation.every": 0, "credit.method": method, "lookahead.monitor_every": 1}
     for name, budget in (("free", "null"), ("tight", "0.006")):
         assert train(tmp_path / name, **options, **{"lookahead.memory_gb": budget}) == 0
     free, tight = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("free", "tight"))

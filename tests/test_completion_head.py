@@ -51,12 +51,12 @@ def sampled(model: FlowModel, guidance_scale: float = 1.0, keep_hidden: bool = T
     index = torch.arange(len(PROMPTS))
     return rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=0),
+        initial_noise(model, index, seed=0, iteration=0),
         model.encode(PROMPTS),
         coefficients(model.sigmas(T), 0.7, "flow_sde"),
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         guidance_scale=guidance_scale,
         micro_batch=1,
         keep_hidden=keep_hidden,

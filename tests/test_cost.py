@@ -255,12 +255,12 @@ def test_a_real_iteration_asks_for_what_is_counted(
     index = torch.arange(batch)
     trajectory = rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=0),
+        initial_noise(model, index, seed=0, iteration=0),
         model.encode([""] * batch),
         table,
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         guidance_scale=scale,
     )
     rollout_rows = evaluations(model.rows, "sampling", batch)

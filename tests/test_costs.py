@@ -20,10 +20,10 @@ from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.costs import GFLOP, CostLog
-from densegrpo_fast.runtime.experience import Judge, draw
-from densegrpo_fast.runtime.guard import DriftGuard
+from densegrpo_fast.runtime.experience import RewardComputer, draw
 from densegrpo_fast.runtime.learner import Learner
 from densegrpo_fast.runtime.metrics import PhaseTimer
+from densegrpo_fast.runtime.monitor import LookaheadMonitor
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import branched_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
@@ -44,7 +44,7 @@ SETTINGS = {
     "window.size": "null",
     "lookahead.plan": "nodes",
     "lookahead.nodes": "[2, 3]",
-    "lookahead.guard_every": 1,
+    "lookahead.monitor_every": 1,
     "optimizer.updates_per_iteration": 1,
     "ema.every": 0,
 }
@@ -77,15 +77,15 @@ class Iteration:
         self.config, self.model, self.tally = config, model, Tally()
         reward = RewardMixture({"tally": (self.tally, 1.0)})
         self.lookahead: Lookahead | None = builders.build_lookahead(config, model)
-        self.judge = Judge(config, model, reward, self.lookahead)
-        self.guard = DriftGuard(config, model, reward, self.lookahead)
+        self.judge = RewardComputer(config, model, reward, self.lookahead)
+        self.monitor = LookaheadMonitor(config, model, reward, self.lookahead)
         self.learner = Learner(model, builders.learner_options(config))
         self.costs = CostLog(config, model, self.lookahead)
         # prompts are encoded once in a run's iteration, which is no part of its cost
         encoded = model.encode(ROWS)
         model.encode = lambda rows: encoded  # type: ignore[method-assign]
 
-    def run(self, phases: Callable[[str], Any], *, guard: bool = False) -> None:
+    def run(self, phases: Callable[[str], Any], *, monitor: bool = False) -> None:
         """Roll out, judge and update, and re-score one prompt if asked to, each within `phases(name)`."""
         config, metadata = self.config, [{} for _ in ROWS]
         with phases("rollout"):
@@ -93,9 +93,9 @@ class Iteration:
             drawn = draw(config, self.model, ROWS, table, 0, cache=self.judge.cache)
         with phases("lookahead"):
             outcome = self.judge.judge(drawn, ROWS, metadata, PhaseTimer())
-        if guard:
-            with phases("guard"):
-                self.guard.check(drawn, ROWS, metadata, outcome, 0, self.costs)
+        if monitor:
+            with phases("monitor"):
+                self.monitor.check(drawn, ROWS, metadata, outcome, 0, self.costs)
         with phases("update"):
             steps = builders.trained_steps(config, 0)
             self.learner.update(drawn, outcome.advantages.values.flatten(0, 1), steps)
@@ -141,7 +141,7 @@ def counted(iteration: Iteration) -> Iterator[tuple[Counter[str], Callable[[str]
     found["pictures_scored"] = iteration.tally.pictures
 
 
-@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("monitor", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
@@ -157,22 +157,22 @@ def counted(iteration: Iteration) -> Iterator[tuple[Counter[str], Callable[[str]
             "credit.method": "granular",
             "lookahead.plan": "exact",
             "lookahead.nodes": "[]",
-            "lookahead.guard_every": 0,
+            "lookahead.monitor_every": 0,
         },
     ],
     ids=["trajectories", "copy", "cond_only", "window", "sparse", "branches", "branches of a window", "granular"],
 )
 def test_the_record_counts_what_went_through_the_model(
-    tiny_policy: Policy, options: dict[str, object], guard: bool
+    tiny_policy: Policy, options: dict[str, object], monitor: bool
 ) -> None:
     iteration = Iteration(configured(**options), tiny_policy())  # type: ignore[arg-type]
-    guard = guard and iteration.guard.due(0)
+    monitor = monitor and iteration.monitor.due(0)
     with counted(iteration) as (found, during):
-        iteration.run(during, guard=guard)
+        iteration.run(during, monitor=monitor)
     metrics = iteration.costs.metrics()
     said = {key: value for key, value in metrics.items() if not key.startswith("flops/") and value}
     assert said == dict(found)
-    assert ("flops/guard" in metrics) == guard
+    assert ("flops/monitor" in metrics) == monitor
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_operations_are_those_of_a_real_iteration(tiny_policy: Policy, options: 
     iteration, phases = Iteration(config, model), PhaseTimer()
     # the counter knows nothing of the CPU's fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        iteration.run(phases, guard=iteration.guard.due(0) and config.lookahead.cache is None)
+        iteration.run(phases, monitor=iteration.monitor.due(0) and config.lookahead.cache is None)
     metrics = iteration.costs.metrics()
     assert metrics["flops/iteration"] * GFLOP == pytest.approx(counter.get_total_flops(), rel=0.01)
 
@@ -217,12 +217,12 @@ def test_operations_over_sparse_by_hand(tiny_policy: Policy) -> None:
     assert metrics["flops/over_sparse"] == pytest.approx(expected / sparse)
     iteration.costs.reset()
     with counted(iteration) as (_, during):
-        iteration.run(during, guard=True)
+        iteration.run(during, monitor=True)
     # exact completions of 4 samples by 4 + 3 + 2 + 1 forwards, and 6 pictures of each
-    guard = 4 * (10 * unit.forward + 6 * unit.full_decode) / GFLOP
+    monitor = 4 * (10 * unit.forward + 6 * unit.full_decode) / GFLOP
     checked = iteration.costs.metrics()
-    assert checked["flops/guard"] == pytest.approx(guard) and "flops/guard" not in metrics
-    assert checked["flops/iteration"] == pytest.approx(metrics["flops/iteration"] + guard)
+    assert checked["flops/monitor"] == pytest.approx(monitor) and "flops/monitor" not in metrics
+    assert checked["flops/iteration"] == pytest.approx(metrics["flops/iteration"] + monitor)
 
 
 def test_a_model_of_another_family_is_counted_without_operations(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.dense import dense_advantages, reward_gains
-from densegrpo_fast.credit.evidence import Evidence
+from densegrpo_fast.credit.inputs import CreditInputs
 from densegrpo_fast.credit.normalize import Advantages, normalize_groups
 from densegrpo_fast.credit.registry import CreditMethod
 from densegrpo_fast.credit.return_to_go import returns_to_go
@@ -67,7 +67,7 @@ few = settings(deadline=None, max_examples=8)
 more = settings(deadline=None, max_examples=20)
 
 
-def evidence(seed: int, noisy: Sequence[bool] = (True,) * T) -> Evidence:
+def evidence(seed: int, noisy: Sequence[bool] = (True,) * T) -> CreditInputs:
     """Random evidence, with positive rewards that spread by some thousands (the epsilon of 1e-4 is nothing to them)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -76,7 +76,7 @@ def evidence(seed: int, noisy: Sequence[bool] = (True,) * T) -> Evidence:
 
     rewards = 1e4 + 1e3 * draw(P, G, sum(noisy) + 1)
     steps = len(noisy)
-    known = Evidence(
+    known = CreditInputs(
         rewards=rewards[..., -1],
         noisy=tuple(noisy),
         latents=draw(steps + 1, P * G, 3),
@@ -86,13 +86,13 @@ def evidence(seed: int, noisy: Sequence[bool] = (True,) * T) -> Evidence:
     return rewarded(known, rewards)
 
 
-def rewarded(known: Evidence, rewards: Tensor) -> Evidence:
+def rewarded(known: CreditInputs, rewards: Tensor) -> CreditInputs:
     """The same trajectories with other lookahead rewards, which two completions of branches have as well."""
     branches = torch.stack([rewards[..., :-1], rewards[..., 1:]], dim=-1)[:, None]
     return replace(known, rewards=rewards[..., -1], lookahead_rewards=rewards, branch_rewards=branches)
 
 
-def members(known: Evidence, chosen: list[int]) -> Evidence:
+def members(known: CreditInputs, chosen: list[int]) -> CreditInputs:
     """The evidence of some samples of every group, in this order."""
 
     def of_rows(rows: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def members(known: Evidence, chosen: list[int]) -> Evidence:
     )
 
 
-def judged(name: str, known: Evidence, **changes: Any) -> Tensor:
+def judged(name: str, known: CreditInputs, **changes: Any) -> Tensor:
     return registry.advantages(name, known, OPTIONS | changes).values
 
 
@@ -317,7 +317,7 @@ def test_similarity_belongs_to_the_sample_of_its_row() -> None:
     # sigma 1 and velocity (-1, 0) from latents 0: the predicted clean latents are (1, 0); the final ones lie at 0, 60,
     # 90 and 180 degrees from it
     ends = torch.tensor([[2.0, 0.0], [1.0, 3**0.5], [0.0, 1.0], [-1.0, 0.0]])
-    known = Evidence(
+    known = CreditInputs(
         rewards=torch.zeros(2, 2),
         noisy=(True,),
         latents=torch.stack([torch.zeros(4, 2), ends]),

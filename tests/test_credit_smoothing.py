@@ -16,7 +16,7 @@ from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.exit_codes import UserError
 from densegrpo_fast.flow.dynamics import C, coefficients
-from densegrpo_fast.runtime.experience import Judge
+from densegrpo_fast.runtime.experience import RewardComputer
 
 NAN = math.nan
 
@@ -170,7 +170,7 @@ def test_the_judge_smooths_by_the_injected_noise(mixture_model) -> None:
     config = load_config(
         ["--config=embedded_dense", "credit.smoothing=0.5", "window.schedule=none", "window.size=null"]
     )[0]
-    judge = Judge(config, mixture_model, None, None)
+    judge = RewardComputer(config, mixture_model, None, None)
     table = coefficients(mixture_model.sigmas(4), [0.7, 0.0, 0.4, 0.7], "flow_sde")
     rewards = torch.randn(2, 3, 4)
     expected = smooth_rewards(rewards, table.table[[0, 2, 3], C], 0.5)

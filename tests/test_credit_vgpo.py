@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from densegrpo_fast.credit import registry
-from densegrpo_fast.credit.evidence import Evidence
+from densegrpo_fast.credit.inputs import CreditInputs
 from densegrpo_fast.credit.normalize import normalize_groups
 from densegrpo_fast.credit.value import value_advantages
 from densegrpo_fast.credit.vgpo import temporal_weights, vgpo_advantages
@@ -72,7 +72,7 @@ def test_the_absolute_term_is_for_the_first_sampling_steps_whatever_is_judged():
 def test_a_window_that_begins_late_has_no_absolute_term():
     """As training asks for it: noise in the steps 3..5 of 8, of which the first 5 sampling steps hold 3 and 4."""
     rewards = torch.full((1, 2, 4), 2.0)
-    evidence = Evidence(
+    evidence = CreditInputs(
         rewards=rewards[..., -1],
         noisy=(False,) * 3 + (True,) * 3 + (False,) * 2,
         latents=torch.zeros(9, 2, 1),

@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from densegrpo_fast.doctor import __main__ as doctor
 from densegrpo_fast.doctor import ratio
+from densegrpo_fast.doctor.ablations import unmerged_adapter
+from densegrpo_fast.doctor.causes import CAUSES
 from densegrpo_fast.doctor.diagnosis import Diagnosis, default_tolerance, diagnose, within
-from densegrpo_fast.doctor.loop import Loop, configured_loop, lora_layers, rouse_adapter
-from densegrpo_fast.doctor.neutral import unmerged_adapter
-from densegrpo_fast.doctor.suspects import SUSPECTS
+from densegrpo_fast.doctor.loop import Loop, configured_loop, lora_layers, randomize_lora_
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.sampling import replay as replaying
@@ -44,7 +44,7 @@ def make_loop(model: Any, noise_level: float | list[float] = 0.7, replayed: int 
     table = coefficients(model.sigmas(T), noise_level, "flow_sde")
 
     def draw(given: StepCoefficients) -> Trajectory:
-        noise = initial_noise(model, index, seed=0, epoch=0)
+        noise = initial_noise(model, index, seed=0, iteration=0)
         return rollout(
             model,
             noise,
@@ -52,7 +52,7 @@ def make_loop(model: Any, noise_level: float | list[float] = 0.7, replayed: int 
             given,
             sample_index=index,
             seed=0,
-            epoch=0,
+            iteration=0,
             micro_batch=MICRO_BATCH,
         )
 
@@ -262,7 +262,7 @@ def test_two_faults_are_both_named(tiny_policy: Policy) -> None:
     assert found.causes == ("storage", "timestep")
     assert all(not trial.deviation <= TOLERANCE for trial in found.alone.values())
     assert found.together is not None and found.together.deviation <= TOLERANCE
-    assert set(found.all_but) == {suspect.name for suspect in SUSPECTS}
+    assert set(found.all_but) == {cause.name for cause in CAUSES}
 
 
 def test_an_unknown_fault_names_nobody(tiny_policy: Policy) -> None:
@@ -304,8 +304,8 @@ def test_nothing_stays_behind(tiny_policy: Policy) -> None:
     processors, hooks = dict(network.attn_processors), [len(m._forward_pre_hooks) for m in network.modules()]
     with ExitStack() as stack:
         loop = make_loop(model)
-        for suspect in SUSPECTS:
-            loop = stack.enter_context(suspect.neutral(loop))
+        for cause in CAUSES:
+            loop = stack.enter_context(cause.ablation(loop))
         assert loop.deviations() == (0.0,) * (T - 1)
         assert "forward" in vars(network)
     assert "forward" not in vars(network)
@@ -349,14 +349,14 @@ def test_tolerance() -> None:
 
 def test_a_fresh_adapter_is_roused(tiny_policy: Policy) -> None:
     model = tiny_policy()
-    rouse_adapter(model.network)
+    randomize_lora_(model.network)
     for layer in lora_layers(model.network):
         update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         share = update.norm() / layer.get_base_layer().weight.norm()
         assert share.item() == pytest.approx(0.05, rel=1e-3)
     learnt = tiny_policy(spread=0.3)
     before = {name: parameter.clone() for name, parameter in learnt.trainable_parameters().items()}
-    rouse_adapter(learnt.network)
+    randomize_lora_(learnt.network)
     assert all(torch.equal(parameter, before[name]) for name, parameter in learnt.trainable_parameters().items())
 
 
@@ -432,7 +432,7 @@ def test_words_for_every_verdict() -> None:
     loop = Loop(None, table, (0,), None, None)  # type: ignore[arg-type]
     unnamed = Diagnosis((0.5,), 1e-6, unsteady=2e-3, amplified=(0,))
     words = ratio.text(ratio.record(unnamed, loop, 1e-3) | {"preset": "mine"})
-    assert "none of the suspects" in words
+    assert "none of the causes" in words
     assert "differ by 2.0e-03 in log-probability" in words
     assert "amplified at step 0" in words
     assert "50000.0%" in words

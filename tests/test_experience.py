@@ -15,7 +15,7 @@ from densegrpo_fast.exit_codes import UserError
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import Judge, Outcome, sample
+from densegrpo_fast.runtime.experience import RewardBatch, RewardComputer, sample
 from densegrpo_fast.runtime.metrics import PhaseTimer
 from densegrpo_fast.sampling.trajectory import Trajectory
 
@@ -49,8 +49,8 @@ def configured(**options: object) -> Config:
     return load_config(["--config=embedded_dense", *given])[0]
 
 
-def judged(config: Config, model: FlowModel, reward: Any = brightness) -> tuple[Trajectory, Outcome]:
-    judge = Judge(config, model, RewardMixture({"r": (reward, 1.0)}), builders.build_lookahead(config, model))
+def judged(config: Config, model: FlowModel, reward: Any = brightness) -> tuple[Trajectory, RewardBatch]:
+    judge = RewardComputer(config, model, RewardMixture({"r": (reward, 1.0)}), builders.build_lookahead(config, model))
     trajectory = sample(config, model, ROWS, builders.build_coefficients(config, model), 0)
     return trajectory, judge.judge(trajectory, ROWS, [{}] * len(ROWS), PhaseTimer())
 

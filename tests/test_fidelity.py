@@ -12,42 +12,42 @@ from densegrpo_fast.fidelity import statistics
 from densegrpo_fast.fidelity.measure import Variant, agreement_of, cost_of, measure, reference, score, trajectories
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.search import Thresholds, cheapest, search
-from densegrpo_fast.fidelity.subject import Subject, analytic_subject
+from densegrpo_fast.fidelity.target import FidelityTarget, analytic_target
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.remainder import with_remainder
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.sampling import path_tree
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.step_runner import StepInput, StepOutput, StepRunner
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.tree import grow
-from densegrpo_fast.sampling.visit import Arrival, Travellers, Visits
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
+def target() -> FidelityTarget:
     """The analytic flow with 5 steps and 4 prompts."""
-    whole = analytic_subject(4)
+    whole = analytic_target(4)
     table = coefficients(whole.model.sigmas(5), 0.7, "flow_sde")
     return replace(whole, coefficients=table, trained_steps=4, chunk=12)
 
 
-def test_one_rollout_serves_all_variants_in_any_split(subject: Subject) -> None:
+def test_one_rollout_serves_all_variants_in_any_split(target: FidelityTarget) -> None:
     variants = [Variant(plans.nodes(5, (2,)), guidance, "full") for guidance in ("full", "cond_only")]
-    together = measure(subject, variants, range(4), group_size=6, seed=0)
+    together = measure(target, variants, range(4), group_size=6, seed=0)
     assert set(together) == {reference(5), *variants}
     # the end of a trajectory is the same image whatever the plan
     for rewards in together.values():
         assert rewards.shape == (4, 6, 6)
         assert torch.equal(rewards[..., -1], together[reference(5)][..., -1])
-    alone = measure(subject, variants[:1], range(2, 4), group_size=6, seed=0)
+    alone = measure(target, variants[:1], range(2, 4), group_size=6, seed=0)
     torch.testing.assert_close(alone[variants[0]], together[variants[0]][2:])
     assert not torch.equal(together[variants[0]], together[variants[1]])
 
 
-def test_samples_of_one_noise_share_their_first_completion(subject: Subject) -> None:
-    shared, variant = replace(subject, shared_noise=True), Variant(plans.nodes(5, (2,)), "full", "full")
+def test_samples_of_one_noise_share_their_first_completion(target: FidelityTarget) -> None:
+    shared, variant = replace(target, shared_noise=True), Variant(plans.nodes(5, (2,)), "full", "full")
     rewards = measure(shared, [variant], range(2), group_size=6, seed=0)
     for found in rewards.values():
         # in state 0 a group is one sample, and from then on six
@@ -56,26 +56,26 @@ def test_samples_of_one_noise_share_their_first_completion(subject: Subject) -> 
     # of 4 + 3 + 2 + 1 evaluations the first 4 are for all six
     assert cost_of(reference(5), shared, 6).lookahead.guided == pytest.approx(4 / 6 + 6)
     reused = replace(reference(5), guidance="reuse")
-    assert cost_of(reused, shared, 6).lookahead.unguided == cost_of(reference(5), subject, 6).lookahead.guided == 10
+    assert cost_of(reused, shared, 6).lookahead.unguided == cost_of(reference(5), target, 6).lookahead.guided == 10
 
 
-def test_forwards_are_run_as_the_subject_says(subject: Subject) -> None:
-    class Counted(Visits):
+def test_forwards_are_run_as_the_subject_says(target: FidelityTarget) -> None:
+    class Counted(StepRunner):
         rows = 0
 
-        def __call__(self, model: FlowModel, rows: Travellers, *arguments: object, **options: object) -> Arrival:
+        def __call__(self, model: FlowModel, rows: StepInput, *arguments: object, **options: object) -> StepOutput:
             self.rows += len(rows)
             return super().__call__(model, rows, *arguments, **options)
 
     # branches of the steps 1 and 2: 6 rows arrive at the states 2 and 3, and go on by 2 and 1 nodes
     visits = Counted()
-    branched = replace(subject, coefficients=subject.coefficients.only((1, 2)), branched=True, visits=visits)
+    branched = replace(target, coefficients=target.coefficients.only((1, 2)), branched=True, visits=visits)
     measure(branched, [], range(1), group_size=6, seed=0)
     assert visits.rows == 6 * (2 + (2 + 1))
 
 
-def test_exact_is_its_own_reference(subject: Subject) -> None:
-    rewards = measure(subject, [reference(5)], range(2), group_size=6, seed=0)
+def test_exact_is_its_own_reference(target: FidelityTarget) -> None:
+    rewards = measure(target, [reference(5)], range(2), group_size=6, seed=0)
     (exact,) = rewards.values()
     assert statistics.compare(exact, rewards[reference(5)]).spearman_gains_mean == pytest.approx(1.0)
 
@@ -86,12 +86,12 @@ def test_the_tree_holds_every_plans_completions(mixture_model: FlowModel, guidan
     table = coefficients(mixture_model.sigmas(steps), [0.7, 0.0, 0.7, 0.7], "flow_sde")
     trajectory = rollout(
         mixture_model,
-        initial_noise(mixture_model, index, seed=0, epoch=0),
+        initial_noise(mixture_model, index, seed=0, iteration=0),
         mixture_model.encode(["0", "1", "12"]),
         table,
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         guidance_scale=guidance_scale,
     )
     mixture_model.calls.clear()
@@ -111,12 +111,12 @@ def test_the_tree_ends_as_the_window_says(mixture_model: FlowModel, group: int) 
     euler = coefficients(mixture_model.sigmas(steps), 0.7, "flow_sde").only(range(2))
     trajectory = rollout(
         mixture_model,
-        initial_noise(mixture_model, index - index % group, seed=0, epoch=0),
+        initial_noise(mixture_model, index - index % group, seed=0, iteration=0),
         mixture_model.encode(["0"] * 3 + ["12"] * 3),
         with_remainder(euler, 2, second_order=True),
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
     )
     trajectory = replace(trajectory, shared=group)
     exact = Lookahead(mixture_model, plans.exact(steps), chunk=4)
@@ -138,9 +138,9 @@ def completed_everywhere(lookahead: Lookahead, trajectory: Trajectory) -> dict[t
     return {(state, path): clean for state, path, clean in found}
 
 
-def test_the_search_finds_what_measuring_finds(subject: Subject) -> None:
+def test_the_search_finds_what_measuring_finds(target: FidelityTarget) -> None:
     ways = [Variant(plans.exact(5), "full", decoder) for decoder in ("full", "preview")]
-    found = search(subject, range(2), ways=ways, max_nodes=2, group_size=6, seed=1)
+    found = search(target, range(2), ways=ways, max_nodes=2, group_size=6, seed=1)
     names = [candidate.variant.plan.name for candidate in found]
     # of the nodes 1..4: no one, one or two, with either decoder
     assert len([name for name in names if not name.startswith("paths")]) == 2 * (1 + 4 + 6)
@@ -150,15 +150,15 @@ def test_the_search_finds_what_measuring_finds(subject: Subject) -> None:
     assert own
     picked = [candidate for candidate in found if candidate.variant.plan.name in ("nodes{2,3}", "one_step")]
     picked += [own[0], own[-1]]
-    rewards = measure(subject, [candidate.variant for candidate in picked], range(2), group_size=6, seed=1)
+    rewards = measure(target, [candidate.variant for candidate in picked], range(2), group_size=6, seed=1)
     for candidate in picked:
         direct = statistics.compare(rewards[reference(5)], rewards[candidate.variant])
         assert candidate.agreement.spearman_gains_mean == pytest.approx(direct.spearman_gains_mean, abs=1e-6)
         assert candidate.agreement.spearman_rewards_mean == pytest.approx(direct.spearman_rewards_mean, abs=1e-6)
 
 
-def test_the_search_looks_at_branches_and_windows_too(subject: Subject) -> None:
-    windowed = replace(subject, coefficients=subject.coefficients.only((1, 2)))
+def test_the_search_looks_at_branches_and_windows_too(target: FidelityTarget) -> None:
+    windowed = replace(target, coefficients=target.coefficients.only((1, 2)))
     for searched in (windowed, replace(windowed, branched=True)):
         found = search(searched, range(2), ways=[reference(5)], max_nodes=2, group_size=4, seed=3)
         plans_found = [candidate.variant for candidate in found]
@@ -168,19 +168,19 @@ def test_the_search_looks_at_branches_and_windows_too(subject: Subject) -> None:
             assert candidate.agreement.spearman_rewards_mean == pytest.approx(direct.spearman_rewards_mean, abs=1e-6)
             assert candidate.agreement.spearman_gains_mean == pytest.approx(direct.spearman_gains_mean, abs=1e-6)
         # the states that are completed are 1 and 2, or 2 and 3: sets that differ before them alone are one
-        ahead = [node for node in range(1, 5) if node > (2 if searched.branched else 1)]
+        ahead = [step_index for step_index in range(1, 5) if step_index > (2 if searched.branched else 1)]
         sets = [variant for variant in plans_found if not variant.plan.name.startswith("paths")]
         assert len(sets) == 1 + len(ahead) + len(ahead) * (len(ahead) - 1) / 2
 
 
-def test_operations_come_before_forwards(subject: Subject) -> None:
+def test_operations_come_before_forwards(target: FidelityTarget) -> None:
     """A preview costs a hundredth of a full decode, which outweighs any forward here."""
 
     class Flops:
         forward = reference_forward = backward = 1.0
         full_decode, preview_decode, reward, head = 1000.0, 10.0, 0.0, 0.0
 
-    known = replace(subject, flops=Flops())
+    known = replace(target, flops=Flops())
     ways = [Variant(plans.exact(5), "full", decoder) for decoder in ("full", "preview")]
     found = search(known, range(1), ways=ways, max_nodes=1, group_size=4, seed=1)
     decoders = [candidate.variant.decoder for candidate in found]
@@ -193,22 +193,22 @@ def test_operations_come_before_forwards(subject: Subject) -> None:
     assert ratios[0] == pytest.approx((2 * 13 + 4 + 6 * 10 + 1000) / (2 * 13 + 4 + 1000))
 
 
-def test_branches_are_judged_among_those_of_their_state(subject: Subject) -> None:
+def test_branches_are_judged_among_those_of_their_state(target: FidelityTarget) -> None:
     """Against a tree that is grown, completed and scored here."""
-    branched = replace(subject, coefficients=subject.coefficients.only((0, 1, 2)), branched=True)
+    branched = replace(target, coefficients=target.coefficients.only((0, 1, 2)), branched=True)
     variants = [Variant(plans.one_step(5), "full", "full"), Variant(plans.exact(5), "full", "preview")]
     rewards = measure(branched, variants, range(3), group_size=4, seed=7)
     trunks, rows = torch.arange(0, 12, 4), [branched.prompts.prompts[group] for group in range(3) for _ in range(4)]
     model, metadata = branched.model, [{} for _ in rows]
-    tree = grow(
+    tree = branch_rollout(
         model,
-        initial_noise(model, trunks, seed=7, epoch=0),
+        initial_noise(model, trunks, seed=7, iteration=0),
         model.encode(rows),
         branched.coefficients,
         branches=4,
         sample_index=trunks,
         seed=7,
-        epoch=0,
+        iteration=0,
         guidance_scale=branched.guidance_scale,
     )
     clean = tree.completions(Lookahead(model, plans.exact(5), chunk=100))
@@ -224,8 +224,8 @@ def test_branches_are_judged_among_those_of_their_state(subject: Subject) -> Non
     )
 
 
-def test_the_cheapest_plan_above_the_thresholds(subject: Subject) -> None:
-    found = search(subject, range(2), ways=[reference(5)], max_nodes=4, group_size=8, seed=0)
+def test_the_cheapest_plan_above_the_thresholds(target: FidelityTarget) -> None:
+    found = search(target, range(2), ways=[reference(5)], max_nodes=4, group_size=8, seed=0)
     limits = Thresholds(0.9, 0.85, 0.5)
     chosen = cheapest(found, limits)
     assert chosen is not None and limits.met_by(chosen.agreement)
@@ -233,9 +233,9 @@ def test_the_cheapest_plan_above_the_thresholds(subject: Subject) -> None:
     assert cheapest(found, Thresholds(1.0, 1.0, 1.0 + 1e-9)) is None
 
 
-def test_scores_are_by_group_and_state(subject: Subject) -> None:
+def test_scores_are_by_group_and_state(target: FidelityTarget) -> None:
     """A reward that reads the prompt and the picture's value back."""
-    (batch,) = trajectories(subject, range(2), group_size=3, seed=0)
+    (batch,) = trajectories(target, range(2), group_size=3, seed=0)
     values = torch.arange(2 * 6.0).view(2, 6) / 100
 
     def read(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
@@ -243,8 +243,8 @@ def test_scores_are_by_group_and_state(subject: Subject) -> None:
         return images[:, 0, 0, 0] + first
 
     images = values[..., None, None, None].expand(2, 6, 3, 4, 4)
-    mixture = type(subject.reward)({"read": (read, 1.0)})
-    found = score(replace(subject, reward=mixture), batch, images)
+    mixture = type(target.reward)({"read": (read, 1.0)})
+    found = score(replace(target, reward=mixture), batch, images)
     # [P, G, S]: group 0 holds rows 0..2 (and the first prompt), group 1 rows 3..5; states are 6 apart
     expected = torch.tensor([[[1.00, 1.06], [1.01, 1.07], [1.02, 1.08]], [[0.03, 0.09], [0.04, 0.10], [0.05, 0.11]]])
     torch.testing.assert_close(found, expected)

@@ -73,35 +73,35 @@ def test_it_is_measured_as_training_completes(pipeline_directory: Path) -> None:
     """With a copy, a cache and guidance of its own, beside the plans that nobody has asked for."""
     overrides = ["--lookahead.plan=nodes", "--lookahead.nodes=[2]", "--lookahead.copy_dtype=bfloat16"]
     overrides += ["--lookahead.cache=text", "--sampler.guidance_scale=2", "--lookahead.guidance=cond_only"]
-    subject, variants, own, _ = chosen(pipeline_directory, ["--guidance", "full"], *overrides)
+    target, variants, own, _ = chosen(pipeline_directory, ["--guidance", "full"], *overrides)
     (variant,) = own
     assert variant.name == "nodes{2}+copy(bfloat16)+cache(text)/cond_only/full"
     names = ["nodes{2}/full/full", "exact_but_last/full/full", "n_step{2}/full/full", "one_step/full/full"]
     assert [found.name for found in variants] == [variant.name, *names]
-    found = measure(subject, own, range(1), group_size=G, seed=3)[variant]
+    found = measure(target, own, range(1), group_size=G, seed=3)[variant]
 
     config = loaded(
         *overrides, f"--model.path={pipeline_directory}", "--sampler.num_steps=4", "--sampler.micro_batch=1"
     )
     one = {"sampler": config.sampler.model_copy(update={"group_size": G})}
     one["data"] = config.data.model_copy(update={"num_prompts": 1})
-    config, model, index = config.model_copy(update=one), subject.model, torch.arange(G)
+    config, model, index = config.model_copy(update=one), target.model, torch.arange(G)
     lookahead = builders.build_lookahead(config, model)
     assert lookahead is not None
-    rows = [subject.prompts.prompts[0]] * G
+    rows = [target.prompts.prompts[0]] * G
     trajectory = rollout(
         model,
-        initial_noise(model, index, seed=3, epoch=0),
+        initial_noise(model, index, seed=3, iteration=0),
         model.encode(rows),
         builders.build_coefficients(config, model),
         sample_index=index,
         seed=3,
-        epoch=0,
+        iteration=0,
         guidance_scale=2.0,
         cache=lookahead.cache,
     )
     images = lookahead.images(lookahead.complete(trajectory), trajectory.coefficients.noisy, "full")
-    scores = subject.reward(images.flatten(0, 1), rows * 5, [{}] * 5 * G).values
+    scores = target.reward(images.flatten(0, 1), rows * 5, [{}] * 5 * G).values
     torch.testing.assert_close(found[0], scores.view(5, G).T, rtol=1e-4, atol=1e-4)
 
 
@@ -152,7 +152,7 @@ def test_what_one_measurement_cannot_show_is_refused(
     assert raised.value.exit_code == ExitCode.USAGE
     if preset == "embedded_fast":
         fixed = chosen(pipeline_directory, ["--plans", "one_step"], "--window.schedule=fixed", preset=preset)
-        assert fixed.subject.coefficients.noisy == (True, True, False, False)
+        assert fixed.target.coefficients.noisy == (True, True, False, False)
 
 
 def test_two_heads_are_refused(pipeline_directory: Path) -> None:
@@ -162,14 +162,14 @@ def test_two_heads_are_refused(pipeline_directory: Path) -> None:
 
 def test_the_search_tries_copies_caches_and_decoders_too(pipeline_directory: Path) -> None:
     arguments = ["--plans", "exact", "--copy-dtype", "float32", "--vae-dtype", "bfloat16", "--decoder", "full"]
-    subject, _, _, ways = chosen(pipeline_directory, [*arguments, "--cache", "text:own"])
+    target, _, _, ways = chosen(pipeline_directory, [*arguments, "--cache", "text:own"])
     # beside the model itself its copy, and that with a cache; each with either precision of the decoder
     assert [(way.copy, way.cache, way.vae) for way in ways] == [
         (copy, cache, vae)
         for vae in (None, "bfloat16")
         for copy, cache in ((None, None), ("float32", None), ("float32", "text:own"))
     ]
-    found = search(subject, range(1), ways=ways, max_nodes=1, group_size=G, seed=2)
+    found = search(target, range(1), ways=ways, max_nodes=1, group_size=G, seed=2)
     # of three nodes none or one, and the former, which evaluates nothing, with the model itself alone
     sets = [candidate.variant for candidate in found if not candidate.variant.plan.name.startswith("paths")]
     assert sorted(variant.plan.name for variant in sets if variant.copy is None) == sorted(
@@ -178,11 +178,11 @@ def test_the_search_tries_copies_caches_and_decoders_too(pipeline_directory: Pat
     assert all(variant.plan.evaluations for variant in sets if variant.copy) and len(sets) == 2 * (4 + 3 + 3)
     picked = [candidate for candidate in found if candidate.variant.plan.name == "nodes{2}"]
     assert len(picked) == 6
-    rewards = measure(subject, [candidate.variant for candidate in picked], range(1), group_size=G, seed=2)
+    rewards = measure(target, [candidate.variant for candidate in picked], range(1), group_size=G, seed=2)
     for candidate in picked:
-        direct = agreement_of(subject, rewards[reference(4)], rewards[candidate.variant])
+        direct = agreement_of(target, rewards[reference(4)], rewards[candidate.variant])
         assert candidate.agreement.pooled_gains == pytest.approx(direct.pooled_gains, abs=1e-4), candidate.variant.name
-    assert longest_path(subject) == 3
+    assert longest_path(target) == 3
 
 
 def test_what_is_searched_to_the_end_is_not_to_be_searched_further(
@@ -217,8 +217,8 @@ def test_the_commands_of_the_docstring_fit(command: str, pipeline_directory: Pat
         model: Any = config.model.model_copy(update={"path": str(pipeline_directory)})
         config = config.model_copy(update={"model": model})
     choice = choose(options, config)
-    assert len(choice.subject.prompts.prompts) == options.groups
-    assert choice.subject.branched == ("tempflow" in command) and choice.variants
+    assert len(choice.target.prompts.prompts) == options.groups
+    assert choice.target.branched == ("tempflow" in command) and choice.variants
 
 
 def test_the_docstring_has_an_example_of_each_kind() -> None:

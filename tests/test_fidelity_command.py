@@ -187,7 +187,7 @@ def test_a_preset_with_branches_is_judged_on_branches(
 
 def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import load_config
-    from densegrpo_fast.fidelity.subject import pipeline_subject
+    from densegrpo_fast.fidelity.target import pipeline_target
     from densegrpo_fast.models.load import load_sd3
     from densegrpo_fast.runtime.lora import add_lora, save_lora
 
@@ -199,8 +199,8 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
     config, _ = load_config(["--config", "embedded_dense", "--model.path", str(pipeline_directory)])
     latents, sigma = torch.randn(1, *model.latent_shape), torch.full((1,), 0.5)
     velocities = [
-        subject.model.velocity(latents, sigma, subject.model.encode(["a red circle"])).cond.detach()
-        for subject in (pipeline_subject(config, tmp_path, 1), pipeline_subject(config, None, 1))
+        target.model.velocity(latents, sigma, target.model.encode(["a red circle"])).cond.detach()
+        for target in (pipeline_target(config, tmp_path, 1), pipeline_target(config, None, 1))
     ]
     expected = model.velocity(latents, sigma, model.encode(["a red circle"])).cond.detach()
     torch.testing.assert_close(velocities[0], expected, rtol=1e-4, atol=1e-5)

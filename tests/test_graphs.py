@@ -1,7 +1,7 @@
 """Graphed visits against those computed as they are.
 
-Every test of `GraphedVisits` runs on the CPU with a tape that has a CUDA graph's semantics (the operations are recorded
-once; a replay repeats them on the same memory, and no Python runs), and with `-m gpu` with real CUDA graphs.
+Every test of `GraphedStepRunner` runs on the CPU with a tape that has a CUDA graph's semantics (the operations are
+recorded once; a replay repeats them on the same memory, and no Python runs), and with `-m gpu` with real CUDA graphs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.graphs import Capturer, CudaCapturer, GraphedVisits, Graphs
+from densegrpo_fast.sampling.branches import BranchedRollout, branch_rollout
+from densegrpo_fast.sampling.graphs import Capturer, CudaCapturer, GraphedStepRunner, Graphs
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.tree import Tree, grow
 
 T = 4
 PROMPTS = ["a cat", "a cat", "a photo of the moon"]
@@ -112,26 +112,28 @@ def setting(request: pytest.FixtureRequest, tiny_policy: Callable[..., FlowModel
     return Setting(torch.device(request.param), capturer, tiny_policy)
 
 
-def sampled(model: Any, epoch: int = 0, prompts: list[str] = PROMPTS, scale: float = 1.0, **options: Any) -> Trajectory:
+def sampled(
+    model: Any, iteration: int = 0, prompts: list[str] = PROMPTS, scale: float = 1.0, **options: Any
+) -> Trajectory:
     index = torch.arange(len(prompts), device=model.device)
     table = coefficients(model.sigmas(T), 0.7, "flow_sde").to(model.device)
-    noise, conditioning = initial_noise(model, index, seed=0, epoch=epoch), model.encode(prompts)
-    counters = {"sample_index": index, "seed": 0, "epoch": epoch}
+    noise, conditioning = initial_noise(model, index, seed=0, iteration=iteration), model.encode(prompts)
+    counters = {"sample_index": index, "seed": 0, "iteration": iteration}
     return rollout(model, noise, conditioning, table, **counters, guidance_scale=scale, **options)
 
 
-def grown(model: Any, epoch: int = 0, scale: float = 1.0) -> Tree:
+def grown(model: Any, iteration: int = 0, scale: float = 1.0) -> BranchedRollout:
     """Two trunks with three branches at each of the steps 0 and 2."""
     index = torch.arange(0, 6, 3, device=model.device)
-    return grow(
+    return branch_rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=epoch),
+        initial_noise(model, index, seed=0, iteration=iteration),
         model.encode(["a cat"] * 3 + ["a photo of the moon"] * 3),
         coefficients(model.sigmas(T), 0.7, "flow_sde").only((0, 2)).to(model.device),
         branches=3,
         sample_index=index,
         seed=0,
-        epoch=epoch,
+        iteration=iteration,
         guidance_scale=scale,
     )
 
@@ -147,12 +149,12 @@ def move(model: Any, name: str = ".lora_") -> None:
 @pytest.mark.parametrize(("scale", "guidance"), [(1.0, "full"), (3.0, "full"), (3.0, "reuse")])
 def test_a_replay_is_the_computation(setting: Setting, scale: float, guidance: Any) -> None:
     model, plan = setting.policy(), plans.exact(T)
-    visits = GraphedVisits(setting.capturer)
+    visits = GraphedStepRunner(setting.capturer)
     # node 1 has 3 rows, node 2 has 6, node 3 has 9: chunks of 4 make graphs of 3, 4, 2 and 1 rows
     graphed = Lookahead(model, plan, guidance=guidance, chunk=4, visits=visits)
     eager = Lookahead(model, plan, guidance=guidance, chunk=4)
-    for epoch, prompts in enumerate((PROMPTS, PROMPTS[::-1], ["the moon", "a cat", "a cat"])):
-        trajectory = sampled(model, epoch, prompts, scale, keep_guidance=True)
+    for iteration, prompts in enumerate((PROMPTS, PROMPTS[::-1], ["the moon", "a cat", "a cat"])):
+        trajectory = sampled(model, iteration, prompts, scale, keep_guidance=True)
         setting.close(graphed.complete(trajectory), eager.complete(trajectory))
         assert len(visits.graphs) == 4
 
@@ -165,8 +167,8 @@ def test_branches_are_completed_by_the_same_graphs(setting: Setting, scale: floa
     eager = Lookahead(model, plans.exact(T), chunk=4)
     forwards, velocity = [], model.velocity
     model.velocity = lambda *arguments: forwards.append(len(arguments[0])) or velocity(*arguments)
-    for epoch in range(2):
-        tree = grown(model, epoch, scale)
+    for iteration in range(2):
+        tree = grown(model, iteration, scale)
         # two trunks, as far as state 2
         assert forwards == [2] * 3
         visits.rows.clear()
@@ -179,21 +181,21 @@ def test_branches_are_completed_by_the_same_graphs(setting: Setting, scale: floa
         forwards.clear()
 
 
-class Counted(GraphedVisits):
+class Counted(GraphedStepRunner):
     """Graphed visits that note how many rows each had."""
 
     def __init__(self, capturer: Capturer):
         super().__init__(capturer)
         self.rows: list[int] = []
 
-    def __call__(self, model: Any, rows: Any, node: int, scale: float, **options: Any) -> Any:
+    def __call__(self, model: Any, rows: Any, step_index: int, scale: float, **options: Any) -> Any:
         self.rows.append(len(rows))
-        return super().__call__(model, rows, node, scale, **options)
+        return super().__call__(model, rows, step_index, scale, **options)
 
 
 def test_weights_that_change_in_place_are_seen(setting: Setting) -> None:
     model = setting.policy()
-    visits = GraphedVisits(setting.capturer)
+    visits = GraphedStepRunner(setting.capturer)
     graphed, eager = Lookahead(model, plans.nodes(T, [2]), visits=visits), Lookahead(model, plans.nodes(T, [2]))
     trajectory = sampled(model)
     before = graphed.complete(trajectory)
@@ -206,7 +208,7 @@ def test_weights_that_change_in_place_are_seen(setting: Setting) -> None:
 
 def test_weights_that_move_to_another_address_are_seen(setting: Setting) -> None:
     model = setting.policy()
-    visits = GraphedVisits(setting.capturer)
+    visits = GraphedStepRunner(setting.capturer)
     graphed, eager = Lookahead(model, plans.nodes(T, [2]), visits=visits), Lookahead(model, plans.nodes(T, [2]))
     trajectory = sampled(model)
     before = graphed.complete(trajectory)
@@ -225,7 +227,7 @@ def test_weights_that_move_to_another_address_are_seen(setting: Setting) -> None
 
 def test_policy_and_reference_have_graphs_of_their_own(setting: Setting) -> None:
     model = setting.policy()
-    visits = GraphedVisits(setting.capturer)
+    visits = GraphedStepRunner(setting.capturer)
     graphed, eager = Lookahead(model, plans.nodes(T, [2]), visits=visits), Lookahead(model, plans.nodes(T, [2]))
     trajectory = sampled(model)
     policy = graphed.complete(trajectory)
@@ -241,7 +243,7 @@ def test_policy_and_reference_have_graphs_of_their_own(setting: Setting) -> None
 def test_a_copy_is_followed(setting: Setting) -> None:
     model = setting.policy()
     copy = LookaheadCopy(model)
-    visits = GraphedVisits(setting.capturer)
+    visits = GraphedStepRunner(setting.capturer)
     graphed, policy = Lookahead(copy, plans.nodes(T, [2]), visits=visits), Lookahead(model, plans.nodes(T, [2]))
     trajectory = sampled(model)
     for _ in range(2):
@@ -255,12 +257,12 @@ def test_a_copy_is_followed(setting: Setting) -> None:
 def test_features_of_the_latest_rollout_are_taken_over(setting: Setting, group: int) -> None:
     model, plan = setting.policy(), plans.nodes(T, [2, 3])
     cache = FeatureCache(model.network, CacheSpec.parse("text"), nodes=plan.nodes(), rows=len(PROMPTS), group=group)
-    visits = GraphedVisits(setting.capturer)
+    visits = GraphedStepRunner(setting.capturer)
     graphed = Lookahead(model, plan, chunk=4, cache=cache, visits=visits)
     eager = Lookahead(model, plan, chunk=4, cache=cache)
     found = []
-    for epoch in range(2):
-        trajectory = sampled(model, epoch, cache=cache)
+    for iteration in range(2):
+        trajectory = sampled(model, iteration, cache=cache)
         found.append(graphed.complete(trajectory))
         setting.close(found[-1], eager.complete(trajectory))
         plain = Lookahead(model, plan).complete(trajectory)
@@ -279,16 +281,16 @@ def test_hidden_tokens_for_a_head(setting: Setting) -> None:
 
     model = setting.policy()
     options: dict[str, Any] = {"chunk": 2, "head": Head()}
-    graphed = Lookahead(model, plans.nodes(T, [2]), **options, visits=GraphedVisits(setting.capturer))
+    graphed = Lookahead(model, plans.nodes(T, [2]), **options, visits=GraphedStepRunner(setting.capturer))
     eager = Lookahead(model, plans.nodes(T, [2]), **options)
-    for epoch in range(2):
-        trajectory = sampled(model, epoch, scale=2.0, keep_hidden=True)
+    for iteration in range(2):
+        trajectory = sampled(model, iteration, scale=2.0, keep_hidden=True)
         setting.close(graphed.complete(trajectory), eager.complete(trajectory))
 
 
 def test_gradients_are_refused(setting: Setting) -> None:
     model = setting.policy()
-    lookahead = Lookahead(model, plans.nodes(T, [2]), visits=GraphedVisits(setting.capturer))
+    lookahead = Lookahead(model, plans.nodes(T, [2]), visits=GraphedStepRunner(setting.capturer))
     trajectory = sampled(model)
     standing = lookahead.evaluate(trajectory)
     with pytest.raises(RuntimeError, match="captured without gradients"):
@@ -299,7 +301,7 @@ def test_a_model_that_asks_the_device_runs_without_graphs(setting: Setting, capl
     model = setting.policy()
     forward = model._forward
     model._forward = lambda latents, *rest: forward(latents, *rest) * (1.0 if latents.sum().item() > 0 else 2.0)
-    graphed = Lookahead(model, plans.exact(T), visits=GraphedVisits(setting.capturer))
+    graphed = Lookahead(model, plans.exact(T), visits=GraphedStepRunner(setting.capturer))
     trajectory = sampled(model)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -310,7 +312,7 @@ def test_a_model_that_asks_the_device_runs_without_graphs(setting: Setting, capl
 
 def test_without_a_gpu_the_lookahead_runs_as_it_is(mixture_model: FlowModel, caplog: pytest.LogCaptureFixture) -> None:
     trajectory = sampled(mixture_model, prompts=["0", "12"])
-    graphed = Lookahead(mixture_model, plans.exact(T), visits=GraphedVisits())
+    graphed = Lookahead(mixture_model, plans.exact(T), visits=GraphedStepRunner())
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found = graphed.complete(trajectory)
@@ -373,10 +375,10 @@ def test_constants_are_copied_when_they_have_changed() -> None:
 def test_nothing_waits_for_the_gpu(tiny_policy: Callable[..., FlowModel]) -> None:
     setting = Setting(torch.device("cuda"), CudaCapturer(), tiny_policy)
     model = setting.policy()
-    options = {"guidance_scale": 3.0, "sample_index": torch.arange(3, device="cuda"), "seed": 0, "epoch": 0}
-    noise = initial_noise(model, options["sample_index"], seed=0, epoch=0)
+    options = {"guidance_scale": 3.0, "sample_index": torch.arange(3, device="cuda"), "seed": 0, "iteration": 0}
+    noise = initial_noise(model, options["sample_index"], seed=0, iteration=0)
     conditioning, table = model.encode(PROMPTS), coefficients(model.sigmas(T), 0.7, "flow_sde").to("cuda")
-    graphed = Lookahead(model, plans.exact(T), chunk=4, visits=GraphedVisits(setting.capturer))
+    graphed = Lookahead(model, plans.exact(T), chunk=4, visits=GraphedStepRunner(setting.capturer))
 
     def along() -> Tensor:
         trajectory = rollout(model, noise, conditioning, table, **options)
@@ -384,7 +386,9 @@ def test_nothing_waits_for_the_gpu(tiny_policy: Callable[..., FlowModel]) -> Non
         return graphed.complete(replace(trajectory, latents=trajectory.latents.clone()))
 
     def branching() -> Tensor:
-        tree = grow(model, noise[:1], conditioning, table.only((0, 2)), branches=3, **options | {"sample_index": first})
+        tree = branch_rollout(
+            model, noise[:1], conditioning, table.only((0, 2)), branches=3, **options | {"sample_index": first}
+        )
         graphed.complete(tree.reach(graphed).twigs)
         return tree.completions(graphed)
 

@@ -17,7 +17,7 @@ from densegrpo_fast.models.base import Velocity
 TABLE = coefficients(sd3_sigmas(10), [0.7, 0.7, 0.0, 0.5, 0.7, 0.7, 0.9, 0.0, 0.7, 0.7], "flow_sde").table
 STEPS = torch.tensor([0, 2, 8, 4])
 SCALE = torch.tensor([1.0, 4.5, 7.0, 0.0])
-COUNTERS = {"seed": 1234, "sample_index": torch.tensor([3, 0, 70000, 5]), "epoch": 6}
+COUNTERS = {"seed": 1234, "sample_index": torch.tensor([3, 0, 70000, 5]), "iteration": 6}
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
 IMPLEMENTATIONS = ["reference", pytest.param("cpu", marks=needs_native)]
@@ -153,7 +153,7 @@ def test_opcheck(implementation: str) -> None:
 def test_fake_tensors() -> None:
     with FakeTensorMode():
         latents, index = torch.empty(4, 8).bfloat16(), torch.zeros(4, dtype=torch.int64)
-        counters = {"seed": index[:1], "sample_index": index, "epoch": index[:1]}
+        counters = {"seed": index[:1], "sample_index": index, "iteration": index[:1]}
         guidance = {"uncond": latents, "guidance_scale": 4.5}
         moved, log_prob = sde_step(latents, latents, torch.empty(10, 6), index, **guidance, **counters)
     assert (moved.shape, moved.dtype) == ((4, 8), torch.bfloat16)

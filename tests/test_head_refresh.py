@@ -21,11 +21,11 @@ from densegrpo_fast.runtime.head_examples import Examples, exactly_completed, ex
 from densegrpo_fast.runtime.head_training import BATCH, HeadRefresher, explained
 from densegrpo_fast.runtime.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations
-from densegrpo_fast.sampling.guard_cost import guard_check
 from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.monitor_cost import monitor_check
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.tree import grow
 
 SHAPE = HeadConfig(3, ((1,), (), ()), (4, 4, 4), patch=2, hidden=8, width=16, depth=1)
 
@@ -133,12 +133,12 @@ def test_examples_are_what_the_head_will_see(tiny_policy: Callable[..., FlowMode
     head = head_of(config)
     trajectory = rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=0),
+        initial_noise(model, index, seed=0, iteration=0),
         model.encode(["a cat", "the moon", "a photo"]),
         coefficients(model.sigmas(4), 0.7, "flow_sde"),
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         keep_hidden=True,
     )
     lookahead, exact = Lookahead(model, plan, head=head), Lookahead(model, plans.exact(4)).complete(trajectory)
@@ -159,7 +159,7 @@ def test_what_a_check_costs_by_hand() -> None:
     """
     rows = 5 * BATCH / 24
     cheap = lookahead_evaluations(plans.nodes(10, (3, 6)), guided=True, guidance="cond_only")
-    cost = replace(guard_check(plans.exact(10), guided=True), cheap=cheap, head_rows=rows)
+    cost = replace(monitor_check(plans.exact(10), guided=True), cheap=cheap, head_rows=rows)
     assert (cost.exact, cost.cheap) == (Evaluations(guided=45), Evaluations(unguided=9))
     assert cost.forwards == 99 and (cost.full_decodes, cost.rewards) == (11, 11)
     # powers of ten, so that the sum shows every count
@@ -167,11 +167,11 @@ def test_what_a_check_costs_by_hand() -> None:
     assert cost.flops(unit) == pytest.approx(99 + 11e3 + 11e6 + 80e9, rel=1e-12)
     # a window of one step: one completion, by nodes 5..9, and the image
     noisy = tuple(step == 4 for step in range(10))
-    alone = guard_check(plans.exact(10), guided=False, noisy=noisy)
+    alone = monitor_check(plans.exact(10), guided=False, noisy=noisy)
     assert (alone.forwards, alone.full_decodes) == (5, 2)
     # it completes as the exact lookahead does
     assert (
-        guard_check(plans.exact(10), guided=True, shared=4).exact
+        monitor_check(plans.exact(10), guided=True, shared=4).exact
         == dense_iteration(plans.exact(10), trained_steps=1, guided=True, kl=False, shared=4).lookahead
     )
 
@@ -195,7 +195,7 @@ def options(head: Path, refresh: int, iterations: int = 3) -> dict[str, object]:
         "lookahead.nodes": "[1]",
         "lookahead.head": head,
         "lookahead.head_refresh": refresh,
-        "lookahead.guard_every": 1,
+        "lookahead.monitor_every": 1,
         "evaluation.every": 0,
         "run.iterations": iterations,
     }
@@ -221,18 +221,18 @@ def test_a_run_continues_to_the_bit_and_the_policy_is_left_alone(train: Any, hea
     assert not (tmp_path / "still" / "completion_head.safetensors").exists()
 
     # the first update comes after the head has learnt, and knows nothing of it
-    cost = ("guard/head", "nfe/guard", "nfe_unguided/guard", "flops/")
+    cost = ("guard/head", "nfe/monitor", "nfe_unguided/monitor", "flops/")
     learnt, untaught = (
         {key: value for key, value in run[0].items() if not key.startswith(cost)} for run in (whole, still)
     )
     assert learnt == untaught
-    assert whole[0]["flops/guard"] > still[0]["flops/guard"] > 0
+    assert whole[0]["flops/monitor"] > still[0]["flops/monitor"] > 0
     # exact completions 2 + 1 of three steps for each of 2 samples; the head sees state 0 at node 1, for both
-    assert (still[0]["nfe/guard"], whole[0]["nfe/guard"]) == (6, 8)
+    assert (still[0]["nfe/monitor"], whole[0]["nfe/monitor"]) == (6, 8)
     # states 0 and 1 of 2 samples, 5 steps; from the second time on as many rows that it remembers
-    assert [record["guard/head_rows"] for record in whole] == [20, 40, 40]
+    assert [record["monitor/head_rows"] for record in whole] == [20, 40, 40]
     # the zero function explains nothing
-    assert whole[0]["guard/head_explained"] == pytest.approx(0.0, abs=1e-6)
+    assert whole[0]["monitor/head_explained"] == pytest.approx(0.0, abs=1e-6)
     # from then on the completions are other ones
     assert whole[1]["gain/step_0"] != still[1]["gain/step_0"]
 
@@ -259,25 +259,25 @@ def test_a_head_follows_the_policy_on_branches(train: Any, head_file: Path, tmp_
     assert (whole[0]["reward"], whole[0]["grad_norm"]) == (still[0]["reward"], still[0]["grad_norm"])
     assert whole[1]["reward"] != still[1]["reward"]
     # both branches are reached at states 1 and 2, and go on exactly from the first; it sees nothing more than that
-    assert whole[0]["nfe/guard"] == still[0]["nfe/guard"] == 2 * (2 + 1)
-    assert whole[0]["guard/head_explained"] == pytest.approx(0.0, abs=1e-6)
+    assert whole[0]["nfe/monitor"] == still[0]["nfe/monitor"] == 2 * (2 + 1)
+    assert whole[0]["monitor/head_explained"] == pytest.approx(0.0, abs=1e-6)
     # one state of 2 branches, 5 steps
-    assert [record["guard/head_rows"] for record in whole] == [10, 20]
-    assert whole[0]["flops/guard"] > still[0]["flops/guard"] > 0
+    assert [record["monitor/head_rows"] for record in whole] == [10, 20]
+    assert whole[0]["flops/monitor"] > still[0]["flops/monitor"] > 0
 
 
 def test_examples_of_branches_are_what_the_head_will_see(tiny_policy: Callable[..., FlowModel]) -> None:
     model, plan, index = tiny_policy(spread=0.1), plans.nodes(4, [2]), torch.tensor([0, 2])
     config = HeadConfig(4, plan.paths, model.latent_shape, patch=2, hidden=model.network.inner_dim, width=16, depth=1)
-    tree = grow(
+    tree = branch_rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=0),
+        initial_noise(model, index, seed=0, iteration=0),
         model.encode(["a cat", "a cat", "the moon", "the moon"]),
         coefficients(model.sigmas(4), 0.7, "flow_sde").only([0, 1, 2]),
         branches=2,
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
     )
     head = head_of(config)
     lookahead, exact = Lookahead(model, plan, head=head), Lookahead(model, plans.exact(4))
@@ -302,7 +302,7 @@ def test_examples_of_branches_are_what_the_head_will_see(tiny_policy: Callable[.
     ("change", "problem"),
     [
         ({"lookahead.head": "null"}, "expected 0 without lookahead.head, got 5"),
-        ({"lookahead.guard_every": 0}, "expected 0 without lookahead.guard_every, got 5"),
+        ({"lookahead.monitor_every": 0}, "expected 0 without lookahead.monitor_every, got 5"),
     ],
 )
 def test_what_it_needs(

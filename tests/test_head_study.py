@@ -26,7 +26,7 @@ def study(**changes: Any) -> Study:
         "steps": 5,
         "iterations": 4,
         "every": 2,
-        "guard_every": 1,
+        "monitor_every": 1,
         "refresh": 3,
         "groups": 2,
         "group_size": 4,

@@ -55,12 +55,12 @@ def sampled(model: FlowModel, guidance_scale: float = 1.0) -> Trajectory:
     index = torch.arange(B)
     return rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=0),
+        initial_noise(model, index, seed=0, iteration=0),
         model.encode(["a cat", "a cat", "the moon", "the moon"]),
         coefficients(model.sigmas(T), 0.7, "flow_sde"),
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         guidance_scale=guidance_scale,
     )
 

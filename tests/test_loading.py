@@ -81,7 +81,7 @@ def test_an_unchanged_policy_s_ratio_is_1_with_checkpointing(tiny_policy: Policy
     model.checkpoint_gradients()
     noise, index = torch.randn(2, *model.latent_shape), torch.arange(2)
     table = coefficients(model.sigmas(3), 0.7, "flow_sde")
-    path = rollout(model, noise, model.encode(["a", "b"]), table, sample_index=index, seed=0, epoch=0)
+    path = rollout(model, noise, model.encode(["a", "b"]), table, sample_index=index, seed=0, iteration=0)
     assert torch.equal(replay(model, path, 0, slice(0, 2))[0].detach(), path.log_probs[0])
 
 

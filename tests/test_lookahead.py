@@ -22,10 +22,17 @@ PROMPTS = ["0", "0", "12", "1", "2"]
 
 def sampled(model: FlowModel, noise_level: float | list[float] = 0.7, guidance_scale: float = 1.0) -> Trajectory:
     index = torch.arange(len(PROMPTS))
-    noise = initial_noise(model, index, seed=3, epoch=0)
+    noise = initial_noise(model, index, seed=3, iteration=0)
     table = coefficients(model.sigmas(T), noise_level, "flow_sde")
     trajectory = rollout(
-        model, noise, model.encode(PROMPTS), table, sample_index=index, seed=3, epoch=0, guidance_scale=guidance_scale
+        model,
+        noise,
+        model.encode(PROMPTS),
+        table,
+        sample_index=index,
+        seed=3,
+        iteration=0,
+        guidance_scale=guidance_scale,
     )
     model.calls.clear()
     return trajectory
@@ -64,7 +71,7 @@ def test_without_guidance_after_the_first_velocity(mixture_model: FlowModel) -> 
 def test_guidance_is_reused_from_the_rollout_at_the_same_step(mixture_model: FlowModel) -> None:
     # noise of step 0 alone: state 0's completion differs from the trajectory, which gives the guidance at points 1..4
     index = torch.arange(len(PROMPTS))
-    noise = initial_noise(mixture_model, index, seed=3, epoch=0)
+    noise = initial_noise(mixture_model, index, seed=3, iteration=0)
     table = coefficients(mixture_model.sigmas(T), 0.7, "flow_sde")
     conditioning = mixture_model.encode(PROMPTS)
     trajectory = rollout(
@@ -74,7 +81,7 @@ def test_guidance_is_reused_from_the_rollout_at_the_same_step(mixture_model: Flo
         table,
         sample_index=index,
         seed=3,
-        epoch=0,
+        iteration=0,
         guidance_scale=3.0,
         keep_guidance=True,
     )
@@ -143,7 +150,7 @@ def test_a_noise_free_step_gains_nothing_and_costs_nothing(mixture_model: FlowMo
     noisy = trajectory.coefficients.noisy
     assert noisy == (True, False, False, True, False)
     # States 1 and 2 lie on the ODE path of state 3, state 4 on that of the end.
-    assert lookahead.owners(noisy) == [0, 3, 3, 3, 5, 5]
+    assert lookahead.representatives(noisy) == [0, 3, 3, 3, 5, 5]
     clean = lookahead.complete(trajectory)
     # state 0 evaluates at 1, 2, 3, 4 and state 3 at 4
     assert mixture_model.evaluated_rows == 5 * len(PROMPTS)

@@ -26,7 +26,7 @@ from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.rewards.pickscore import PickScore
 from densegrpo_fast.runtime.builders import build_coefficients, build_lookahead
-from densegrpo_fast.runtime.experience import sample, sample_tree
+from densegrpo_fast.runtime.experience import sample, sample_branches
 from densegrpo_fast.runtime.lora import add_lora
 from densegrpo_fast.runtime.memory import (
     GIB,
@@ -298,7 +298,7 @@ def test_hidden_tokens_take_what_was_counted(tiny_policy: Callable[..., SD3], dt
 def test_hidden_tokens_of_branches_take_what_was_counted(tiny_policy: Callable[..., SD3]) -> None:
     model, branches = tiny_policy(), ("credit.method=branch", "sampler.branches=2", "lookahead.plan=one_step")
     chosen = of_the_rollout("window.schedule=none", "window.size=null", *branches, "lookahead.head=head.safetensors")
-    tree = sample_tree(chosen, model, ["a"] * 4 + ["b"] * 4, build_coefficients(chosen, model), 0)
+    tree = sample_branches(chosen, model, ["a"] * 4 + ["b"] * 4, build_coefficients(chosen, model), 0)
     head = CompletionHead(HeadConfig(5, ((),) * 5, model.latent_shape, 2, 32))
     hidden = tree.reach(Lookahead(model, plans.one_step(5), head=head)).twigs.hidden
     assert hidden is not None

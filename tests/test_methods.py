@@ -20,10 +20,10 @@ from densegrpo_fast.objective.guard import guard_table
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import Judge, Outcome, draw
+from densegrpo_fast.runtime.experience import RewardBatch, RewardComputer, draw
 from densegrpo_fast.runtime.learner import Learner
 from densegrpo_fast.runtime.metrics import PhaseTimer, read_metrics
-from densegrpo_fast.sampling.tree import Sampled
+from densegrpo_fast.sampling.branches import Sampled
 
 Policy = Callable[..., FlowModel]
 Train = Callable[..., int]
@@ -63,9 +63,9 @@ def configured(method: str, **options: object) -> Config:
 
 def experience(
     config: Config, model: FlowModel, iteration: int = 0, prompts: tuple[str, str] = ("a cat", "the moon")
-) -> tuple[Sampled, Outcome]:
+) -> tuple[Sampled, RewardBatch]:
     rows = [prompt for prompt in prompts for _ in range(3)]
-    judge = Judge(config, model, REWARD, builders.build_lookahead(config, model))
+    judge = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model))
     noisy = builders.noisy_steps(config, iteration)
     trajectory = draw(config, model, rows, builders.build_coefficients(config, model, noisy), iteration)
     return trajectory, judge.judge(trajectory, rows, [{}] * 6, PhaseTimer())
@@ -280,7 +280,7 @@ def test_a_run_with_a_policy_and_step_weights_from_a_file(
 
 
 def test_completions_that_define_a_method_are_not_guarded(train: Train, tmp_path: Path) -> None:
-    vgpo = {"credit.method": "vgpo", "lookahead.plan": "one_step", "lookahead.guard_every": 1}
+    vgpo = {"credit.method": "vgpo", "lookahead.plan": "one_step", "lookahead.monitor_every": 1}
     assert train(tmp_path / "run", **vgpo, **{"run.iterations": 1, "evaluation.every": 0}) == 0
     (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert "guard/spearman_gains" not in record and record["nfe/lookahead"] == 0
+    assert "monitor/spearman_gains" not in record and record["nfe/lookahead"] == 0

@@ -210,7 +210,7 @@ def documented() -> list[str]:
 def test_what_a_run_writes_is_documented_and_what_is_documented_is_written(
     train: Callable[..., int], tmp_path: Path
 ) -> None:
-    common = {"run.iterations": 2, "evaluation.every": 1, "lookahead.guard_every": 1, "lookahead.guard_alarm": 1}
+    common = {"run.iterations": 2, "evaluation.every": 1, "lookahead.monitor_every": 1, "lookahead.monitor_alarm": 1}
     common |= {"sampler.group_size": 4, "sampler.micro_batch": 4}
     calibrated = {"calibration.every": 2, "calibration.samples": 8, "calibration.rounds": 1}
     branched = {"sampler.branches": 2, "credit.method": "branch", "objective.negative_factor": 0.5}
@@ -223,4 +223,4 @@ def test_what_a_run_writes_is_documented_and_what_is_documented_is_written(
     known = {name: {key for key in written if re.fullmatch(pattern, key)} for name, pattern in patterns.items()}
     assert written == set.union(*known.values())
     # a head that learns is tested in test_head_refresh.py
-    assert [name for name, keys in known.items() if not keys] == ["guard/head_explained", "guard/head_rows"]
+    assert [name for name, keys in known.items() if not keys] == ["monitor/head_explained", "monitor/head_rows"]

@@ -37,12 +37,12 @@ def everything(*shape: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     latents, velocity, uncond, reference, other, upstream = torch.randn(6, 5, *shape, generator=generator)
     steps, samples = torch.tensor([0, 2, 9, 4, 7]), torch.tensor([3, 0, 70000, 2**32 - 1, 9])
-    seed, epoch = torch.tensor([(7 << 33) + 1]), torch.tensor([6])
+    seed, iteration = torch.tensor([(7 << 33) + 1]), torch.tensor([6])
     scale = torch.tensor([1.0, 4.5, 0.0, 7.0, 3.3])
     grad = upstream.flatten(1)[:, 0]
     results = [native.euler_jump(latents, velocity, torch.rand(5, generator=generator), torch.zeros(5))]
     for guidance in ((None, None), (uncond, scale)):
-        words = (TABLE, steps, seed, samples, epoch, 1)
+        words = (TABLE, steps, seed, samples, iteration, 1)
         for input_dtype, with_mean in ((None, False), (torch.float16, True), (torch.bfloat16, False)):
             step = native.sde_step(latents, velocity, *guidance, *words, input_dtype, with_mean)
             results += step
@@ -100,7 +100,9 @@ def test_every_variant_draws_the_noise_of_the_layout(variant: str) -> None:
             zeros, zeros, None, None, BARE_NOISE, torch.zeros(2, dtype=torch.int64), torch.tensor([2**62 + 3]), samples,
             torch.tensor([2**32 - 1]), 0xFFFF,
         )  # fmt: skip
-    expected = gaussian(zeros.shape[1:], seed=2**62 + 3, sample_index=samples, step=0, stream=0xFFFF, epoch=2**32 - 1)
+    expected = gaussian(
+        zeros.shape[1:], seed=2**62 + 3, sample_index=samples, step=0, stream=0xFFFF, iteration=2**32 - 1
+    )
     torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -166,7 +168,7 @@ def test_the_cuda_library_is_not_taken_for_this_one(package: Path) -> None:
 def test_without_the_library_the_reference_serves_and_cpu_is_an_error(package: Path) -> None:
     table = coefficients(sd3_sigmas(4), 0.7, "flow_sde").table
     latents = torch.randn(2, 8)
-    options = {"seed": 0, "sample_index": torch.arange(2), "epoch": 0}
+    options = {"seed": 0, "sample_index": torch.arange(2), "iteration": 0}
     served = sde_step(latents, latents, table, 1, **options)
     expected = sde_step(latents, latents, table, 1, implementation="reference", **options)
     assert torch.equal(served[0], expected[0])

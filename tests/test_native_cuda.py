@@ -55,7 +55,7 @@ def on_gpu(latents: Tensor, velocity: Tensor, steps: Tensor = STEPS) -> tuple[Te
         steps.cuda(),
         seed=1234,
         sample_index=SAMPLES.cuda(),
-        epoch=6,
+        iteration=6,
         implementation="cuda",
     )
 
@@ -70,7 +70,7 @@ class TestOnGpu:
         latents, velocity = torch.randn(2, 5, *shape).unbind()
         latents, velocity = latents.to(latents_dtype), velocity.to(velocity_dtype)
         next_latents, log_prob = on_gpu(latents, velocity)
-        noise = gaussian(shape, seed=1234, sample_index=SAMPLES, step=STEPS, stream=1, epoch=6)
+        noise = gaussian(shape, seed=1234, sample_index=SAMPLES, step=STEPS, stream=1, iteration=6)
         expected, _ = sde_step_ref(latents, velocity, TABLE, STEPS, noise)
         tolerance = {FLOAT: 1e-6, HALF: 2e-3, BFLOAT: 1.6e-2}[latents_dtype]
         torch.testing.assert_close(next_latents.cpu(), expected, rtol=tolerance, atol=tolerance)
@@ -102,20 +102,20 @@ class TestOnGpu:
     def test_it_follows_the_current_stream_and_can_be_captured(self) -> None:
         latents, velocity = torch.randn(2, 5, 16, 32, 32).cuda()
         table, steps, samples = TABLE.cuda(), STEPS.cuda(), SAMPLES.cuda()
-        seed, epoch = torch.tensor([1234]).cuda(), torch.tensor([6]).cuda()
+        seed, iteration = torch.tensor([1234]).cuda(), torch.tensor([6]).cuda()
 
         def call() -> tuple[Tensor, Tensor]:
-            options = {"seed": seed, "sample_index": samples, "epoch": epoch, "implementation": "cuda"}
+            options = {"seed": seed, "sample_index": samples, "iteration": iteration, "implementation": "cuda"}
             return sde_step(latents, velocity, table, steps, **options)
 
         first = [tensor.clone() for tensor in call()]
-        epoch.fill_(7)
+        iteration.fill_(7)
         second = [tensor.clone() for tensor in call()]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = call()
         for value, expected in ((6, first), (7, second)):
-            epoch.fill_(value)
+            iteration.fill_(value)
             graph.replay()
             assert torch.equal(captured[0], expected[0])
             assert torch.equal(captured[1], expected[1])

@@ -25,9 +25,9 @@ from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
-from densegrpo_fast.sampling.tree import grow
 
 T, B = 4, 6
 
@@ -76,7 +76,7 @@ def test_nothing_is_read_back(
     model: FlowModel, conditioning: Conditioning, nothing_sent: Callable[[], None], family: str, guidance_scale: float
 ) -> None:
     index = torch.arange(B, device="meta")
-    noise = initial_noise(model, index, seed=0, epoch=0)
+    noise = initial_noise(model, index, seed=0, iteration=0)
     table = coefficients(model.sigmas(T), [0.7, 0.7, 0.0, 0.7], family).to(torch.device("meta"))
     # groups of 3 in micro-batches of 3
     spec = CacheSpec(text=True, reuse_blocks=(0, 1))
@@ -90,7 +90,7 @@ def test_nothing_is_read_back(
         table,
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         guidance_scale=guidance_scale,
         micro_batch=3,
         keep_guidance=True,
@@ -115,13 +115,15 @@ def test_nothing_of_branches_is_read_back(
 ) -> None:
     """Two trunks with three branches each at the steps 0, 2 and 3, the last of which leads to the image."""
     index = torch.arange(0, B, 3, device="meta")
-    noise = initial_noise(model, index, seed=0, epoch=0)
+    noise = initial_noise(model, index, seed=0, iteration=0)
     table = coefficients(model.sigmas(T), [0.7, 0.0, 0.7, 0.7], "flow_sde").to(torch.device("meta"))
-    counters, plan = {"sample_index": index, "seed": 0, "epoch": 0}, plans.nodes(T, [2])
+    counters, plan = {"sample_index": index, "seed": 0, "iteration": 0}, plans.nodes(T, [2])
     with torch.device("meta"):
         head = CompletionHead(HeadConfig(T, plan.paths, model.latent_shape, 2, model.network.inner_dim, width=16))
     nothing_sent()
-    tree = grow(model, noise, conditioning, table, branches=3, **counters, guidance_scale=guidance_scale, micro_batch=1)
+    tree = branch_rollout(
+        model, noise, conditioning, table, branches=3, **counters, guidance_scale=guidance_scale, micro_batch=1
+    )
     ways = [Lookahead(model, plans.exact(T), guidance=guidance, chunk=4) for guidance in ("full", "cond_only")]
     for lookahead in (*ways, Lookahead(model, plan, chunk=4, head=head)):
         for drawn in (tree, tree.reach(lookahead), tree.select(slice(0, 2))):
@@ -162,12 +164,12 @@ def test_an_update_reads_as_much_for_one_step_as_for_many(
     model, index, prompts = tiny_policy(spread=0.1), torch.arange(4), ["a cat"] * 2 + ["the moon"] * 2
     trajectory = rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=0),
+        initial_noise(model, index, seed=0, iteration=0),
         model.encode(prompts),
         coefficients(model.sigmas(T), 0.7, "flow_sde"),
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         guidance_scale=3.0,
         micro_batch=2,
     )

@@ -61,14 +61,16 @@ def test_philox_equals_unbounded_arithmetic(counter, key) -> None:
 
 def test_layout_is_the_documented_one() -> None:
     # Every counter field gets another value; elements 8 ... 11 (counter word 0 = 2) are rebuilt by hand.
-    seed, index, step, stream, epoch = (3 << 40) + 5, 11, 6, int(Stream.CALIBRATION), 9
-    r = philox_by_hand((2, step | stream << 16, index, epoch), (seed % 2**32, seed >> 32))
+    seed, index, step, stream, iteration = (3 << 40) + 5, 11, 6, int(Stream.CALIBRATION), 9
+    r = philox_by_hand((2, step | stream << 16, index, iteration), (seed % 2**32, seed >> 32))
     expected = []
     for even, odd in ((r[0], r[1]), (r[2], r[3])):
         radius = math.sqrt(-2 * math.log(((even >> 8) + 1) / 2**24))
         angle = 2 * math.pi * (odd >> 8) / 2**24
         expected += [radius * math.cos(angle), radius * math.sin(angle)]
-    noise = gaussian((3, 4), seed=seed, sample_index=torch.tensor([index]), step=step, stream=stream, epoch=epoch)
+    noise = gaussian(
+        (3, 4), seed=seed, sample_index=torch.tensor([index]), step=step, stream=stream, iteration=iteration
+    )
     torch.testing.assert_close(noise[0, 2], torch.tensor(expected), rtol=2e-7, atol=0)
 
 
@@ -127,7 +129,7 @@ def test_samples_are_independent(million: Tensor, shift: int) -> None:
         {"stream": Stream.STEP},
         {"stream": Stream.EVALUATION},
         {"stream": branch_stream(0)},
-        {"epoch": 1},
+        {"iteration": 1},
         {"seed": 8},
         {"seed": 7 + (1 << 32)},
         {"sample_index": torch.arange(16) + 16},
@@ -172,9 +174,9 @@ def test_noise_does_not_depend_on_the_shape() -> None:
 
 def test_tensor_arguments_equal_integers() -> None:
     steps = torch.tensor([0, 3, 3, 9])
-    mixed = draw(step=steps, seed=torch.tensor([7]), epoch=torch.tensor(5))
+    mixed = draw(step=steps, seed=torch.tensor([7]), iteration=torch.tensor(5))
     for row, step in enumerate(steps.tolist()):
-        assert torch.equal(mixed[row], draw(step=step, epoch=5)[row])
+        assert torch.equal(mixed[row], draw(step=step, iteration=5)[row])
 
 
 def test_all_64_bits_of_the_seed_count() -> None:
@@ -207,8 +209,8 @@ def test_streams_are_distinct_and_fit() -> None:
             ValueError,
             r"step must have shape \[1\] or \[4\], got \[3\]",
         ),
-        ({"epoch": 1 << 32}, ValueError, r"epoch must be in \[0, 2\^32\)"),
-        ({"epoch": torch.zeros(1)}, TypeError, "epoch must be int64, got torch.float32"),
+        ({"iteration": 1 << 32}, ValueError, r"iteration must be in \[0, 2\^32\)"),
+        ({"iteration": torch.zeros(1)}, TypeError, "iteration must be int64, got torch.float32"),
         ({"stream": 1 << 16}, ValueError, r"stream must be in \[0, 65535\]"),
     ],
 )

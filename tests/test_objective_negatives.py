@@ -61,7 +61,7 @@ def test_independent_noise_of_many_dimensions_holds_nothing_back() -> None:
 def test_noise_is_recovered_from_where_branches_lead() -> None:
     table = coefficients(sd3_sigmas(5, shift=3.0), 0.7, "flow_sde").table
     latents, velocity = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    words = {"seed": 1, "sample_index": torch.arange(2), "epoch": 0}
+    words = {"seed": 1, "sample_index": torch.arange(2), "iteration": 0}
     drawn = [ops.sde_step(latents, velocity, table, 2, stream=300 + k, **words)[0] for k in range(3)]
     arrivals = torch.stack(drawn, dim=1).flatten(0, 1)
     expected = torch.stack([gaussian((3, 4), step=2, stream=300 + k, **words) for k in range(3)], dim=1).flatten(2)

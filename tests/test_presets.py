@@ -19,7 +19,7 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.costs import CostLog
-from densegrpo_fast.runtime.experience import Judge, draw
+from densegrpo_fast.runtime.experience import RewardComputer, draw
 from densegrpo_fast.runtime.learner import Learner
 from densegrpo_fast.runtime.metrics import PhaseTimer
 
@@ -76,7 +76,7 @@ def test_an_iteration(name: str, tiny_policy: Callable[..., FlowModel]) -> None:
         assert levels.calibrate(0, CostLog(config, model, None))["calibration/rounds"] == 1
     table = builders.build_coefficients(config, model, builders.noisy_steps(config, 0), levels.levels)
     trajectory = draw(config, model, rows, table, 0)
-    outcome = Judge(config, model, REWARD, builders.build_lookahead(config, model)).judge(
+    outcome = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model)).judge(
         trajectory, rows, [{}] * len(rows), PhaseTimer()
     )
     advantages, steps = outcome.advantages.values.flatten(0, 1), builders.trained_steps(config, 0)

@@ -32,8 +32,8 @@ T, PROMPTS = 8, ["0", "0", "12", "1"]
 
 def sampled(model: Any, table: StepCoefficients, guidance_scale: float = 1.0) -> Trajectory:
     index = torch.arange(len(PROMPTS))
-    noise = initial_noise(model, index, seed=3, epoch=0)
-    words: dict[str, Any] = {"sample_index": index, "seed": 3, "epoch": 0, "guidance_scale": guidance_scale}
+    noise = initial_noise(model, index, seed=3, iteration=0)
+    words: dict[str, Any] = {"sample_index": index, "seed": 3, "iteration": 0, "guidance_scale": guidance_scale}
     found = rollout(model, noise, model.encode(PROMPTS), table, **words)
     model.calls.clear()
     return found
@@ -102,7 +102,7 @@ def test_second_order_on_the_analytic_flow(mixture_model: Any) -> None:
     """From a common state, twice the steps leave a quarter of the error (Euler: half)."""
     errors: dict[bool, list[float]] = {False: [], True: []}
     index = torch.arange(len(PROMPTS))
-    noise = initial_noise(mixture_model, index, seed=3, epoch=0).double()
+    noise = initial_noise(mixture_model, index, seed=3, iteration=0).double()
     flow = mixture_model.flow.condition([0, 1, 2])
 
     def end(steps: int, second_order: bool) -> Tensor:
@@ -251,7 +251,7 @@ def test_the_tables_of_a_run(mixture_model: Any) -> None:
 
 def test_a_run_with_the_solver_goes_on_bit_for_bit(train: Any, tmp_path: Path) -> None:
     shape = FLASH | {"objective.trained_steps": "all_but_last", "evaluation.every": 0}
-    shape |= {"lookahead.guard_every": 1, "lookahead.decoder": "full"}
+    shape |= {"lookahead.monitor_every": 1, "lookahead.decoder": "full"}
     assert train(tmp_path / "whole", **shape, **{"run.iterations": 3}) == 0
     assert train(tmp_path / "parts", **shape, **{"run.iterations": 1}) == 0
     assert train(tmp_path / "parts", "--resume", **shape, **{"run.iterations": 3}) == 0
@@ -263,4 +263,4 @@ def test_a_run_with_the_solver_goes_on_bit_for_bit(train: Any, tmp_path: Path) -
     assert [record["nfe/lookahead"] for record in whole] == [4 * (4 + 3), 4 * (3 + 2), 4 * (3 + 2)]
     assert all(record["first_ratio_deviation"] <= 1e-6 and record["grad_norm"] > 0 for record in whole)
     # the guard completes the same shorter trajectories by the plan that they were completed by
-    assert all(record["guard/spearman_gains"] == pytest.approx(1.0) for record in whole)
+    assert all(record["monitor/spearman_gains"] == pytest.approx(1.0) for record in whole)

@@ -24,12 +24,12 @@ def sampled(model: FlowModel, guidance_scale: float = 1.0, noise_level: float | 
     index = torch.arange(4)
     return rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=0),
+        initial_noise(model, index, seed=0, iteration=0),
         model.encode(PROMPTS),
         coefficients(model.sigmas(T), noise_level, "flow_sde"),
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         guidance_scale=guidance_scale,
         micro_batch=MICRO_BATCH,
     )

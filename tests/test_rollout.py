@@ -31,19 +31,19 @@ def sampled(
     index: Tensor = INDEX,
     *,
     noise_level: float = 0.7,
-    epoch: int = 0,
+    iteration: int = 0,
     seed: int = 3,
     micro_batch: int | None = None,
     guidance_scale: float = 1.0,
 ) -> Trajectory:
     return rollout(
         model,
-        initial_noise(model, index, seed=seed, epoch=epoch),
+        initial_noise(model, index, seed=seed, iteration=iteration),
         model.encode(prompts),
         coefficients(model.sigmas(T), noise_level, "flow_sde"),
         sample_index=index,
         seed=seed,
-        epoch=epoch,
+        iteration=iteration,
         micro_batch=micro_batch,
         guidance_scale=guidance_scale,
     )
@@ -60,7 +60,7 @@ def test_shapes(mixture_model: FlowModel) -> None:
     assert trajectory.velocities.shape == (T, 6, 4)
     assert trajectory.log_probs.shape == (T, 6)
     assert (trajectory.num_steps, trajectory.batch) == (T, 6)
-    assert torch.equal(trajectory.latents[0], initial_noise(mixture_model, INDEX, seed=3, epoch=0))
+    assert torch.equal(trajectory.latents[0], initial_noise(mixture_model, INDEX, seed=3, iteration=0))
 
 
 def test_velocities_are_the_guided_ones_of_each_state(mixture_model: FlowModel) -> None:
@@ -93,9 +93,9 @@ def test_a_micro_batch_must_divide_the_batch(mixture_model: FlowModel) -> None:
         sampled(mixture_model, micro_batch=4)
 
 
-@pytest.mark.parametrize("change", [{"epoch": 1}, {"seed": 4}])
+@pytest.mark.parametrize("change", [{"iteration": 1}, {"seed": 4}])
 def test_epoch_and_seed_change_the_noise(mixture_model: FlowModel, change: dict[str, int]) -> None:
-    names = {"epoch": 0, "seed": 3}
+    names = {"iteration": 0, "seed": 3}
     first = sampled(mixture_model, **names)
     assert torch.equal(first.latents, sampled(mixture_model, **names).latents)
     assert (sampled(mixture_model, **{**names, **change}).latents[0] != first.latents[0]).all()
@@ -113,8 +113,8 @@ def test_epoch_and_seed_change_the_noise(mixture_model: FlowModel, change: dict[
 
 
 def test_streams_have_their_own_noise(mixture_model: FlowModel) -> None:
-    rollout_noise = initial_noise(mixture_model, INDEX, seed=0, epoch=0)
-    evaluation = initial_noise(mixture_model, INDEX, seed=0, epoch=0, stream=Stream.EVALUATION)
+    rollout_noise = initial_noise(mixture_model, INDEX, seed=0, iteration=0)
+    evaluation = initial_noise(mixture_model, INDEX, seed=0, iteration=0, stream=Stream.EVALUATION)
     assert (rollout_noise != evaluation).all()
 
 
@@ -139,7 +139,7 @@ def test_without_noise_it_is_euler(mixture_model: FlowModel, guidance_scale: flo
 
 
 def test_ode_in_micro_batches(mixture_model: FlowModel) -> None:
-    noise = initial_noise(mixture_model, INDEX, seed=0, epoch=0)
+    noise = initial_noise(mixture_model, INDEX, seed=0, iteration=0)
     conditioning, sigmas = mixture_model.encode(PROMPTS), mixture_model.sigmas(T)
     whole = sample_ode(mixture_model, noise, conditioning, sigmas)
     mixture_model.calls.clear()

@@ -78,7 +78,7 @@ def test_the_picture_is_eulers_from_the_seeds_noise(command: Callable[..., int],
     assert command(PROMPTS[0], *FAST, "--guidance=2", "--output", tmp_path / "out") == 0
     model = tiny_sd3()
     model.max_sequence_length = 0
-    noise = initial_noise(model, torch.tensor([7]), seed=0, epoch=0, stream=Stream.EVALUATION)
+    noise = initial_noise(model, torch.tensor([7]), seed=0, iteration=0, stream=Stream.EVALUATION)
     latents = sample_ode(model, noise, model.encode([PROMPTS[0]]), model.sigmas(2), guidance_scale=2.0)
     expected = model.decode(latents)[0]
     assert (pictures(tmp_path / "out")[PROMPTS[0], 7] - expected).abs().max() <= ROUNDING

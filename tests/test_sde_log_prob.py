@@ -76,7 +76,7 @@ def test_rescoring_a_rollout_gives_ratio_one(implementation: str) -> None:
         steps,
         seed=1,
         sample_index=torch.arange(6),
-        epoch=0,
+        iteration=0,
         implementation=implementation,
     )
     log_prob = sde_log_prob(latents, velocity, next_latents, TABLE, steps, implementation=implementation)

@@ -34,7 +34,7 @@ def step(latents: Tensor, velocity: Tensor, implementation: str = "reference", *
         "step_index": STEPS,
         "seed": 1234,
         "sample_index": SAMPLES,
-        "epoch": 6,
+        "iteration": 6,
         "implementation": implementation,
         **options,
     }
@@ -84,7 +84,7 @@ def test_compiled_noise_equals_the_layout(tail: tuple[int, int]) -> None:
         sample_index=SAMPLES,
         step=0,
         stream=Stream.BRANCH0,
-        epoch=6,
+        iteration=6,
     )
     torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-6)
 
@@ -121,7 +121,7 @@ def test_batches_of_any_size(implementation: str, batch: int) -> None:
     again = step(latents, velocity, implementation, **options)
     assert torch.equal(next_latents, again[0])
     assert torch.equal(log_prob, again[1])
-    noise = gaussian((4, 9, 7), seed=1234, sample_index=samples, step=steps, stream=Stream.STEP, epoch=6)
+    noise = gaussian((4, 9, 7), seed=1234, sample_index=samples, step=steps, stream=Stream.STEP, iteration=6)
     expected, _ = sde_step_ref(latents.double(), velocity.double(), TABLE, steps, noise.double())
     torch.testing.assert_close(next_latents.double(), expected, rtol=1e-6, atol=1e-6)
     assert (log_prob == 0).nonzero().flatten().tolist() == [i for i in range(batch) if i % 10 in (2, 7)]
@@ -133,7 +133,7 @@ def test_every_family_against_float64(implementation: str, family: str) -> None:
     latents, velocity = states(16, 16, 16)
     table = coefficients(SIGMAS, 0.7, family).table
     next_latents, log_prob = step(latents, velocity, implementation, table=table)
-    noise = gaussian((16, 16, 16), seed=1234, sample_index=SAMPLES, step=STEPS, stream=Stream.STEP, epoch=6)
+    noise = gaussian((16, 16, 16), seed=1234, sample_index=SAMPLES, step=STEPS, stream=Stream.STEP, iteration=6)
     double = [tensor.double() for tensor in (latents, velocity)]
     expected_latents, _ = sde_step_ref(*double, table, STEPS, noise.double())
     expected_log_prob = sde_log_prob_ref(*double, next_latents.double(), table, STEPS)
@@ -160,7 +160,7 @@ def test_float64_is_computed_in_float64() -> None:
     latents, velocity = states(7, dtype=torch.float64)
     next_latents, log_prob = step(latents, velocity, "auto")
     assert next_latents.dtype == log_prob.dtype == torch.float64
-    noise = gaussian((7,), seed=1234, sample_index=SAMPLES, step=STEPS, stream=Stream.STEP, epoch=6).double()
+    noise = gaussian((7,), seed=1234, sample_index=SAMPLES, step=STEPS, stream=Stream.STEP, iteration=6).double()
     row = TABLE[4].double()
     torch.testing.assert_close(
         next_latents[3],
@@ -184,14 +184,14 @@ def test_strided_inputs(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_integer_and_tensor_arguments_agree(implementation: str) -> None:
     latents, velocity = states(9)
-    integers = step(latents, velocity, implementation, step_index=3, seed=99, epoch=2)
+    integers = step(latents, velocity, implementation, step_index=3, seed=99, iteration=2)
     tensors = step(
         latents,
         velocity,
         implementation,
         step_index=torch.full((5,), 3),
         seed=torch.tensor([99]),
-        epoch=torch.tensor(2),
+        iteration=torch.tensor(2),
     )
     assert torch.equal(integers[0], tensors[0])
     assert torch.equal(integers[1], tensors[1])
@@ -207,7 +207,7 @@ def test_fake_tensors_give_shapes_and_dtypes() -> None:
             torch.zeros(5, dtype=torch.int64),
             seed=torch.zeros(1, dtype=torch.int64),
             sample_index=torch.zeros(5, dtype=torch.int64),
-            epoch=torch.zeros(1, dtype=torch.int64),
+            iteration=torch.zeros(1, dtype=torch.int64),
         )
     assert (next_latents.shape, next_latents.dtype) == ((5, 4, 8, 8), torch.bfloat16)
     assert (log_prob.shape, log_prob.dtype) == ((5,), torch.float32)
@@ -216,8 +216,8 @@ def test_fake_tensors_give_shapes_and_dtypes() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_opcheck(implementation: str) -> None:
     latents, velocity = states(3, 4)
-    seed, epoch = torch.tensor([5]), torch.tensor([2])
-    counters = (seed, SAMPLES, epoch, int(Stream.STEP))
+    seed, iteration = torch.tensor([5]), torch.tensor([2])
+    counters = (seed, SAMPLES, iteration, int(Stream.STEP))
     arguments = (latents, velocity, None, None, TABLE, STEPS, *counters, None, False, implementation)
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_step.default, arguments)
 
@@ -225,10 +225,10 @@ def test_opcheck(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_it_is_one_node_of_a_compiled_graph(implementation: str) -> None:
     latents, velocity = states(3, 7)
-    seed, epoch = torch.tensor([5]), torch.tensor([2])
+    seed, iteration = torch.tensor([5]), torch.tensor([2])
 
     def run(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return step(2 * x, v, implementation, seed=seed, epoch=epoch)
+        return step(2 * x, v, implementation, seed=seed, iteration=iteration)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for result, expected in zip(compiled(latents, velocity), run(latents, velocity), strict=True):
@@ -255,7 +255,7 @@ def test_it_is_one_node_of_a_compiled_graph(implementation: str) -> None:
         ({"table": TABLE.where(TABLE != TABLE[3, 2], torch.nan)}, ValueError, "got nan in column 2 of step 3"),
         ({"table": TABLE.to("meta")}, ValueError, "table must be on cpu, got meta"),
         ({"sample_index": SAMPLES.float()}, TypeError, "sample_index must be int64, got torch.float32"),
-        ({"epoch": 2**32}, ValueError, r"epoch must be in \[0, 2\^32\), got 4294967296"),
+        ({"iteration": 2**32}, ValueError, r"iteration must be in \[0, 2\^32\), got 4294967296"),
         ({"step_index": 1.0}, TypeError, "step_index must be an int or an int64 tensor, got float"),
         ({"implementation": "cuda"}, RuntimeError, "sde_step: implementation 'cuda' cannot serve this call"),
         ({"implementation": "triton"}, RuntimeError, "sde_step: implementation 'triton' cannot serve this call"),

@@ -16,7 +16,7 @@ from densegrpo_fast.flow.schedule import sd3_sigmas
 TABLE = coefficients(sd3_sigmas(10), [0.7, 0.7, 0.0, 0.5, 0.7, 0.7, 0.9, 0.0, 0.7, 0.7], "flow_sde").table
 STEPS = torch.tensor([0, 2, 8, 4])
 SCALE = torch.tensor([1.0, 4.5, 7.0, 0.0])
-COUNTERS = {"seed": 1234, "sample_index": torch.tensor([3, 0, 70000, 5]), "epoch": 6}
+COUNTERS = {"seed": 1234, "sample_index": torch.tensor([3, 0, 70000, 5]), "iteration": 6}
 STILL = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
 """A = 1 and no noise: the step leaves the state as it is."""
 
@@ -66,7 +66,7 @@ def test_compiled_casts_are_pytorchs_for_every_kind_of_number(input_dtype: torch
     bits = (upper[:, None] | lower).flatten()
     values = torch.where(bits < 2**31, bits, bits - 2**32).int().view(torch.float32)[None]
     with native.using_variant(variant):
-        counters = {"seed": 0, "sample_index": torch.zeros(1, dtype=torch.int64), "epoch": 0}
+        counters = {"seed": 0, "sample_index": torch.zeros(1, dtype=torch.int64), "iteration": 0}
         options = {"input_dtype": input_dtype, "implementation": "cpu", **counters}
         found = sde_step_outputs(values, torch.zeros_like(values), STILL, 0, **options)
     # subnormal inputs may be flushed by the addition; compared is what the state became
@@ -101,7 +101,7 @@ def test_opcheck(implementation: str, guided: bool) -> None:
 def test_it_is_one_node_of_a_compiled_graph(implementation: str) -> None:
     latents, velocity = torch.randn(2, 4, 3, 5)
     options = {"input_dtype": torch.bfloat16, "with_mean": True, "implementation": implementation}
-    counters = {**COUNTERS, "seed": torch.tensor([5]), "epoch": torch.tensor([2])}
+    counters = {**COUNTERS, "seed": torch.tensor([5]), "iteration": torch.tensor([2])}
 
     def run(x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return tuple(sde_step_outputs(2 * x, v, TABLE, STEPS, **options, **counters))
@@ -114,7 +114,7 @@ def test_it_is_one_node_of_a_compiled_graph(implementation: str) -> None:
 def test_fake_tensors_give_shapes_and_dtypes() -> None:
     with FakeTensorMode():
         index = torch.zeros(4, dtype=torch.int64)
-        counters = {"seed": index[:1], "sample_index": index, "epoch": index[:1]}
+        counters = {"seed": index[:1], "sample_index": index, "iteration": index[:1]}
         options = {"input_dtype": torch.float16, "with_mean": True, **counters}
         found = sde_step_outputs(torch.empty(4, 8), torch.empty(4, 8), torch.empty(10, 6), index, **options)
     assert [(part.dtype, tuple(part.shape)) for part in found] == [

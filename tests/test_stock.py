@@ -30,7 +30,7 @@ from densegrpo_fast.models import sd3  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
 from densegrpo_fast.runtime import builders  # noqa: E402
-from densegrpo_fast.runtime.experience import Judge, Outcome, sample  # noqa: E402
+from densegrpo_fast.runtime.experience import RewardBatch, RewardComputer, sample  # noqa: E402
 from densegrpo_fast.runtime.learner import Learner  # noqa: E402
 from densegrpo_fast.runtime.metrics import PhaseTimer  # noqa: E402
 from densegrpo_fast.sampling.rollout import initial_noise  # noqa: E402
@@ -74,7 +74,7 @@ class Both:
 
     config: Config
     trajectory: Trajectory
-    outcome: Outcome
+    outcome: RewardBatch
     loss: float
     gradients: dict[str, Tensor]
     stock: StockIteration
@@ -85,7 +85,7 @@ def run_both(policy: Policy, config: Config) -> Both:
     model = policy(spread=0.2)
     coefficients = builders.build_coefficients(config, model)
     trajectory = sample(config, model, ROWS, coefficients, iteration=3)
-    judge = Judge(config, model, REWARD, builders.build_lookahead(config, model))
+    judge = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model))
     outcome = judge.judge(trajectory, ROWS, METADATA, PhaseTimer())
     learner = Learner(model, builders.learner_options(config))
     steps = builders.trained_steps(config, 0)
@@ -93,7 +93,7 @@ def run_both(policy: Policy, config: Config) -> Both:
 
     index = torch.arange(len(ROWS))
     draws = [
-        gaussian(model.latent_shape, seed=config.seed, sample_index=index, step=step, stream=Stream.STEP, epoch=3)
+        gaussian(model.latent_shape, seed=config.seed, sample_index=index, step=step, stream=Stream.STEP, iteration=3)
         for step in range(STEPS)
     ]
     again = policy(spread=0.2)
@@ -102,7 +102,7 @@ def run_both(policy: Policy, config: Config) -> Both:
         METADATA,
         PhaseTimer(),
         dense=config.credit.method == "dense",
-        noise=initial_noise(again, index, seed=config.seed, epoch=3),
+        noise=initial_noise(again, index, seed=config.seed, iteration=3),
         step_noise=torch.stack(draws),
     )
     return Both(config, trajectory, outcome, update["loss"], gradients(model), result, gradients(again))

@@ -44,12 +44,12 @@ def test_who_is_compared_with_whom(tiny_policy: Callable[..., FlowModel]) -> Non
     )
     trajectory = rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=0),
+        initial_noise(model, index, seed=0, iteration=0),
         model.encode(PROMPTS),
         coefficients(model.sigmas(T), 0.7, "flow_sde"),
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         guidance_scale=2.0,
         cache=cache,
     )

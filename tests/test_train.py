@@ -118,7 +118,7 @@ def test_metrics(whole_run: Path) -> None:
         "time/rollout",
         "time/lookahead",
         "time/reward",
-        "time/guard",
+        "time/monitor",
         "time/update",
     }
     for line in lines:

@@ -114,9 +114,16 @@ def test_outside_a_window_the_table_is_eulers(mixture_model: FlowModel, family: 
 
 def sampled(model: Any, table: StepCoefficients, guidance_scale: float) -> Trajectory:
     index = torch.arange(len(PROMPTS))
-    noise = initial_noise(model, index, seed=3, epoch=0)
+    noise = initial_noise(model, index, seed=3, iteration=0)
     found = rollout(
-        model, noise, model.encode(PROMPTS), table, sample_index=index, seed=3, epoch=0, guidance_scale=guidance_scale
+        model,
+        noise,
+        model.encode(PROMPTS),
+        table,
+        sample_index=index,
+        seed=3,
+        iteration=0,
+        guidance_scale=guidance_scale,
     )
     model.calls.clear()
     return found

@@ -4,7 +4,7 @@ Completions are exact, with full guidance and the full decoder, whatever trainin
 from state to state without any noise, and the sign of that error is no matter of the noise level.
 
 All noise comes from the calibration stream, so that no training iteration repeats it: element counters as everywhere,
-the sample's number, the draw as epoch, and as step the denoising step or, for the initial latents, T.
+the sample's number, the draw as iteration, and as step the denoising step or, for the initial latents, T.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.chunks import lookahead_chunks
 from densegrpo_fast.runtime.data import PromptSet
-from densegrpo_fast.runtime.row_budget import RowBudget
+from densegrpo_fast.runtime.oom_backoff import OomBackoff
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import IterationCost, dense_iteration
@@ -84,7 +84,7 @@ class GainMeter:
     dynamics: Family
     prompts: PromptSet
     guidance_scale: float
-    rows: RowBudget
+    rows: OomBackoff
     seed: int
     max_missing: float
     count: int
@@ -103,7 +103,7 @@ class GainMeter:
             dynamics=config.sampler.dynamics,
             prompts=prompts,
             guidance_scale=config.sampler.guidance_scale,
-            rows=RowBudget(
+            rows=OomBackoff(
                 min(config.sampler.micro_batch, chunks.forward, chunks.decode), "sampler.micro_batch, of calibrations"
             ),
             seed=config.seed,
@@ -226,7 +226,7 @@ class GainMeter:
         index = torch.arange(samples.start, samples.stop, device=model.device)
         chosen = [(first + sample) % len(self.prompts) for sample in index.tolist()]
         prompts = [self.prompts.prompts[prompt] for prompt in chosen]
-        words: dict[str, Any] = {"seed": self.seed, "sample_index": index, "epoch": draw}
+        words: dict[str, Any] = {"seed": self.seed, "sample_index": index, "iteration": draw}
         sampler = coefficients(self.sigmas, levels, self.dynamics).to(model.device)
         trajectory = rollout(
             model,
@@ -239,12 +239,12 @@ class GainMeter:
         )
         return _Batch(trajectory, sampler, prompts, [self.prompts.metadata[prompt] for prompt in chosen], index)
 
-    def _leave(self, batch: _Batch, step: int, stream: int, epoch: int) -> tuple[Tensor, Tensor]:
+    def _leave(self, batch: _Batch, step: int, stream: int, iteration: int) -> tuple[Tensor, Tensor]:
         """Where a step leads a batch, each [B, ...]: with the noise of a stream, and with the opposite."""
         latents, velocity = batch.trajectory.latents[step], batch.trajectory.velocities[step]
         table = batch.sampler.table
         arrival, _ = ops.sde_step(
-            latents, velocity, table, step, seed=self.seed, sample_index=batch.index, epoch=epoch, stream=stream
+            latents, velocity, table, step, seed=self.seed, sample_index=batch.index, iteration=iteration, stream=stream
         )
         mean = table[step, A] * latents + table[step, B] * velocity
         return arrival, 2 * mean - arrival

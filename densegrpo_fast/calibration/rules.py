@@ -149,8 +149,8 @@ class PrintedRule:
     def update(self, signs: Sequence[Signs]) -> None:
         moves = [self.eps2 if abs(count.excess) < self.eps1 else -self.eps2 for count in signs]
         self.levels = tuple(
-            0.0 if quiet else self.limits.clamp(level + move)
-            for level, move, quiet in zip(self.levels, moves, self._quiet, strict=True)
+            0.0 if deterministic else self.limits.clamp(level + move)
+            for level, move, deterministic in zip(self.levels, moves, self._quiet, strict=True)
         )
         self.draw += 1
 

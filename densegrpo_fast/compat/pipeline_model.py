@@ -145,4 +145,4 @@ def plan_from(start: int, num_steps: int, plan: str | Plan, nodes: Sequence[int]
     whole = plan if isinstance(plan, Plan) else make_plan(plan, num_steps, nodes, n)
     if whole.num_steps != num_steps:
         raise ValueError(f"the plan is for {whole.num_steps} steps, the scheduler is set to {num_steps}")
-    return Plan(whole.name, tuple(tuple(node - start for node in path) for path in whole.paths[start:]))
+    return Plan(whole.name, tuple(tuple(step_index - start for step_index in path) for path in whole.paths[start:]))

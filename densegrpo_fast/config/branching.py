@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.config.methods import quiet_steps
+from densegrpo_fast.config.methods import deterministic_steps
 from densegrpo_fast.credit import registry
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def branching_problem(config: Config) -> str | None:
             return f"{key}: expected {expected} with sampler.branches, got {given}"
     if config.lookahead.guidance == "reuse":
         return "lookahead.guidance: expected full or cond_only with sampler.branches, got reuse"
-    if quiet := quiet_steps(config):
-        return f"sampler.branches: branches need noise in every trained step, there is none in {quiet}"
+    if deterministic := deterministic_steps(config):
+        return f"sampler.branches: branches need noise in every trained step, there is none in {deterministic}"
     if "granularities" in method.options and config.credit.granularities[-1] >= config.sampler.num_steps:
         return (
             f"credit.granularities: expected at most {config.sampler.num_steps - 1} (sampler.num_steps is "

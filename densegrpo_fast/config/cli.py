@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from densegrpo_fast.aliases import OPTIONS, current_option
 from densegrpo_fast.config.calibration import fitting_calibration
 from densegrpo_fast.config.errors import describe_errors
 from densegrpo_fast.config.help import help_text, takes_text
@@ -108,7 +109,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while rest and rest[0] != "--":
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if _DOTTED.fullmatch(name) or (equals and "." in name and name in options()):
+        if _DOTTED.fullmatch(name) or (equals and "." in name and name in (*options(), *OPTIONS)):
             overrides.append(f"{name.removeprefix('--')}={_take_override(name, value if equals else None, rest)}")
         else:
             own.append(word)
@@ -165,7 +166,7 @@ def _split(argv: Sequence[str]) -> _Arguments:
             key = name
             _take_flag(arguments, name, given, rest)
         else:
-            key = name.removeprefix("--")
+            key = current_option(name.removeprefix("--"), "command line")
             arguments.overrides[key] = _take_override(name, given, rest)
         if key in seen:
             raise UserError(f"option {key} is given twice", ExitCode.USAGE)
@@ -191,17 +192,18 @@ def _take_flag(arguments: _Arguments, name: str, given: str | None, rest: list[s
 
 def _take_override(name: str, given: str | None, rest: list[str]) -> str:
     known, key = options(), name.removeprefix("--")
+    current = OPTIONS.get(key, key)
     if key == name and (given is None or name.startswith("-")):
         raise UserError(
             f'unexpected argument "{name}": an option is written --section.key VALUE or section.key=VALUE',
             ExitCode.USAGE,
         )
-    if key not in known:
+    if current not in known:
         flag = did_you_mean(name, _FLAGS) if key != name and "." not in key else ""
         raise UserError(f'unknown option "{key}"{did_you_mean(key, known) or flag}', ExitCode.USAGE)
     if given is not None:
         return given
-    if known[key].annotation is bool and (not rest or rest[0] not in ("true", "false")):
+    if known[current].annotation is bool and (not rest or rest[0] not in ("true", "false")):
         return "true"
     return _next_value(name, rest)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.credit import registry
-from densegrpo_fast.outside import Registry, is_outside
+from densegrpo_fast.plugins import Registry, is_outside
 from densegrpo_fast.sampling.windows import remaining_steps
 from densegrpo_fast.suggest import did_you_mean
 
@@ -155,7 +155,7 @@ def trainable_steps(config: Config) -> list[int]:
     return trained if isinstance(trained, list) else sorted({step for window in config.windows() for step in window})
 
 
-def quiet_steps(config: Config) -> list[int]:
+def deterministic_steps(config: Config) -> list[int]:
     """The steps that training may train although they inject no noise."""
     trainable = trainable_steps(config)
     return sorted({*trainable} - {*noisy_among(config, trainable)})

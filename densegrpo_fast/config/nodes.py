@@ -42,7 +42,7 @@ def _evaluations(config: Config, state: int) -> int:
     options = config.lookahead
     if options.plan == "paths":
         return len(options.paths[state]) if state < config.sampler.num_steps else 0
-    return sum(node > state for node in options.nodes)
+    return sum(step_index > state for step_index in options.nodes)
 
 
 def _completed(config: Config) -> list[list[int]]:

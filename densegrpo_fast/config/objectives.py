@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.config.methods import arguments_problem, quiet_steps
+from densegrpo_fast.config.methods import arguments_problem, deterministic_steps
 from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def objective_problem(config: Config) -> str | None:
             f"objective.guard_weight: {objective.guard_weight} is defined for sampler.dynamics "
             f"{' and '.join(defined)}, expected jacobian or none with {dynamics}"
         )
-    if policy.noise and (quiet := quiet_steps(config)):
+    if policy.noise and (deterministic := deterministic_steps(config)):
         needs = f"{objective.policy} needs noise in every trained step"
-        return f"objective.policy: {needs}, {dynamics} injects none in {quiet}"
+        return f"objective.policy: {needs}, {dynamics} injects none in {deterministic}"
     return None

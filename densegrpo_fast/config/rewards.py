@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from densegrpo_fast.outside import is_outside
+from densegrpo_fast.plugins import is_outside
 from densegrpo_fast.suggest import did_you_mean
 
 REWARD_NAMES = (
@@ -32,7 +32,7 @@ _HOW = frozenset(
 """Options of the package's rewards that say where and how to compute a score, and leave its meaning alone."""
 
 
-def behind(name: str, options: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+def resolve_alias(name: str, options: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
     """The reward that a name stands for and its options: the name itself, or what its option `use` says."""
     own = dict(options.get(name, {}))
     return own.pop(USE, name), own
@@ -46,7 +46,7 @@ def check_names(terms: Iterable[str], observed: Iterable[str], options: Mapping[
     """
     for key, names in (("terms", list(terms)), ("observed", list(observed))):
         for name in names:
-            kind, _ = behind(name, options)
+            kind, _ = resolve_alias(name, options)
             if not isinstance(kind, str):
                 raise ValueError(f"reward.options.{name}.{USE}: expected the name of a reward, got {kind!r}")
             if kind not in REWARD_NAMES and not is_outside(kind):
@@ -65,11 +65,13 @@ def check_names(terms: Iterable[str], observed: Iterable[str], options: Mapping[
             )
 
 
-def meaning(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def score_affecting(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The options without those that only say where and how the package's rewards are computed."""
     return {
         name: {
-            key: value for key, value in own.items() if key not in _HOW or behind(name, options)[0] not in REWARD_NAMES
+            key: value
+            for key, value in own.items()
+            if key not in _HOW or resolve_alias(name, options)[0] not in REWARD_NAMES
         }
         for name, own in options.items()
     }

@@ -164,12 +164,12 @@ class LookaheadOptions(Section):
         "far as needed. Not in it: weights, trajectories, completions, and what cache and head keep of the rollout, "
         "which run.memory_check counts; null = no limit"
     )
-    guard_every: int = Field(
+    monitor_every: int = Field(
         ge=0,
-        description="iterations between exact re-scorings of one prompt's trajectories or branches, logged as guard/*; "
-        "0 = never",
+        description="iterations between exact re-scorings of one prompt's trajectories or branches, logged as "
+        "monitor/*; 0 = never",
     )
-    guard_alarm: float = Field(
+    monitor_alarm: float = Field(
         ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which an alarm is on"
     )
     head_refresh: int = Field(

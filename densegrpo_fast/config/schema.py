@@ -28,7 +28,7 @@ from densegrpo_fast.config.learning import (
 from densegrpo_fast.config.methods import credit_problem, noisy_among, remainder_problem
 from densegrpo_fast.config.nodes import nodes_problem
 from densegrpo_fast.config.objectives import objective_problem
-from densegrpo_fast.config.rewards import meaning
+from densegrpo_fast.config.rewards import score_affecting
 from densegrpo_fast.config.sampling import (
     DataOptions,
     LookaheadOptions,
@@ -116,11 +116,11 @@ class Config(Section):
         trained = self.objective.trained_steps
         for candidates in [trained] if isinstance(trained, list) else self.windows():
             if noisy := noisy_among(self, candidates):
-                quiet = len(candidates) - len(noisy)
-                if isinstance(trained, int) and trained <= quiet:
+                deterministic = len(candidates) - len(noisy)
+                if isinstance(trained, int) and trained <= deterministic:
                     return (
-                        f"objective.trained_steps: expected at least {quiet + 1} to draw where {quiet} of the steps "
-                        f"{candidates[0]}..{candidates[-1]} inject no noise, got {trained}"
+                        f"objective.trained_steps: expected at least {deterministic + 1} to draw where "
+                        f"{deterministic} of the steps {candidates[0]}..{candidates[-1]} inject no noise, got {trained}"
                     )
                 continue
             if any(self.noise_levels[step] for step in candidates):
@@ -154,8 +154,8 @@ class Config(Section):
         refresh = self.lookahead.head_refresh
         if refresh and self.lookahead.head is None:
             return f"lookahead.head_refresh: expected 0 without lookahead.head, got {refresh}"
-        if refresh and not self.lookahead.guard_every:
-            return f"lookahead.head_refresh: expected 0 without lookahead.guard_every, got {refresh}"
+        if refresh and not self.lookahead.monitor_every:
+            return f"lookahead.head_refresh: expected 0 without lookahead.monitor_every, got {refresh}"
         if nodes and nodes[-1] > steps - 1:
             return f"lookahead.nodes: expected steps in 1..{steps - 1}, got {nodes}"
         if n is not None and n > steps:
@@ -249,7 +249,7 @@ class Config(Section):
         levels came from, where rewards are computed, and how memory is saved.
         """
         settings = self.model_dump(mode="json", exclude={"preset", "run"})
-        settings["reward"]["options"] = meaning(self.reward.options)
+        settings["reward"]["options"] = score_affecting(self.reward.options)
         del settings["evaluation"]["every"], settings["sampler"]["calibration"]
         del settings["model"]["gradient_checkpointing"], settings["model"]["prompt_cache"]
         return settings

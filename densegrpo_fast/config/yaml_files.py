@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from densegrpo_fast.aliases import current_settings
 from densegrpo_fast.config.schema import Config
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.suggest import did_you_mean
@@ -172,7 +173,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected options as `key: value`, got {settings!r}", ExitCode.USAGE)
-    return settings
+    return current_settings(settings, str(path))
 
 
 def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

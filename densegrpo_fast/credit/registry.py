@@ -1,6 +1,6 @@
 """Every credit method by its name: which function computes it, and what that needs.
 
-A method is a function that takes the `Evidence` it needs and the options it has, all by keyword, and returns
+A method is a function that takes the `CreditInputs` it needs and the options it has, all by keyword, and returns
 `Advantages` of shape [P, G, K] for the K steps that inject noise:
 
     def last_gain(lookahead_rewards, *, std, spread_floor, clip, sharpness):
@@ -16,9 +16,11 @@ before the configuration is read; or, with no registration at all, the `CreditMe
 
     --credit.method mine.py:LAST_GAIN --credit.arguments '{sharpness: 2}'
 
-`needs` are attributes of `Evidence`: with lookahead_rewards among them the lookahead is run, and with branch_rewards
-trunks branch instead of trajectories being drawn (`sampler.branches`, without which such a method is refused, and the
-others with it). `options` are keys of the section `credit` or, for what that does not have, of `credit.arguments`; std,
+`needs` are attributes of `CreditInputs`: with lookahead_rewards among them the lookahead is run, and with
+branch_rewards the samples of a prompt branch from one trajectory (`sampler.branches`, without which such a method is
+refused, and the others with it).
+
+`options` are keys of the section `credit` or, for what that does not have, of `credit.arguments`; std,
 spread_floor and clip come without being named. Functions of this package are imported when they are first called: this
 file needs no torch, so that the configuration can read it.
 """
@@ -29,10 +31,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.outside import Registry, resolve
+from densegrpo_fast.plugins import Registry, resolve
 
 if TYPE_CHECKING:
-    from densegrpo_fast.credit.evidence import Evidence
+    from densegrpo_fast.credit.inputs import CreditInputs
     from densegrpo_fast.credit.normalize import Advantages
 
 EVIDENCE = (
@@ -47,7 +49,7 @@ EVIDENCE = (
     "num_steps",
     "similarity",
 )
-"""What a method may need: the attributes of `Evidence`."""
+"""What a method may need: the attributes of `CreditInputs`."""
 
 _OF_TRAJECTORIES = ("latents", "velocities", "similarity")
 
@@ -61,7 +63,7 @@ class CreditMethod:
 
     Attributes:
         compute: the function, or where it is as `module:name`.
-        needs: attributes of `Evidence` that it takes.
+        needs: attributes of `CreditInputs` that it takes.
         options: options that it takes besides `COMMON`.
         plan: the lookahead plan that defines its rewards; None = any plan approximates them.
 
@@ -141,7 +143,7 @@ METHODS = Registry(CreditMethod, "method", _PACKAGE)
 names, register, find = METHODS.names, METHODS.register, METHODS.find
 
 
-def advantages(name: str, evidence: Evidence, options: Mapping[str, Any]) -> Advantages:
+def advantages(name: str, evidence: CreditInputs, options: Mapping[str, Any]) -> Advantages:
     """Credit every step by the named method.
 
     Args:

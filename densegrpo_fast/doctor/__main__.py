@@ -6,7 +6,7 @@
     python -m densegrpo_fast.doctor --ratio --dry-run --config sd35_medium_pickscore
 
 Without --ratio every finding is ok, warn or problem, with what to do; the exit status is 1 if there is a problem.
-With --ratio the unchanged policy replays its own steps, so every importance ratio must be 1. Where it is not, suspects
+With --ratio the unchanged policy replays its own steps, so every importance ratio must be 1. Where it is not, causes
 (storage, timestep, batch shape, attention, adapter, dropout, autocast, ...) are switched off one at a time until the
 cause is named, and the exit status is 8. A LoRA that is still zero gets small random values, because otherwise nothing
 that is wrong with it would show. Options of the preset may be overridden as in training. Other exit codes are in

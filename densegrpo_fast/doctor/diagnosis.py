@@ -1,4 +1,4 @@
-"""Finding out why the ratio is off: suspects are switched off one at a time, and then all but one."""
+"""Finding out why the ratio is off: causes are switched off one at a time, and then all but one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from densegrpo_fast.doctor.ablations import tiny_steps
+from densegrpo_fast.doctor.causes import AMPLIFIER, CAUSES, Cause
 from densegrpo_fast.doctor.loop import Loop
-from densegrpo_fast.doctor.neutral import tiny_steps
-from densegrpo_fast.doctor.suspects import AMPLIFIER, SUSPECTS, Suspect
 
 RESOLUTION = 1e-6
 """Smallest |ratio - 1| that counts: a few units in the last place of a float32 log-probability."""
@@ -19,7 +19,7 @@ CLIP_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Trial:
-    """What was left of the deviation with some suspects switched off.
+    """What was left of the deviation with some causes switched off.
 
     Attributes:
         deviation: largest |ratio - 1| over samples and steps; NaN if it could not be tried.
@@ -37,11 +37,11 @@ class Diagnosis:
     Attributes:
         deviations: largest |ratio - 1| of each replayed step, as the loop is.
         tolerance: what is allowed of it.
-        alone: what was left with one suspect switched off, by its name; empty if nothing was wrong.
-        together: what was left with all suspects switched off; None if that was not needed.
+        alone: what was left with one cause switched off, by its name; empty if nothing was wrong.
+        together: what was left with all causes switched off; None if that was not needed.
         all_but: with all but one switched off, by that one's name; empty if that was not needed.
         unsteady: largest difference between the log-probabilities of two replays; 0 if nothing was wrong.
-        causes: names of the guilty suspects.
+        causes: names of the guilty causes.
         amplified: steps that inject so little noise that they show differences which otherwise would not count.
     """
 
@@ -71,20 +71,20 @@ def within(deviations: Sequence[float], tolerance: float) -> bool:
 
 
 def diagnose(loop: Loop, tolerance: float) -> Diagnosis:
-    """Measure the loop, and where its ratio is off find the suspects without which it is not.
+    """Measure the loop, and where its ratio is off find the causes without which it is not.
 
-    A suspect is guilty if switching it off alone restores the ratio. If none does, but all together do, the guilty are
-    those which spoil it again when they alone are left on. If not even that restores it, nobody is named.
+    A candidate is a cause if switching it off alone restores the ratio. If none does, but all together do, the
+    causes are those which spoil it again when they alone are left on. If not even that restores it, none is named.
     """
     deviations = loop.deviations()
     if within(deviations, tolerance):
         return Diagnosis(deviations, tolerance)
-    suspects = [suspect for suspect in SUSPECTS if suspect.applies(loop)]
-    alone = {suspect.name: _without(loop, [suspect]) for suspect in suspects}
+    candidates = [cause for cause in CAUSES if cause.applies(loop)]
+    alone = {cause.name: _without(loop, [cause]) for cause in candidates}
     causes = tuple(name for name, trial in alone.items() if trial.deviation <= tolerance)
     together, all_but = None, {}
     if not causes:
-        usable = [suspect for suspect in suspects if not alone[suspect.name].failure]
+        usable = [cause for cause in candidates if not alone[cause.name].failure]
         together = _without(loop, usable)
         if together.deviation <= tolerance:
             all_but = {kept.name: _without(loop, [other for other in usable if other is not kept]) for kept in usable}
@@ -97,12 +97,12 @@ def diagnose(loop: Loop, tolerance: float) -> Diagnosis:
     return Diagnosis(deviations, tolerance, alone, together, all_but, loop.unsteadiness(), causes, amplified)
 
 
-def _without(loop: Loop, suspects: Sequence[Suspect]) -> Trial:
-    """The largest deviation with some suspects switched off."""
+def _without(loop: Loop, causes: Sequence[Cause]) -> Trial:
+    """The largest deviation with some causes switched off."""
     try:
         with ExitStack() as stack:
-            for suspect in suspects:
-                loop = stack.enter_context(suspect.neutral(loop))
+            for cause in causes:
+                loop = stack.enter_context(cause.ablation(loop))
             deviations = loop.deviations()
     except RuntimeError as error:
         # out of memory, for one: unfused attention needs much

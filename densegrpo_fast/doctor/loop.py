@@ -15,7 +15,7 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.runtime import builders
 from densegrpo_fast.runtime.experience import draw
 from densegrpo_fast.sampling import replay as replaying
-from densegrpo_fast.sampling.tree import Sampled
+from densegrpo_fast.sampling.branches import Sampled
 
 Rollout = Callable[[StepCoefficients], Sampled]
 Replay = Callable[[Sampled, int], Tensor]
@@ -93,7 +93,7 @@ def configured_loop(config: Config, model: FlowModel) -> Loop:
 
 
 @torch.no_grad()
-def rouse_adapter(network: Any, seed: int = 0) -> None:
+def randomize_lora_(network: Any, seed: int = 0) -> None:
     """Give every LoRA that is still zero a random update of 5% of its layer's weights, in norm.
 
     A fresh adapter adds exact zeros: whatever is wrong with it would only show once it has learnt something.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from densegrpo_fast.config import Config
+from densegrpo_fast.doctor.causes import BY_NAME
 from densegrpo_fast.doctor.diagnosis import Diagnosis, Trial, default_tolerance, diagnose
-from densegrpo_fast.doctor.loop import Loop, configured_loop, rouse_adapter
-from densegrpo_fast.doctor.suspects import BY_NAME
+from densegrpo_fast.doctor.loop import Loop, configured_loop, randomize_lora_
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.flow.dynamics import C
 
@@ -28,7 +28,7 @@ def examine(config: Config, tolerance: float | None, tiny: bool) -> dict[str, An
 
     config = builders.shrink(config) if tiny else config
     model = builders.build_model(config, builders.default_device(), dry_run=tiny)
-    rouse_adapter(model.network)
+    randomize_lora_(model.network)
     loop = configured_loop(config, model)
     if not loop.steps:
         raise UserError("objective.trained_steps: none of the steps is stochastic, so no ratio exists", ExitCode.USAGE)
@@ -78,7 +78,7 @@ def text(found: dict[str, Any]) -> str:
     lines.append("")
     if found["status"] == "ok":
         return "\n".join([*lines, f"ok: it is 1, to {found['tolerance']:.1e} (tolerance)"])
-    lines += [f"problem: it is not 1, to {found['tolerance']:.1e} (tolerance)", "", "what is left without a suspect:"]
+    lines += [f"problem: it is not 1, to {found['tolerance']:.1e} (tolerance)", "", "what is left without a cause:"]
     guilty = [cause["name"] for cause in found["causes"]]
     lines += _trial_lines(found["without"], guilty if found["without_all"] is None else [])
     if found["without_all"] is not None:
@@ -93,7 +93,7 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     for cause in found["causes"]:
         lines += [f"cause: {cause['name']}: {cause['cause']}", f"   -> {cause['remedy']}"]
     if not found["causes"]:
-        lines.append("cause: none of the suspects. The two phases evaluate the network or the step in different ways.")
+        lines.append("cause: none of the causes. The two phases evaluate the network or the step in different ways.")
         if found["unsteadiness"]:
             lines.append(
                 f"   two replays of one trajectory differ by {found['unsteadiness']:.1e} in log-probability: "

@@ -99,16 +99,16 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     from densegrpo_fast.fidelity.statistics import persistence
     from densegrpo_fast.runtime.provenance import provenance
 
-    subject, variants, own, ways = choose(options, config)
+    target, variants, own, ways = choose(options, config)
     sampling = {"group_size": options.group_size, "seed": options.seed}
     thresholds = Thresholds(options.threshold_rewards, options.threshold_gains, options.threshold_worst)
     groups, searched = range(options.groups), None
     if options.search:
         groups, half = range(options.groups // 2, options.groups), range(options.groups // 2)
-        longest = longest_path(subject)
+        longest = longest_path(target)
         max_nodes = min(options.max_nodes, longest)
         candidates = search(
-            subject,
+            target,
             half,
             ways=ways,
             max_nodes=max_nodes,
@@ -120,18 +120,18 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
         variants += [chosen.variant] if chosen and chosen.variant not in variants else []
         searched = report.search_record(candidates, chosen, thresholds, max_nodes=max_nodes, longest_path=longest)
 
-    rewards = measure(subject, variants, groups, progress=partial(_progress, "measured", len(groups)), **sampling)
-    exact = rewards[reference(subject.coefficients.num_steps)]
+    rewards = measure(target, variants, groups, progress=partial(_progress, "measured", len(groups)), **sampling)
+    exact = rewards[reference(target.coefficients.num_steps)]
     records = {
         variant.name: report.plan_record(
-            variant, agreement_of(subject, exact, rewards[variant]), subject, options.group_size
+            variant, agreement_of(target, exact, rewards[variant]), target, options.group_size
         )
         for variant in variants
     }
-    settings = subject.settings | sampling | {"groups": options.groups, "groups_measured": len(groups)}
-    settings |= {"trained_steps": subject.trained_steps, "kl": subject.kl, "noisy": list(subject.coefficients.noisy)}
+    settings = target.settings | sampling | {"groups": options.groups, "groups_measured": len(groups)}
+    settings |= {"trained_steps": target.trained_steps, "kl": target.kl, "noisy": list(target.coefficients.noisy)}
     settings["lookahead"] = [variant.name for variant in own]
-    kept = None if subject.branched else persistence(exact)
+    kept = None if target.branched else persistence(exact)
     _show(settings, records, searched, kept)
     if options.json:
         document = {"plans": records, "search": searched, "persistence": kept, "settings": settings}
@@ -158,8 +158,8 @@ def _show(
 
     sampler = settings["sampler"]
     print(
-        f"{settings['subject']}: {settings['groups_measured']} groups of {settings['group_size']}"
-        f"{' branches of one trunk' if settings.get('branched') else ''}, "
+        f"{settings['target']}: {settings['groups_measured']} groups of {settings['group_size']}"
+        f"{' branches of one ode_trajectory' if settings.get('branched') else ''}, "
         f"{sampler['num_steps']} steps, {sampler['dynamics']} at noise level {sampler['noise_level']}, "
         f"guidance {sampler['guidance_scale']:g}\n"
     )

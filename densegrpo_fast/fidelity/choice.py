@@ -14,7 +14,7 @@ from densegrpo_fast.credit import registry
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.fidelity.measure import Variant, expanded
 from densegrpo_fast.fidelity.options import plans_of
-from densegrpo_fast.fidelity.subject import Subject, analytic_subject, pipeline_subject
+from densegrpo_fast.fidelity.target import FidelityTarget, analytic_target, pipeline_target
 from densegrpo_fast.models.base import Decoder
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Guidance
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
         ways: of which plan a search is to find the best, each with the exact one in its place.
     """
 
-    subject: Subject
+    target: FidelityTarget
     variants: list[Variant]
     own: list[Variant]
     ways: list[Variant]
@@ -54,22 +54,22 @@ def choose(options: argparse.Namespace, config: Config | None) -> Choice:
     """
     makers = plans_of(options)
     if config is None:
-        subject, own = analytic_subject(options.groups), []
+        target, own = analytic_target(options.groups), []
         guidances, decoders = options.guidance or ["full"], options.decoder or ["full"]
     else:
         for make in makers:
             _made(make, config.sampler.num_steps)
         _check(config, options)
         own = [] if options.plans else own_variants(config)
-        subject = _pipeline(options, config, own)
+        target = _pipeline(options, config, own)
         guidances = options.guidance or [config.lookahead.guidance]
         decoders = options.decoder or [config.lookahead.decoder]
-    _check_decoders(subject, options, [*decoders, *(variant.decoder for variant in own)])
-    if not subject.guided:
+    _check_decoders(target, options, [*decoders, *(variant.decoder for variant in own)])
+    if not target.guided:
         # without guidance there is nothing to drop after the first velocity
         guidances = ["full"]
-    chosen = [*(variant.plan for variant in own), *(_made(make, subject.coefficients.num_steps) for make in makers)]
-    head, exact = subject.head if options.head else None, plans.exact(subject.coefficients.num_steps)
+    chosen = [*(variant.plan for variant in own), *(_made(make, target.coefficients.num_steps) for make in makers)]
+    head, exact = target.head if options.head else None, plans.exact(target.coefficients.num_steps)
 
     def beside(variants: list[Variant]) -> list[Variant]:
         return expanded(
@@ -88,7 +88,7 @@ def choose(options: argparse.Namespace, config: Config | None) -> Choice:
         variants = [Variant(exact, "full", "preview"), *variants]
     ways = [way for way in beside(_crossed(exact, guidances, decoders)) if not way.head]
     ways += [Variant(exact, v.guidance, v.decoder, copy=v.copy, cache=v.cache) for v in own]
-    return Choice(subject, _once(variants), own, _once(ways))
+    return Choice(target, _once(variants), own, _once(ways))
 
 
 def own_variants(config: Config) -> list[Variant]:
@@ -115,7 +115,7 @@ def _crossed(plan: Plan, guidances: list[Guidance], decoders: list[Decoder]) -> 
     ]
 
 
-def _pipeline(options: argparse.Namespace, config: Config, own: list[Variant]) -> Subject:
+def _pipeline(options: argparse.Namespace, config: Config, own: list[Variant]) -> FidelityTarget:
     """The configuration's subject, with what the options and its own lookahead ask for."""
     dtypes, specs = _once(options.copy_dtype), _once(options.cache)
     head, head_plan = options.head, None
@@ -124,7 +124,7 @@ def _pipeline(options: argparse.Namespace, config: Config, own: list[Variant]) -
             problem = f"the configuration has lookahead.head {config.lookahead.head}; name --plans, or leave one out"
             raise UserError(f"--head: {problem}", ExitCode.USAGE)
         head, head_plan = Path(str(config.lookahead.head)), own[0].plan
-    return pipeline_subject(
+    return pipeline_target(
         config,
         options.adapter,
         options.groups,
@@ -172,8 +172,8 @@ def _check(config: Config, options: argparse.Namespace) -> None:
         raise UserError("--guidance: expected full or cond_only with sampler.branches, got reuse", ExitCode.USAGE)
 
 
-def _check_decoders(subject: Subject, options: argparse.Namespace, decoders: list[Decoder]) -> None:
-    if not {*decoders} <= {*subject.decoders}:
+def _check_decoders(target: FidelityTarget, options: argparse.Namespace, decoders: list[Decoder]) -> None:
+    if not {*decoders} <= {*target.decoders}:
         key = "--decoder" if "preview" in (options.decoder or ()) else "lookahead.decoder"
         raise UserError(f"{key}: this model has no preview decoder, expected full", ExitCode.USAGE)
 

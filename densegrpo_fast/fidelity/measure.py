@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.fidelity.statistics import Agreement, compare, compare_branches
-from densegrpo_fast.fidelity.subject import Subject
+from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Recorder
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.runtime import scoring
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.branches import BranchedRollout, Sampled, branch_rollout
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.tree import Sampled, Tree, grow
 
 
 @dataclass(frozen=True)
@@ -88,51 +88,51 @@ def expanded(
     return wanted + [replace(variant, vae=dtype) for dtype in vaes for variant in in_full]
 
 
-def cost_of(variant: Variant, subject: Subject, group_size: int) -> IterationCost:
+def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> IterationCost:
     """Cost per sample of a training iteration with this lookahead."""
     options: dict[str, Any] = {
-        "trained_steps": subject.trained_steps,
-        "guided": subject.guided,
-        "kl": subject.kl,
+        "trained_steps": target.trained_steps,
+        "guided": target.guided,
+        "kl": target.kl,
         "guidance": variant.guidance,
         "decoder": variant.decoder,
-        "noisy": subject.coefficients.noisy,
-        "head": subject.head if variant.head else None,
+        "noisy": target.coefficients.noisy,
+        "head": target.head if variant.head else None,
     }
-    if subject.branched:
+    if target.branched:
         return branched_iteration(variant.plan, branches=group_size, **options)
-    options["shared"] = group_size if subject.shared_noise and not _own(variant, subject, group_size) else 1
+    options["shared"] = group_size if target.shared_noise and not _own(variant, target, group_size) else 1
     return dense_iteration(variant.plan, **options)
 
 
-def flops_ratio(variant: Variant, subject: Subject, group_size: int) -> float | None:
+def flops_ratio(variant: Variant, target: FidelityTarget, group_size: int) -> float | None:
     """Operations of the dense iteration over those of the sparse one; None where they are not known."""
-    if subject.flops is None:
+    if target.flops is None:
         return None
     sparse = sparse_iteration(
-        subject.coefficients.num_steps, trained_steps=subject.trained_steps, guided=subject.guided, kl=subject.kl
+        target.coefficients.num_steps, trained_steps=target.trained_steps, guided=target.guided, kl=target.kl
     )
-    cheap = subject.cheap_flops.get((variant.copy, variant.cache))
-    return cost_of(variant, subject, group_size).flops(subject.flops, cheap) / sparse.flops(subject.flops)
+    cheap = target.cheap_flops.get((variant.copy, variant.cache))
+    return cost_of(variant, target, group_size).flops(target.flops, cheap) / sparse.flops(target.flops)
 
 
-def agreement_of(subject: Subject, exact: Tensor, cheap: Tensor) -> Agreement:
+def agreement_of(target: FidelityTarget, exact: Tensor, cheap: Tensor) -> Agreement:
     """Agreement of the rewards of a variant with the reference's, both as `measure` returns them."""
-    if subject.branched:
-        return compare_branches(exact, cheap, subject.coefficients.noisy)
-    return compare(exact, cheap, subject.coefficients.noisy)
+    if target.branched:
+        return compare_branches(exact, cheap, target.coefficients.noisy)
+    return compare(exact, cheap, target.coefficients.noisy)
 
 
-def lookahead_of(subject: Subject, variant: Variant, batch: Batch[Sampled]) -> Lookahead:
+def lookahead_of(target: FidelityTarget, variant: Variant, batch: Batch[Sampled]) -> Lookahead:
     """What completes a batch as the variant says."""
     return Lookahead(
-        subject.model if variant.copy is None else subject.copies[variant.copy],
+        target.model if variant.copy is None else target.copies[variant.copy],
         variant.plan,
         guidance=variant.guidance,
-        chunk=subject.chunk,
-        head=subject.head if variant.head else None,
+        chunk=target.chunk,
+        head=target.head if variant.head else None,
         cache=None if variant.cache is None else batch.caches[variant.copy, variant.cache],
-        visits=subject.visits,
+        visits=target.visits,
     )
 
 
@@ -141,9 +141,9 @@ def completed(variant: Variant) -> Variant:
     return replace(variant, decoder="full", vae=None)
 
 
-def decoding(subject: Subject, variant: Variant) -> FlowModel:
+def decoding(target: FidelityTarget, variant: Variant) -> FlowModel:
     """The model whose decoders a variant's images come from."""
-    return subject.model if variant.vae is None else subject.vaes[variant.vae]
+    return target.model if variant.vae is None else target.vaes[variant.vae]
 
 
 class SideBySide:
@@ -162,11 +162,11 @@ class SideBySide:
             cache.clear()
 
     @contextmanager
-    def record(self, node: int, rows: slice) -> Iterator[None]:
+    def record(self, step_index: int, rows: slice) -> Iterator[None]:
         """Within the context, one velocity leaves in every cache what that keeps."""
         with ExitStack() as contexts:
             for cache in self.caches:
-                contexts.enter_context(cache.record(node, rows))
+                contexts.enter_context(cache.record(step_index, rows))
             yield
 
 
@@ -192,83 +192,85 @@ class Batch(Generic[Drawn]):
     caches: Mapping[tuple[str | None, str], Cache] = field(default_factory=dict)
 
 
-def batches(subject: Subject, groups: range, *, group_size: int, seed: int) -> Iterator[Batch[Sampled]]:
+def batches(target: FidelityTarget, groups: range, *, group_size: int, seed: int) -> Iterator[Batch[Sampled]]:
     """Draw the named groups, as many at a time as fit the subject's chunk: trees if it is branched, else trajectories.
 
     All noise is a function of (seed, group, sample) alone, so the same group is the same in any range.
     """
-    if not subject.branched:
-        yield from trajectories(subject, groups, group_size=group_size, seed=seed)
+    if not target.branched:
+        yield from trajectories(target, groups, group_size=group_size, seed=seed)
         return
-    for rows, metadata, index in _rows(subject, groups, group_size):
+    for rows, metadata, index in _rows(target, groups, group_size):
         trunks = index[::group_size]
-        tree = grow(
-            subject.model,
-            initial_noise(subject.model, trunks, seed=seed, epoch=0),
-            subject.model.encode(rows),
-            subject.coefficients,
+        tree = branch_rollout(
+            target.model,
+            initial_noise(target.model, trunks, seed=seed, iteration=0),
+            target.model.encode(rows),
+            target.coefficients,
             branches=group_size,
             sample_index=trunks,
             seed=seed,
-            epoch=0,
-            guidance_scale=subject.guidance_scale,
+            iteration=0,
+            guidance_scale=target.guidance_scale,
         )
         yield Batch(tree, rows, metadata, group_size)
 
 
-def trajectories(subject: Subject, groups: range, *, group_size: int, seed: int) -> Iterator[Batch[Trajectory]]:
+def trajectories(target: FidelityTarget, groups: range, *, group_size: int, seed: int) -> Iterator[Batch[Trajectory]]:
     """Roll out the named groups, as `batches` does without branches."""
-    model = subject.model
-    for rows, metadata, index in _rows(subject, groups, group_size):
-        caches = {key: make(len(rows), group_size) for key, make in subject.caches.items()}
-        first = index - index % group_size if subject.shared_noise else index
+    model = target.model
+    for rows, metadata, index in _rows(target, groups, group_size):
+        caches = {key: make(len(rows), group_size) for key, make in target.caches.items()}
+        first = index - index % group_size if target.shared_noise else index
         trajectory = rollout(
             model,
-            initial_noise(model, first, seed=seed, epoch=0),
+            initial_noise(model, first, seed=seed, iteration=0),
             model.encode(rows),
-            subject.coefficients,
+            target.coefficients,
             sample_index=index,
             seed=seed,
-            epoch=0,
-            guidance_scale=subject.guidance_scale,
+            iteration=0,
+            guidance_scale=target.guidance_scale,
             keep_guidance=True,
-            keep_hidden=subject.head is not None,
+            keep_hidden=target.head is not None,
             cache=SideBySide(caches.values()) if caches else None,
             # a group that is larger than the chunk is split evenly
-            micro_batch=None if len(rows) <= subject.chunk else math.gcd(len(rows), subject.chunk),
+            micro_batch=None if len(rows) <= target.chunk else math.gcd(len(rows), target.chunk),
         )
-        if subject.shared_noise:
+        if target.shared_noise:
             trajectory = replace(trajectory, shared=group_size)
         yield Batch(trajectory, rows, metadata, group_size, caches)
 
 
-def _rows(subject: Subject, groups: range, group_size: int) -> Iterator[tuple[list[str], list[dict[str, Any]], Tensor]]:
+def _rows(
+    target: FidelityTarget, groups: range, group_size: int
+) -> Iterator[tuple[list[str], list[dict[str, Any]], Tensor]]:
     """Prompts, metadata and global index of the rows of as many groups at a time as fit the chunk."""
-    at_once = max(1, subject.chunk // group_size)
+    at_once = max(1, target.chunk // group_size)
     for start in range(groups.start, groups.stop, at_once):
         chosen = range(start, min(start + at_once, groups.stop))
-        rows = [subject.prompts.prompts[group] for group in chosen for _ in range(group_size)]
-        metadata = [subject.prompts.metadata[group] for group in chosen for _ in range(group_size)]
+        rows = [target.prompts.prompts[group] for group in chosen for _ in range(group_size)]
+        metadata = [target.prompts.metadata[group] for group in chosen for _ in range(group_size)]
         yield (
             rows,
             metadata,
-            torch.arange(chosen.start * group_size, chosen.stop * group_size, device=subject.model.device),
+            torch.arange(chosen.start * group_size, chosen.stop * group_size, device=target.model.device),
         )
 
 
-def score(subject: Subject, batch: Batch[Sampled], images: Tensor) -> Tensor:
+def score(target: FidelityTarget, batch: Batch[Sampled], images: Tensor) -> Tensor:
     """Rewards [P', G, S] of images [S, B, 3, H, W], S pictures for each row of a batch of P' groups; NaN = missing.
 
     Raises:
         UserError: (reward) the reward failed.
     """
     count = len(images)
-    scores = scoring.score(subject.reward, images.flatten(0, 1), batch.rows * count, batch.metadata * count)
+    scores = scoring.score(target.reward, images.flatten(0, 1), batch.rows * count, batch.metadata * count)
     return scores.values.view(count, -1, batch.group_size).permute(1, 2, 0)
 
 
 def measure(
-    subject: Subject,
+    target: FidelityTarget,
     variants: Sequence[Variant],
     groups: range,
     *,
@@ -293,37 +295,37 @@ def measure(
     Raises:
         UserError: (reward) the reward failed.
     """
-    wanted = list(dict.fromkeys([reference(subject.coefficients.num_steps), *variants]))
+    wanted = list(dict.fromkeys([reference(target.coefficients.num_steps), *variants]))
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
     done = 0
-    for batch in batches(subject, groups, group_size=group_size, seed=seed):
+    for batch in batches(target, groups, group_size=group_size, seed=seed):
         for way in dict.fromkeys(map(completed, wanted)):
-            lookahead = lookahead_of(subject, way, batch)
+            lookahead = lookahead_of(target, way, batch)
             alike = [variant for variant in wanted if completed(variant) == way]
-            for variant, images in pictures(subject, lookahead, batch, alike):
-                parts[variant].append(score(subject, batch, images))
+            for variant, images in pictures(target, lookahead, batch, alike):
+                parts[variant].append(score(target, batch, images))
         done += len(batch.rows) // group_size
         progress(done)
     return {variant: torch.cat(values) for variant, values in parts.items()}
 
 
 def pictures(
-    subject: Subject, lookahead: Lookahead, batch: Batch[Sampled], variants: Sequence[Variant]
+    target: FidelityTarget, lookahead: Lookahead, batch: Batch[Sampled], variants: Sequence[Variant]
 ) -> Iterator[tuple[Variant, Tensor]]:
     """Images [T+1, B, 3, H, W], or [M, B, 3, H, W] of branches, by every variant's decoder."""
     drawn = batch.trajectory
-    clean = drawn.completions(lookahead) if isinstance(drawn, Tree) else lookahead.complete(drawn)
+    clean = drawn.completions(lookahead) if isinstance(drawn, BranchedRollout) else lookahead.complete(drawn)
     for variant in variants:
         other = copy(lookahead)
-        other.model = decoding(subject, variant)
-        if isinstance(drawn, Tree):
+        other.model = decoding(target, variant)
+        if isinstance(drawn, BranchedRollout):
             images = torch.cat(list(other.decoded(clean.flatten(0, 1), variant.decoder)))
             yield variant, images.unflatten(0, clean.shape[:2])
         else:
             yield variant, other.images(clean, drawn.coefficients.noisy, variant.decoder)
 
 
-def _own(variant: Variant, subject: Subject, group_size: int) -> bool:
+def _own(variant: Variant, target: FidelityTarget, group_size: int) -> bool:
     """Whether each completion takes something over from its own sample's rollout, as `Lookahead.sharing` asks."""
-    reused = variant.guidance == "reuse" and subject.guided
+    reused = variant.guidance == "reuse" and target.guided
     return reused or (variant.cache is not None and CacheSpec.parse(variant.cache).alike(group_size) < group_size)

@@ -12,7 +12,7 @@ from typing import Any
 from densegrpo_fast.fidelity.measure import Variant, cost_of, flops_ratio, reference
 from densegrpo_fast.fidelity.search import Candidate, Thresholds
 from densegrpo_fast.fidelity.statistics import Agreement
-from densegrpo_fast.fidelity.subject import Subject
+from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.runtime.files import replace_text
 
 _COLUMNS = {
@@ -43,13 +43,13 @@ sign, pooled       gains of the same sign, of branches rewards on the same side 
 advantages         Spearman correlation over a group's samples and steps, and sign, of the normalised advantages"""
 
 
-def plan_record(variant: Variant, agreement: Agreement, subject: Subject, group_size: int) -> dict[str, Any]:
+def plan_record(variant: Variant, agreement: Agreement, target: FidelityTarget, group_size: int) -> dict[str, Any]:
     """What is known of one variant, as plain JSON data: cost per sample of a group, and agreement with the reference.
 
     `nfe_guided` and `nfe_unguided` count evaluations, a guided one being two forwards; `forwards` counts those.
     """
-    cost = cost_of(variant, subject, group_size)
-    exact = cost_of(reference(subject.coefficients.num_steps), subject, group_size).lookahead.forwards
+    cost = cost_of(variant, target, group_size)
+    exact = cost_of(reference(target.coefficients.num_steps), target, group_size).lookahead.forwards
     return {
         "plan": variant.plan.name,
         "guidance": variant.guidance,
@@ -64,7 +64,7 @@ def plan_record(variant: Variant, agreement: Agreement, subject: Subject, group_
         "decodes": cost.full_decodes + cost.preview_decodes,
         "rewards": cost.rewards,
         "cost_ratio": cost.lookahead.forwards / exact if exact else math.nan,
-        "iteration_flops_ratio": flops_ratio(variant, subject, group_size),
+        "iteration_flops_ratio": flops_ratio(variant, target, group_size),
         **asdict(agreement),
     }
 

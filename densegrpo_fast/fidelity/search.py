@@ -29,13 +29,13 @@ from densegrpo_fast.fidelity.measure import (
 )
 from densegrpo_fast.fidelity.paths import Scored, chain_of
 from densegrpo_fast.fidelity.statistics import Agreement
-from densegrpo_fast.fidelity.subject import Subject
+from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.branches import BranchedRollout, Sampled
+from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.path_tree import Path, completions, node_sets
 from densegrpo_fast.sampling.plan import Plan
-from densegrpo_fast.sampling.sharing import Sharing
-from densegrpo_fast.sampling.tree import Sampled, Tree
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Candidate:
 
 
 def search(
-    subject: Subject,
+    target: FidelityTarget,
     groups: range,
     *,
     ways: Sequence[Variant],
@@ -107,22 +107,22 @@ def search(
         equal cost the preview decoder before the full one, and the better agreement of the gains first. Of plans that
         complete alike the first is kept, and a copy or a cache only with plans that evaluate something.
     """
-    judge = reference(subject.coefficients.num_steps)
+    judge = reference(target.coefficients.num_steps)
     ways = list(dict.fromkeys(replace(way, plan=judge.plan) for way in ways))
     parts: dict[Variant, list[Scored]] = {way: [] for way in ways}
     exact: list[Tensor] = []
     done = 0
-    for batch in batches(subject, groups, group_size=group_size, seed=seed):
-        lookahead = lookahead_of(subject, judge, batch)
-        exact.extend(score(subject, batch, images) for _, images in pictures(subject, lookahead, batch, [judge]))
+    for batch in batches(target, groups, group_size=group_size, seed=seed):
+        lookahead = lookahead_of(target, judge, batch)
+        exact.extend(score(target, batch, images) for _, images in pictures(target, lookahead, batch, [judge]))
         for completing in dict.fromkeys(map(completed, ways)):
             scored: dict[Variant, dict[tuple[int, Path], Tensor]] = {
                 way: {} for way in ways if completed(way) == completing
             }
-            lookahead = lookahead_of(subject, completing, batch)
-            for state, path, clean in _completions(subject, lookahead, batch, max_nodes):
+            lookahead = lookahead_of(target, completing, batch)
+            for state, path, clean in _completions(target, lookahead, batch, max_nodes):
                 for way, found in scored.items():
-                    found[state, path] = _decoded(subject, batch, clean, way)
+                    found[state, path] = _decoded(target, batch, clean, way)
             for way, found in scored.items():
                 parts[way].append(found)
         done += len(batch.rows) // group_size
@@ -131,13 +131,13 @@ def search(
     truth, candidates = torch.cat(exact), []
     for way in ways:
         table = _joined(parts[way])
-        for plan in _plans(subject, table, truth, max_nodes, worst):
+        for plan in _plans(target, table, truth, max_nodes, worst):
             if not plan.evaluations and (way.copy or way.cache):
                 continue
             variant = replace(way, plan=plan)
-            agreement = agreement_of(subject, truth, assemble(table, plan, states_of(subject)))
-            forwards = cost_of(variant, subject, group_size).lookahead.forwards
-            candidates.append(Candidate(variant, forwards, flops_ratio(variant, subject, group_size), agreement))
+            agreement = agreement_of(target, truth, assemble(table, plan, states_of(target)))
+            forwards = cost_of(variant, target, group_size).lookahead.forwards
+            candidates.append(Candidate(variant, forwards, flops_ratio(variant, target, group_size), agreement))
     return sorted(candidates, key=_order)
 
 
@@ -146,16 +146,16 @@ def cheapest(candidates: Sequence[Candidate], thresholds: Thresholds) -> Candida
     return next((candidate for candidate in candidates if thresholds.met_by(candidate.agreement)), None)
 
 
-def longest_path(subject: Subject) -> int:
+def longest_path(target: FidelityTarget) -> int:
     """Most evaluations that a completion can take: one at every step that is left to the first state completed."""
-    return max(0, subject.coefficients.num_steps - 1 - min(states_of(subject)))
+    return max(0, target.coefficients.num_steps - 1 - min(states_of(target)))
 
 
-def states_of(subject: Subject) -> list[int]:
+def states_of(target: FidelityTarget) -> list[int]:
     """For each reward that a variant is measured by, the state whose completion it is that of; T is the image."""
-    if subject.branched:
-        return [step + 1 for step, noisy in enumerate(subject.coefficients.noisy) if noisy]
-    return Sharing(subject.coefficients.noisy).owners
+    if target.branched:
+        return [step + 1 for step, noisy in enumerate(target.coefficients.noisy) if noisy]
+    return CompletionDedup(target.coefficients.noisy).representatives
 
 
 def assemble(table: Scored, plan: Plan, states: Sequence[int]) -> Tensor:
@@ -169,12 +169,12 @@ def assemble(table: Scored, plan: Plan, states: Sequence[int]) -> Tensor:
     return torch.stack([table[state, (*plan.paths, ())[state]] for state in states], dim=-1)
 
 
-def _plans(subject: Subject, table: Scored, truth: Tensor, max_nodes: int, worst: float) -> Iterator[Plan]:
+def _plans(target: FidelityTarget, table: Scored, truth: Tensor, max_nodes: int, worst: float) -> Iterator[Plan]:
     """The node sets, then the best paths; of those that complete the measured states alike only the first."""
-    steps, columns = subject.coefficients.num_steps, states_of(subject)
+    steps, columns = target.coefficients.num_steps, states_of(target)
     own = sorted({*columns} - {steps})
     exact = {state: truth[..., columns.index(state)] for state in columns}
-    best = chain_of(table, exact, steps, gains=not subject.branched)
+    best = chain_of(table, exact, steps, gains=not target.branched)
 
     def single(paths: tuple[Path, ...]) -> Plan:
         chosen = dict(zip(own, paths, strict=False))
@@ -191,13 +191,13 @@ def _plans(subject: Subject, table: Scored, truth: Tensor, max_nodes: int, worst
 
 
 def _completions(
-    subject: Subject, lookahead: Lookahead, batch: Batch[Sampled], max_nodes: int
+    target: FidelityTarget, lookahead: Lookahead, batch: Batch[Sampled], max_nodes: int
 ) -> Iterator[tuple[int, Path, Tensor]]:
     """Clean latents of every state along every path, and of the image as state T where a reward is measured there."""
     drawn = batch.trajectory
-    line = drawn.reach(lookahead).twigs if isinstance(drawn, Tree) else drawn
+    line = drawn.reach(lookahead).twigs if isinstance(drawn, BranchedRollout) else drawn
     yield from completions(lookahead, line, max_nodes=max_nodes)
-    if line.num_steps in states_of(subject):
+    if line.num_steps in states_of(target):
         yield line.num_steps, (), line.latents[-1]
 
 
@@ -211,8 +211,8 @@ def _order(candidate: Candidate) -> tuple[int | float, bool, float]:
     return cost, candidate.variant.decoder == "full", -gains if gains == gains else 0.0
 
 
-def _decoded(subject: Subject, batch: Batch[Sampled], clean: Tensor, way: Variant) -> Tensor:
+def _decoded(target: FidelityTarget, batch: Batch[Sampled], clean: Tensor, way: Variant) -> Tensor:
     """Rewards [P', G] of one clean latent per row."""
-    model = decoding(subject, way)
-    images = torch.cat([model.decode(part, way.decoder) for part in clean.split(subject.chunk)])
-    return score(subject, batch, images[None])[..., 0]
+    model = decoding(target, way)
+    images = torch.cat([model.decode(part, way.decoder) for part in clean.split(target.chunk)])
+    return score(target, batch, images[None])[..., 0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from densegrpo_fast.credit.dense import dense_advantages, reward_gains
 from densegrpo_fast.credit.normalize import normalize_groups
-from densegrpo_fast.sampling.sharing import Sharing
+from densegrpo_fast.sampling.dedup import CompletionDedup
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Agreement:
 
     Rewards are those of states 0..T-2, gains those of steps 0..T-2: the last state is nearly the image itself and would
     flatter any plan. Only states with a completion of their own count, which are those followed by a step with noise
-    (`Sharing.states`): the states after a window share the image itself, whatever the plan. Of branches those count
-    that lead to the states 0..T-2. A unit is one group at one state or step. Units whose exact values are all equal say
-    nothing and are left out; units where only the cheap values are all equal count as correlation 0. NaN = nothing to
-    compare.
+    (`CompletionDedup.states`): the states after a window share the image itself, whatever the plan. Of branches those
+    count that lead to the states 0..T-2. A unit is one group at one state or step. Units whose exact values are
+    all equal say nothing and are left out; units where only the cheap values are all equal count as correlation 0.
+    NaN = nothing to compare.
 
     Attributes:
         spearman_rewards_mean, spearman_gains_mean: mean Spearman correlation over the units that remain, in [-1, 1].
@@ -91,7 +91,7 @@ def compare(exact: Tensor, cheap: Tensor, noisy: Sequence[bool] | None = None) -
     exact, cheap = (values.double().where(present, math.nan) for values in (exact, cheap))
     states = exact.shape[2] - 2
     own = torch.zeros(states, dtype=torch.bool)
-    own[[state for state in range(states) if noisy is None or state in Sharing(tuple(noisy)).states]] = True
+    own[[state for state in range(states) if noisy is None or state in CompletionDedup(tuple(noisy)).states]] = True
 
     def counted(values: Tensor) -> Tensor:
         return values[..., :states].where(own, math.nan)

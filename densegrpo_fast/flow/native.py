@@ -61,7 +61,7 @@ def sde_step(
     step_index: Tensor,
     seed: Tensor,
     sample_index: Tensor,
-    epoch: Tensor,
+    iteration: Tensor,
     stream: int,
     input_dtype: torch.dtype | None = None,
     with_mean: bool = False,
@@ -73,7 +73,7 @@ def sde_step(
         uncond: [B, ...] float32, and guidance_scale: [B] float32; None without guidance.
         table: [T, 6] float32.
         step_index, sample_index: [B] int64.
-        seed, epoch: int64, one element.
+        seed, iteration: int64, one element.
         stream: 16-bit stream number.
         input_dtype: float16 or bfloat16; None for no model input.
         with_mean: whether to write the mean.
@@ -91,7 +91,7 @@ def sde_step(
     model_input = torch.empty_like(next_latents if input_dtype else log_prob[:0], dtype=input_dtype)
     mean = torch.empty_like(next_latents if with_mean else log_prob[:0])
     rows = table.index_select(0, step_index)
-    inputs = (latents, velocity, uncond, guidance_scale, rows, step_index, sample_index, seed, epoch)
+    inputs = (latents, velocity, uncond, guidance_scale, rows, step_index, sample_index, seed, iteration)
     outputs = (next_latents, log_prob, model_input if input_dtype else None, mean if with_mean else None)
     _run("sde_step", inputs, outputs, latents, stream, _HALF[input_dtype])
     return next_latents, log_prob, model_input, mean

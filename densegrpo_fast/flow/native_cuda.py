@@ -78,7 +78,7 @@ def sde_step(
     step_index: Tensor,
     seed: Tensor,
     sample_index: Tensor,
-    epoch: Tensor,
+    iteration: Tensor,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
     """`ops.sde_step` on a CUDA device.
@@ -87,7 +87,7 @@ def sde_step(
         latents, velocity: [B, ...] in dtypes that `why_not` accepts.
         table: [T, 6] float32.
         step_index, sample_index: [B] int64.
-        seed, epoch: int64, one element.
+        seed, iteration: int64, one element.
         stream: 16-bit stream number.
 
     Returns:
@@ -98,7 +98,7 @@ def sde_step(
     """
     next_latents = torch.empty_like(latents, memory_format=torch.contiguous_format)
     log_prob = latents.new_empty(len(latents), dtype=torch.float32)
-    inputs = (latents, velocity, table, step_index, seed, sample_index, epoch)
+    inputs = (latents, velocity, table, step_index, seed, sample_index, iteration)
     outputs = (next_latents, _partial(latents), log_prob)
     _run("sde_step", inputs, outputs, latents, velocity, len(table), stream)
     return next_latents, log_prob

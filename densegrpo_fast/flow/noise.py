@@ -7,7 +7,7 @@ The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
     word 0  element // 4            index in row-major order within one sample
     word 1  step | stream << 16     denoising step and purpose
     word 2  sample index            p*G + g, global over all ranks
-    word 3  epoch                   iteration of the training loop
+    word 3  iteration                   iteration of the training loop
 
 Four output words r make four normals by Box-Muller. Words (0, 1) give elements 4k (cosine) and 4k+1 (sine),
 words (2, 3) give 4k+2 and 4k+3:
@@ -77,7 +77,7 @@ def gaussian(
     sample_index: Tensor,
     step: int | Tensor,
     stream: int = Stream.INITIAL,
-    epoch: int | Tensor = 0,
+    iteration: int | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Standard normal noise for the samples named by their global indices.
@@ -90,7 +90,7 @@ def gaussian(
         sample_index: global index of every row, [B] int64, in [0, 2^32).
         step: denoising step in [0, 2^16), or one per row, [B] int64.
         stream: purpose of the draw, a `Stream` or `branch_stream(k)`.
-        epoch: iteration in [0, 2^32), or an int64 tensor of one element.
+        iteration: iteration in [0, 2^32), or an int64 tensor of one element.
         device: where to draw; default: that of `sample_index`.
 
     Returns:
@@ -109,7 +109,7 @@ def gaussian(
     sample_index = sample_index.to(device)
     batch, elements = sample_index.numel(), math.prod(shape_per_sample)
     step = integer_tensor("step", step, 16, (1, batch), device)
-    epoch = integer_tensor("epoch", epoch, 32, (1,), device)
+    iteration = integer_tensor("iteration", iteration, 32, (1,), device)
     seed = integer_tensor("seed", seed, 63, (1,), device)
 
     quads = torch.arange((elements + 3) // 4, device=device)
@@ -117,7 +117,7 @@ def gaussian(
         quads[None, :],
         (step | (int(stream) << 16))[:, None],
         (sample_index & _WORD)[:, None],
-        (epoch & _WORD)[:, None],
+        (iteration & _WORD)[:, None],
     )
     words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
     normals = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], dim=-1)

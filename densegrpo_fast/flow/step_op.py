@@ -43,7 +43,7 @@ def sde_step(
     *,
     seed: int | Tensor,
     sample_index: Tensor,
-    epoch: int | Tensor,
+    iteration: int | Tensor,
     stream: int = Stream.STEP,
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor = 1.0,
@@ -61,7 +61,7 @@ def sde_step(
         step_index: step of every row, in [0, T): one int, or [B] int64. It also names the noise to draw.
         seed: run seed in [0, 2^63), or int64 of one element.
         sample_index: global index of every row, [B] int64 in [0, 2^32).
-        epoch: iteration in [0, 2^32), or int64 of one element.
+        iteration: iteration in [0, 2^32), or int64 of one element.
         stream: purpose of the noise, a `Stream` or `branch_stream(k)`.
         uncond: model output without the prompt, same shape; the step is then taken with classifier-free guidance
             (arXiv 2207.12598), uncond + guidance_scale * (velocity - uncond), which is never written.
@@ -79,7 +79,7 @@ def sde_step(
             step outside the table, seen on the CPU alone (elsewhere its rows become NaN).
         RuntimeError: the named implementation cannot serve the call.
     """
-    counters = (seed, sample_index, epoch, stream)
+    counters = (seed, sample_index, iteration, stream)
     guidance = (uncond, guidance_scale)
     return _step("sde_step", latents, velocity, table, step_index, counters, guidance, None, False, implementation)[:2]
 
@@ -92,7 +92,7 @@ def sde_step_outputs(
     *,
     seed: int | Tensor,
     sample_index: Tensor,
-    epoch: int | Tensor,
+    iteration: int | Tensor,
     stream: int = Stream.STEP,
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor = 1.0,
@@ -116,7 +116,7 @@ def sde_step_outputs(
     op = "sde_step_outputs"
     if input_dtype is not None and input_dtype not in INPUT_DTYPES:
         raise ValueError(f"{op}: input_dtype must be torch.float16, torch.bfloat16 or None, got {input_dtype}")
-    counters = (seed, sample_index, epoch, stream)
+    counters = (seed, sample_index, iteration, stream)
     guidance = (uncond, guidance_scale)
     options = (input_dtype, bool(with_mean), implementation)
     found = _step(op, latents, velocity, table, step_index, counters, guidance, *options)
@@ -127,7 +127,7 @@ def sde_step_outputs(
 
 
 def _step(op, latents, velocity, table, step_index, counters, guidance, input_dtype, with_mean, implementation):
-    seed, sample_index, epoch, stream = counters
+    seed, sample_index, iteration, stream = counters
     uncond, scale = guidance
     checks.check_latents(op, latents, velocity=velocity, **({} if uncond is None else {"uncond": uncond}))
     checks.check_table(op, table, latents)
@@ -137,9 +137,9 @@ def _step(op, latents, velocity, table, step_index, counters, guidance, input_dt
     step_index = checks.step_rows(op, step_index, latents)
     sample_index = noise.integer_tensor(f"{op}: sample_index", sample_index, 32, (batch,), device)
     seed = noise.integer_tensor(f"{op}: seed", seed, 63, (1,), device)
-    epoch = noise.integer_tensor(f"{op}: epoch", epoch, 32, (1,), device)
+    iteration = noise.integer_tensor(f"{op}: iteration", iteration, 32, (1,), device)
     backends.check_name(implementation)
-    words = (step_index, seed, sample_index, epoch, int(stream))
+    words = (step_index, seed, sample_index, iteration, int(stream))
     return _sde_step(latents, velocity, uncond, scale, table, *words, input_dtype, with_mean, implementation)
 
 
@@ -147,7 +147,7 @@ def _step(op, latents, velocity, table, step_index, counters, guidance, input_dt
     "densegrpo_fast::sde_step",
     mutates_args=(),
     schema="(Tensor latents, Tensor velocity, Tensor? uncond, Tensor? guidance_scale, Tensor table, "
-    "Tensor step_index, Tensor seed, Tensor sample_index, Tensor epoch, int stream, ScalarType? input_dtype, "
+    "Tensor step_index, Tensor seed, Tensor sample_index, Tensor iteration, int stream, ScalarType? input_dtype, "
     "bool with_mean, str implementation) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _sde_step(
@@ -159,7 +159,7 @@ def _sde_step(
     step_index,
     seed,
     sample_index,
-    epoch,
+    iteration,
     stream,
     input_dtype,
     with_mean,
@@ -170,7 +170,7 @@ def _sde_step(
     checks.check_finite(op, table)
     if chosen != "triton":  # which in its interpreter does as it does on a device
         checks.check_steps(op, step_index, table)
-    words = (step_index, seed, sample_index, epoch, stream)
+    words = (step_index, seed, sample_index, iteration, stream)
     if chosen in ("triton", "cpu"):
         launch = backends.compiled(chosen, "sde_step")
         return launch(latents, velocity, uncond, scale, table, *words, input_dtype, with_mean)
@@ -182,18 +182,22 @@ def _sde_step(
     return next_latents, log_prob, model_input, mean.contiguous()
 
 
-def _plain_step(op, implementation, chosen, latents, velocity, table, step_index, seed, sample_index, epoch, stream):
+def _plain_step(
+    op, implementation, chosen, latents, velocity, table, step_index, seed, sample_index, iteration, stream
+):
     """Next states and log_prob of the plain step; what was not named may fit it better than it fits the whole call."""
     if implementation == "auto" and op != "sde_step":
         chosen = backends.choose("sde_step", implementation, latents, velocity)
     if chosen == "cuda":
         launch = backends.compiled(chosen, "sde_step")
-        return launch(latents, velocity, table, step_index, seed, sample_index, epoch, stream)
+        return launch(latents, velocity, table, step_index, seed, sample_index, iteration, stream)
     if chosen != "reference":
-        words = (step_index, seed, sample_index, epoch, stream)
+        words = (step_index, seed, sample_index, iteration, stream)
         return backends.compiled(chosen, "sde_step")(latents, velocity, None, None, table, *words)[:2]
     shape = latents.shape[1:]
-    draw = noise.gaussian(shape, seed=seed, sample_index=sample_index, step=step_index, stream=stream, epoch=epoch)
+    draw = noise.gaussian(
+        shape, seed=seed, sample_index=sample_index, step=step_index, stream=stream, iteration=iteration
+    )
     next_latents, log_prob = reference.sde_step_ref(latents, velocity, table, step_index, draw)
     return next_latents.contiguous(), log_prob
 
@@ -208,7 +212,7 @@ def _(
     step_index,
     seed,
     sample_index,
-    epoch,
+    iteration,
     stream,
     input_dtype,
     with_mean,

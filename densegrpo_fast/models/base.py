@@ -87,7 +87,7 @@ class Recorder(Protocol):
     def clear(self) -> None:
         """Forget the last rollout's."""
 
-    def record(self, node: int, rows: slice) -> AbstractContextManager[None]:
+    def record(self, step_index: int, rows: slice) -> AbstractContextManager[None]:
         """Within the context, one velocity leaves its features for these rows of a grid index."""
 
 
@@ -97,7 +97,7 @@ class Cache(Recorder, Protocol):
     alike: int
     """Rows, in consecutive blocks, that take over the very same features: those of a prompt, or 1."""
 
-    def reuse(self, node: int, rows: Tensor) -> AbstractContextManager[None]:
+    def reuse(self, step_index: int, rows: Tensor) -> AbstractContextManager[None]:
         """Within the context, one velocity takes over what the rows [B] of a grid index hold."""
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.features import Features, Taken, take
+from densegrpo_fast.models.features import CachedView, Features, gather_rows
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def recording(network: Any, spec: CacheSpec, current: Callable[[], tuple[Feature
 
 
 @contextmanager
-def reusing(network: Any, spec: CacheSpec, current: Callable[[], Taken]) -> Iterator[None]:
+def reusing(network: Any, spec: CacheSpec, current: Callable[[], CachedView]) -> Iterator[None]:
     """Within the context, blocks of `network` run on the features that `current()` names, as `spec` says."""
     blocks = network.transformer_blocks
     computed = spec.computed(len(blocks))
@@ -82,8 +82,8 @@ def reusing(network: Any, spec: CacheSpec, current: Callable[[], Taken]) -> Iter
     ) -> tuple[Tensor, Tensor]:
         taken = current()
         if taken.features.text_residual is not None:
-            encoder_hidden_states = encoder_hidden_states + take(taken.features.text_residual, taken.rows)
-        return encoder_hidden_states, hidden_states + take(taken.features.image_residual, taken.rows)
+            encoder_hidden_states = encoder_hidden_states + gather_rows(taken.features.text_residual, taken.rows)
+        return encoder_hidden_states, hidden_states + gather_rows(taken.features.image_residual, taken.rows)
 
     with ExitStack() as replacements:
         for slot, number in enumerate(spec.text_blocks(len(blocks))):

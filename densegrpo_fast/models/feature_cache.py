@@ -26,7 +26,7 @@ import torch
 
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.cached_blocks import recording, reusing, streams
-from densegrpo_fast.models.features import Features, Layout, Rows, Taken
+from densegrpo_fast.models.features import CachedView, Features, Layout, Rows
 
 
 class FeatureCache:
@@ -85,8 +85,8 @@ class FeatureCache:
         self._busy = False
 
     @contextmanager
-    def record(self, node: int, rows: slice) -> Iterator[None]:
-        """Within the context, a velocity of either network leaves its features in the rows `rows` of `node`.
+    def record(self, step_index: int, rows: slice) -> Iterator[None]:
+        """Within the context, a velocity of either network leaves its features in the rows `rows` of `step_index`.
 
         At a node that the lookahead does not visit, nothing happens.
 
@@ -94,7 +94,7 @@ class FeatureCache:
             ValueError: (by the forward) the batch is not that of `rows`, or the number of tokens has changed.
             RuntimeError: the network is compiled, or another context of this cache is open.
         """
-        if node not in self.nodes or not self.spec.records:
+        if step_index not in self.nodes or not self.spec.records:
             yield
             return
         count, half = len(range(self.rows)[rows]), -1
@@ -106,7 +106,7 @@ class FeatureCache:
             _check_batch(len(image), count)
             if half < self.halves:
                 tokens = image.shape[-2] * image.shape[-1] // self.reader.config.patch_size**2
-                self._now = self._buffers(node, half, tokens, text.shape[1])
+                self._now = self._buffers(step_index, half, tokens, text.shape[1])
 
         def after(*_: Any) -> None:
             if self._now is not None:
@@ -124,8 +124,8 @@ class FeatureCache:
             yield
 
     @contextmanager
-    def reuse(self, node: int, rows: Rows) -> Iterator[None]:
-        """Within the context, a velocity of `reader` takes over what the rows `rows` of `node` hold.
+    def reuse(self, step_index: int, rows: Rows) -> Iterator[None]:
+        """Within the context, a velocity of `reader` takes over what the rows `rows` of `step_index` hold.
 
         Row i of its forwards takes over row `rows[i]`; the same row may be named any number of times.
 
@@ -144,13 +144,13 @@ class FeatureCache:
                 raise RuntimeError("feature cache: reused features are approximate, so only under torch.no_grad()")
             _check_batch(len(streams(args, inputs)[0]), count)
             if self.spec.records:
-                self._now = self._recorded(node, half, rows)
+                self._now = self._recorded(step_index, half, rows)
                 groups = self._now.groups_of(rows)
 
-        def current() -> Taken:
+        def current() -> CachedView:
             if self._now is None:
                 raise RuntimeError("feature cache: a block was called outside of its transformer")
-            return Taken(self._now, rows, groups)
+            return CachedView(self._now, rows, groups)
 
         with self._opened(self.reader), ExitStack() as hooks:
             hooks.enter_context(self.reader.register_forward_pre_hook(before, with_kwargs=True))
@@ -190,26 +190,26 @@ class FeatureCache:
         finally:
             self._busy, self._now = False, None
 
-    def _buffers(self, node: int, half: int, image_tokens: int, text_tokens: int) -> Features:
+    def _buffers(self, step_index: int, half: int, image_tokens: int, text_tokens: int) -> Features:
         layout = Layout(self.rows, self._texts, image_tokens, text_tokens)
-        features = self._kept.get((node, half))
+        features = self._kept.get((step_index, half))
         if features is None:
-            self._kept[node, half] = features = Features(self.reader, self.spec, layout)
+            self._kept[step_index, half] = features = Features(self.reader, self.spec, layout)
         if features.layout != layout:
             made = features.layout.image_tokens, features.layout.text_tokens
             raise ValueError(f"feature cache: made for {made} image and text tokens, got {(image_tokens, text_tokens)}")
         return features
 
-    def _recorded(self, node: int, half: int, rows: Rows) -> Features:
+    def _recorded(self, step_index: int, half: int, rows: Rows) -> Features:
         if half >= self.halves:
             raise RuntimeError(
                 f"feature cache: forward {half + 1} of a velocity, but features of {self.halves} are kept; "
                 "build it with halves=2 for a guided lookahead"
             )
-        features = self._kept.get((node, half))
+        features = self._kept.get((step_index, half))
         if features is None or not features.has(rows):
             raise RuntimeError(
-                f"feature cache: not every row asked for is recorded at node {node}; record the rollout first "
+                f"feature cache: not every row asked for is recorded at node {step_index}; record the rollout first "
                 f"(nodes of this cache: {', '.join(map(str, self.nodes))})"
             )
         return features

@@ -98,7 +98,7 @@ class Features:
         """Keys and values [n, H, L, D/H] of the `slot`-th block with kept text, for `groups_of` some rows."""
         if self.text is None:
             raise RuntimeError("feature cache: no text is kept")
-        return take(self.text[slot, 0], groups), take(self.text[slot, 1], groups)
+        return gather_rows(self.text[slot, 0], groups), gather_rows(self.text[slot, 1], groups)
 
     def groups_of(self, rows: Rows) -> Rows:
         """Whose text these rows take over."""
@@ -119,7 +119,7 @@ class Features:
         return range(self.layout.rows)[rows]
 
 
-class Taken(NamedTuple):
+class CachedView(NamedTuple):
     """What a forward takes over.
 
     Attributes:
@@ -133,7 +133,7 @@ class Taken(NamedTuple):
     groups: Rows
 
 
-def take(buffer: Tensor | None, rows: Rows) -> Tensor:
+def gather_rows(buffer: Tensor | None, rows: Rows) -> Tensor:
     """The rows of a buffer [rows, ...]; a view for a slice, a copy for indices."""
     if buffer is None:
         raise RuntimeError("feature cache: not among what its spec keeps")

@@ -17,8 +17,8 @@ from densegrpo_fast.pretrained import (
     files_problem,
     load_network,
     load_tokenizer,
-    quiet,
     read_settings,
+    silence_loading,
     why_not_fetched,
 )
 
@@ -160,7 +160,7 @@ def _absent_t5(directory: Path) -> dict[str, None]:
 
 
 def _download(path: str, revision: str | None) -> Path:
-    with quiet():
+    with silence_loading():
         from diffusers import StableDiffusion3Pipeline
 
     try:
@@ -203,7 +203,7 @@ def _load_pipeline(directory: Path, dtype: dict[str, torch.dtype], given: dict[s
         dtype: by part, else under "default".
         given: parts that are not loaded; None leaves one out.
     """
-    with quiet():
+    with silence_loading():
         from diffusers import StableDiffusion3Pipeline
 
     parts = dict(given)
@@ -243,7 +243,7 @@ def _load_preview(pipeline: Path, given: str | None, channels: int, device: torc
         if given is None:
             return None
         raise UserError(f"model.preview_decoder: {directory} is no directory", ExitCode.ENVIRONMENT)
-    with quiet():
+    with silence_loading():
         from diffusers import AutoencoderTiny
 
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.attention import Attention, use_attention
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
-from densegrpo_fast.pretrained import quiet
+from densegrpo_fast.pretrained import silence_loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
@@ -151,7 +151,7 @@ class SD3(FlowModel):
 
     def _encode_by(self, pipeline: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
         # a prompt longer than CLIP's 77 tokens is cut there, and T5 reads on: nothing to warn of each time
-        with quiet():
+        with silence_loading():
             embeds, _, pooled, _ = pipeline.encode_prompt(
                 prompt=prompts,
                 prompt_2=None,

@@ -64,9 +64,11 @@ def guard_table(coefficients: StepCoefficients, steps: Sequence[int], weight: Gu
         )
     if not steps:
         raise ValueError("guard_table: needs at least one trained step")
-    quiet = [step for step in steps if not coefficients.noisy[step]]
-    if quiet:
-        raise ValueError(f"guard_table: trained steps {quiet} inject no noise, so they have no ratio to normalise")
+    deterministic = [step for step in steps if not coefficients.noisy[step]]
+    if deterministic:
+        raise ValueError(
+            f"guard_table: trained steps {deterministic} inject no noise, so they have no ratio to normalise"
+        )
     table = coefficients.table
     if weight == "none":
         weights = torch.ones(len(table), device=table.device)

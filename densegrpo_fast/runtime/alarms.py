@@ -48,7 +48,7 @@ class Alarm:
 def alarms_for(config: Config) -> tuple[Alarm, ...]:
     """The alarms of a run; thresholds that depend on its settings are taken from them."""
     clip_range, allowed = config.objective.clip_range, config.reward.max_missing
-    agreement = config.lookahead.guard_alarm
+    agreement = config.lookahead.monitor_alarm
     alarms = (
         Alarm(
             "zero_spread",
@@ -96,7 +96,7 @@ def alarms_for(config: Config) -> tuple[Alarm, ...]:
         ),
         Alarm(
             "lookahead_drift",
-            lambda record: _below(_number(record, "guard/spearman_gains"), agreement),
+            lambda record: _below(_number(record, "monitor/spearman_gains"), agreement),
             1,
             f"a prompt's gains agree with exact ones at a rank correlation below {agreement:g}",
             f"{_closer(config)}; python -m densegrpo_fast.fidelity --adapter ADAPTER tells how good each is",

@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from densegrpo_fast.aliases import current_settings
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.fingerprint import canonical_json, differences, fingerprint
 from densegrpo_fast.runtime.files import output_errors, sync_directory, write_durably
@@ -186,8 +187,9 @@ class CheckpointManager:
                 f"{path}: checkpoint format {version}, this program reads {FORMAT_VERSION}",
                 ExitCode.CHECKPOINT,
             )
-        if manifest["fingerprint"] != fingerprint(self.settings):
-            differing = "\n  ".join(differences(manifest["settings"], self.settings))
+        stored = current_settings(manifest["settings"])
+        if fingerprint(stored) != fingerprint(self.settings):
+            differing = "\n  ".join(differences(stored, self.settings))
             raise UserError(f"{path} belongs to a run with other settings:\n  {differing}", ExitCode.CHECKPOINT)
 
     def _remove_stages(self) -> None:

@@ -25,8 +25,8 @@ from densegrpo_fast.models.flops import (
 )
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import Evaluations, IterationCost
-from densegrpo_fast.sampling.guard_cost import GuardCost
 from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.monitor_cost import MonitorCost
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class CostLog:
     def reset(self) -> None:
         """Start again from nothing."""
         self._phases: dict[str, Evaluations] = {}
-        self._parts: list[tuple[str, IterationCost | GuardCost, int]] = []
+        self._parts: list[tuple[str, IterationCost | MonitorCost, int]] = []
         self._sparse: tuple[IterationCost, int] | None = None
 
     def iteration(self, cost: IterationCost, sparse: IterationCost, samples: int) -> None:
@@ -83,9 +83,9 @@ class CostLog:
         """Add the exact completions by which so many samples found noise levels."""
         self._add("calibration", cost, {"calibration": cost.rollout + cost.lookahead}, samples)
 
-    def guard(self, cost: GuardCost, samples: int) -> None:
+    def monitor(self, cost: MonitorCost, samples: int) -> None:
         """Add an exact re-scoring of so many samples."""
-        self._add("guard", cost, {"guard": cost.evaluations}, samples)
+        self._add("monitor", cost, {"monitor": cost.evaluations}, samples)
 
     def metrics(self) -> dict[str, float]:
         """All of it as METRICS.md has it: `nfe/*`, `nfe_guided/*`, `nfe_unguided/*`, `decodes/*`, `pictures_scored`,
@@ -103,7 +103,9 @@ class CostLog:
         found["pictures_scored"] = _whole(sum(cost.rewards * samples for cost, samples in costs))
         return found | self._operations()
 
-    def _add(self, part: str, cost: IterationCost | GuardCost, phases: Mapping[str, Evaluations], samples: int) -> None:
+    def _add(
+        self, part: str, cost: IterationCost | MonitorCost, phases: Mapping[str, Evaluations], samples: int
+    ) -> None:
         self._parts.append((part, cost, samples))
         for phase, each in phases.items():
             own = Evaluations(each.guided * samples, each.unguided * samples)

@@ -13,7 +13,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.runtime import builders
-from densegrpo_fast.sampling.tree import Sampled
+from densegrpo_fast.sampling.branches import Sampled
 
 _HELD_OUT = 8
 """One batch in so many is kept from training."""
@@ -71,5 +71,5 @@ def drawn(config: Config, model: FlowModel, samples: int, draw: Draw[Made]) -> I
         kept = number % _HELD_OUT == 0
         turn = number // _HELD_OUT if kept else number - number // _HELD_OUT - 1
         coefficients = builders.build_coefficients(config, model, steps[turn % len(steps)])
-        # iterations of training count up from 0, these down from the largest epoch
+        # iterations of training count up from 0, these down from the largest iteration
         yield Drawn(draw(config, model, rows, coefficients, 2**31 - 1 - number), rows, metadata, kept)

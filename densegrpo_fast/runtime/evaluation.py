@@ -11,7 +11,7 @@ from torch import Tensor
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime.row_budget import RowBudget
+from densegrpo_fast.runtime.oom_backoff import OomBackoff
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
 
@@ -64,7 +64,7 @@ class HeldOut:
     ):
         self.prompts, self.metadata, self.samples = prompts, metadata, samples_per_prompt
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
-        self.seed, self.rows = seed, RowBudget(chunk, "sampler.micro_batch, of evaluations")
+        self.seed, self.rows = seed, OomBackoff(chunk, "sampler.micro_batch, of evaluations")
 
     @torch.no_grad()
     def evaluate(self, model: FlowModel, reward: RewardMixture) -> Evaluation:
@@ -74,7 +74,7 @@ class HeldOut:
             UserError: (reward) a reward failed.
         """
         rows = [prompt for prompt in self.prompts for _ in range(self.samples)]
-        noise = initial_noise(model, torch.arange(len(rows)), seed=self.seed, epoch=0, stream=Stream.EVALUATION)
+        noise = initial_noise(model, torch.arange(len(rows)), seed=self.seed, iteration=0, stream=Stream.EVALUATION)
         conditioning, sigmas = model.encode(rows), model.sigmas(self.num_steps)
 
         def draw(part: slice) -> Tensor:

@@ -14,7 +14,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.dense import reward_gains
-from densegrpo_fast.credit.evidence import Evidence
+from densegrpo_fast.credit.inputs import CreditInputs
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.exit_codes import ExitCode, UserError
@@ -23,19 +23,19 @@ from densegrpo_fast.models.base import Cache, Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture, Scores
 from densegrpo_fast.runtime.chunks import lookahead_chunks
 from densegrpo_fast.runtime.metrics import PhaseTimer
-from densegrpo_fast.runtime.row_budget import RowBudget
+from densegrpo_fast.runtime.oom_backoff import OomBackoff
 from densegrpo_fast.runtime.scoring import Scoring, chosen, joined
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.branches import BranchedRollout, Sampled, branch_rollout
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
+from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.sharing import Sharing
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.tree import Sampled, Tree, grow
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RewardBatch:
     """What the rewards make of a batch of trajectories.
 
     Attributes:
@@ -79,12 +79,12 @@ def sample(
     first = index - index % options.group_size if options.shared_noise else index
     trajectory = rollout(
         model,
-        initial_noise(model, first, seed=config.seed, epoch=iteration),
+        initial_noise(model, first, seed=config.seed, iteration=iteration),
         model.encode(rows),
         coefficients,
         sample_index=index,
         seed=config.seed,
-        epoch=iteration,
+        iteration=iteration,
         guidance_scale=options.guidance_scale,
         micro_batch=options.micro_batch,
         keep_guidance=completed and config.lookahead.guidance == "reuse",
@@ -94,9 +94,9 @@ def sample(
     return replace(trajectory, shared=options.group_size) if options.shared_noise else trajectory
 
 
-def sample_tree(
+def sample_branches(
     config: Config, model: FlowModel, rows: list[str], coefficients: StepCoefficients, iteration: int
-) -> Tree:
+) -> BranchedRollout:
     """Let trunks branch, for the B = P*G rows of an iteration, at the steps in which `coefficients` inject noise.
 
     Row p*G + n*C + c is branch c of trunk n of prompt p, with C = `sampler.branches`. All noise is a function of (seed,
@@ -105,15 +105,15 @@ def sample_tree(
     options, branches = config.sampler, config.sampler.branches
     assert branches is not None
     first = torch.arange(0, len(rows), branches, device=model.device)
-    return grow(
+    return branch_rollout(
         model,
-        initial_noise(model, first, seed=config.seed, epoch=iteration),
+        initial_noise(model, first, seed=config.seed, iteration=iteration),
         model.encode(rows),
         coefficients,
         branches=branches,
         sample_index=first,
         seed=config.seed,
-        epoch=iteration,
+        iteration=iteration,
         guidance_scale=options.guidance_scale,
         micro_batch=options.micro_batch,
     )
@@ -128,14 +128,14 @@ def draw(
     *,
     cache: Cache | None = None,
 ) -> Sampled:
-    """What an iteration trains on: `sample_tree` with `sampler.branches`, else `sample`."""
+    """What an iteration trains on: `sample_branches` with `sampler.branches`, else `sample`."""
     if config.sampler.branches is not None:
-        return sample_tree(config, model, rows, coefficients, iteration)
+        return sample_branches(config, model, rows, coefficients, iteration)
     return sample(config, model, rows, coefficients, iteration, cache=cache)
 
 
 def draw_fitting(
-    budget: RowBudget,
+    budget: OomBackoff,
     config: Config,
     model: FlowModel,
     rows: list[str],
@@ -160,7 +160,7 @@ def complete_in(lookahead: Lookahead, trajectory: Trajectory, chunk: int) -> Ten
     return lookahead.complete(trajectory)
 
 
-class Judge:
+class RewardComputer:
     """Turns trajectories into rewards, and rewards into advantages by the configured credit method.
 
     For a method with a lookahead every state's completion is scored (DenseGRPO, arXiv 2601.20218, Eq 7-9), for one
@@ -172,20 +172,22 @@ class Judge:
         self.config, self.model, self.reward, self.lookahead = config, model, reward, lookahead
         self.cache = None if lookahead is None else lookahead.cache
         self.chunk = lookahead_chunks(config, model, "full").decode if lookahead is None else lookahead.decode_chunk
-        self.decodes = RowBudget(self.chunk, "lookahead.chunk, of decodes", "set model.vae_decode to tiled")
-        self.forwards = RowBudget(0 if lookahead is None else lookahead.chunk, "lookahead.chunk")
-        self.ends: RowBudget | None = None
+        self.decodes = OomBackoff(self.chunk, "lookahead.chunk, of decodes", "set model.vae_decode to tiled")
+        self.forwards = OomBackoff(0 if lookahead is None else lookahead.chunk, "lookahead.chunk")
+        self.ends: OomBackoff | None = None
         if config.uses_lookahead and config.lookahead.decoder != "full":
             full = lookahead_chunks(config, model, "full").decode
-            self.ends = RowBudget(full, "lookahead.chunk, of full decodes", "set model.vae_decode to tiled")
+            self.ends = OomBackoff(full, "lookahead.chunk, of full decodes", "set model.vae_decode to tiled")
 
-    def judge(self, trajectory: Sampled, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer) -> Outcome:
+    def judge(
+        self, trajectory: Sampled, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer
+    ) -> RewardBatch:
         """Complete, decode and score the trajectories of the B rows, timing the phases "lookahead" and "reward".
 
         Raises:
             UserError: (reward) a reward failed, or more scores are missing than `reward.max_missing` allows.
         """
-        if isinstance(trajectory, Tree):
+        if isinstance(trajectory, BranchedRollout):
             return self._judge_tree(trajectory, rows, metadata, timer)
         noisy, clean, batch = trajectory.coefficients.noisy, trajectory.latents[-1], len(rows)
         sharing = None if self.lookahead is None else self.lookahead.sharing(trajectory)
@@ -197,7 +199,7 @@ class Judge:
             whose = list(range(batch)) if sharing is None else sharing.samples(batch)
             scores = self._score(self._images(clean), whose, rows, metadata)
             if sharing is not None:
-                scores = chosen(scores, sharing.everyone(torch.arange(len(clean)), batch).flatten())
+                scores = chosen(scores, sharing.broadcast(torch.arange(len(clean)), batch).flatten())
             different = scores.values
             if self.ends is not None and sharing is not None:
                 scores = joined([scores, self._final_scores(self.ends, trajectory, sharing, rows, metadata)])
@@ -205,7 +207,7 @@ class Judge:
         # [P, G, K+1] with a lookahead and K noisy steps, [P, G, 1] without
         different = different.view(-1, batch // self.config.sampler.group_size, self.config.sampler.group_size)
         different = different.permute(1, 2, 0)
-        evidence = Evidence(
+        evidence = CreditInputs(
             rewards=scores.values[-batch:].view(different.shape[:2]),
             noisy=noisy,
             latents=trajectory.latents,
@@ -216,10 +218,12 @@ class Judge:
         credit = self.config.credit
         advantages = registry.advantages(credit.method, evidence, credit_values(credit))
         if self.lookahead is None or sharing is None:
-            return Outcome(evidence.rewards, None, advantages, scores)
-        return Outcome(evidence.rewards, different[..., sharing.positions], advantages, scores)
+            return RewardBatch(evidence.rewards, None, advantages, scores)
+        return RewardBatch(evidence.rewards, different[..., sharing.positions], advantages, scores)
 
-    def _judge_tree(self, tree: Tree, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer) -> Outcome:
+    def _judge_tree(
+        self, tree: BranchedRollout, rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer
+    ) -> RewardBatch:
         """Score the images of all branches, in every way in which the credit method wants them completed."""
         assert self.lookahead is not None
         ways = self._ways(self.lookahead)
@@ -240,7 +244,7 @@ class Judge:
         size, branches = self.config.sampler.group_size, tree.branches
         found = scores.values.view(*clean.shape[:2], -1, size).permute(2, 3, 1, 0)  # [P, G, K, L]
         rewards = found.unflatten(1, (size // branches, branches))
-        evidence = Evidence(
+        evidence = CreditInputs(
             rewards=found[..., -1].nanmean(-1),
             noisy=tree.coefficients.noisy,
             latents=tree.twigs.latents,
@@ -250,7 +254,7 @@ class Judge:
         )
         credit = self.config.credit
         advantages = registry.advantages(credit.method, evidence, credit_values(credit))
-        return Outcome(found[..., -1].flatten(1), None, advantages, scores, rewards[..., -1])
+        return RewardBatch(found[..., -1].flatten(1), None, advantages, scores, rewards[..., -1])
 
     def cost(self, drawn: Sampled, trained_steps: int) -> IterationCost:
         """What an iteration on these samples asks of the model for each of them, if it trains so many steps."""
@@ -259,7 +263,7 @@ class Judge:
             return self.sparse_cost(drawn, trained_steps)
         options |= {"guidance": self.lookahead.guidance, "decoder": self.config.lookahead.decoder, "noisy": noisy}
         options["head"] = self.lookahead.head
-        if isinstance(drawn, Tree):
+        if isinstance(drawn, BranchedRollout):
             plan, *others = [way.plan_for(len(noisy)) for way in self._ways(self.lookahead)]
             return branched_iteration(plan, others=others, branches=drawn.branches, **options)
         options |= {"shared": self.lookahead.sharing(drawn).group}
@@ -293,7 +297,12 @@ class Judge:
         return self.decodes.each(slice(0, len(clean)), lambda rows: self.model.decode(clean[rows], decoder))
 
     def _final_scores(
-        self, ends: RowBudget, trajectory: Trajectory, sharing: Sharing, rows: list[str], metadata: list[dict[str, Any]]
+        self,
+        ends: OomBackoff,
+        trajectory: Trajectory,
+        sharing: CompletionDedup,
+        rows: list[str],
+        metadata: list[dict[str, Any]],
     ) -> Scores:
         """Scores of the B trajectories' ends by the full decoder."""
         last, batch = trajectory.num_steps, len(rows)

@@ -8,9 +8,9 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.models.completion_head import HeadCost
 from densegrpo_fast.runtime.costs import CostLog
 from densegrpo_fast.runtime.head_examples import showing
+from densegrpo_fast.sampling.branches import BranchedRollout, Sampled
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.tree import Sampled, Tree
 
 _TFLOP = 1e12
 
@@ -54,7 +54,7 @@ class HeadCounter:
         """Rollout and exact completions, per sample."""
         noisy = drawn.coefficients.noisy
         plan, guided = self.exact.plan_for(len(noisy)), self.exact.model.forwards(drawn.guidance_scale) > 1
-        if isinstance(drawn, Tree):
+        if isinstance(drawn, BranchedRollout):
             return branched_iteration(
                 plan, branches=drawn.branches, trained_steps=0, guided=guided, kl=False, noisy=noisy
             )

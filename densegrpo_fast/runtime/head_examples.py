@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.models.completion_head import CompletionHead
+from densegrpo_fast.sampling.branches import BranchedRollout, Sampled
 from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.tree import Sampled, Tree
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Examples:
 
 def completed_by(lookahead: Lookahead, drawn: Sampled) -> Trajectory:
     """The trajectory whose states a lookahead completes: of a tree its twigs, reached by the lookahead."""
-    return drawn.reached_by(lookahead).twigs if isinstance(drawn, Tree) else drawn
+    return drawn.reached_by(lookahead).twigs if isinstance(drawn, BranchedRollout) else drawn
 
 
 def exactly_completed(exact: Lookahead, lookahead: Lookahead, drawn: Sampled) -> tuple[Trajectory, Tensor]:
@@ -104,7 +104,7 @@ def showing(exact: Lookahead, lookahead: Lookahead, drawn: Sampled) -> Evaluatio
     Args:
         exact, lookahead, drawn: as in `exactly_completed`.
     """
-    line = drawn.twigs if isinstance(drawn, Tree) else drawn
+    line = drawn.twigs if isinstance(drawn, BranchedRollout) else drawn
     guided = exact.model.forwards(line.guidance_scale) > 1
     found = lookahead_evaluations(
         lookahead.plan_for(line.num_steps),
@@ -113,7 +113,7 @@ def showing(exact: Lookahead, lookahead: Lookahead, drawn: Sampled) -> Evaluatio
         noisy=line.coefficients.noisy,
         shared=lookahead.sharing(line).group,
     )
-    if isinstance(drawn, Tree) and not _alike(exact, lookahead):
+    if isinstance(drawn, BranchedRollout) and not _alike(exact, lookahead):
         found += Evaluations.of(len(drawn.inner), guided)
     return found
 

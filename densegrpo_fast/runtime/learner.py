@@ -15,9 +15,9 @@ from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.negatives import branch_noise, negative_weights
 from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
-from densegrpo_fast.runtime.row_budget import RowBudget
+from densegrpo_fast.runtime.oom_backoff import OomBackoff
+from densegrpo_fast.sampling.branches import Sampled
 from densegrpo_fast.sampling.replay import per_branch, replay, replay_kl
-from densegrpo_fast.sampling.tree import Sampled
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Learner:
         self.updates = 0
         self.bad_steps = 0
         self.bad_in_a_row = 0
-        self.rows = RowBudget(options.micro_batch, "sampler.micro_batch", "set model.gradient_checkpointing to true")
+        self.rows = OomBackoff(options.micro_batch, "sampler.micro_batch", "set model.gradient_checkpointing to true")
 
     def update(
         self, trajectory: Sampled, advantages: Tensor, steps: Sequence[int], weights: Tensor | None = None

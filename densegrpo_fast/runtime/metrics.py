@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from densegrpo_fast.aliases import current_metric
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.runtime.files import output_errors
 from densegrpo_fast.runtime.loggers import Loggers
@@ -119,7 +120,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The records of a metrics file, oldest first. A last line without its end is left out.
+    """The records of a metrics file, oldest first, under the names of today. A last line without its end is left out.
 
     Raises:
         OSError: if the file cannot be read.
@@ -133,7 +134,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
-        records.append(record)
+        records.append({current_metric(name): value for name, value in record.items()})
     return records
 
 

@@ -19,7 +19,7 @@ from densegrpo_fast.models.completion_head import save_head
 from densegrpo_fast.runtime.alarms import alarms_for
 from densegrpo_fast.runtime.checkpoint import CheckpointManager
 from densegrpo_fast.runtime.evaluation import Evaluation, HeldOut
-from densegrpo_fast.runtime.experience import Outcome
+from densegrpo_fast.runtime.experience import RewardBatch
 from densegrpo_fast.runtime.files import output_errors, write_durably
 from densegrpo_fast.runtime.head_training import HeadRefresher
 from densegrpo_fast.runtime.images import save_grid
@@ -29,16 +29,16 @@ from densegrpo_fast.runtime.lora import base_fingerprint, save_lora
 from densegrpo_fast.runtime.metrics import MetricsLog
 from densegrpo_fast.runtime.model_card import BaseFacts, write_model_card
 from densegrpo_fast.runtime.report import write_report
-from densegrpo_fast.sampling.tree import Sampled
+from densegrpo_fast.sampling.branches import Sampled
 
-PHASES = ("calibration", "rollout", "lookahead", "reward", "guard", "update")
+PHASES = ("calibration", "rollout", "lookahead", "reward", "monitor", "update")
 _GRID = 24
 
 
 def iteration_record(
     done: int,
     trajectory: Sampled,
-    outcome: Outcome,
+    outcome: RewardBatch,
     update: dict[str, float],
     costs: dict[str, float],
     seconds: dict[str, float],

@@ -47,7 +47,7 @@ _CURVES = (
     ),
     (
         "Agreement with the exact lookahead",
-        ("guard/spearman_rewards", "guard/spearman_gains"),
+        ("monitor/spearman_rewards", "monitor/spearman_gains"),
         "rank correlation within one prompt's samples, of the iterations that are scored again exactly",
     ),
     ("Missing scores", ("reward_missing",), "share of the scores that the reward could not give"),

@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from densegrpo_fast.models.base import Decoder, Head
+from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Guidance
 from densegrpo_fast.sampling.plan import Plan
-from densegrpo_fast.sampling.sharing import Sharing
 
 
 class UnitFlops(Protocol):
@@ -309,7 +309,7 @@ def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> 
     }
 
 
-def _sharing(num_steps: int, noisy: tuple[bool, ...] | None, shared: int) -> Sharing:
+def _sharing(num_steps: int, noisy: tuple[bool, ...] | None, shared: int) -> CompletionDedup:
     if noisy is not None and len(noisy) != num_steps:
         raise ValueError(f"noisy must have one entry per step ({num_steps}), got {len(noisy)}")
-    return Sharing((True,) * num_steps if noisy is None else noisy, shared)
+    return CompletionDedup((True,) * num_steps if noisy is None else noisy, shared)

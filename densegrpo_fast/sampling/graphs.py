@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.models.base import Cache, Conditioning, FlowModel
-from densegrpo_fast.sampling.visit import Arrival, Travellers, Visits
+from densegrpo_fast.sampling.step_runner import StepInput, StepOutput, StepRunner
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Graphs:
         return buffer.copy_(source)
 
 
-class GraphedVisits(Visits):
+class GraphedStepRunner(StepRunner):
     """Visits replayed as graphs, where that is possible; else computed as they are, which is logged once.
 
     Args:
@@ -168,9 +168,9 @@ class GraphedVisits(Visits):
         self._addresses[model] = addresses
 
     def __call__(
-        self, model: FlowModel, rows: Travellers, node: int, scale: float, *, tap: bool, cache: Cache | None
-    ) -> Arrival:
-        """As `Visits`; in a graph the result's tensors are overwritten by the next visit.
+        self, model: FlowModel, rows: StepInput, step_index: int, scale: float, *, tap: bool, cache: Cache | None
+    ) -> StepOutput:
+        """As `StepRunner`; in a graph the result's tensors are overwritten by the next visit.
 
         Raises:
             RuntimeError: gradients are enabled, which a graph would not record.
@@ -181,22 +181,22 @@ class GraphedVisits(Visits):
         reason = "" if self._eager else self.graphs.capturer.why_not(rows.latents.device)
         if self._eager or reason:
             self._give_up(reason)
-            return eager(model, rows, node, scale, tap=tap, cache=cache)
+            return eager(model, rows, step_index, scale, tap=tap, cache=cache)
 
-        def visit(static: Mapping[str, Tensor]) -> Arrival:
-            return eager(model, _travellers(static), node, scale, tap=tap, cache=cache)
+        def visit(static: Mapping[str, Tensor]) -> StepOutput:
+            return eager(model, _travellers(static), step_index, scale, tap=tap, cache=cache)
 
         conditioning = rows.conditioning
         inputs = {name: getattr(rows, name) for name in _TRAVELLERS if getattr(rows, name) is not None}
         inputs["rows"] = conditioning.rows
         constants = {name: getattr(conditioning, name) for name in _PROMPTS}
         # without a cache the node is only a noise level
-        key = (model, model.mode, scale, tap, cache, None if cache is None else node)
+        key = (model, model.mode, scale, tap, cache, None if cache is None else step_index)
         try:
             return self.graphs.run(key, visit, inputs, constants)
         except RuntimeError as error:
             self._give_up(f"the visit cannot be captured: {error}")
-            return eager(model, rows, node, scale, tap=tap, cache=cache)
+            return eager(model, rows, step_index, scale, tap=tap, cache=cache)
 
     def _give_up(self, reason: str) -> None:
         if not self._eager:
@@ -205,10 +205,10 @@ class GraphedVisits(Visits):
             logger.warning("lookahead.graphs: %s; the lookahead runs without graphs", reason)
 
 
-def _travellers(static: Mapping[str, Tensor]) -> Travellers:
+def _travellers(static: Mapping[str, Tensor]) -> StepInput:
     conditioning = Conditioning(**{name: static[name] for name in (*_PROMPTS, "rows")})
     tensors: dict[str, Any] = {name: static.get(name) for name in _TRAVELLERS}
-    return Travellers(conditioning=conditioning, **tensors)
+    return StepInput(conditioning=conditioning, **tensors)
 
 
 def _addresses(model: FlowModel) -> tuple[int, ...]:

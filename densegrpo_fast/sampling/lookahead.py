@@ -18,16 +18,16 @@ from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.remainder import Remainder, Visited
 from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Head
+from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.plan import Plan
-from densegrpo_fast.sampling.sharing import Sharing
+from densegrpo_fast.sampling.step_runner import StepInput, StepOutput, StepRunner
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.visit import Arrival, Travellers, Visits
 
 Guidance = Literal["full", "cond_only", "reuse"]
 
 
 @dataclass(frozen=True)
-class Standing:
+class CompletionState:
     """Where a state's completion stands: the grid index of its last evaluation, what that saw and gave, and the
     evaluation before it where a second-order step wants it."""
 
@@ -37,11 +37,11 @@ class Standing:
     hidden: Tensor | None
     before: Visited | None = None
 
-    def slope(self, node: int, remainder: Remainder | None) -> Tensor:
+    def slope(self, step_index: int, remainder: Remainder | None) -> Tensor:
         """Velocity of the jump to a grid index."""
         if remainder is None:
             return self.velocity
-        return remainder.slope(Visited(self.index, self.latents, self.velocity), node, self.before)
+        return remainder.slope(Visited(self.index, self.latents, self.velocity), step_index, self.before)
 
     def remembered(self, remainder: Remainder | None) -> Visited | None:
         """What the next standing keeps of this one."""
@@ -80,7 +80,7 @@ class Lookahead:
         decode_chunk: int | None = None,
         head: Head | None = None,
         cache: Cache | None = None,
-        visits: Visits | None = None,
+        visits: StepRunner | None = None,
         replan: Callable[[int], Plan] | None = None,
     ):
         self.chunk, self.decode_chunk = chunk, chunk if decode_chunk is None else decode_chunk
@@ -88,7 +88,7 @@ class Lookahead:
             raise ValueError(f"lookahead chunk must be at least 1 row, got {min(self.chunk, self.decode_chunk)}")
         self.model, self.plan, self.guidance = model, plan, guidance
         self.head, self.cache, self.replan = head, cache, replan
-        self.visits = Visits() if visits is None else visits
+        self.visits = StepRunner() if visits is None else visits
 
     @torch.no_grad()
     def complete(self, trajectory: Trajectory) -> Tensor:
@@ -112,10 +112,10 @@ class Lookahead:
             done = self.jump(list(standing.values()), steps, trajectory.coefficients)
             for j, end in zip(standing, done.split([len(state.latents) for state in standing.values()]), strict=True):
                 ends[j] = sharing.spread(j, self._correct(j, standing[j], end))
-        return torch.stack([ends[owner] for owner in sharing.owners])
+        return torch.stack([ends[owner] for owner in sharing.representatives])
 
     @torch.no_grad()
-    def evaluate(self, trajectory: Trajectory, first: int = 0) -> dict[int, Standing]:
+    def evaluate(self, trajectory: Trajectory, first: int = 0) -> dict[int, CompletionState]:
         """Bring every state that needs a completion of its own to its last evaluation, in the order of the states.
 
         Args:
@@ -124,18 +124,18 @@ class Lookahead:
             first: which sample of the rollout that a cache has recorded the first row is.
         """
         plan, standing = self.plan_for(trajectory.num_steps), self.start(trajectory)
-        for node in plan.nodes():
-            here = {state: at for state, at in standing.items() if node in plan.paths[state]}
+        for step_index in plan.nodes():
+            here = {state: at for state, at in standing.items() if step_index in plan.paths[state]}
             if here:
-                standing |= self.advance(here, node, trajectory, first)
+                standing |= self.advance(here, step_index, trajectory, first)
         return standing
 
-    def start(self, trajectory: Trajectory) -> dict[int, Standing]:
+    def start(self, trajectory: Trajectory) -> dict[int, CompletionState]:
         """Every state that needs a completion of its own, by itself, with the rollout's velocity there."""
         sharing = self.sharing(trajectory)
         self.visits.begin(self.model)
         return {
-            j: Standing(
+            j: CompletionState(
                 j,
                 sharing.rows(j, trajectory.latents[j]),
                 sharing.rows(j, trajectory.velocities[j]),
@@ -145,8 +145,8 @@ class Lookahead:
         }
 
     def advance(
-        self, standing: Mapping[int, Standing], node: int, trajectory: Trajectory, first: int = 0
-    ) -> dict[int, Standing]:
+        self, standing: Mapping[int, CompletionState], step_index: int, trajectory: Trajectory, first: int = 0
+    ) -> dict[int, CompletionState]:
         """Take completions to a later grid index, and evaluate the model there.
 
         Args:
@@ -155,18 +155,18 @@ class Lookahead:
             trajectory, first: as in `evaluate`, after `start`.
         """
         sizes, remainder = [len(at.latents) for at in standing.values()], trajectory.coefficients.remainder
-        arrived, velocity, tokens = self._visit(standing, node, trajectory, first)
+        arrived, velocity, tokens = self._visit(standing, step_index, trajectory, first)
         if self.guidance == "reuse" and trajectory.guidance_terms is not None:
             # no completion is shared then
-            velocity.unflatten(0, (len(standing), -1)).add_(trajectory.guidance_terms[node])
+            velocity.unflatten(0, (len(standing), -1)).add_(trajectory.guidance_terms[step_index])
         parts = [None] * len(standing) if tokens is None else tokens.split(sizes)
         rows = zip(arrived.split(sizes), velocity.split(sizes), parts, strict=True)
         return {
-            state: Standing(node, x, v, hidden, at.remembered(remainder))
+            state: CompletionState(step_index, x, v, hidden, at.remembered(remainder))
             for (state, at), (x, v, hidden) in zip(standing.items(), rows, strict=True)
         }
 
-    def arrive(self, rows: Travellers, node: int, scale: float, cache: Cache | None = None) -> Arrival:
+    def arrive(self, rows: StepInput, step_index: int, scale: float, cache: Cache | None = None) -> StepOutput:
         """Take rows to a node, and evaluate the model there, at most `chunk` rows at a time.
 
         Args:
@@ -178,33 +178,33 @@ class Lookahead:
         arrived, velocity, hidden = torch.empty_like(rows.latents), torch.empty_like(rows.velocity), None
         for start in range(0, len(rows), self.chunk):
             part = slice(start, min(start + self.chunk, len(rows)))
-            here = self.visits(self.model, rows.select(part), node, scale, tap=self.head is not None, cache=cache)
+            here = self.visits(self.model, rows.select(part), step_index, scale, tap=self.head is not None, cache=cache)
             arrived[part], velocity[part] = here.latents, here.velocity
             if here.hidden is not None:
                 if hidden is None:
                     hidden = here.hidden.new_empty(len(rows), *here.hidden.shape[1:])
                 hidden[part] = here.hidden
-        return Arrival(arrived, velocity, hidden)
+        return StepOutput(arrived, velocity, hidden)
 
     @staticmethod
-    def jump(states: Sequence[Standing], node: int, coefficients: StepCoefficients) -> Tensor:
+    def jump(states: Sequence[CompletionState], step_index: int, coefficients: StepCoefficients) -> Tensor:
         """Latents [m, ...] float32 of completions, one after another, at a grid index where nothing is evaluated."""
         sigmas = coefficients.sigmas
         sigma = torch.cat([sigmas[at.index].expand(len(at.latents)) for at in states])
         latents = torch.cat([at.latents for at in states])
-        velocity = torch.cat([at.slope(node, coefficients.remainder) for at in states])
-        return ops.euler_jump(latents, velocity, sigma, sigmas[node].expand_as(sigma))
+        velocity = torch.cat([at.slope(step_index, coefficients.remainder) for at in states])
+        return ops.euler_jump(latents, velocity, sigma, sigmas[step_index].expand_as(sigma))
 
     @torch.no_grad()
     def images(self, clean: Tensor, noisy: tuple[bool, ...], decoder: Decoder) -> Tensor:
         """Decoded completions [T+1, B, 3, H, W] in [0, 1]; states that share a completion are decoded once."""
         decoded = self.different_images(clean, noisy, decoder)
-        return torch.stack([decoded[position] for position in Sharing(noisy).positions])
+        return torch.stack([decoded[position] for position in CompletionDedup(noisy).positions])
 
     @torch.no_grad()
     def different_images(self, clean: Tensor, noisy: tuple[bool, ...], decoder: Decoder) -> Tensor:
         """The images of states with a completion of their own, [K+1, B, 3, H, W] for K noisy steps; last the end's."""
-        decoded = torch.cat(list(self.decoded(Sharing(noisy).different(clean), decoder)))
+        decoded = torch.cat(list(self.decoded(CompletionDedup(noisy).different(clean), decoder)))
         return decoded.unflatten(0, (-1, clean.shape[1]))
 
     @torch.no_grad()
@@ -213,7 +213,7 @@ class Lookahead:
         for part in clean.split(self.decode_chunk):
             yield self.model.decode(part, decoder)
 
-    def sharing(self, trajectory: Trajectory) -> Sharing:
+    def sharing(self, trajectory: Trajectory) -> CompletionDedup:
         """Which completions are one and the same.
 
         Samples of one initial noise are, as long as nothing has told them apart, unless the completion takes something
@@ -221,7 +221,7 @@ class Lookahead:
         """
         own = self.guidance == "reuse" and trajectory.guidance_terms is not None
         own = own or (self.cache is not None and self.cache.alike % trajectory.shared != 0)
-        return Sharing(trajectory.coefficients.noisy) if own else trajectory.sharing
+        return CompletionDedup(trajectory.coefficients.noisy) if own else trajectory.sharing
 
     def plan_for(self, num_steps: int) -> Plan:
         """The plan of trajectories with so many steps.
@@ -242,9 +242,9 @@ class Lookahead:
         return other
 
     @staticmethod
-    def owners(noisy: tuple[bool, ...]) -> list[int]:
-        """For each state 0..T the state whose completion it shares, as `Sharing.owners`."""
-        return Sharing(noisy).owners
+    def representatives(noisy: tuple[bool, ...]) -> list[int]:
+        """For each state 0..T the state whose completion it shares, as `CompletionDedup.representatives`."""
+        return CompletionDedup(noisy).representatives
 
     def guidance_scale(self, rollout_scale: float) -> float:
         """Guidance of the lookahead's own evaluations, given the rollout's."""
@@ -253,16 +253,18 @@ class Lookahead:
     def evaluations(self, noisy: tuple[bool, ...]) -> int:
         """Model evaluations of one trajectory, states that share a completion counted once."""
         paths = self.plan_for(len(noisy)).paths
-        return sum(len(paths[j]) for j in Sharing(noisy).states[:-1])
+        return sum(len(paths[j]) for j in CompletionDedup(noisy).states[:-1])
 
-    def _correct(self, state: int, standing: Standing, estimate: Tensor) -> Tensor:
+    def _correct(self, state: int, standing: CompletionState, estimate: Tensor) -> Tensor:
         if self.head is None or standing.hidden is None or not self.head.applies(state):
             return estimate
         index = torch.full((len(estimate),), state, device=estimate.device)
         parts = zip(*(x.split(self.chunk) for x in (standing.hidden, standing.latents, estimate, index)), strict=True)
         return estimate + torch.cat([self.head(*part) for part in parts])
 
-    def _visit(self, standing: Mapping[int, Standing], node: int, trajectory: Trajectory, first: int) -> Arrival:
+    def _visit(
+        self, standing: Mapping[int, CompletionState], step_index: int, trajectory: Trajectory, first: int
+    ) -> StepOutput:
         """Take states that meet at a node there: all rows of a state, then those of the next."""
         sigmas, remainder = trajectory.coefficients.sigmas, trajectory.coefficients.remainder
         sigma = torch.cat([sigmas[at.index].expand(len(at.latents)) for at in standing.values()])
@@ -275,12 +277,12 @@ class Lookahead:
         if self.cache is not None:
             own = torch.arange(first, first + trajectory.batch, device=trajectory.latents.device)
             samples = torch.cat([sharing.rows(j, own) for j in standing])
-        rows = Travellers(
+        rows = StepInput(
             latents=torch.cat([at.latents for at in standing.values()]),
-            velocity=torch.cat([at.slope(node, remainder) for at in standing.values()]),
+            velocity=torch.cat([at.slope(step_index, remainder) for at in standing.values()]),
             sigma=sigma,
-            next_sigma=sigmas[node].expand_as(sigma),
+            next_sigma=sigmas[step_index].expand_as(sigma),
             conditioning=conditioning,
             samples=samples,
         )
-        return self.arrive(rows, node, self.guidance_scale(trajectory.guidance_scale), self.cache)
+        return self.arrive(rows, step_index, self.guidance_scale(trajectory.guidance_scale), self.cache)

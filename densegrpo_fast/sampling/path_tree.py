@@ -12,7 +12,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from densegrpo_fast.sampling.lookahead import Lookahead, Standing
+from densegrpo_fast.sampling.lookahead import CompletionState, Lookahead
 from densegrpo_fast.sampling.trajectory import Trajectory
 
 Path = tuple[int, ...]
@@ -35,12 +35,12 @@ def completions(lookahead: Lookahead, trajectory: Trajectory, *, max_nodes: int)
     """
     steps, sharing = trajectory.num_steps, lookahead.sharing(trajectory)
     for state, root in lookahead.start(trajectory).items():
-        pending: list[tuple[Path, Standing]] = [((), root)]
+        pending: list[tuple[Path, CompletionState]] = [((), root)]
         while pending:
             path, here = pending.pop()
             yield state, path, sharing.spread(state, lookahead.jump([here], steps, trajectory.coefficients))
-            for node in range(here.index + 1, steps) if len(path) < max_nodes else ():
-                pending.append(((*path, node), lookahead.advance({state: here}, node, trajectory)[state]))
+            for step_index in range(here.index + 1, steps) if len(path) < max_nodes else ():
+                pending.append(((*path, step_index), lookahead.advance({state: here}, step_index, trajectory)[state]))
 
 
 def node_sets(num_steps: int, max_nodes: int) -> list[Path]:
@@ -50,4 +50,4 @@ def node_sets(num_steps: int, max_nodes: int) -> list[Path]:
 
 def path_after(nodes: Path, state: int) -> Path:
     """The part of a node set that lies ahead of a state."""
-    return tuple(node for node in nodes if node > state)
+    return tuple(step_index for step_index in nodes if step_index > state)

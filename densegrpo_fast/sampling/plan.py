@@ -43,7 +43,7 @@ class Plan:
 
     def nodes(self) -> list[int]:
         """Grid indices at which any state evaluates, increasing."""
-        return sorted({node for path in self.paths for node in path})
+        return sorted({step_index for path in self.paths for step_index in path})
 
 
 def nodes(num_steps: int, points: Sequence[int]) -> Plan:

@@ -8,7 +8,7 @@ from torch import Tensor
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.log_prob_op import KlScale
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.sampling.tree import Sampled
+from densegrpo_fast.sampling.branches import Sampled
 
 
 def replay(model: FlowModel, trajectory: Sampled, step: int, rows: slice) -> tuple[Tensor, Tensor]:

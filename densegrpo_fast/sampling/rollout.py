@@ -16,16 +16,16 @@ from densegrpo_fast.sampling.trajectory import Trajectory
 
 
 def initial_noise(
-    model: FlowModel, sample_index: Tensor, *, seed: int, epoch: int, stream: Stream = Stream.INITIAL
+    model: FlowModel, sample_index: Tensor, *, seed: int, iteration: int, stream: Stream = Stream.INITIAL
 ) -> Tensor:
-    """Standard normal latents [B, ...] float32, each a function of (seed, sample index, epoch, stream) alone."""
+    """Standard normal latents [B, ...] float32, each a function of (seed, sample index, iteration, stream) alone."""
     return gaussian(
         model.latent_shape,
         seed=seed,
         sample_index=sample_index,
         step=0,
         stream=stream,
-        epoch=epoch,
+        iteration=iteration,
         device=model.device,
     )
 
@@ -39,7 +39,7 @@ def rollout(
     *,
     sample_index: Tensor,
     seed: int,
-    epoch: int,
+    iteration: int,
     guidance_scale: float = 1.0,
     micro_batch: int | None = None,
     keep_guidance: bool = False,
@@ -55,7 +55,7 @@ def rollout(
         conditioning: prompts of the B rows.
         coefficients: tables for T steps, on the model's device.
         sample_index: [B] int64, the global index that seeds each row's noise.
-        seed, epoch: the other parts of the noise counters.
+        seed, iteration: the other parts of the noise counters.
         guidance_scale: 1 is off.
         micro_batch: rows per forward. The replay in training must use the same split: a forward's rounding may depend
             on its batch shape, and the importance ratio of an unchanged policy shall be 1. None means all rows.
@@ -107,7 +107,7 @@ def rollout(
                 step,
                 seed=seed,
                 sample_index=sample_index,
-                epoch=epoch,
+                iteration=iteration,
                 stream=stream,
                 input_dtype=half,
             )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.models.base import Conditioning
-from densegrpo_fast.sampling.sharing import Sharing
+from densegrpo_fast.sampling.dedup import CompletionDedup
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Trajectory:
         )
 
     @property
-    def sharing(self) -> Sharing:
+    def sharing(self) -> CompletionDedup:
         """Which of the states' completions are one and the same."""
-        return Sharing(self.coefficients.noisy, self.shared)
+        return CompletionDedup(self.coefficients.noisy, self.shared)
 
     @property
     def num_steps(self) -> int:
@@ -68,7 +68,7 @@ class Trajectory:
 
     @property
     def branches(self) -> int:
-        """Steps taken from each state: 1. A `tree.Tree`, which has the members below too, takes several."""
+        """Steps taken from each state: 1. A `tree.BranchedRollout`, which has the members below too, takes several."""
         return 1
 
     def taken(self, rows: slice) -> slice:

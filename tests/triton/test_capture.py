@@ -12,11 +12,11 @@ pytestmark = pytest.mark.gpu
 
 def test_a_replayed_step_draws_new_noise(device, batch) -> None:
     latents, velocity = torch.randn(2, 5, 16, 32, 32, device=device)
-    seed, epoch = torch.tensor([3], device=device), torch.tensor([0], device=device)
+    seed, iteration = torch.tensor([3], device=device), torch.tensor([0], device=device)
     steps, samples = batch.steps.clone(), batch.samples.clone()
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
-        counters = {"seed": seed, "sample_index": samples, "epoch": epoch, "implementation": "triton"}
+        counters = {"seed": seed, "sample_index": samples, "iteration": iteration, "implementation": "triton"}
         return sde_step(latents, velocity, batch.table, steps, **counters)
 
     run()
@@ -26,7 +26,7 @@ def test_a_replayed_step_draws_new_noise(device, batch) -> None:
         captured = run()
     for turn in range(3):
         seed.fill_(3 + turn)
-        epoch.fill_(turn)
+        iteration.fill_(turn)
         steps.copy_(batch.steps.roll(turn))
         samples.copy_(batch.samples.roll(turn))
         latents.normal_()
@@ -37,7 +37,7 @@ def test_a_replayed_step_draws_new_noise(device, batch) -> None:
 
 def test_a_replayed_update_follows_its_inputs(device, batch) -> None:
     latents, velocity, reference = torch.randn(3, 5, 16, 32, 32, device=device)
-    counters = {"seed": 3, "sample_index": batch.samples, "epoch": 0, "implementation": "triton"}
+    counters = {"seed": 3, "sample_index": batch.samples, "iteration": 0, "implementation": "triton"}
     next_latents, old = sde_step(latents, velocity, batch.table, batch.steps, **counters)
     advantages, leaf = torch.randn(5, device=device), velocity.clone().requires_grad_()
 
@@ -69,7 +69,7 @@ def test_a_replayed_update_follows_its_inputs(device, batch) -> None:
 def test_nothing_waits_for_the_device(device, batch) -> None:
     latents, velocity, uncond = torch.randn(3, 5, 16, 32, 32, device=device)
     leaf = velocity.clone().requires_grad_()
-    counters = {"seed": 3, "sample_index": batch.samples, "epoch": 0, "implementation": "triton"}
+    counters = {"seed": 3, "sample_index": batch.samples, "iteration": 0, "implementation": "triton"}
     sigma, next_sigma = batch.sigmas[batch.steps], batch.sigmas[batch.steps + 1]
 
     def iteration() -> None:
@@ -95,7 +95,7 @@ def test_nothing_waits_for_the_device(device, batch) -> None:
 
 def test_auto_is_triton(device, batch) -> None:
     latents, velocity = torch.randn(2, 5, 4096, device=device)
-    counters = {"seed": 3, "sample_index": batch.samples, "epoch": 0}
+    counters = {"seed": 3, "sample_index": batch.samples, "iteration": 0}
     chosen = sde_step(latents, velocity, batch.table, batch.steps, **counters)
     named = sde_step(latents, velocity, batch.table, batch.steps, implementation="triton", **counters)
     assert torch.equal(chosen[0], named[0])

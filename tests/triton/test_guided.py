@@ -26,7 +26,7 @@ def states(device: torch.device, *shape: int, dtypes=DTYPES[0]) -> tuple[Tensor,
 
 
 def guided(batch, *inputs: Tensor, implementation: str = "triton") -> tuple[Tensor, Tensor]:
-    counters = {"seed": 1234, "sample_index": batch.samples, "epoch": 6, "implementation": implementation}
+    counters = {"seed": 1234, "sample_index": batch.samples, "iteration": 6, "implementation": implementation}
     latents, cond, uncond, scale = inputs
     return sde_step(latents, cond, batch.table, batch.steps, uncond=uncond, guidance_scale=scale, **counters)
 
@@ -49,7 +49,7 @@ def test_step_against_float64(device, batch, storage_error, shape: tuple[int, ..
     latents, cond, uncond, scale = states(device, *shape, dtypes=dtypes)
     next_latents, log_prob = guided(batch, latents, cond, uncond, scale)
     velocity = combined(cond, uncond, scale)
-    noise = gaussian(shape, seed=1234, sample_index=batch.samples, step=batch.steps, stream=Stream.STEP, epoch=6)
+    noise = gaussian(shape, seed=1234, sample_index=batch.samples, step=batch.steps, stream=Stream.STEP, iteration=6)
     expected, _ = sde_step_ref(latents.double(), velocity, batch.table, batch.steps, noise.double())
     torch.testing.assert_close(next_latents.double(), expected, rtol=storage_error[dtypes[0]], atol=2e-6)
     rescored = sde_log_prob_ref(latents.double(), velocity, next_latents.double(), batch.table, batch.steps)
@@ -83,7 +83,7 @@ def test_it_is_the_plain_step_of_the_combined_velocity(device, batch) -> None:
     latents, cond, uncond, _ = states(device, 3, 29, 41)
     velocity = uncond + 4.5 * (cond - uncond)
     next_latents, log_prob = guided(batch, latents, cond, uncond, 4.5)
-    counters = {"seed": 1234, "sample_index": batch.samples, "epoch": 6, "implementation": "triton"}
+    counters = {"seed": 1234, "sample_index": batch.samples, "iteration": 6, "implementation": "triton"}
     expected = sde_step(latents, velocity, batch.table, batch.steps, **counters)
     assert torch.equal(next_latents, expected[0])
     torch.testing.assert_close(log_prob, expected[1], rtol=1e-6, atol=1e-6)
@@ -107,8 +107,8 @@ def test_without_a_gradient_for_uncond(device, batch) -> None:
 
 def test_opcheck(device, batch) -> None:
     latents, cond, uncond, scale = states(device, 3, 4)
-    seed, epoch = (torch.tensor([value], device=device) for value in (5, 2))
-    words = (batch.steps, seed, batch.samples, epoch, 1)
+    seed, iteration = (torch.tensor([value], device=device) for value in (5, 2))
+    words = (batch.steps, seed, batch.samples, iteration, 1)
     step = (latents, cond, uncond, scale, batch.table, *words, None, False, "triton")
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_step.default, step)
     velocities = (cond.requires_grad_(), uncond.requires_grad_(), scale, None, None)

@@ -16,14 +16,14 @@ WORD = 2**32 - 1
 
 @triton.jit
 def words_kernel(fields_ptr, stream, words_ptr, COUNT: tl.constexpr):
-    """Words of COUNT counters; fields are quad, step, sample, epoch and seed, [5, COUNT] int64, scalar by scalar."""
+    """Words of COUNT counters; fields are quad, step, sample, iteration and seed, [5, COUNT] int64, one by one."""
     index = tl.program_id(0)
     quad = tl.load(fields_ptr + index) + tl.arange(0, 4)
     step = tl.load(fields_ptr + COUNT + index)
     sample = tl.load(fields_ptr + 2 * COUNT + index)
-    epoch = tl.load(fields_ptr + 3 * COUNT + index)
+    iteration = tl.load(fields_ptr + 3 * COUNT + index)
     seed = tl.load(fields_ptr + 4 * COUNT + index)
-    word0, word1, word2, word3 = philox.random_words(quad, step, stream, sample, epoch, seed)
+    word0, word1, word2, word3 = philox.random_words(quad, step, stream, sample, iteration, seed)
     offset = index * 16 + tl.arange(0, 4)
     tl.store(words_ptr + offset, word0.to(tl.int64))
     tl.store(words_ptr + offset + 4, word1.to(tl.int64))
@@ -66,8 +66,8 @@ def test_words_equal_the_layout(device: torch.device, stream: int) -> None:
     limits = (WORD - 4, 0xFFFF, WORD, WORD, 2**63 - 1)
     fields = [tuple(int(torch.randint(limit, (), generator=generator)) for limit in limits) for _ in range(12)]
     fields += [tuple(limits), (0, 0, 0, 0, 0)]
-    quad, step, sample, epoch, seed = torch.tensor(fields).T[..., None]
-    counter = (quad + torch.arange(4), step | stream << 16, sample, epoch)
+    quad, step, sample, iteration, seed = torch.tensor(fields).T[..., None]
+    counter = (quad + torch.arange(4), step | stream << 16, sample, iteration)
     expected = torch.stack(philox4x32(counter, (seed & WORD, seed >> 32)), dim=1)
     assert torch.equal(words(fields, stream, device), expected)
 

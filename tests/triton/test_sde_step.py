@@ -31,7 +31,7 @@ def step(batch, latents: Tensor, velocity: Tensor, **options) -> tuple[Tensor, T
         "step_index": batch.steps,
         "seed": 1234,
         "sample_index": batch.samples,
-        "epoch": 6,
+        "iteration": 6,
         "implementation": "triton",
         **options,
     }
@@ -56,7 +56,7 @@ def test_step_against_float64(device, batch, storage_error, shape: tuple[int, ..
     assert next_latents.dtype == latents.dtype
     assert log_prob.dtype == torch.float32
     noise = gaussian(
-        shape, seed=1234, sample_index=batch.samples, step=batch.steps, stream=Stream.STEP, epoch=6
+        shape, seed=1234, sample_index=batch.samples, step=batch.steps, stream=Stream.STEP, iteration=6
     ).double()
     double = (latents.double(), velocity.double())
     expected, _ = sde_step_ref(*double, batch.table, batch.steps, noise)
@@ -73,7 +73,7 @@ def test_noise_equals_the_layout(device, batch, elements: int) -> None:
     # A = B = 0 and C = 1 turn the step into the bare noise.
     table = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.5, 0.0]], device=device)
     zeros = torch.zeros(5, elements, device=device)
-    options = {"seed": (7 << 33) + 1, "epoch": 2**32 - 1, "stream": int(Stream.BRANCH0)}
+    options = {"seed": (7 << 33) + 1, "iteration": 2**32 - 1, "stream": int(Stream.BRANCH0)}
     drawn, _ = step(batch, zeros, zeros, table=table, step_index=0, **options)
     expected = gaussian((elements,), sample_index=batch.samples, step=0, **options)
     torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-6)
@@ -148,8 +148,8 @@ def test_strided_inputs(device, batch) -> None:
 
 def test_integer_and_tensor_arguments_agree(device, batch) -> None:
     inputs = states(device, 9)
-    integers = step(batch, *inputs, step_index=3, seed=99, epoch=2)
-    counters = {"seed": torch.tensor([99], device=device), "epoch": torch.tensor(2, device=device)}
+    integers = step(batch, *inputs, step_index=3, seed=99, iteration=2)
+    counters = {"seed": torch.tensor([99], device=device), "iteration": torch.tensor(2, device=device)}
     tensors = step(batch, *inputs, step_index=torch.full((5,), 3, device=device), **counters)
     assert torch.equal(integers[0], tensors[0])
     assert torch.equal(integers[1], tensors[1])
@@ -184,8 +184,8 @@ def test_float64_is_refused(device, batch) -> None:
 
 def test_opcheck(device, batch) -> None:
     latents, velocity = states(device, 3, 4)
-    seed, epoch = (torch.tensor([value], device=device) for value in (5, 2))
-    counters = (seed, batch.samples, epoch, 1)
+    seed, iteration = (torch.tensor([value], device=device) for value in (5, 2))
+    counters = (seed, batch.samples, iteration, 1)
     arguments = (latents, velocity, None, None, batch.table, batch.steps, *counters, None, False, "triton")
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_step.default, arguments)
 

@@ -16,7 +16,7 @@ HALVES = [None, torch.float16, torch.bfloat16]
 def test_they_go_with_the_state(device, batch, storage_error, guided: bool, input_dtype, shape) -> None:
     latents, velocity, uncond = (values.to(device) for values in torch.randn(3, 5, *shape))
     options = {"uncond": uncond, "guidance_scale": 4.5} if guided else {}
-    options |= {"seed": 1234, "sample_index": batch.samples, "epoch": 6, "implementation": "triton"}
+    options |= {"seed": 1234, "sample_index": batch.samples, "iteration": 6, "implementation": "triton"}
     rest = (batch.table, batch.steps)
     found = sde_step_outputs(latents, velocity, *rest, input_dtype=input_dtype, with_mean=True, **options)
     next_latents, log_prob = sde_step(latents, velocity, *rest, **options)
@@ -35,7 +35,7 @@ def test_they_go_with_the_state(device, batch, storage_error, guided: bool, inpu
 
 def test_half_precision_latents_are_copied_as_they_are(device, batch) -> None:
     latents, velocity = (values.to(device, torch.float16) for values in torch.randn(2, 5, 700))
-    options = {"seed": 1234, "sample_index": batch.samples, "epoch": 6, "implementation": "triton"}
+    options = {"seed": 1234, "sample_index": batch.samples, "iteration": 6, "implementation": "triton"}
     options |= {"input_dtype": torch.float16}
     found = sde_step_outputs(latents, velocity, batch.table, batch.steps, **options)
     assert torch.equal(found.model_input, found.next_latents)
@@ -44,7 +44,7 @@ def test_half_precision_latents_are_copied_as_they_are(device, batch) -> None:
 
 def test_opcheck(device, batch) -> None:
     latents, velocity = (values.to(device) for values in torch.randn(2, 5, 3, 4))
-    seed, epoch = (torch.tensor([value], device=device) for value in (5, 2))
-    words = (batch.steps, seed, batch.samples, epoch, 1)
+    seed, iteration = (torch.tensor([value], device=device) for value in (5, 2))
+    words = (batch.steps, seed, batch.samples, iteration, 1)
     arguments = (latents, velocity, None, None, batch.table, *words, torch.bfloat16, True, "triton")
     torch.library.opcheck(torch.ops.densegrpo_fast.sde_step.default, arguments)

@@ -88,7 +88,9 @@ class PhiloxNoise:
         else:
             sample_index, epoch = named
         with torch.no_grad():
-            return ops.sde_step(sample, velocity, table, index, seed=self._seed, sample_index=sample_index, epoch=epoch)
+            return ops.sde_step(
+                sample, velocity, table, index, seed=self._seed, sample_index=sample_index, iteration=epoch
+            )
 
 
 def _rank() -> int:

@@ -6,7 +6,7 @@ from densegrpo_fast.runtime.builders.lookahead import (
     build_head,
     build_lookahead,
     build_plan,
-    build_visits,
+    build_step_runner,
     read_head,
 )
 from densegrpo_fast.runtime.builders.model import (
@@ -40,8 +40,8 @@ __all__ = [
     "build_plan",
     "build_prompts",
     "build_reward",
+    "build_step_runner",
     "build_step_weights",
-    "build_visits",
     "build_windows",
     "check_calibration",
     "default_device",

@@ -15,10 +15,10 @@ from densegrpo_fast.models.load import resolve_dtype
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.runtime.chunks import lookahead_chunks
-from densegrpo_fast.sampling.graphs import GraphedVisits
+from densegrpo_fast.sampling.graphs import GraphedStepRunner
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import Plan, make_plan
-from densegrpo_fast.sampling.visit import Visits
+from densegrpo_fast.sampling.step_runner import StepRunner
 
 
 def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
@@ -28,7 +28,7 @@ def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
     options, replan = config.lookahead, partial(build_plan, config)
     plan = replan(config.sampler.num_steps)
     head = None if options.head is None else build_head(Path(options.head), plan, model)
-    visits = build_visits(config, model)
+    visits = build_step_runner(config, model)
     evaluated = model if options.copy_dtype is None else build_copy(model, options.copy_dtype)
     if evaluated is not model and config.model.compile is not None:
         evaluated.compile(config.model.compile)
@@ -58,7 +58,7 @@ def build_plan(config: Config, num_steps: int) -> Plan:
     return make_plan(options.plan, num_steps, options.nodes, options.n or 1, options.paths)
 
 
-def build_visits(config: Config, model: FlowModel) -> Visits:
+def build_step_runner(config: Config, model: FlowModel) -> StepRunner:
     """How the lookahead's forwards are run.
 
     Raises:
@@ -69,7 +69,7 @@ def build_visits(config: Config, model: FlowModel) -> Visits:
             f"lookahead.graphs: CUDA graphs need a CUDA device, the model is on {model.device}; set it to false",
             ExitCode.USAGE,
         )
-    return GraphedVisits() if config.lookahead.graphs else Visits()
+    return GraphedStepRunner() if config.lookahead.graphs else StepRunner()
 
 
 def build_copy(model: FlowModel, dtype: str) -> LookaheadCopy:

@@ -13,7 +13,7 @@ from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.pretrained import quiet
+from densegrpo_fast.pretrained import silence_loading
 from densegrpo_fast.runtime.loading import load_model, set_up
 from densegrpo_fast.runtime.lora import add_lora
 
@@ -37,7 +37,7 @@ def build_model(config: Config, device: torch.device, dry_run: bool = False) -> 
     """The model with its adapter; in a dry run of a model that is not in the package, a tiny random one."""
     options = config.model
     if dry_run and options.path != "embedded":
-        with quiet():
+        with silence_loading():
             from densegrpo_fast.models.tiny import tiny_sd3
 
         model = tiny_sd3()

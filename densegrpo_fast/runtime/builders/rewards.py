@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.rewards import behind
+from densegrpo_fast.config.rewards import resolve_alias
 from densegrpo_fast.exit_codes import ExitCode, UserError
 from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.rewards.registry import create
@@ -58,5 +58,5 @@ def build_observer(config: Config, training: RewardMixture | None = None) -> Rew
 
 
 def _create(name: str, options: Mapping[str, Mapping[str, Any]]) -> Reward:
-    kind, own = behind(name, options)
+    kind, own = resolve_alias(name, options)
     return create(kind, **own)

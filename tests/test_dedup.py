@@ -17,9 +17,9 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.runtime.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations
+from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.sharing import Sharing
 from densegrpo_fast.sampling.trajectory import Trajectory
 
 T, G = 4, 3
@@ -31,12 +31,12 @@ def sampled(model: FlowModel, noise_level: float | list[float] = 0.7, scale: flo
     index = torch.arange(len(PROMPTS))
     trajectory = rollout(
         model,
-        initial_noise(model, index - index % G, seed=3, epoch=0),
+        initial_noise(model, index - index % G, seed=3, iteration=0),
         model.encode(PROMPTS),
         coefficients(model.sigmas(T), noise_level, "flow_sde"),
         sample_index=index,
         seed=3,
-        epoch=0,
+        iteration=0,
         guidance_scale=scale,
         **keep,
     )
@@ -49,22 +49,22 @@ def test_a_window_by_hand() -> None:
     State 0 shares the completion of state 1, which all of a group have in common; state 2 is each row's own, and so is
     state 4, the image, which state 3 shares.
     """
-    sharing = Sharing((False, True, True, False), 3)
-    assert sharing.owners == [1, 1, 2, 4, 4] and sharing.states == [1, 2, 4]
+    sharing = CompletionDedup((False, True, True, False), 3)
+    assert sharing.representatives == [1, 1, 2, 4, 4] and sharing.states == [1, 2, 4]
     assert [sharing.stride(state) for state in sharing.states] == [3, 1, 1]
     assert sharing.samples(6) == [0, 3, *range(6), *range(6)]
     # one image for the group's 3 rows, and two for each row
     assert sharing.per_trajectory(lambda state: 1) == pytest.approx(1 / 3 + 2)
     values = torch.arange(5 * 6).view(5, 6)
     assert sharing.different(values).tolist() == [6, 9, *range(12, 18), *range(24, 30)]
-    back = sharing.everyone(sharing.different(values), 6)
+    back = sharing.broadcast(sharing.different(values), 6)
     assert back.tolist() == [[6, 6, 6, 9, 9, 9], list(range(12, 18)), list(range(24, 30))]
 
 
 @settings(deadline=None, max_examples=50)
 @given(noisy=st.lists(st.booleans(), min_size=1, max_size=6), group=st.integers(1, 4), blocks=st.integers(1, 3))
 def test_everyone_gets_their_own(noisy: list[bool], group: int, blocks: int) -> None:
-    sharing, batch = Sharing(tuple(noisy), group), group * blocks
+    sharing, batch = CompletionDedup(tuple(noisy), group), group * blocks
     # what each row has at a state is the state's, and until a noisy step the block's
     blind = torch.arange(batch) // group
     values = torch.stack(
@@ -72,9 +72,9 @@ def test_everyone_gets_their_own(noisy: list[bool], group: int, blocks: int) -> 
     )
     different = sharing.different(values)
     assert len(different) == len(sharing.samples(batch)) == round(sharing.per_trajectory(lambda state: 1) * batch)
-    everyone = sharing.everyone(different, batch)
-    assert torch.equal(everyone, values[sharing.states])
-    assert torch.equal(everyone[sharing.positions], values[sharing.owners])
+    broadcast = sharing.broadcast(different, batch)
+    assert torch.equal(broadcast, values[sharing.states])
+    assert torch.equal(broadcast[sharing.positions], values[sharing.representatives])
 
 
 @pytest.mark.parametrize("noise_level", [0.7, [0.0, 0.7, 0.7, 0.0], 0.0])
@@ -163,7 +163,7 @@ def test_a_prompt_s_features_leave_its_samples_alike(
     found = lookahead.complete(together)
     assert torch.equal(lookahead.complete(together), found)
     torch.testing.assert_close(found, lookahead.complete(apart), rtol=1e-5, atol=1e-5)
-    # some of the prompts, as the drift guard completes them
+    # some of the prompts, as the lookahead monitor completes them
     second = lookahead.evaluate(together.select(slice(G, 2 * G)), first=G)
     for state, standing in lookahead.evaluate(together).items():
         torch.testing.assert_close(second[state].velocity, standing.velocity.chunk(2)[1], rtol=1e-5, atol=1e-5)
@@ -180,7 +180,7 @@ def test_training_from_one_noise_costs_less_and_scores_the_same(
 ) -> None:
     options = {"run.iterations": 1, "sampler.shared_noise": "true", "sampler.group_size": 4, "data.num_prompts": 1}
     assert train(tmp_path / "shared", **options) == 0
-    monkeypatch.setattr(Lookahead, "sharing", lambda _, trajectory: Sharing(trajectory.coefficients.noisy))
+    monkeypatch.setattr(Lookahead, "sharing", lambda _, trajectory: CompletionDedup(trajectory.coefficients.noisy))
     assert train(tmp_path / "apart", **options) == 0
     shared, apart = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("shared", "apart"))
     # T = 3, exact: state 0 takes 2 evaluations for the group of 4, state 1 takes 1 for each sample
@@ -203,7 +203,7 @@ def test_an_iteration_encodes_each_of_its_prompts_once(
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", counting)
     # rollout, lookahead, guard, replay and reference, all of them guided, on 2 prompts of 2 samples
-    options = {"sampler.guidance_scale": 2.0, "lookahead.guard_every": 1, "objective.kl_coef": 0.1}
+    options = {"sampler.guidance_scale": 2.0, "lookahead.monitor_every": 1, "objective.kl_coef": 0.1}
     calls = []
     for iterations in (1, 2):
         encoded.clear()

@@ -1,4 +1,4 @@
-"""The drift guard: while the policy moves, is the cheap lookahead still as good as it was?"""
+"""The lookahead monitor: while the policy moves, is the cheap lookahead still as good as it was?"""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.runtime.chunks import lookahead_chunks
 from densegrpo_fast.runtime.costs import CostLog
-from densegrpo_fast.runtime.experience import Outcome
+from densegrpo_fast.runtime.experience import RewardBatch
 from densegrpo_fast.runtime.head_examples import Examples, exactly_completed, examples_of, showing
 from densegrpo_fast.runtime.head_training import HeadRefresher
-from densegrpo_fast.runtime.row_budget import RowBudget
+from densegrpo_fast.runtime.oom_backoff import OomBackoff
 from densegrpo_fast.runtime.scoring import score
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.guard_cost import GuardCost, branched_guard_check, guard_check
+from densegrpo_fast.sampling.branches import BranchedRollout, Sampled
+from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.sharing import Sharing
+from densegrpo_fast.sampling.monitor_cost import MonitorCost, branched_monitor_check, monitor_check
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.tree import Sampled, Tree
 
 
-class DriftGuard:
+class LookaheadMonitor:
     """Scores one prompt's trajectories, or branches, again, exactly: every step, full guidance, full decoder.
 
     The prompts take turns. There is nothing to guard without a lookahead, nor with a credit method that a plan of its
@@ -53,12 +53,12 @@ class DriftGuard:
         exact = plans.exact(config.sampler.num_steps)
         chunks = lookahead_chunks(config, model, "full")
         self.exact = Lookahead(model, exact, chunk=chunks.forward, replan=plans.exact)
-        self.forwards = RowBudget(chunks.forward, "lookahead.chunk, of the drift guard")
-        self.decodes = RowBudget(chunks.decode, "lookahead.chunk, of the drift guard's decodes")
+        self.forwards = OomBackoff(chunks.forward, "lookahead.chunk, of the lookahead monitor")
+        self.decodes = OomBackoff(chunks.decode, "lookahead.chunk, of the lookahead monitor's decodes")
 
     def due(self, iteration: int) -> bool:
         """Whether an iteration (from 0) is looked at."""
-        every = self.config.lookahead.guard_every
+        every = self.config.lookahead.monitor_every
         method = registry.find(self.config.credit.method)
         completes = method.uses_lookahead or method.uses_branches
         return completes and method.plan is None and every > 0 and iteration % every == 0
@@ -68,7 +68,7 @@ class DriftGuard:
         trajectory: Sampled,
         rows: list[str],
         metadata: list[dict[str, Any]],
-        outcome: Outcome,
+        outcome: RewardBatch,
         iteration: int,
         costs: CostLog,
     ) -> dict[str, float]:
@@ -80,25 +80,25 @@ class DriftGuard:
             costs: is told what the check asked for.
 
         Returns:
-            `guard/spearman_rewards`, `guard/spearman_gains`, `guard/spearman_gains_worst_step` and
-            `guard/sign_agreement`, NaN where all exact values of the group are equal; and with a head that learns,
-            `guard/head_explained` (what it was worth before it learnt: see `HeadRefresher.refresh`) and
-            `guard/head_rows` (that it learnt from, forward and backward).
+            `monitor/spearman_rewards`, `monitor/spearman_gains`, `monitor/spearman_gains_worst_step` and
+            `monitor/sign_agreement`, NaN where all exact values of the group are equal; and with a head that learns,
+            `monitor/head_explained` (what it was worth before it learnt: see `HeadRefresher.refresh`) and
+            `monitor/head_rows` (that it learnt from, forward and backward).
 
         Raises:
             UserError: (reward) the reward failed.
         """
         size = self.config.sampler.group_size
-        prompt = (iteration // self.config.lookahead.guard_every) % (len(rows) // size)
+        prompt = (iteration // self.config.lookahead.monitor_every) % (len(rows) // size)
         group = slice(prompt * size, (prompt + 1) * size)
         about = rows[group], metadata[group]
-        if isinstance(trajectory, Tree):
+        if isinstance(trajectory, BranchedRollout):
             trunks = size // trajectory.branches
             chosen: Sampled = trajectory.select(slice(prompt * trunks, (prompt + 1) * trunks))
         else:
             chosen = trajectory.select(group)
         line, clean = self._completed(chosen)
-        if isinstance(chosen, Tree):
+        if isinstance(chosen, BranchedRollout):
             found, cost = self._branches(chosen, clean, *about, outcome, prompt)
         else:
             found, cost = self._trajectories(chosen, clean, *about, outcome, prompt)
@@ -106,13 +106,13 @@ class DriftGuard:
         if self.lookahead is not None and self.refresher is not None:
             learned = self._refresh(self.lookahead, self.refresher, line, clean, group.start, iteration)
             cheap = showing(self.exact, self.lookahead, chosen)
-            cost = replace(cost, cheap=cheap, head_rows=learned.get("guard/head_rows", 0) / size)
-        costs.guard(cost, size)
+            cost = replace(cost, cheap=cheap, head_rows=learned.get("monitor/head_rows", 0) / size)
+        costs.monitor(cost, size)
         return learned | {
-            "guard/spearman_rewards": found.spearman_rewards_mean,
-            "guard/spearman_gains": found.spearman_gains_mean,
-            "guard/spearman_gains_worst_step": found.spearman_gains_worst_step,
-            "guard/sign_agreement": found.sign_agreement,
+            "monitor/spearman_rewards": found.spearman_rewards_mean,
+            "monitor/spearman_gains": found.spearman_gains_mean,
+            "monitor/spearman_gains_worst_step": found.spearman_gains_worst_step,
+            "monitor/sign_agreement": found.sign_agreement,
         }
 
     def _completed(self, chosen: Sampled) -> tuple[Trajectory, Tensor]:
@@ -131,15 +131,15 @@ class DriftGuard:
         clean: Tensor,
         rows: list[str],
         metadata: list[dict[str, Any]],
-        outcome: Outcome,
+        outcome: RewardBatch,
         prompt: int,
-    ) -> tuple[Agreement, GuardCost]:
+    ) -> tuple[Agreement, MonitorCost]:
         """Agreement on a prompt's chosen trajectories, and its cost for each."""
         assert outcome.lookahead_rewards is not None
         noisy = chosen.coefficients.noisy
-        different = Sharing(noisy).different(clean)
-        exact = self._rewards(different, rows, metadata)[..., Sharing(noisy).positions]
-        cost = guard_check(
+        different = CompletionDedup(noisy).different(clean)
+        exact = self._rewards(different, rows, metadata)[..., CompletionDedup(noisy).positions]
+        cost = monitor_check(
             self.exact.plan_for(chosen.num_steps),
             guided=self.model.forwards(chosen.guidance_scale) > 1,
             noisy=noisy,
@@ -149,20 +149,20 @@ class DriftGuard:
 
     def _branches(
         self,
-        chosen: Tree,
+        chosen: BranchedRollout,
         clean: Tensor,
         rows: list[str],
         metadata: list[dict[str, Any]],
-        outcome: Outcome,
+        outcome: RewardBatch,
         prompt: int,
-    ) -> tuple[Agreement, GuardCost]:
+    ) -> tuple[Agreement, MonitorCost]:
         """The same of a prompt's branches."""
         assert outcome.branch_rewards is not None
         own = outcome.branch_rewards[prompt].cpu()  # [N, C, K]
         led_to = torch.stack([clean[step + 1] for step in chosen.steps])
         exact = self._rewards(led_to.flatten(0, 1), rows, metadata).view_as(own)
         noisy = chosen.coefficients.noisy
-        cost = branched_guard_check(
+        cost = branched_monitor_check(
             self.exact.plan_for(len(noisy)),
             branches=chosen.branches,
             guided=self.model.forwards(chosen.guidance_scale) > 1,
@@ -191,4 +191,4 @@ class DriftGuard:
         if not parts:
             return {}
         explained, rows = refresher.refresh(Examples.joined(parts), iteration)
-        return {"guard/head_explained": explained, "guard/head_rows": rows}
+        return {"monitor/head_explained": explained, "monitor/head_rows": rows}

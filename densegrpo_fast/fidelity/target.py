@@ -21,7 +21,7 @@ from densegrpo_fast.runtime.data import PromptSet
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import UnitFlops
 from densegrpo_fast.sampling.plan import Plan
-from densegrpo_fast.sampling.visit import Visits
+from densegrpo_fast.sampling.step_runner import StepRunner
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
@@ -32,7 +32,7 @@ _COMPONENTS, _ALLOWED, _SHAPE = 48, 12, (3, 4, 4)
 
 
 @dataclass(frozen=True)
-class Subject:
+class FidelityTarget:
     """What is measured.
 
     Attributes:
@@ -76,7 +76,7 @@ class Subject:
     cheap_flops: Mapping[tuple[str | None, str | None], float] = field(default_factory=dict)
     branched: bool = False
     shared_noise: bool = False
-    visits: Visits | None = None
+    visits: StepRunner | None = None
 
     @property
     def guided(self) -> bool:
@@ -84,7 +84,7 @@ class Subject:
         return self.guidance_scale != 1.0
 
 
-def pipeline_subject(
+def pipeline_target(
     config: Config,
     adapter: Path | None,
     groups: int,
@@ -94,7 +94,7 @@ def pipeline_subject(
     copy_dtypes: Sequence[str] = (),
     vae_dtypes: Sequence[str] = (),
     caches: Sequence[tuple[str | None, str]] = (),
-) -> Subject:
+) -> FidelityTarget:
     """The model, sampler, held-out prompts and reward of a configuration.
 
     Args:
@@ -120,7 +120,7 @@ def pipeline_subject(
     reward = builders.build_reward(config.reward.terms, config.reward.options)
     model = builders.load_base(config, builders.default_device())
     builders.check_calibration(config, model)
-    visits = builders.build_visits(config, model)
+    visits = builders.build_step_runner(config, model)
     if adapter is not None:
         _load_adapter(model.network, adapter)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
@@ -145,7 +145,7 @@ def pipeline_subject(
             lora_targets=tuple(lora.targets),
         )
         features[dtype, spec] = lru_cache(maxsize=2)(lambda rows, group, make=make: make(rows=rows, group=group))
-    return Subject(
+    return FidelityTarget(
         model=model,
         coefficients=builders.build_coefficients(config, model),
         prompts=prompts,
@@ -185,7 +185,7 @@ def pipeline_subject(
     )
 
 
-def analytic_subject(groups: int) -> Subject:
+def analytic_target(groups: int) -> FidelityTarget:
     """A guided Gaussian-mixture flow with a smooth reward: exact velocities, and nothing to install but torch.
 
     48 components in 48 dimensions; each prompt allows 12 of them. SD3's 10-step grid, flow_sde at noise level 0.7.
@@ -199,7 +199,7 @@ def analytic_subject(groups: int) -> Subject:
     model = AnalyticModel(GaussianMixtureFlow(means, std=0.3), _SHAPE)
     chosen = [torch.randperm(_COMPONENTS, generator=generator)[:_ALLOWED].sort().values for _ in range(groups)]
     prompts = tuple(" ".join(map(str, numbers.tolist())) for numbers in chosen)
-    return Subject(
+    return FidelityTarget(
         model=model,
         coefficients=coefficients(model.sigmas(_STEPS), _NOISE, "flow_sde"),
         prompts=PromptSet(prompts, ({},) * groups),

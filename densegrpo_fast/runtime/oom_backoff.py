@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class RowBudget:
+class OomBackoff:
     """Rows per forward of one kind of work: lowered, with a warning, whenever its memory runs out.
 
     Work that is given to it must be without effect if `torch.OutOfMemoryError` leaves it: it is done again.

@@ -11,7 +11,7 @@ from densegrpo_fast.credit.coca import latent_similarity
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CreditInputs:
     """Everything that advantages may be computed from.
 
     Only the K of the T steps that inject noise are judged: a noise-free step leaves nothing to choose. Row b = p*G + g

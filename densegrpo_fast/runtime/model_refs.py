@@ -32,7 +32,7 @@ _ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelRef:
     """One thing to look at.
 
     Attributes:
@@ -71,7 +71,7 @@ class Weights:
         return digest.hexdigest()
 
 
-def locate(name: str) -> Subject:
+def locate(name: str) -> ModelRef:
     """Find what a name on the command line stands for.
 
     Args:
@@ -81,12 +81,12 @@ def locate(name: str) -> Subject:
         UserError: exit code 3, if it is none of these, or a run without an adapter or checkpoint.
     """
     if name == BASE:
-        return Subject(name)
+        return ModelRef(name)
     path = Path(name).expanduser()
     file = path if path.is_file() else path / _ADAPTER_FILE
     if file.is_file():
         above = file.parent.parent
-        return Subject(name, above if (above / "config.yaml").is_file() else None, file)
+        return ModelRef(name, above if (above / "config.yaml").is_file() else None, file)
     if not (path / "config.yaml").is_file():
         problem = "there is no such file or directory" if not path.exists() else f"it holds no {_ADAPTER_FILE}"
         raise UserError(
@@ -95,10 +95,10 @@ def locate(name: str) -> Subject:
     exported = path / "adapter" / _ADAPTER_FILE
     if not exported.is_file() and _newest_manifest(path) is None:
         raise UserError(f"{name}: this run has no adapter and no checkpoint yet", ExitCode.ENVIRONMENT)
-    return Subject(name, path, exported if exported.is_file() else None)
+    return ModelRef(name, path, exported if exported.is_file() else None)
 
 
-def settings_source(subjects: Sequence[Subject], config: str | None) -> str:
+def settings_source(subjects: Sequence[ModelRef], config: str | None) -> str:
     """The configuration that describes the model of several subjects.
 
     Args:
@@ -114,7 +114,7 @@ def settings_source(subjects: Sequence[Subject], config: str | None) -> str:
     return str(runs[0] / "config.yaml") if runs else BASE_PRESET
 
 
-def check_models(subjects: Sequence[Subject], model: str) -> None:
+def check_models(subjects: Sequence[ModelRef], model: str) -> None:
     """Refuse runs of another model.
 
     Args:
@@ -135,7 +135,7 @@ def check_models(subjects: Sequence[Subject], model: str) -> None:
             )
 
 
-def read_weights(subject: Subject) -> Weights:
+def read_weights(subject: ModelRef) -> Weights:
     """Read a subject's adapter: the exported one, which is the running average if the run keeps one.
 
     Of a run that is not finished, the newest intact checkpoint is taken.
@@ -158,7 +158,7 @@ def read_weights(subject: Subject) -> Weights:
 
 
 @contextmanager
-def wearing(model: FlowModel, subject: Subject, weights: Weights) -> Iterator[None]:
+def with_adapter(model: FlowModel, subject: ModelRef, weights: Weights) -> Iterator[None]:
     """Within the context, the model has the subject's adapter.
 
     Raises:

@@ -1,16 +1,16 @@
-"""What a drift guard's exact re-scoring asks of the model, for each sample that it looks at, exactly counted."""
+"""What a lookahead monitor's exact re-scoring asks of the model, for each sample that it looks at, exactly counted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from densegrpo_fast.sampling.cost import Evaluations, UnitFlops, branched_iteration, lookahead_evaluations
+from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.plan import Plan
-from densegrpo_fast.sampling.sharing import Sharing
 
 
 @dataclass(frozen=True)
-class GuardCost:
+class MonitorCost:
     """One trajectory's share of an exact re-scoring, which is not part of every iteration.
 
     Attributes:
@@ -44,13 +44,13 @@ class GuardCost:
         return total + (3 * self.head_rows * unit.head if self.head_rows else 0.0)
 
 
-def guard_check(
+def monitor_check(
     exact: Plan,
     *,
     guided: bool,
     noisy: tuple[bool, ...] | None = None,
     shared: int = 1,
-) -> GuardCost:
+) -> MonitorCost:
     """Cost of re-scoring trajectories exactly, with full guidance and the full decoder; no head learns from it.
 
     Args:
@@ -62,13 +62,13 @@ def guard_check(
         ValueError: `noisy` is for another number of steps.
     """
     evaluations = lookahead_evaluations(exact, guided=guided, noisy=noisy, shared=shared)
-    images = len(Sharing((True,) * exact.num_steps if noisy is None else noisy).states)
-    return GuardCost(evaluations, Evaluations(), images, images, 0)
+    images = len(CompletionDedup((True,) * exact.num_steps if noisy is None else noisy).states)
+    return MonitorCost(evaluations, Evaluations(), images, images, 0)
 
 
-def branched_guard_check(
+def branched_monitor_check(
     exact: Plan, *, branches: int, guided: bool, noisy: tuple[bool, ...] | None = None
-) -> GuardCost:
+) -> MonitorCost:
     """Cost of the same for the samples that share a trunk: what each branch leads to, completed exactly.
 
     Args:
@@ -80,4 +80,4 @@ def branched_guard_check(
         ValueError: as `branched_iteration`.
     """
     cost = branched_iteration(exact, branches=branches, trained_steps=0, guided=guided, kl=False, noisy=noisy)
-    return GuardCost(cost.lookahead, Evaluations(), cost.full_decodes, cost.rewards, 0)
+    return MonitorCost(cost.lookahead, Evaluations(), cost.full_decodes, cost.rewards, 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sharing:
+class CompletionDedup:
     """The different completions of B trajectories of T steps, in the order of states, then rows.
 
     Attributes:
@@ -28,23 +28,23 @@ class Sharing:
     group: int = 1
 
     @cached_property
-    def owners(self) -> list[int]:
+    def representatives(self) -> list[int]:
         """For each state 0..T the state whose completion it shares: the first one not followed by a noise-free step."""
-        owners = list(range(len(self.noisy) + 1))
+        representatives = list(range(len(self.noisy) + 1))
         for step in reversed(range(len(self.noisy))):
             if not self.noisy[step]:
-                owners[step] = owners[step + 1]
-        return owners
+                representatives[step] = representatives[step + 1]
+        return representatives
 
     @cached_property
     def states(self) -> list[int]:
         """The states with a completion of their own, increasing; the last is T, the image itself."""
-        return sorted(set(self.owners))
+        return sorted(set(self.representatives))
 
     @property
     def positions(self) -> list[int]:
         """For each state 0..T the position of its completion in `states`."""
-        return [self.states.index(owner) for owner in self.owners]
+        return [self.states.index(owner) for owner in self.representatives]
 
     def stride(self, state: int) -> int:
         """Rows that share one completion of a state: the group as long as no step before it has injected noise."""
@@ -68,7 +68,7 @@ class Sharing:
         """The different completions [m, ...] of all states' [T+1, B, ...]."""
         return torch.cat([self.rows(state, values[state]) for state in self.states])
 
-    def everyone(self, values: Tensor, batch: int) -> Tensor:
+    def broadcast(self, values: Tensor, batch: int) -> Tensor:
         """What the different completions have [m, ...], for each of `states` and B rows: [K, B, ...]."""
         parts = values.split([batch // self.stride(state) for state in self.states])
         return torch.stack([self.spread(state, part) for state, part in zip(self.states, parts, strict=True)])

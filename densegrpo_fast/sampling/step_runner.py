@@ -13,7 +13,7 @@ from densegrpo_fast.models.base import Cache, Conditioning, FlowModel
 
 
 @dataclass(frozen=True)
-class Travellers:
+class StepInput:
     """Rows on their way to a node.
 
     Attributes:
@@ -35,14 +35,14 @@ class Travellers:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def select(self, rows: slice) -> Travellers:
+    def select(self, rows: slice) -> StepInput:
         """Some of the rows; tensors are shared, not copied."""
         parts = {name: getattr(self, name)[rows] for name in ("latents", "velocity", "sigma", "next_sigma")}
         samples = None if self.samples is None else self.samples[rows]
         return replace(self, **parts, conditioning=self.conditioning.select(rows), samples=samples)
 
 
-class Arrival(NamedTuple):
+class StepOutput(NamedTuple):
     """Where a visit leads.
 
     Attributes:
@@ -56,15 +56,15 @@ class Arrival(NamedTuple):
     hidden: Tensor | None
 
 
-class Visits:
-    """Visits computed operation by operation; `graphs.GraphedVisits` replays them as CUDA graphs."""
+class StepRunner:
+    """Visits computed operation by operation; `graphs.GraphedStepRunner` replays them as CUDA graphs."""
 
     def begin(self, model: FlowModel) -> None:
         """Called before the visits of a batch of trajectories."""
 
     def __call__(
-        self, model: FlowModel, rows: Travellers, node: int, scale: float, *, tap: bool, cache: Cache | None
-    ) -> Arrival:
+        self, model: FlowModel, rows: StepInput, step_index: int, scale: float, *, tap: bool, cache: Cache | None
+    ) -> StepOutput:
         """Jump and evaluate. The result's tensors are the caller's to use until the next visit.
 
         Args:
@@ -79,7 +79,7 @@ class Visits:
         reusing: AbstractContextManager[None] = nullcontext()
         if cache is not None:
             assert rows.samples is not None
-            reusing = cache.reuse(node, rows.samples)
+            reusing = cache.reuse(step_index, rows.samples)
         with model.tap() if tap else nullcontext([]) as tokens, reusing:
             velocity = model.velocity(arrived, rows.next_sigma, rows.conditioning, scale).combined()
-        return Arrival(arrived, velocity, tokens[0] if tap else None)
+        return StepOutput(arrived, velocity, tokens[0] if tap else None)

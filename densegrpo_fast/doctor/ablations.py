@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from densegrpo_fast.doctor.loop import Loop, lora_layers
 from densegrpo_fast.flow import ops  # noqa: F401 - registers the ops that are watched for
 from densegrpo_fast.flow.dynamics import C, StepCoefficients, coefficients
+from densegrpo_fast.sampling.branches import Sampled
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.tree import Sampled
 
 TINY_STD = 0.01
 """Injected noise (standard deviation) below which rounding differences in a velocity become visible in the ratio."""

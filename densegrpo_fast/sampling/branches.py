@@ -18,12 +18,12 @@ from densegrpo_fast.flow.noise import branch_stream
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import rollout
+from densegrpo_fast.sampling.step_runner import StepInput
 from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.sampling.visit import Travellers
 
 
 @dataclass(frozen=True)
-class Tree:
+class BranchedRollout:
     """S trunks with K branches at each of M steps.
 
     Branch k of trunk s is row b = s*K + k of B = S*K.
@@ -39,7 +39,7 @@ class Tree:
         reached: whether `reach` has filled what completions start with.
     """
 
-    trunk: Trajectory
+    ode_trajectory: Trajectory
     twigs: Trajectory
     coefficients: StepCoefficients
     branches: int
@@ -48,27 +48,27 @@ class Tree:
     @property
     def batch(self) -> int:
         """S."""
-        return self.trunk.batch
+        return self.ode_trajectory.batch
 
     @property
     def latents(self) -> Tensor:
         """[n+1, S, ...] float32 of the trunks, which take n steps."""
-        return self.trunk.latents
+        return self.ode_trajectory.latents
 
     @property
     def velocities(self) -> Tensor:
         """[n, S, ...] float32, the guided velocity at each state of the trunks."""
-        return self.trunk.velocities
+        return self.ode_trajectory.velocities
 
     @property
     def conditioning(self) -> Conditioning:
         """The prompts of the S trunks."""
-        return self.trunk.conditioning
+        return self.ode_trajectory.conditioning
 
     @property
     def guidance_scale(self) -> float:
         """Of all velocities."""
-        return self.trunk.guidance_scale
+        return self.ode_trajectory.guidance_scale
 
     @property
     def log_probs(self) -> Tensor:
@@ -85,9 +85,9 @@ class Tree:
         """The states that branches lead to and that are not the image yet."""
         return [step + 1 for step in self.steps if step + 1 < self.coefficients.num_steps]
 
-    def select(self, rows: slice) -> Tree:
+    def select(self, rows: slice) -> BranchedRollout:
         """Some trunks with their branches; tensors are shared, not copied."""
-        return replace(self, trunk=self.trunk.select(rows), twigs=self.twigs.select(self.taken(rows)))
+        return replace(self, ode_trajectory=self.ode_trajectory.select(rows), twigs=self.twigs.select(self.taken(rows)))
 
     def taken(self, rows: slice) -> slice:
         """The branches' rows of some trunks."""
@@ -98,7 +98,7 @@ class Tree:
         return self.twigs.latents[step + 1, self.taken(rows)]
 
     @torch.no_grad()
-    def reach(self, lookahead: Lookahead) -> Tree:
+    def reach(self, lookahead: Lookahead) -> BranchedRollout:
         """The tree with the velocity of every state that a branch leads to, at the trunks' guidance.
 
         Args:
@@ -111,14 +111,14 @@ class Tree:
         for state in self.inner:
             here, sigma = twigs.latents[state], sigmas[state].expand(twigs.batch)
             # they are there already: whatever the velocity, the jump has no length
-            rows = Travellers(here, here, sigma, sigma, twigs.conditioning, samples=None)
+            rows = StepInput(here, here, sigma, sigma, twigs.conditioning, samples=None)
             _, velocities[state], tokens = lookahead.arrive(rows, state, self.guidance_scale)
             if tokens is not None:
                 hidden = tokens.new_zeros(len(velocities), *tokens.shape) if hidden is None else hidden
                 hidden[state] = tokens
         return replace(self, twigs=replace(twigs, velocities=velocities, hidden=hidden), reached=True)
 
-    def reached_by(self, lookahead: Lookahead) -> Tree:
+    def reached_by(self, lookahead: Lookahead) -> BranchedRollout:
         """The tree as a lookahead's completions start from it: as it is if `reached`, else `reach`."""
         return self if self.reached else self.reach(lookahead)
 
@@ -134,12 +134,12 @@ class Tree:
         return torch.stack([clean[step + 1] for step in self.steps])
 
 
-Sampled = Trajectory | Tree
+Sampled = Trajectory | BranchedRollout
 """What an iteration trains on."""
 
 
 @torch.no_grad()
-def grow(
+def branch_rollout(
     model: FlowModel,
     noise: Tensor,
     conditioning: Conditioning,
@@ -148,10 +148,10 @@ def grow(
     branches: int,
     sample_index: Tensor,
     seed: int,
-    epoch: int,
+    iteration: int,
     guidance_scale: float = 1.0,
     micro_batch: int | None = None,
-) -> Tree:
+) -> BranchedRollout:
     """Follow the flow from noise without noise, and branch at every step in which `coefficients` inject some.
 
     Args:
@@ -161,7 +161,7 @@ def grow(
         branches: K, at least 2.
         sample_index: [S] int64, the global index that seeds each trunk's noise; its branches have streams of their own
             (`flow.noise.branch_stream`).
-        seed, epoch: the other parts of the noise counters.
+        seed, iteration: the other parts of the noise counters.
         guidance_scale: 1 is off.
         micro_batch: trunks per forward, which training must repeat (see `rollout`). None = all of them.
 
@@ -174,14 +174,14 @@ def grow(
         raise ValueError("grow: no step injects noise, so no state can branch")
     if branches < 2 or rows != len(noise) * branches:
         raise ValueError(f"grow: {len(noise)} trunks with {branches} branches each do not make {rows} rows")
-    trunk = rollout(
+    ode_trajectory = rollout(
         model,
         noise,
         conditioning.select(slice(0, rows, branches)),
         coefficients.only(()),
         sample_index=sample_index,
         seed=seed,
-        epoch=epoch,
+        iteration=iteration,
         guidance_scale=guidance_scale,
         micro_batch=micro_batch,
         steps=steps[-1] + 1,
@@ -194,15 +194,15 @@ def grow(
         for branch in range(branches):
             mine = slice(branch, None, branches)
             latents[step + 1, mine], log_probs[step, mine] = ops.sde_step(
-                trunk.latents[step],
-                trunk.velocities[step],
+                ode_trajectory.latents[step],
+                ode_trajectory.velocities[step],
                 coefficients.table,
                 step,
                 seed=seed,
                 sample_index=sample_index,
-                epoch=epoch,
+                iteration=iteration,
                 stream=branch_stream(branch),
             )
     led_to = replace(coefficients, noisy=(False, *coefficients.noisy[:-1]))
     twigs = Trajectory(latents, velocities, log_probs, led_to, conditioning, guidance_scale)
-    return Tree(trunk, twigs, coefficients, branches)
+    return BranchedRollout(ode_trajectory, twigs, coefficients, branches)

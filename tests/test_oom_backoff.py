@@ -18,7 +18,7 @@ from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.runtime.learner import Learner, LearnerOptions
-from densegrpo_fast.runtime.row_budget import RowBudget
+from densegrpo_fast.runtime.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
 
@@ -94,12 +94,12 @@ def sampled(model: SD3) -> Trajectory:
     index = torch.arange(B)
     return rollout(
         model,
-        initial_noise(model, index, seed=0, epoch=0),
+        initial_noise(model, index, seed=0, iteration=0),
         model.encode(["a cat", "a cat", "the moon", "the moon"]),
         coefficients(model.sigmas(T), 0.7, "flow_sde"),
         sample_index=index,
         seed=0,
-        epoch=0,
+        iteration=0,
         guidance_scale=2.0,
     )
 
@@ -154,13 +154,13 @@ def test_the_rows_are_part_of_the_learner_s_state(tiny_policy: Policy) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(8, 4), (6, 3), (9, 3), (7, 1), (2, 1), (1155, 385)])
 def test_rows_go_down_to_a_divisor(before: int, after: int) -> None:
-    budget = RowBudget(before, "sampler.micro_batch")
+    budget = OomBackoff(before, "sampler.micro_batch")
     budget.lower()
     assert budget.rows == after
 
 
 def test_pieces_cover_all_rows_once() -> None:
-    budget, done = RowBudget(4, "rows"), []
+    budget, done = OomBackoff(4, "rows"), []
 
     def work(rows: slice) -> int:
         if rows.stop - rows.start > 2 and rows.start >= 4:
@@ -223,13 +223,13 @@ def test_the_guard_and_its_decodes_go_on_with_fewer_rows(
         return limited
 
     # rollout and update have 2 rows per forward, the guard at first 6: one group of 2 in each of three states
-    settings = {"sampler.num_steps": 4, "lookahead.chunk": 6, "lookahead.guard_every": 1, "run.memory_check": "off"}
+    settings = {"sampler.num_steps": 4, "lookahead.chunk": 6, "lookahead.monitor_every": 1, "run.memory_check": "off"}
     settings |= {"lookahead.plan": "one_step", "run.iterations": 1, "evaluation.every": 0}
     assert train(tmp_path / "plain", **settings) == 0
     monkeypatch.setattr(SD3, "_forward", narrow(forward, 2))
     monkeypatch.setattr(SD3, "decode", narrow(decode, 3))
     assert train(tmp_path / "small", **settings) == 0
     (plain,), (small,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "small"))
-    assert "of the drift guard)" in caplog.text and "of the drift guard's decodes)" in caplog.text
-    agreement = "guard/spearman_rewards"
+    assert "of the lookahead monitor)" in caplog.text and "of the lookahead monitor's decodes)" in caplog.text
+    agreement = "monitor/spearman_rewards"
     assert small[agreement] == plain[agreement]

@@ -18,11 +18,11 @@ from densegrpo_fast.flow.dynamics import B as VELOCITY
 from densegrpo_fast.flow.noise import branch_stream, gaussian
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.branches import BranchedRollout, branch_rollout
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.replay import replay
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
-from densegrpo_fast.sampling.tree import Tree, grow
 
 T, K = 5, 3
 PROMPTS = ["0", "12"]
@@ -37,17 +37,17 @@ def grown(
     branches: int = K,
     prompts: list[str] = PROMPTS,
     **options: Any,
-) -> Tree:
+) -> BranchedRollout:
     index = torch.arange(0, len(prompts) * branches, branches)
-    return grow(
+    return branch_rollout(
         model,
-        initial_noise(model, index, seed=3, epoch=1),
+        initial_noise(model, index, seed=3, iteration=1),
         model.encode([prompt for prompt in prompts for _ in range(branches)]),
         coefficients(model.sigmas(num_steps), 0.7, "flow_sde").only(steps),
         branches=branches,
         sample_index=index,
         seed=3,
-        epoch=1,
+        iteration=1,
         **options,
     )
 
@@ -60,7 +60,7 @@ def test_trunks_follow_the_flow_as_far_as_they_branch(mixture_model: Any) -> Non
     lookahead = Lookahead(mixture_model, plans.one_step(T), chunk=4)
     assert not tree.reached and tree.reach(lookahead).reached
     assert [rows for rows, _, _ in mixture_model.calls[4:]] == [4, 2 * K - 4] * 2
-    sigmas, latents = mixture_model.sigmas(T), initial_noise(mixture_model, INDEX, seed=3, epoch=1)
+    sigmas, latents = mixture_model.sigmas(T), initial_noise(mixture_model, INDEX, seed=3, iteration=1)
     for step in range(4):
         assert torch.equal(tree.latents[step], latents)
         velocity = mixture_model.velocity(latents, sigmas[step].expand(2), mixture_model.encode(PROMPTS)).cond
@@ -76,7 +76,7 @@ def test_branches_are_the_samplers_step_with_noise_of_their_own(mixture_model: A
         mean = row[A] * tree.latents[step].double() + row[VELOCITY] * tree.velocities[step].double()
         reached = tree.arrivals(step, slice(0, 2)).unflatten(0, (2, K))
         for branch in range(K):
-            words = {"seed": 3, "sample_index": INDEX, "epoch": 1, "step": step}
+            words = {"seed": 3, "sample_index": INDEX, "iteration": 1, "step": step}
             noise = gaussian((4,), stream=branch_stream(branch), **words).double()
             torch.testing.assert_close(reached[:, branch].double(), mean + row[C] * noise, rtol=1e-6, atol=1e-6)
             density = torch.distributions.Normal(mean, row[C]).log_prob(reached[:, branch].double()).mean(1)
@@ -88,11 +88,11 @@ def test_branches_are_the_samplers_step_with_noise_of_their_own(mixture_model: A
 def test_branches_share_the_velocity_of_their_state_bit_for_bit(mixture_model: Any) -> None:
     tree = grown(mixture_model, [0, 2])
     for step in tree.steps:
-        for trunk in range(2):
-            alone = [tensor[step, trunk : trunk + 1] for tensor in (tree.latents, tree.velocities)]
-            for branch, reached in enumerate(tree.arrivals(step, slice(trunk, trunk + 1))):
+        for ode_trajectory in range(2):
+            alone = [tensor[step, ode_trajectory : ode_trajectory + 1] for tensor in (tree.latents, tree.velocities)]
+            for branch, reached in enumerate(tree.arrivals(step, slice(ode_trajectory, ode_trajectory + 1))):
                 log_prob = ops.sde_log_prob(*alone, reached[None], tree.coefficients.table, step)
-                assert torch.equal(log_prob[0], tree.log_probs[step, trunk * K + branch])
+                assert torch.equal(log_prob[0], tree.log_probs[step, ode_trajectory * K + branch])
 
 
 def test_a_trunk_and_its_branches_depend_on_nothing_but_their_numbers(mixture_model: Any) -> None:
@@ -276,9 +276,12 @@ def test_the_gradient_of_a_shared_state_is_that_of_its_branches_one_by_one(
         together = torch.autograd.grad(log_prob @ weights, parameters)
 
         alone = [torch.zeros_like(parameter) for parameter in parameters]
-        for trunk in range(2):
-            state, sigma = tree.latents[step, trunk : trunk + 1], tree.coefficients.sigmas[step].expand(1)
-            for branch in range(trunk * K, trunk * K + K):
+        for ode_trajectory in range(2):
+            state, sigma = (
+                tree.latents[step, ode_trajectory : ode_trajectory + 1],
+                tree.coefficients.sigmas[step].expand(1),
+            )
+            for branch in range(ode_trajectory * K, ode_trajectory * K + K):
                 found = model.velocity(state, sigma, tree.twigs.conditioning.select(slice(branch, branch + 1)))
                 reached = tree.twigs.latents[step + 1, branch : branch + 1]
                 one = ops.sde_log_prob(state, found.combined(), reached, tree.coefficients.table, step)

@@ -1,0 +1,58 @@
+"""Old names of options and metrics. They are still read; everything that is written has the new ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = {
+    "lookahead.guard_every": "lookahead.monitor_every",
+    "lookahead.guard_alarm": "lookahead.monitor_alarm",
+}
+"""Old dotted key of an option -> its key now."""
+
+_PHASES = ("time", "nfe", "nfe_guided", "nfe_unguided", "flops")
+
+
+def current_option(key: str, where: str) -> str:
+    """The key of an option today, with a warning if `key` is an old one.
+
+    Args:
+        key: dotted.
+        where: the file or command line it stands in, for the warning.
+    """
+    if key not in OPTIONS:
+        return key
+    logger.warning("%s: %s is now called %s; the old name will go in a later version", where, key, OPTIONS[key])
+    return OPTIONS[key]
+
+
+def current_settings(settings: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
+    """Nested settings with the keys of today; a new key wins over an old one beside it.
+
+    Args:
+        where: as in `current_option`; None = no warning, for what a run has stored itself.
+    """
+    renamed = dict(settings)
+    for old, new in OPTIONS.items():
+        (section, old_name), (_, new_name) = old.split("."), new.split(".")
+        options = renamed.get(section)
+        if isinstance(options, Mapping) and old_name in options:
+            if where is not None:
+                current_option(old, where)
+            options = {(new_name if name == old_name else name): value for name, value in options.items()} | {
+                name: value for name, value in options.items() if name == new_name
+            }
+            renamed[section] = options
+    return renamed
+
+
+def current_metric(name: str) -> str:
+    """The name of a metric today: `guard/...` became `monitor/...`, and the phase "guard" the phase "monitor"."""
+    head, _, rest = name.partition("/")
+    if head == "guard":
+        return f"monitor/{rest}"
+    return f"{head}/monitor" if rest == "guard" and head in _PHASES else name

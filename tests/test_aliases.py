@@ -1,0 +1,66 @@
+"""Old names of options and metrics are read, with a warning; what is stored under them means what it meant."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from densegrpo_fast.aliases import OPTIONS, current_settings
+from densegrpo_fast.config.cli import load_config, split_overrides
+from densegrpo_fast.config.schema import options
+from densegrpo_fast.runtime.checkpoint import CheckpointManager
+from densegrpo_fast.runtime.metrics import read_metrics
+
+
+def test_every_old_name_leads_to_an_option() -> None:
+    assert set(OPTIONS.values()) <= set(options())
+    assert not set(OPTIONS) & set(options())
+
+
+@pytest.mark.parametrize("form", [["--lookahead.guard_every", "7"], ["lookahead.guard_every=7"]])
+def test_an_old_option_on_the_command_line(form: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    config, _ = load_config(form)
+    assert config.lookahead.monitor_every == 7
+    assert "lookahead.guard_every is now called lookahead.monitor_every" in caplog.text
+    assert split_overrides([*form, "file.png"])[0] == ["file.png"]
+
+
+def test_an_old_option_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("lookahead:\n  guard_alarm: 0.25\n")
+    config, _ = load_config(["--config", str(path)])
+    assert config.lookahead.monitor_alarm == 0.25
+    assert str(path) in caplog.text
+
+
+def test_the_new_name_wins_over_the_old_one_beside_it() -> None:
+    both = {"lookahead": {"guard_every": 1, "monitor_every": 2}}
+    assert current_settings(both) == {"lookahead": {"monitor_every": 2}}
+
+
+def test_a_checkpoint_with_old_names_is_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    tensors = {"adapter": {"weight": torch.ones(1)}}
+    CheckpointManager(tmp_path, 1, {"lookahead": {"guard_every": 3, "guard_alarm": 0.5}}).save(1, tensors, {})
+    manager = CheckpointManager(tmp_path, 1, {"lookahead": {"monitor_every": 3, "monitor_alarm": 0.5}})
+    assert manager.load_latest().step == 1
+    assert not caplog.records
+
+
+def test_old_metrics_are_read_under_their_new_names(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record = {"iteration": 1, "guard/spearman_gains": 0.5, "time/guard": 1.0, "nfe_guided/guard": 4, "flops/guard": 2.0}
+    path.write_text(json.dumps(record) + "\n")
+    assert read_metrics(path) == [
+        {
+            "iteration": 1,
+            "monitor/spearman_gains": 0.5,
+            "time/monitor": 1.0,
+            "nfe_guided/monitor": 4,
+            "flops/monitor": 2.0,
+        }
+    ]
