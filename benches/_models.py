@@ -12,10 +12,10 @@ from torch.nn import functional
 from densegrpo_fast.config import Config
 from densegrpo_fast.embedded import architecture, scenes
 from densegrpo_fast.models.flops import CLIP_H, LARGE_VAE, SD35_MEDIUM
-from densegrpo_fast.models.load import resolve_dtype
+from densegrpo_fast.models.loading import resolve_dtype
+from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.lora import add_lora
+from densegrpo_fast.training import builders
 
 EMBEDDED_RANDOM, SD35_RANDOM = "embedded_random", "sd35_medium_random"
 

@@ -84,7 +84,7 @@ class IterationOperations:
 
     def iteration(self, iteration: int) -> float:
         """Operations of an iteration (from 0), without calibration and guard."""
-        from densegrpo_fast.runtime import builders
+        from densegrpo_fast.training import builders
 
         noisy, trained = self._noisy(iteration), len(builders.trained_steps(self.config, iteration))
         if (noisy, trained) not in self._known:
@@ -93,7 +93,7 @@ class IterationOperations:
 
     def forwards(self, iteration: int) -> float:
         """Network forwards of an iteration (NFE), likewise."""
-        from densegrpo_fast.runtime import builders
+        from densegrpo_fast.training import builders
 
         trained = len(builders.trained_steps(self.config, iteration))
         return self.samples * self.cost(self._noisy(iteration), trained).forwards
@@ -124,10 +124,10 @@ class IterationOperations:
 
         Both complete states by every step, with full guidance and the full decoder.
         """
-        from densegrpo_fast.runtime import builders
         from densegrpo_fast.sampling import plan as plans
         from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration
         from densegrpo_fast.sampling.monitor_cost import monitor_check
+        from densegrpo_fast.training import builders
 
         config = self.config
         guided = config.sampler.guidance_scale != 1.0
@@ -150,8 +150,8 @@ class IterationOperations:
 
     def _noisy(self, iteration: int) -> tuple[bool, ...]:
         """[T] whether each step that an iteration takes injects noise."""
-        from densegrpo_fast.runtime import builders
         from densegrpo_fast.sampling.windows import remaining_steps
+        from densegrpo_fast.training import builders
 
         config, levels = self.config, self.config.noise_levels
         window, steps = builders.noisy_steps(config, iteration), config.sampler.num_steps

@@ -16,10 +16,10 @@ from _record import RESULTS, pairwise_ratio
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import SetupError, UsageError
 from densegrpo_fast.fidelity.options import _plan as read_plan
-from densegrpo_fast.runtime.builders import trained_steps
 from densegrpo_fast.sampling.plan import make_plan
+from densegrpo_fast.training.builders import trained_steps
 
 SPARSE, DENSE_FAST, DENSE_TRAJECTORIES, DENSE_EXACT = "sparse", "dense_fast", "dense_trajectories", "dense_exact"
 STOCK = STOCK_SPARSE, STOCK_DENSE = "stock_sparse", "stock_dense"
@@ -102,7 +102,7 @@ class Protocol:
             key, equals, value = text.removeprefix("--").partition("=")
             if not equals or key in fixed:
                 problem = "is set by the protocol" if equals else "must be KEY=VALUE"
-                raise UserError(f"--override: {text} {problem}", ExitCode.USAGE)
+                raise UsageError(f"--override: {text} {problem}")
             chosen[key] = value
         if name in STOCK:
             fixed |= STOCK_PINNED
@@ -116,7 +116,7 @@ class Protocol:
         found = pinned(config) | (stock_pinned(config) if name in STOCK else {})
         wrong = [f"{key} is {value}, not {expected[key]}" for key, value in found.items() if value != expected[key]]
         if wrong:
-            raise UserError(f"the protocol pins other settings: {'; '.join(wrong)}", ExitCode.USAGE)
+            raise UsageError(f"the protocol pins other settings: {'; '.join(wrong)}")
         return config
 
 
@@ -161,7 +161,7 @@ def _plan(text: str) -> dict[str, Any]:
     try:
         plan = read_plan(text)
     except argparse.ArgumentTypeError as error:
-        raise UserError(f"--plan: {error}", ExitCode.USAGE) from None
+        raise UsageError(f"--plan: {error}") from None
     assert isinstance(plan, partial)
     (kind,), given = plan.args, plan.keywords
     return {
@@ -227,7 +227,7 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
         UserError: the model needs a GPU.
     """
     if options.model == SD35_RANDOM and not torch.cuda.is_available():
-        raise UserError(f"--model {SD35_RANDOM} needs a CUDA device", ExitCode.ENVIRONMENT)
+        raise SetupError(f"--model {SD35_RANDOM} needs a CUDA device")
     names = [field.name for field in fields(Protocol) if field.name != "overrides"]
     return Protocol(**{name: getattr(options, name) for name in names}, overrides=tuple(options.override))
 

@@ -11,8 +11,8 @@ from pathlib import Path, PurePath
 from statistics import median, quantiles
 from typing import Any
 
-from densegrpo_fast.runtime.files import replace_text
-from densegrpo_fast.runtime.provenance import commit, hardware, provenance
+from densegrpo_fast.run_files.files import replace_text
+from densegrpo_fast.run_files.provenance import commit, hardware, provenance
 
 __all__ = ["commit", "hardware", "provenance"]
 
@@ -42,7 +42,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a document as a whole (a reader finds the old one or the new one); NaN and infinities become null.
 
     Raises:
-        UserError: exit code 7, if it cannot be written.
+        OutputError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")

@@ -16,7 +16,7 @@ from _comparison import Run, compare, pairs, seconds_of
 from _operations import operations
 from _record import NOISY_SPREAD, hardware, load_average, provenance, spread, write_json
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import OutputError, UsageError
 
 CPU_BUDGET = 600.0
 """CPU seconds that a run of a study on the embedded model should stay below."""
@@ -36,7 +36,7 @@ class StudyDocument:
             None = the first of the settings minus each of the others.
 
     Raises:
-        UserError: (usage) there is no variant `against`; (output) the file cannot be read, or holds runs with other
+        UsageError: there is no variant `against`; OutputError: the file cannot be read, or holds runs with other
             settings or from another machine.
     """
 
@@ -45,7 +45,7 @@ class StudyDocument:
         self._started = load_average()
         known = self.read()["settings"]
         if against is not None and against not in known:
-            raise UserError(f"--against: expected one of {', '.join(known)}, got {against}", ExitCode.USAGE)
+            raise UsageError(f"--against: expected one of {', '.join(known)}, got {against}")
 
     def read(self) -> dict[str, Any]:
         """What the file holds, or a new document; the operations of runs that were recorded without are filled in."""
@@ -60,17 +60,14 @@ class StudyDocument:
             known, machine = dict(document["settings"]), document["hardware"]
             list(document["runs"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{self.path} is no readable study; move it away or give another --output", ExitCode.OUTPUT
-            ) from None
+            raise OutputError(f"{self.path} is no readable study; move it away or give another --output") from None
         both = known.keys() & self.settings.keys()
         others = [f"{name}.{key}" for name in both for key in differing(known[name], self.settings[name])]
         fixed = {key: value for key, value in hardware().items() if key != "load_average"}
         others += [f"hardware.{key}" for key, value in fixed.items() if machine.get(key) != value]
         if others:
-            raise UserError(
+            raise OutputError(
                 f"{self.path} holds runs with another {', '.join(sorted(others))}; give another --output",
-                ExitCode.OUTPUT,
             )
         document["settings"] = known | self.settings
         for run in document["runs"]:
@@ -86,7 +83,7 @@ class StudyDocument:
         """Add a run, unless the file has got it meanwhile, and write the file and its plot.
 
         Raises:
-            UserError: (output) the run did not start where the others did: scores of other weights cannot be paired.
+            OutputError: the run did not start where the others did: scores of other weights cannot be paired.
         """
         with locked(self.path.parent):
             document = self.read()
@@ -94,11 +91,10 @@ class StudyDocument:
                 return
             for other in document["runs"][:1]:
                 if not same_start(run["before"], other["before"]):
-                    raise UserError(
+                    raise OutputError(
                         f"{run['variant']}, seed {run['seed']}, did not start like {other['variant']}, seed "
                         f"{other['seed']}: their first held-out scores differ, so model or machine changed; give "
                         "another --output",
-                        ExitCode.OUTPUT,
                     )
             count(run, document["settings"][run["variant"]])
             made = provenance()

@@ -15,10 +15,7 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import RewardComputer, draw
-from densegrpo_fast.runtime.learner import Learner
-from densegrpo_fast.runtime.metrics import PhaseTimer
+from densegrpo_fast.run_files.metrics import PhaseTimer
 from densegrpo_fast.sampling.cost import (
     Evaluations,
     IterationCost,
@@ -28,6 +25,9 @@ from densegrpo_fast.sampling.cost import (
 )
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import make_plan
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.experience import RewardComputer, draw
+from densegrpo_fast.training.learner import Learner
 
 
 class Variant:

@@ -73,9 +73,9 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.flow.noise import Stream, gaussian
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import sample
 from densegrpo_fast.sampling.cost import IterationCost
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.experience import sample
 
 RATIOS = (
     "dense_fast/sparse",

@@ -53,12 +53,12 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import sample
 from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import one_step
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.experience import sample
 
 NAMES = ("serial", "exact", "nodes", "one_step", "copy", "cached")
 RATIOS = tuple(f"{name}/{other}" for other in ("exact", "serial") for name in NAMES if name != other)

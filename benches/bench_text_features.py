@@ -45,9 +45,9 @@ from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.cached_blocks import recording
 from densegrpo_fast.models.features import Features, Layout
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import sample
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.experience import sample
 
 COMPARED = ("same_prompt", "completion", "next_sigma", "other_prompt")
 KINDS = ("keys", "values")

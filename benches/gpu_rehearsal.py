@@ -40,10 +40,10 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.models.flops import ModelFlops, architecture_of, clip_h_image, count
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.memory import peak_bytes, start_peak
-from densegrpo_fast.runtime.preparation import estimate_memory
 from densegrpo_fast.sampling.cost import IterationCost
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.memory import peak_bytes, start_peak
+from densegrpo_fast.training.preparation import estimate_memory
 
 BAR = 0.45
 """Share of the matrix products' rate that rollout and update shall reach on a GPU."""

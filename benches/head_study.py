@@ -27,7 +27,8 @@ from typing import Any
 
 from _record import RESULTS, portable, provenance, write_json
 
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.errors import OutputError, SetupError
+from densegrpo_fast.exit_codes import EXIT_CODES, ExitCode, user_errors_exit
 
 Command = Callable[[Sequence[str]], int]
 """A command's `main`: from its arguments to its exit code."""
@@ -104,7 +105,7 @@ def conduct(study: Study, work: Path, output: Path, commands: Commands) -> dict[
     if output.exists():
         document = json.loads(output.read_text(encoding="utf-8"))
         if document["settings"] != settings:
-            raise UserError(f"{output} holds a study of other settings; give another --output", ExitCode.OUTPUT)
+            raise OutputError(f"{output} holds a study of other settings; give another --output")
     work.mkdir(parents=True, exist_ok=True)
 
     def keep(part: str, record: dict[str, Any]) -> None:
@@ -185,7 +186,8 @@ def _policy(study: Study, plan: str) -> list[str]:
 
 def _done(command: str, code: int) -> None:
     if code != ExitCode.OK:
-        raise UserError(f"{command} ended with exit code {code}", ExitCode(code))
+        kind = next((kind for kind, own in EXIT_CODES.items() if own == code), SetupError)
+        raise kind(f"{command} ended with exit code {code}")
 
 
 def summary(document: dict[str, Any]) -> str:

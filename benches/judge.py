@@ -32,9 +32,10 @@ from _comparison import Run, pairs
 from _finished_runs import Finished, finished, read_study
 from _record import provenance, write_json
 
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
-from densegrpo_fast.runtime.intervals import mean_interval, paired_interval
-from densegrpo_fast.runtime.model_refs import read_weights, with_adapter
+from densegrpo_fast.errors import OutputError, UsageError
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.run_files.intervals import mean_interval, paired_interval
+from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
 
 if TYPE_CHECKING:
     from _judge import RewardComputer
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from densegrpo_fast.config import Config
     from densegrpo_fast.models.sd3 import SD3
-    from densegrpo_fast.runtime.evaluation import HeldOut
+    from densegrpo_fast.training.evaluation import HeldOut
 
 SCORES = ("graded", "probability")
 DRIFTS = ("pixel_distance", "dissimilarity")
@@ -63,21 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     options = _parser().parse_args(arguments)
     with user_errors_exit():
-        from densegrpo_fast.runtime import builders
+        from densegrpo_fast.training import builders
 
         study = read_study(options.study)
         runs = finished(study, options.work)
         names = [found.run["variant"] for found in runs]
         if options.against not in names:
-            raise UserError(
-                f"--against: expected one of {', '.join(dict.fromkeys(names))}, got {options.against}", ExitCode.USAGE
-            )
+            raise UsageError(f"--against: expected one of {', '.join(dict.fromkeys(names))}, got {options.against}")
         evaluation = runs[0].config.evaluation.model_copy(update={"num_prompts": options.prompts})
         if options.samples > evaluation.samples_per_prompt:
-            raise UserError(
+            raise UsageError(
                 f"--samples: expected at most the {evaluation.samples_per_prompt} pictures that the study drew for a "
                 f"prompt, got {options.samples}",
-                ExitCode.USAGE,
             )
         walk = next(found.config for found in runs if found.run["variant"] == options.against)
         held_out = builders.build_held_out(runs[0].config.model_copy(update={"evaluation": evaluation}))
@@ -147,7 +145,7 @@ class Bench:
         """
         from _drift import divergence_record, stochastic_trajectories
 
-        from densegrpo_fast.runtime import builders
+        from densegrpo_fast.training import builders
 
         start, weights = process_time(), read_weights(found.subject)
         coefficients = builders.build_coefficients(self.walk, self.model, self.settings["kl"]["noisy_steps"])
@@ -202,7 +200,7 @@ def judged(bench: Bench, about: Mapping[str, Any], runs: Sequence[Finished], out
     """Judge the runs that `output` does not hold yet, writing it after each; returns the document.
 
     Raises:
-        UserError: (output) it holds what was judged in another way.
+        OutputError: it holds what was judged in another way.
     """
     document = _opened(output, bench.settings, about)
     base = bench.pictures()
@@ -306,11 +304,9 @@ def _opened(output: Path, settings: Mapping[str, Any], about: Mapping[str, Any])
         known, judge = document["settings"] | {"against": settings["against"]}, document["judge"]["sha256"]
         list(document["runs"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{output} is no readable result; move it away or give another --output", ExitCode.OUTPUT
-        ) from None
+        raise OutputError(f"{output} is no readable result; move it away or give another --output") from None
     if known != settings or judge != about["sha256"]:
-        raise UserError(f"{output} was judged in another way; give another --output", ExitCode.OUTPUT)
+        raise OutputError(f"{output} was judged in another way; give another --output")
     return fresh | {"runs": document["runs"]}
 
 

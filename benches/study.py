@@ -35,9 +35,10 @@ from _study_document import CPU_BUDGET, StudyDocument, differing
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import parse_yaml
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
-from densegrpo_fast.runtime.metrics import read_metrics
-from densegrpo_fast.runtime.run_directory import holds_run
+from densegrpo_fast.errors import OutputError
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.run_files.metrics import read_metrics
+from densegrpo_fast.run_files.run_directory import holds_run
 
 Train = Callable[..., int]
 """`train(config, resume=...)`, returning the exit code: `densegrpo_fast.train.train`."""
@@ -71,7 +72,7 @@ class Plan:
         """The configuration of one run.
 
         Raises:
-            UserError: exit code 2, naming what is wrong.
+            UsageError: naming what is wrong.
         """
         own = [f"seed={seed}", f"evaluation.every={self.evaluate_every}", f"run.output_dir={directory}"]
         return load_config(["--config", variant, *self.overrides, *own])[0]
@@ -146,7 +147,7 @@ def finished(directory: Path, config: Config) -> bool:
     """Whether a run directory holds this very run, done to its end, so that there is nothing to train.
 
     Raises:
-        UserError: (output) it holds a finished run of other settings.
+        OutputError: it holds a finished run of other settings.
     """
     if not (directory / "evaluation-after.json").is_file():
         return False
@@ -157,9 +158,7 @@ def finished(directory: Path, config: Config) -> bool:
     # what only says where and how a run is written may differ
     others = [option for option in differing(made, wanted) if not option.startswith("run.")]
     if others or made["seed"] != wanted["seed"]:
-        raise UserError(
-            f"{directory} holds a run with another {', '.join(others or ['seed'])}; move it away", ExitCode.OUTPUT
-        )
+        raise OutputError(f"{directory} holds a run with another {', '.join(others or ['seed'])}; move it away")
     return True
 
 

@@ -35,10 +35,11 @@ from densegrpo_fast.calibration.staircase import Staircase
 from densegrpo_fast.command_line import check_outputs, command_parser, configuration
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps, circumstances, start_levels
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.errors import UsageError
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 
 if TYPE_CHECKING:
-    from densegrpo_fast.calibration.measure import GainMeter
+    from densegrpo_fast.training.gain_meter import GainMeter
 
 _OF_STAIRCASE = ("lowest", "highest", "share", "deviations", "first", "resolution")
 
@@ -63,9 +64,9 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
     from tqdm import tqdm
 
     from densegrpo_fast.calibration import report
-    from densegrpo_fast.calibration.measure import HELD_OUT_DRAW
     from densegrpo_fast.calibration.rules import calibrate as run
-    from densegrpo_fast.runtime.provenance import provenance
+    from densegrpo_fast.run_files.provenance import provenance
+    from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW
 
     if options.plot is not None:
         report.figure_class()
@@ -109,14 +110,14 @@ def make_rule(config: Config, options: argparse.Namespace) -> Rule:
     """The rule that the command line asks for, at the levels that the configuration starts from.
 
     Raises:
-        UserError: (usage) its parameters do not agree, or belong to another rule.
+        UsageError: its parameters do not agree, or belong to another rule.
     """
     own = {name: getattr(options, name) for name in _OF_STAIRCASE if getattr(options, name) is not None}
     # the samplers' own range, as in the configuration
     range_ = Limits(0.0, 1.0 if config.sampler.dynamics == "cps" else 3.0)
     if options.rule == "printed":
         if own:
-            raise UserError(f"--{next(iter(own))}: not an option of the printed rule", ExitCode.USAGE)
+            raise UsageError(f"--{next(iter(own))}: not an option of the printed rule")
         return PrintedRule(start_levels(config), range_)
     try:
         limits = Limits(own.pop("lowest", 0.1), own.pop("highest", 1.0))
@@ -126,12 +127,12 @@ def make_rule(config: Config, options: argparse.Namespace) -> Rule:
             raise ValueError(f"--samples must be at least {Staircase.enough}, fewer signs move no level")
         return Staircase(start_levels(config), limits, **own)
     except ValueError as error:
-        raise UserError(f"--rule staircase: {error}", ExitCode.USAGE) from None
+        raise UsageError(f"--rule staircase: {error}") from None
 
 
 def _meter(config: Config, samples: int) -> GainMeter:
-    from densegrpo_fast.calibration.measure import GainMeter
-    from densegrpo_fast.runtime import builders
+    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.gain_meter import GainMeter
 
     prompts = builders.build_prompts(config).prompts
     reward = builders.build_reward(config.reward.terms, config.reward.options)

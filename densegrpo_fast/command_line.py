@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
@@ -38,12 +38,12 @@ def check_outputs(options: argparse.Namespace, *names: str) -> None:
         names: of options that hold a path or None.
 
     Raises:
-        UserError: exit code 7, if a file's directory does not exist.
+        OutputError: if a file's directory does not exist.
     """
     for name in names:
         path: Path | None = getattr(options, name)
         if path is not None and not path.resolve().parent.is_dir():
-            raise UserError(f"--{name}: there is no directory {path.parent}", ExitCode.OUTPUT)
+            raise OutputError(f"--{name}: there is no directory {path.parent}")
 
 
 def configuration(arguments: Sequence[str]) -> Config:
@@ -53,14 +53,14 @@ def configuration(arguments: Sequence[str]) -> Config:
         arguments: those that the command's own parser left over.
 
     Raises:
-        UserError: exit code 2, naming every wrong key, or a flag that only training has.
+        UsageError: naming every wrong key, or a flag that only training has.
     """
     from densegrpo_fast.config.cli import load_config
     from densegrpo_fast.config.yaml_files import BASE_PRESET
 
     config, flags = load_config(arguments, default=BASE_PRESET)
     if flags.resume or flags.dry_run:
-        raise UserError("--resume and --dry-run are options of training", ExitCode.USAGE)
+        raise UsageError("--resume and --dry-run are options of training")
     return config
 
 

@@ -32,13 +32,14 @@ from typing import TYPE_CHECKING
 
 from densegrpo_fast.command_line import check_outputs, command_parser, configuration, positive
 from densegrpo_fast.config import Config
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.errors import UsageError
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 
 if TYPE_CHECKING:
     from densegrpo_fast.models.completion_head import CompletionHead
-    from densegrpo_fast.runtime.head_cost import HeadCounter
-    from densegrpo_fast.runtime.head_examples import Examples
     from densegrpo_fast.sampling.lookahead import Lookahead
+    from densegrpo_fast.training.head_cost import HeadCounter
+    from densegrpo_fast.training.head_examples import Examples
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,17 +66,17 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
     import torch
 
     from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, save_head, usual_width
-    from densegrpo_fast.runtime import builders
-    from densegrpo_fast.runtime.head_cost import HeadCounter
-    from densegrpo_fast.runtime.head_training import BATCH, explained, train_head
     from densegrpo_fast.sampling import plan as plans
     from densegrpo_fast.sampling.lookahead import Lookahead
+    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.head_cost import HeadCounter
+    from densegrpo_fast.training.head_training import BATCH, explained, train_head
 
     if options.width and options.width % HeadConfig.heads:
-        raise UserError(f"--width: expected a multiple of {HeadConfig.heads}, got {options.width}", ExitCode.USAGE)
+        raise UsageError(f"--width: expected a multiple of {HeadConfig.heads}, got {options.width}")
     if not (config.uses_lookahead or config.uses_branches):
         name = config.credit.method
-        raise UserError(f"credit.method: {name} has no lookahead that a head could help", ExitCode.USAGE)
+        raise UsageError(f"credit.method: {name} has no lookahead that a head could help")
     model = builders.build_model(config, builders.default_device())
     without = config.lookahead.model_copy(update={"head": None})
     lookahead = builders.build_lookahead(config.model_copy(update={"lookahead": without}), model)
@@ -94,9 +95,7 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
         )
     ).to(model.device)
     if not any(head.applies(state) for state in _completed(config)):
-        raise UserError(
-            f"lookahead.plan: {plan.name} leaves no step out, so there is nothing to predict", ExitCode.USAGE
-        )
+        raise UsageError(f"lookahead.plan: {plan.name} leaves no step out, so there is nothing to predict")
     lookahead.head = head
     exact = Lookahead(model, plans.exact(steps), chunk=lookahead.chunk)
     counter = HeadCounter(config, exact, lookahead)
@@ -135,9 +134,9 @@ def collect(
         samples: for training.
         counter: is told what was drawn.
     """
-    from densegrpo_fast.runtime.drawing import drawn
-    from densegrpo_fast.runtime.experience import draw
-    from densegrpo_fast.runtime.head_examples import Examples, exactly_completed, examples_of
+    from densegrpo_fast.training.drawing import drawn
+    from densegrpo_fast.training.experience import draw
+    from densegrpo_fast.training.head_examples import Examples, exactly_completed, examples_of
 
     parts: tuple[list[Examples], list[Examples]] = ([], [])
     for batch in drawn(config, exact.model, samples, partial(draw, cache=lookahead.cache)):
@@ -149,7 +148,7 @@ def collect(
 
 def _completed(config: Config) -> set[int]:
     """The states that some iteration completes."""
-    from densegrpo_fast.runtime.drawing import turns
+    from densegrpo_fast.training.drawing import turns
 
     noisy = {step for steps in turns(config) for step in steps if config.noise_levels[step]}
     states = noisy if config.sampler.branches is None else {step + 1 for step in noisy}

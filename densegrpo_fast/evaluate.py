@@ -29,9 +29,10 @@ from typing import Any
 from densegrpo_fast.command_line import check_outputs, command_parser
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, split_overrides
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
-from densegrpo_fast.runtime.data import PromptSet, load_prompts
-from densegrpo_fast.runtime.model_refs import BASE, ModelRef, check_models, locate, settings_source
+from densegrpo_fast.errors import UsageError
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
+from densegrpo_fast.training.prompts import PromptSet, load_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.reward:
             return int(score_files(_file_config(options, overrides), options))
         if options.prompt is not None or options.prompts is not None:
-            raise UserError(
+            raise UsageError(
                 "--prompt and --prompts belong to picture files (--reward NAME FILE...); held-out prompts are set with "
                 "--data.eval_prompts",
-                ExitCode.USAGE,
             )
         names = options.subject or [BASE]
         if len(set(names)) != len(names):
-            raise UserError("expected every subject once", ExitCode.USAGE)
+            raise UsageError("expected every subject once")
         subjects = [locate(name) for name in names]
         config, _ = load_config(["--config", settings_source(subjects, options.config), *overrides])
         check_models(subjects, config.model.path)
@@ -69,9 +69,9 @@ def evaluate(config: Config, subjects: list[ModelRef], output: Path | None) -> E
     Raises:
         UserError: anything the user can act on.
     """
-    from densegrpo_fast.runtime import builders
-    from densegrpo_fast.runtime.comparison import compare, tables
-    from densegrpo_fast.runtime.model_refs import read_weights, with_adapter
+    from densegrpo_fast.run_files.comparison import compare, tables
+    from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
+    from densegrpo_fast.training import builders
 
     held_out, reward = builders.build_held_out(config), builders.build_observer(config)
     weights = [read_weights(subject) for subject in subjects]
@@ -113,9 +113,9 @@ def score_files(config: Config, options: argparse.Namespace) -> ExitCode:
     Raises:
         UserError: anything the user can act on.
     """
-    from densegrpo_fast.runtime import builders
-    from densegrpo_fast.runtime.comparison import compare, tables
-    from densegrpo_fast.runtime.images import read_picture
+    from densegrpo_fast.run_files.comparison import compare, tables
+    from densegrpo_fast.run_files.images import read_picture
+    from densegrpo_fast.training import builders
 
     files = [Path(name) for name in options.subject]
     prompts = _file_prompts(options, len(files))
@@ -125,7 +125,7 @@ def score_files(config: Config, options: argparse.Namespace) -> ExitCode:
             image, fields = read_picture(file)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is no picture, or a damaged one"
-            raise UserError(f"{file} cannot be read: {reason}", ExitCode.USAGE) from None
+            raise UsageError(f"{file} cannot be read: {reason}") from None
         pictures.append(image)
         texts.append(fields.get("prompt", ""))
     rows = texts if prompts is None else list(prompts.prompts)
@@ -154,8 +154,6 @@ def _scores(reward: Any, pictures: list[Any], prompts: list[str], metadata: list
     """Scores by reward, in the order of the pictures, which are scored in batches of one size."""
     import torch
 
-    from densegrpo_fast.runtime.scoring import score
-
     found = {name: [float("nan")] * len(pictures) for name in reward.terms}
     sizes: dict[tuple[int, ...], list[int]] = {}
     for index, picture in enumerate(pictures):
@@ -164,7 +162,7 @@ def _scores(reward: Any, pictures: list[Any], prompts: list[str], metadata: list
         for start in range(0, len(indices), _CHUNK):
             part = indices[start : start + _CHUNK]
             images = torch.stack([pictures[i] for i in part])
-            scores = score(reward, images, [prompts[i] for i in part], [metadata[i] for i in part])
+            scores = reward(images, [prompts[i] for i in part], [metadata[i] for i in part])
             for name, values in scores.per_reward.items():
                 for index, value in zip(part, values.tolist(), strict=True):
                     found[name][index] = value
@@ -174,11 +172,11 @@ def _scores(reward: Any, pictures: list[Any], prompts: list[str], metadata: list
 def _file_config(options: argparse.Namespace, overrides: list[str]) -> Config:
     """The configuration with the rewards of --reward; of its other options only theirs mean anything here."""
     if not options.subject:
-        raise UserError("--reward: expected picture files to score", ExitCode.USAGE)
+        raise UsageError("--reward: expected picture files to score")
     others = [word.partition("=")[0] for word in overrides if not word.startswith("reward.options=")]
     if others or options.config is not None:
         given = ", ".join([*others, *(["--config"] if options.config is not None else [])])
-        raise UserError(f"--reward goes with no option of training but reward.options, got {given}", ExitCode.USAGE)
+        raise UsageError(f"--reward goes with no option of training but reward.options, got {given}")
     terms = json.dumps(dict.fromkeys(options.reward, 1.0))
     config, _ = load_config([f"reward.terms={terms}", "reward.observed=[]", *overrides])
     return config
@@ -186,23 +184,22 @@ def _file_config(options: argparse.Namespace, overrides: list[str]) -> Config:
 
 def _file_prompts(options: argparse.Namespace, count: int) -> PromptSet | None:
     if options.prompt is not None and options.prompts is not None:
-        raise UserError("--prompt and --prompts exclude each other", ExitCode.USAGE)
+        raise UsageError("--prompt and --prompts exclude each other")
     if options.prompt is not None:
         return PromptSet((options.prompt,) * count, ({},) * count)
     if options.prompts is None:
         return None
     prompts = load_prompts(options.prompts)
     if len(prompts) != count:
-        raise UserError(
+        raise UsageError(
             f"--prompts: expected one prompt for each of the {count} pictures, {options.prompts} holds {len(prompts)}",
-            ExitCode.USAGE,
         )
     return prompts
 
 
 def _write(path: Path, document: dict[str, Any], prompts: Sequence[str], scores: dict[str, Any]) -> None:
-    from densegrpo_fast.runtime.files import replace_text
-    from densegrpo_fast.runtime.provenance import provenance
+    from densegrpo_fast.run_files.files import replace_text
+    from densegrpo_fast.run_files.provenance import provenance
 
     document = {**document, "prompts": list(prompts), "scores": _present(scores), **provenance()}
     replace_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

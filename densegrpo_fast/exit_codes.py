@@ -1,4 +1,4 @@
-"""What the exit status of every command means, and the error a user is meant to read.
+"""What the exit status of every command means, and the status that each error of `errors.py` ends with.
 
 Schedulers and scripts branch on these numbers, so they are part of the public interface and never change
 meaning.
@@ -10,6 +10,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+
+from densegrpo_fast.errors import (
+    CheckpointError,
+    NonFiniteError,
+    OutputError,
+    RewardError,
+    SetupError,
+    UsageError,
+    UserError,
+)
 
 
 class ExitCode(IntEnum):
@@ -39,17 +49,20 @@ class ExitCode(IntEnum):
     """Ctrl-C: everything was saved; run again with --resume."""
 
 
-class UserError(Exception):
-    """A failure that the user can act on: shown as a message, never as a traceback.
+EXIT_CODES: dict[type[UserError], ExitCode] = {
+    UsageError: ExitCode.USAGE,
+    SetupError: ExitCode.ENVIRONMENT,
+    CheckpointError: ExitCode.CHECKPOINT,
+    RewardError: ExitCode.REWARD,
+    NonFiniteError: ExitCode.NON_FINITE,
+    OutputError: ExitCode.OUTPUT,
+}
+"""The exit status that each class of error ends a command with."""
 
-    Args:
-        message: what is wrong and what to do about it, as plain text.
-        exit_code: the status the process should end with.
-    """
 
-    def __init__(self, message: str, exit_code: ExitCode) -> None:
-        super().__init__(message)
-        self.exit_code = ExitCode(exit_code)
+def exit_code_of(error: UserError) -> ExitCode:
+    """The exit status that an error ends a command with."""
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
 @contextmanager
@@ -63,4 +76,4 @@ def user_errors_exit() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(int(error.exit_code)) from None
+        raise SystemExit(int(exit_code_of(error))) from None

@@ -19,7 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.errors import SetupError, UsageError
+from densegrpo_fast.exit_codes import user_errors_exit
 from densegrpo_fast.launch_script import run
 from densegrpo_fast.suggest import did_you_mean
 
@@ -44,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         script = _readable(options.script)
         if options.host not in HOSTS:
             known = ", ".join(HOSTS)
-            raise UserError(
+            raise UsageError(
                 f"--host: unknown host {options.host!r}, known are: {known}{did_you_mean(options.host, HOSTS)}",
-                ExitCode.USAGE,
             )
         if not getattr(sys.flags, "safe_path", False):
             # python -m has put the working directory there; python script.py puts the script's folder.
@@ -91,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
 def _readable(script: str) -> Path:
     path = Path(os.path.abspath(script))
     if not path.exists():
-        raise UserError(f"can't open file {str(path)!r}: there is no such file", ExitCode.USAGE)
+        raise UsageError(f"can't open file {str(path)!r}: there is no such file")
     if not path.is_file():
-        raise UserError(f"{str(path)!r} is not a file; name the Python file to run", ExitCode.USAGE)
+        raise UsageError(f"{str(path)!r} is not a file; name the Python file to run")
     return path
 
 
@@ -105,7 +105,7 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     unknown = [name for name in given if name not in inspect.signature(host.install).parameters]
     if unknown:
         option = {"version": "--signature", "tracker": "--tracker", "fixes": "--fix"}[unknown[0]]
-        raise UserError(f"{option} is no option of --host {options.host}", ExitCode.USAGE)
+        raise UsageError(f"{option} is no option of --host {options.host}")
     return {"rng": options.rng, "seed": options.seed, **given}
 
 
@@ -114,9 +114,9 @@ def _install(name: str, given: dict[str, Any]) -> Patch:
     try:
         return host.install(say=_say if _is_first_rank() else _say_nothing, **given)
     except ValueError as error:
-        raise UserError(str(error), ExitCode.USAGE) from error
+        raise UsageError(str(error)) from error
     except host.CompatError as error:
-        raise UserError(str(error), ExitCode.ENVIRONMENT) from error
+        raise SetupError(str(error)) from error
 
 
 def _is_first_rank() -> bool:

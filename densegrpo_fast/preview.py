@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING
 
 from densegrpo_fast.command_line import check_outputs, command_parser, configuration, positive
 from densegrpo_fast.config import Config
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.errors import OutputError, UsageError
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 
 if TYPE_CHECKING:
     from densegrpo_fast.models.base import FlowModel
-    from densegrpo_fast.runtime.preview_training import Pictures
+    from densegrpo_fast.training.preview_training import Pictures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = configuration(overrides)
         check_outputs(options, "output")
         if options.output.exists():
-            raise UserError(f"--output: {options.output} is there already; give another directory", ExitCode.OUTPUT)
+            raise OutputError(f"--output: {options.output} is there already; give another directory")
         return int(preview(config, options))
 
 
@@ -52,18 +53,17 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
         UserError: anything the user can act on.
     """
     from densegrpo_fast.models.sd3 import SD3
-    from densegrpo_fast.runtime import builders
-    from densegrpo_fast.runtime.chunks import lookahead_chunks
-    from densegrpo_fast.runtime.files import STAGE_SUFFIX, output_errors
-    from densegrpo_fast.runtime.preview_training import agreement, train_preview
+    from densegrpo_fast.run_files.files import STAGE_SUFFIX, output_errors
+    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.chunks import lookahead_chunks
+    from densegrpo_fast.training.preview_training import agreement, train_preview
 
     config = config.model_copy(update={"model": config.model.model_copy(update={"preview_dtype": "float32"})})
     model = builders.build_model(config, builders.default_device())
     if not isinstance(model, SD3) or model.preview_decoder is None:
-        raise UserError(
+        raise UsageError(
             "model.preview_decoder: this pipeline brings no preview decoder to start from; name the directory of an "
             "AutoencoderTiny for its latents (for SD3: TAESD3)",
-            ExitCode.USAGE,
         )
     reward = builders.build_reward(config.reward.terms, config.reward.options)
     size, chunk = config.sampler.group_size, lookahead_chunks(config, model, "full").decode
@@ -89,9 +89,9 @@ def collect(config: Config, model: FlowModel, pictures: int, chunk: int) -> tupl
     """
     import torch
 
-    from densegrpo_fast.runtime.drawing import drawn
-    from densegrpo_fast.runtime.experience import sample
-    from densegrpo_fast.runtime.preview_training import Pictures, decoded
+    from densegrpo_fast.training.drawing import drawn
+    from densegrpo_fast.training.experience import sample
+    from densegrpo_fast.training.preview_training import Pictures, decoded
 
     parts: tuple[list[Pictures], list[Pictures]] = ([], [])
     for batch in drawn(config, model, pictures, sample):

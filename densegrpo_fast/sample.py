@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Any
 from densegrpo_fast.command_line import command_parser
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, split_overrides
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
-from densegrpo_fast.runtime.data import PromptSet, load_prompts
-from densegrpo_fast.runtime.model_refs import BASE, ModelRef, check_models, locate, settings_source
+from densegrpo_fast.errors import OutputError, UsageError
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
+from densegrpo_fast.training.prompts import PromptSet, load_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,11 +64,11 @@ def sample(config: Config, subject: ModelRef, prompts: PromptSet, options: argpa
         UserError: anything the user can act on.
     """
     from densegrpo_fast.flow.noise import LAYOUT_VERSION
-    from densegrpo_fast.runtime import builders
-    from densegrpo_fast.runtime.files import output_errors, replace_text
-    from densegrpo_fast.runtime.images import save_grid, save_picture
-    from densegrpo_fast.runtime.model_refs import read_weights, with_adapter
-    from densegrpo_fast.runtime.provenance import provenance
+    from densegrpo_fast.run_files.files import output_errors, replace_text
+    from densegrpo_fast.run_files.images import save_grid, save_picture
+    from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
+    from densegrpo_fast.run_files.provenance import provenance
+    from densegrpo_fast.training import builders
 
     sampler = sampler_settings(config, options)
     weights = read_weights(subject)
@@ -107,7 +108,7 @@ def sampler_settings(config: Config, options: argparse.Namespace) -> dict[str, A
     The ODE sampler is that of the held-out evaluation, the SDE sampler that of training with noise in every step.
 
     Raises:
-        UserError: exit code 2, if the noise levels do not fit the number of steps.
+        UsageError: if the noise levels do not fit the number of steps.
     """
     sde = options.sampler == "sde"
     steps = options.steps or (config.sampler if sde else config.evaluation).num_steps
@@ -120,10 +121,9 @@ def sampler_settings(config: Config, options: argparse.Namespace) -> dict[str, A
     if sde:
         levels = config.sampler.noise_level
         if isinstance(levels, list) and len(levels) != steps:
-            raise UserError(
+            raise UsageError(
                 f"--steps: sampler.noise_level holds {len(levels)} levels, one for each step, so {steps} steps need "
                 "another sampler.noise_level (one number serves any number of steps)",
-                ExitCode.USAGE,
             )
         settings |= {"dynamics": config.sampler.dynamics, "noise_level": levels}
     return settings
@@ -137,14 +137,14 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, A
         chunk: rows per forward; fewer where the memory runs out.
 
     Raises:
-        UserError: exit code 2, if a noise level does not fit the dynamics; 3, if one row is too many for the memory.
+        UsageError: if a noise level does not fit the dynamics; 3, if one row is too many for the memory.
     """
     import torch
 
     from densegrpo_fast.flow.dynamics import coefficients
     from densegrpo_fast.flow.noise import Stream
-    from densegrpo_fast.runtime.oom_backoff import OomBackoff
     from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
+    from densegrpo_fast.training.oom_backoff import OomBackoff
 
     sigmas, guidance_scale = model.sigmas(sampler["num_steps"]), sampler["guidance_scale"]
     table = None
@@ -152,7 +152,7 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, A
         try:
             table = coefficients(sigmas, sampler["noise_level"], sampler["dynamics"]).to(model.device)
         except ValueError as error:
-            raise UserError(f"sampler: {error}", ExitCode.USAGE) from None
+            raise UsageError(f"sampler: {error}") from None
 
     def drawn(part: slice) -> Tensor:
         prompts, seeds = zip(*rows[part], strict=True)
@@ -181,22 +181,21 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, A
 
 def _prompts(options: argparse.Namespace) -> PromptSet:
     if bool(options.prompt) == (options.prompts is not None):
-        raise UserError("expected prompts: either as arguments, or in a file with --prompts", ExitCode.USAGE)
+        raise UsageError("expected prompts: either as arguments, or in a file with --prompts")
     if options.prompts is not None:
         return load_prompts(options.prompts)
     if not all(text.strip() for text in options.prompt):
-        raise UserError("expected prompts that are not empty", ExitCode.USAGE)
+        raise UsageError("expected prompts that are not empty")
     return PromptSet(tuple(options.prompt), ({},) * len(options.prompt))
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
-        raise UserError(f"--output: {path} is not a directory", ExitCode.OUTPUT)
+        raise OutputError(f"--output: {path} is not a directory")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(
+        raise OutputError(
             f"--output: {path} is not empty; choose another directory, or replace pictures of the same name with "
             "--overwrite",
-            ExitCode.OUTPUT,
         )
 
 

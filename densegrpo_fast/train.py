@@ -39,20 +39,20 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     Raises:
         UserError: anything the user can act on, with its exit code; the checkpoints so far are kept.
     """
-    from densegrpo_fast.calibration.during import NoiseLevels
-    from densegrpo_fast.runtime import builders
-    from densegrpo_fast.runtime.alarms import Alarms, alarms_for
-    from densegrpo_fast.runtime.costs import CostLog
-    from densegrpo_fast.runtime.experience import RewardComputer, draw_fitting
-    from densegrpo_fast.runtime.learner import Learner
-    from densegrpo_fast.runtime.loggers import Loggers, RunFacts
-    from densegrpo_fast.runtime.memory import peak_metrics, start_peak
-    from densegrpo_fast.runtime.metrics import MetricsLog, PhaseTimer, Progress
-    from densegrpo_fast.runtime.monitor import LookaheadMonitor
-    from densegrpo_fast.runtime.preparation import check_device, prepare
-    from densegrpo_fast.runtime.records import RunRecords, iteration_record
-    from densegrpo_fast.runtime.run_directory import open_run_directory
-    from densegrpo_fast.runtime.signals import GracefulStop
+    from densegrpo_fast.run_files.alarms import Alarms, alarms_for
+    from densegrpo_fast.run_files.loggers import Loggers, RunFacts
+    from densegrpo_fast.run_files.metrics import MetricsLog, PhaseTimer, Progress
+    from densegrpo_fast.run_files.records import RunRecords, iteration_record
+    from densegrpo_fast.run_files.run_directory import open_run_directory
+    from densegrpo_fast.run_files.signals import GracefulStop
+    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.costs import CostLog
+    from densegrpo_fast.training.experience import RewardComputer, draw_fitting
+    from densegrpo_fast.training.learner import Learner
+    from densegrpo_fast.training.memory import peak_metrics, start_peak
+    from densegrpo_fast.training.monitor import LookaheadMonitor
+    from densegrpo_fast.training.noise_levels import NoiseLevels
+    from densegrpo_fast.training.preparation import check_device, prepare
 
     check_device(config, builders.default_device())
     with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
@@ -144,13 +144,13 @@ def dry_run(config: Config) -> ExitCode:
     A model that is not in the package is replaced by a tiny random one of the same classes, and its reward by JPEG
     compressibility, so that every option is tried without weights.
     """
-    from densegrpo_fast.calibration.during import NoiseLevels
-    from densegrpo_fast.runtime import builders
-    from densegrpo_fast.runtime.costs import CostLog
-    from densegrpo_fast.runtime.experience import RewardComputer, draw
-    from densegrpo_fast.runtime.learner import Learner
-    from densegrpo_fast.runtime.metrics import PhaseTimer
-    from densegrpo_fast.runtime.records import PHASES, iteration_record
+    from densegrpo_fast.run_files.metrics import PhaseTimer
+    from densegrpo_fast.run_files.records import PHASES, iteration_record
+    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.costs import CostLog
+    from densegrpo_fast.training.experience import RewardComputer, draw
+    from densegrpo_fast.training.learner import Learner
+    from densegrpo_fast.training.noise_levels import NoiseLevels
 
     small = builders.shrink(config)
     model = builders.build_model(small, builders.default_device(), dry_run=True)

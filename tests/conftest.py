@@ -110,8 +110,8 @@ def tiny_policy() -> Callable[..., FlowModel]:
 
     A fresh adapter changes nothing (its B is zero); `spread` is the standard deviation of the B that it gets instead.
     """
+    from densegrpo_fast.models.lora import add_lora
     from densegrpo_fast.models.tiny import tiny_sd3
-    from densegrpo_fast.runtime.lora import add_lora
 
     def make(spread: float = 0.0, rank: int = 2, alpha: int = 4) -> FlowModel:
         model = tiny_sd3()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.runtime import alarms as module
-from densegrpo_fast.runtime.alarms import Alarms, alarms_for
+from densegrpo_fast.run_files import alarms as module
+from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 
 CONFIG = load_config(["--objective.clip_range=1e-3", "--reward.max_missing=0.2"])[0]
 HEALTHY = {

@@ -12,8 +12,8 @@ import torch
 from densegrpo_fast.aliases import OPTIONS, current_settings
 from densegrpo_fast.config.cli import load_config, split_overrides
 from densegrpo_fast.config.schema import options
-from densegrpo_fast.runtime.checkpoint import CheckpointManager
-from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.run_files.checkpoint import CheckpointManager
+from densegrpo_fast.run_files.metrics import read_metrics
 
 
 def test_every_old_name_leads_to_an_option() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.models.attention import DispatchedJointAttention, check_attention, use_attention
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.feature_cache import FeatureCache
@@ -99,7 +100,7 @@ def test_a_missing_package_is_named(name: str) -> None:
         use_attention(tiny_sd3().transformer, name)
     with pytest.raises(UserError) as caught:
         check_attention(name, torch.device("cuda"), torch.bfloat16)
-    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
 
 
 def test_packages_need_a_gpu_and_flash_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +117,7 @@ def test_packages_need_a_gpu_and_flash_half_precision(monkeypatch: pytest.Monkey
     ):
         with pytest.raises(UserError, match=problem) as caught:
             check_attention(name, device, dtype)
-        assert caught.value.exit_code == ExitCode.USAGE
+        assert exit_code_of(caught.value) == ExitCode.USAGE
 
 
 def test_an_unknown_choice_is_a_programming_error() -> None:
@@ -128,7 +129,7 @@ def test_an_unknown_choice_is_a_programming_error() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("name", ["native", *PACKAGES])
 def test_parity_on_a_gpu(name: str) -> None:
-    from densegrpo_fast.runtime.lora import add_lora
+    from densegrpo_fast.models.lora import add_lora
 
     if name in PACKAGES and not importlib.util.find_spec(PACKAGES[name]):
         pytest.skip(f"{PACKAGES[name]} is not installed")

@@ -15,10 +15,10 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.doctor.loop import configured_loop, randomize_lora_
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import RewardComputer, sample_branches
-from densegrpo_fast.runtime.learner import Learner
-from densegrpo_fast.runtime.metrics import PhaseTimer
+from densegrpo_fast.run_files.metrics import PhaseTimer
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.experience import RewardComputer, sample_branches
+from densegrpo_fast.training.learner import Learner
 
 Policy = Callable[..., FlowModel]
 Train = Callable[..., int]

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from densegrpo_fast.calibration.during import NoiseLevels
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import UserError
+from densegrpo_fast.errors import UserError
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.costs import CostLog
-from densegrpo_fast.runtime.data import PromptSet
-from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.run_files.metrics import read_metrics
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.costs import CostLog
+from densegrpo_fast.training.noise_levels import NoiseLevels
+from densegrpo_fast.training.prompts import PromptSet
 
 OPTIONS = {
     "sampler.num_steps": 4,

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.calibration.measure import HELD_OUT_DRAW, GainMeter
 from densegrpo_fast.credit.consistency import StepConsistency
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow
 from densegrpo_fast.flow.dynamics import A, B, C, coefficients
 from densegrpo_fast.models.analytic import AnalyticModel
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime.data import PromptSet
-from densegrpo_fast.runtime.oom_backoff import OomBackoff
+from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW, GainMeter
+from densegrpo_fast.training.oom_backoff import OomBackoff
+from densegrpo_fast.training.prompts import PromptSet
 
 T = 4
 SMALL = (3, 1, 2)
@@ -113,7 +114,7 @@ def test_too_many_missing_scores_end_it(mixture_model: FlowModel) -> None:
 
     with pytest.raises(UserError, match="scores are missing") as caught:
         meter(mixture_model, ["0"], moody).gains([0.7] * T, 0)
-    assert caught.value.exit_code == ExitCode.REWARD
+    assert exit_code_of(caught.value) == ExitCode.REWARD
     gains = meter(mixture_model, ["0"], moody, max_missing=0.5).gains([0.7] * T, 0)
     # the first picture of each batch of 8 is the completion of its first row's first state
     assert gains.isnan().nonzero().tolist() == [[0, 0], [8, 0]]

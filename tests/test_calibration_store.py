@@ -13,10 +13,11 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import circumstances
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import dump_yaml
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.runtime.builders import build_coefficients, check_calibration, shrink
+from densegrpo_fast.training.builders import build_coefficients, check_calibration, shrink
 
 LEVELS = [0.5, 0.75, 0.3, 0.7]
 WHOLE = {"format": FORMAT, "dynamics": "cps", "sigmas": [1, 0.5, 0], "noise_level": [0.5, 0.5]}
@@ -41,7 +42,7 @@ def config(path: Path, *overrides: str) -> Config:
 def refused(path: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         config(path, *overrides)
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
     message = str(caught.value)
     assert message.startswith("sampler.calibration: ") and path.name in message
     return message

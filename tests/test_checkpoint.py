@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime import checkpoint
-from densegrpo_fast.runtime.checkpoint import CheckpointManager
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.run_files import checkpoint
+from densegrpo_fast.run_files.checkpoint import CheckpointManager
 
 SETTINGS = {"seed": 0, "sampler": {"num_steps": 8, "noise_level": [0.7, 0.5]}}
 
@@ -115,13 +116,13 @@ def test_without_an_intact_checkpoint_nothing_is_loaded(tmp_path: Path) -> None:
     for directory in (tmp_path / "absent", tmp_path):
         with pytest.raises(UserError, match="no checkpoint in") as caught:
             manager(directory).load_latest()
-        assert caught.value.exit_code == ExitCode.CHECKPOINT
+        assert exit_code_of(caught.value) == ExitCode.CHECKPOINT
     save(manager(tmp_path), 1, 2)
     for step in (1, 2):
         (tmp_path / f"step-{step:08d}" / "state.json").unlink()
     with pytest.raises(UserError, match="all 2 are corrupt") as caught:
         manager(tmp_path).load_latest()
-    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert exit_code_of(caught.value) == ExitCode.CHECKPOINT
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     other = manager(tmp_path, seed=3, sampler={"num_steps": 10, "noise_level": [0.7, 0.5]}, model="x")
     with pytest.raises(UserError) as caught:
         other.load_latest()
-    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert exit_code_of(caught.value) == ExitCode.CHECKPOINT
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
         'model: absent in the checkpoint, "x" now',
         "sampler.num_steps: 8 in the checkpoint, 10 now",
@@ -148,7 +149,7 @@ def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
     with pytest.raises(UserError, match="checkpoint format 1, this program reads 2") as caught:
         manager(tmp_path).load_latest()
-    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert exit_code_of(caught.value) == ExitCode.CHECKPOINT
 
 
 @pytest.mark.parametrize("failing_file", ["adapter.safetensors", "state.json", "manifest.json"])
@@ -169,7 +170,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_alone(
     monkeypatch.setattr(checkpoint, "write_durably", fill_up)
     with pytest.raises(UserError, match="No space left on device") as caught:
         save(checkpoints, 2)
-    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
     assert snapshot(tmp_path) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
     monkeypatch.undo()
@@ -188,7 +189,7 @@ def test_what_the_disk_gives_back_wrong_is_not_accepted(tmp_path: Path, monkeypa
     )
     with pytest.raises(UserError, match="adapter.safetensors") as caught:
         save(checkpoints, 2)
-    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
     assert checkpoints.steps() == [1]
 
 
@@ -243,7 +244,7 @@ def test_a_corrupt_newer_step_does_not_push_good_ones_out(tmp_path: Path) -> Non
 def test_tensors_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="adapter tensor lora_A is not finite") as caught:
         manager(tmp_path / "c").save(1, {"adapter": {"lora_A": torch.tensor([1.0, float("nan")])}}, {})
-    assert caught.value.exit_code == ExitCode.NON_FINITE
+    assert exit_code_of(caught.value) == ExitCode.NON_FINITE
     assert not (tmp_path / "c").exists()
 
 
@@ -267,7 +268,7 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
 def test_killing_the_process_while_it_saves_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"
-        "from densegrpo_fast.runtime.checkpoint import CheckpointManager\n"
+        "from densegrpo_fast.run_files.checkpoint import CheckpointManager\n"
         "checkpoints = CheckpointManager(sys.argv[1], 1, {'seed': 0})\n"
         "step = int(sys.argv[2])\n"
         "while True:\n"

@@ -12,11 +12,12 @@ import torch
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.models.memory import peak_bytes
-from densegrpo_fast.runtime.chunks import GB, Chunks, Linear, lookahead_chunks
-from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.run_files.metrics import read_metrics
+from densegrpo_fast.training.chunks import GB, Chunks, Linear, lookahead_chunks
 
 
 def configured(memory_gb: float | None, chunk: int = 64) -> Config:
@@ -53,7 +54,7 @@ def test_a_budget_too_small_for_one_row_names_the_way_out(tiny_policy: Callable[
     model = tiny_policy()
     with pytest.raises(UserError, match=r"lookahead.memory_gb: 1e-06 is too small for one row") as caught:
         lookahead_chunks(configured(1e-6), model, "full")
-    assert caught.value.exit_code is ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
     found = re.search(r"expected at least ([0-9.e+-]+), or null and lookahead.chunk 1", str(caught.value))
     assert found is not None
     # what the message asks for is enough, and for one row

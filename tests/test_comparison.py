@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from densegrpo_fast.runtime.comparison import compare, tables
+from densegrpo_fast.run_files.comparison import compare, tables
 
 HARD = np.array([[0.0], [1.0], [2.0], [3.0]])
 NAN = math.nan

@@ -29,12 +29,12 @@ from densegrpo_fast.models import flops
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, load_head, save_head
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.training import builders
 
 T = 4
 PLAN = plans.nodes(T, [2])

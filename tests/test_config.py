@@ -15,7 +15,8 @@ from densegrpo_fast.config.cli import CliFlags, load_config, validate
 from densegrpo_fast.config.rewards import REWARD_NAMES
 from densegrpo_fast.config.schema import sections
 from densegrpo_fast.config.yaml_files import dump_yaml, parse_yaml, preset_names, read_settings
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.fingerprint import differences
 
 PRESETS = [
@@ -59,7 +60,7 @@ def refused(*argv: str, code: ExitCode = ExitCode.USAGE) -> str:
     """The message with which a command line is refused."""
     with pytest.raises(UserError) as caught:
         load_config(based(*argv))
-    assert caught.value.exit_code == code
+    assert exit_code_of(caught.value) == code
     return str(caught.value)
 
 
@@ -176,7 +177,7 @@ def test_every_key_refuses_a_value_of_the_wrong_type(key: str, wrong: object) ->
     with pytest.raises(UserError) as caught:
         validate(values)
     assert key in str(caught.value)
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime import builders
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.training import builders
 
 # 8 steps of flow_sde without windows, 6 prompts x 8 samples: 12 trunks of 4 branches
 BASE = [f"--config={Path(__file__).parent / 'data' / 'base.yaml'}", "window.schedule=none", "window.size=null"]
@@ -98,7 +99,7 @@ def config(*argv: str) -> Config:
 def test_what_has_no_meaning_is_refused_by_name(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         config(*arguments)
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 

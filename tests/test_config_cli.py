@@ -12,7 +12,8 @@ import pytest
 from densegrpo_fast.config import options
 from densegrpo_fast.config.cli import load_config, split_overrides
 from densegrpo_fast.config.yaml_files import preset_names
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 
 
 def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -85,4 +86,4 @@ def test_a_command_tells_its_arguments_from_the_configurations() -> None:
 def test_a_command_refuses_wrong_options_of_the_configuration(argv: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         split_overrides(argv)
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE

@@ -10,7 +10,8 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, validate
 from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 
 BASE = ["--config", str(Path(__file__).parent / "data" / "base.yaml")]  # 8 steps of flow_sde, plan exact_but_last
 OWN = (
@@ -26,7 +27,7 @@ def config(*argv: str) -> Config:
 def refused(*argv: str) -> str:
     with pytest.raises(UserError) as caught:
         config(*argv)
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
     return str(caught.value)
 
 

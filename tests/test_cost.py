@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
 from densegrpo_fast.objective.policy import ObjectiveSettings
-from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import (
     Evaluations,
@@ -25,6 +24,7 @@ from densegrpo_fast.sampling.cost import (
 )
 from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.training.learner import Learner, LearnerOptions
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.costs import GFLOP, CostLog
-from densegrpo_fast.runtime.experience import RewardComputer, draw
-from densegrpo_fast.runtime.learner import Learner
-from densegrpo_fast.runtime.metrics import PhaseTimer
-from densegrpo_fast.runtime.monitor import LookaheadMonitor
+from densegrpo_fast.run_files.metrics import PhaseTimer
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import branched_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.costs import GFLOP, CostLog
+from densegrpo_fast.training.experience import RewardComputer, draw
+from densegrpo_fast.training.learner import Learner
+from densegrpo_fast.training.monitor import LookaheadMonitor
 
 Policy = Callable[..., FlowModel]
 

@@ -14,9 +14,9 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.smoothing import smooth_rewards
-from densegrpo_fast.exit_codes import UserError
+from densegrpo_fast.errors import UserError
 from densegrpo_fast.flow.dynamics import C, coefficients
-from densegrpo_fast.runtime.experience import RewardComputer
+from densegrpo_fast.training.experience import RewardComputer
 
 NAN = math.nan
 

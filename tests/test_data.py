@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime.data import BUILT_IN, PromptSampler, PromptSet, built_in_prompts, load_prompts
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.training.prompts import BUILT_IN, PromptSampler, PromptSet, built_in_prompts, load_prompts
 
 
 def refused(path: Path, **options: int) -> str:
     with pytest.raises(UserError) as caught:
         load_prompts(path, **options)
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
     assert str(path) in str(caught.value)
     return str(caught.value)
 

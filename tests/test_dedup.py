@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations
 from densegrpo_fast.sampling.dedup import CompletionDedup

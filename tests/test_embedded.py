@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.embedded import WEIGHTS, card, scenes
-from densegrpo_fast.models.load import load_sd3
+from densegrpo_fast.models.loading import load_sd3
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.scenes import ScenesReward
 from densegrpo_fast.sampling.rollout import sample_ode

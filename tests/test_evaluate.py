@@ -18,9 +18,9 @@ import torch
 
 from densegrpo_fast.evaluate import main
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.lora import save_lora
 from densegrpo_fast.models.tiny import tiny_sd3
-from densegrpo_fast.runtime.images import save_picture
-from densegrpo_fast.runtime.lora import save_lora
+from densegrpo_fast.run_files.images import save_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

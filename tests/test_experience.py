@@ -11,13 +11,13 @@ from torch import Tensor
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import UserError
+from densegrpo_fast.errors import UserError
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import RewardBatch, RewardComputer, sample
-from densegrpo_fast.runtime.metrics import PhaseTimer
+from densegrpo_fast.run_files.metrics import PhaseTimer
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.experience import RewardBatch, RewardComputer, sample
 
 Policy = Callable[..., FlowModel]
 

@@ -19,7 +19,7 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.features import Features, Layout
-from densegrpo_fast.runtime.lora import add_lora
+from densegrpo_fast.models.lora import add_lora
 
 BLOCKS, HEADS, WIDTH, ROWS, NODE = 4, 2, 32, 3, 5
 SPECS = [

@@ -14,15 +14,16 @@ import torch
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity.choice import Choice, choose, own_variants
 from densegrpo_fast.fidelity.costs import STEPS
 from densegrpo_fast.fidelity.measure import agreement_of, measure, reference
 from densegrpo_fast.fidelity.options import parse, plans_of
 from densegrpo_fast.fidelity.search import longest_path, search
-from densegrpo_fast.runtime import builders
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.training import builders
 
 G = 4
 JPEG = "--reward.terms={jpeg_incompressibility: 1.0}"
@@ -149,7 +150,7 @@ def test_what_one_measurement_cannot_show_is_refused(
         pytest.skip("there is a CUDA device")
     with pytest.raises(UserError, match=re.escape(message)) as raised:
         chosen(pipeline_directory, [], *overrides, preset=preset)
-    assert raised.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(raised.value) == ExitCode.USAGE
     if preset == "embedded_fast":
         fixed = chosen(pipeline_directory, ["--plans", "one_step"], "--window.schedule=fixed", preset=preset)
         assert fixed.target.coefficients.noisy == (True, True, False, False)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.fidelity import plot
 from densegrpo_fast.fidelity.plot import Box, pareto_front, placed, save_plot
 
@@ -91,4 +92,4 @@ def test_plans_are_numbered_and_listed(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write") as caught:
         save_plot(tmp_path / "none" / "plot.png", {"exact": record(1.0, 1.0)}, None, THRESHOLDS)
-    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT

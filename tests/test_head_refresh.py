@@ -10,22 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, load_head, save_head
 from densegrpo_fast.models.flops import ModelFlops
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
-from densegrpo_fast.runtime import head_training
-from densegrpo_fast.runtime.head_examples import Examples, exactly_completed, examples_of, showing
-from densegrpo_fast.runtime.head_training import BATCH, HeadRefresher, explained
-from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.monitor_cost import monitor_check
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.training import head_training
+from densegrpo_fast.training.head_examples import Examples, exactly_completed, examples_of, showing
+from densegrpo_fast.training.head_training import BATCH, HeadRefresher, explained
 
 SHAPE = HeadConfig(3, ((1,), (), ()), (4, 4, 4), patch=2, hidden=8, width=16, depth=1)
 
@@ -124,7 +125,7 @@ def test_a_checkpoint_without_such_a_head_is_refused() -> None:
     for tensors in ({}, HeadRefresher(head_of(wide), steps=1, seed=0).tensors()):
         with pytest.raises(UserError, match="no completion head of this shape") as caught:
             refresher.restore(tensors)
-        assert caught.value.exit_code is ExitCode.CHECKPOINT
+        assert exit_code_of(caught.value) == ExitCode.CHECKPOINT
 
 
 def test_examples_are_what_the_head_will_see(tiny_policy: Callable[..., FlowModel]) -> None:

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benches"))
 import head_study  # noqa: E402
 from head_study import KEPT, Commands, Study, conduct, head_file, summary  # noqa: E402
 
-from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 
 
 def study(**changes: Any) -> Study:
@@ -107,7 +108,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
     stopped.fails = "train"
     with pytest.raises(UserError, match="train ended with exit code 5") as caught:
         conduct(study(), tmp_path / "work", output, stopped.all())
-    assert caught.value.exit_code == ExitCode.REWARD
+    assert exit_code_of(caught.value) == ExitCode.REWARD
     rest = FakeCommands()
     conduct(study(), tmp_path / "work", output, rest.all())
     assert [name for name, _ in rest.calls] == ["train", "fidelity", "fidelity"] * 2

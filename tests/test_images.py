@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from densegrpo_fast.runtime.images import read_captions, read_picture, save_grid, save_picture
+from densegrpo_fast.run_files.images import read_captions, read_picture, save_grid, save_picture
 
 COLOURS = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]])
 

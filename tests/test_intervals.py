@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from densegrpo_fast.runtime.intervals import mean_interval, paired_interval
+from densegrpo_fast.run_files.intervals import mean_interval, paired_interval
 
 
 def test_numbers_by_hand():

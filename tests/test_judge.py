@@ -43,9 +43,9 @@ from densegrpo_fast.exit_codes import ExitCode  # noqa: E402
 from densegrpo_fast.flow.dynamics import B, C, coefficients  # noqa: E402
 from densegrpo_fast.models.base import Velocity  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
-from densegrpo_fast.runtime.evaluation import HeldOut  # noqa: E402
 from densegrpo_fast.sampling.rollout import rollout  # noqa: E402
 from densegrpo_fast.train import train as train_run  # noqa: E402
+from densegrpo_fast.training.evaluation import HeldOut  # noqa: E402
 
 SMALL = Recipe(steps=2, batch=6, decoded=4, held_out=12)
 

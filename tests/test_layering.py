@@ -18,10 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "flow": {"flow", "kernels"},
     "kernels": {"kernels"},
     "sampling": {"sampling", "flow", "models.base"},
-    "credit": {"credit", "flow", "outside"},
-    "objective": {"objective", "flow", "outside"},
-    "models": {"models", "flow.schedule", "flow.analytic", "embedded", "exit_codes", "pretrained"},
-    "rewards": {"rewards", "outside", "pretrained"},
+    "credit": {"credit", "flow", "plugins"},
+    "objective": {"objective", "flow", "plugins"},
+    "models": {"models", "flow.schedule", "flow.analytic", "embedded", "errors", "pretrained", "run_files.files"},
+    "rewards": {"rewards", "errors", "plugins", "pretrained"},
     "compat": {"compat", "flow", "sampling", "credit", "models.base"},
 }
 # Parts that need nothing but torch and the standard library to be imported (kernels: and Triton).

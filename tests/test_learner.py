@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.dynamics import C, coefficients
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.policy import ObjectiveSettings
-from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling.replay import replay
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.training.learner import Learner, LearnerOptions
 
 T, B = 3, 4
 OPTIONS = LearnerOptions(
@@ -233,7 +234,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(tiny_policy: Policy) -> None:
     learner.update(trajectory, bad, steps=[0])
     with pytest.raises(UserError, match="not finite 2 times in a row") as caught:
         learner.update(trajectory, bad, steps=[0])
-    assert caught.value.exit_code == ExitCode.NON_FINITE == 6
+    assert exit_code_of(caught.value) == ExitCode.NON_FINITE == 6
     assert same(values(learner), before)
 
 
@@ -271,7 +272,7 @@ def test_the_adapter_of_another_model_is_refused(tiny_policy: Policy) -> None:
     other = Learner(tiny_policy(rank=3), OPTIONS)
     with pytest.raises(UserError, match="adapter for another model") as caught:
         other.restore(learner.tensors(), learner.state())
-    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert exit_code_of(caught.value) == ExitCode.CHECKPOINT
 
 
 def test_the_running_average_by_hand(tiny_policy: Policy) -> None:

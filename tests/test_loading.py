@@ -15,13 +15,14 @@ from torch import Tensor
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.sampling import ModelOptions
 from densegrpo_fast.embedded.architecture import build_tokenizer
-from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.models.load import load_sd3, pipeline_directory
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.models.loading import load_sd3, pipeline_directory
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
-from densegrpo_fast.runtime.loading import load_model
 from densegrpo_fast.sampling.replay import replay
 from densegrpo_fast.sampling.rollout import rollout
+from densegrpo_fast.training.loading import load_model
 
 CPU = torch.device("cpu")
 Policy = Callable[..., SD3]
@@ -178,14 +179,14 @@ def test_a_wrong_preview_decoder_is_named(tiny_directory: Path, tmp_path: Path, 
         AutoencoderTiny(latent_channels=4, **small).save_pretrained(directory)
     with pytest.raises(UserError, match=problem) as caught:
         load_model(options(path=tiny_directory, max_sequence_length=8, preview_decoder=directory), CPU)
-    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
 
 
 def test_pickles_are_refused_and_gaps_are_named(damaged: Path) -> None:
     def problem() -> str:
         with pytest.raises(UserError) as caught:
             pipeline_directory(str(damaged))
-        assert caught.value.exit_code == ExitCode.ENVIRONMENT
+        assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
         return str(caught.value)
 
     assert pipeline_directory(str(damaged)) == damaged
@@ -252,7 +253,7 @@ def test_a_wrong_or_partial_component_is_named(
     damage(damaged / part)
     with pytest.raises(UserError, match=rf"model.path: cannot load {damaged}: {part}: .*{expected}") as caught:
         load_sd3(str(damaged), device=CPU, dtype=torch.float32, max_sequence_length=8)
-    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
 
 
 def test_a_tokenizer_of_another_encoder_is_named(damaged: Path) -> None:
@@ -273,7 +274,7 @@ def test_weights_that_do_not_fit_the_device_say_what_to_do(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
     with pytest.raises(UserError, match=r"do not fit .* \(1.0 of 8.0 GiB free\).*model.prompt_cache") as caught:
         load_sd3(str(tiny_directory), device=CPU, dtype=torch.float32, max_sequence_length=8)
-    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
 
 
 def test_a_hub_id_is_downloaded_as_safetensors(

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from densegrpo_fast.runtime.loggers import KINDS, Loggers, RunFacts
-from densegrpo_fast.runtime.metrics import MetricsLog, read_metrics
+from densegrpo_fast.run_files.loggers import KINDS, Loggers, RunFacts
+from densegrpo_fast.run_files.metrics import MetricsLog, read_metrics
 
 RECORD = {
     "iteration": 3,

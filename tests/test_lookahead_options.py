@@ -10,7 +10,7 @@ import pytest
 
 from densegrpo_fast.fidelity.__main__ import main as fidelity
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.run_files.metrics import read_metrics
 
 RUN = {"run.iterations": 2, "evaluation.every": 0, "sampler.num_steps": 4}
 NODES = {"lookahead.plan": "nodes", "lookahead.nodes": "[2]"}

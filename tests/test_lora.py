@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.lora import add_lora, attached_lora, lora_layers, read_lora, save_lora
 from densegrpo_fast.models.tiny import tiny_sd3
-from densegrpo_fast.runtime.lora import add_lora, attached_lora, lora_layers, read_lora, save_lora
 
 Policy = Callable[..., FlowModel]
 TARGETS = ["attn.to_q", "attn.add_k_proj"]

@@ -15,20 +15,22 @@ from torch import Tensor
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.models import flops
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.features import Layout
+from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, peak_bytes, tensor_bytes
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.rewards.pickscore import PickScore
-from densegrpo_fast.runtime.builders import build_coefficients, build_lookahead
-from densegrpo_fast.runtime.experience import sample, sample_branches
-from densegrpo_fast.runtime.lora import add_lora
-from densegrpo_fast.runtime.memory import (
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.training.builders import build_coefficients, build_lookahead
+from densegrpo_fast.training.experience import sample, sample_branches
+from densegrpo_fast.training.memory import (
     GIB,
     MemoryEstimate,
     check,
@@ -39,9 +41,7 @@ from densegrpo_fast.runtime.memory import (
     readable,
     refuse,
 )
-from densegrpo_fast.runtime.preparation import estimate_memory
-from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.training.preparation import estimate_memory
 
 TARGETS = flops.ATTENTION_TARGETS
 ROWS = 3
@@ -367,7 +367,7 @@ def test_only_what_is_clearly_too_much_is_a_problem() -> None:
     for words in ("needs about 10.0 GiB", "cuda:0 has 9.0 GiB free", "the phase update (9.0 GiB)"):
         assert words in problem
     assert "model.gradient_checkpointing true" in problem and "sampler.micro_batch" in problem
-    assert refuse(problem).exit_code == ExitCode.ENVIRONMENT
+    assert exit_code_of(refuse(problem)) == ExitCode.ENVIRONMENT
 
 
 def test_sizes_are_readable() -> None:
@@ -415,8 +415,8 @@ def test_the_peak_of_a_process_holds_what_it_touched() -> None:
 def test_a_run_says_what_it_needs_and_took(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from densegrpo_fast.runtime import preparation
-    from densegrpo_fast.runtime.metrics import read_metrics
+    from densegrpo_fast.run_files.metrics import read_metrics
+    from densegrpo_fast.training import preparation
 
     monkeypatch.setattr(preparation, "free_bytes", lambda device: 1000)
     assert train(tmp_path / "refused", **{"run.memory_check": "refuse"}) == 3

@@ -13,17 +13,18 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit import registry
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.guard import guard_table
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import RewardBatch, RewardComputer, draw
-from densegrpo_fast.runtime.learner import Learner
-from densegrpo_fast.runtime.metrics import PhaseTimer, read_metrics
+from densegrpo_fast.run_files.metrics import PhaseTimer, read_metrics
 from densegrpo_fast.sampling.branches import Sampled
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.experience import RewardBatch, RewardComputer, draw
+from densegrpo_fast.training.learner import Learner
 
 Policy = Callable[..., FlowModel]
 Train = Callable[..., int]
@@ -173,7 +174,7 @@ def test_other_steps_after_the_window_are_judged_or_refused(tiny_policy: Policy,
     if registry.find(method).uses_branches:
         with pytest.raises(UserError, match=r"window\.remainder\w*: expected .* with sampler.branches") as caught:
             configured(method, **window, **share, **solver)
-        assert caught.value.exit_code == ExitCode.USAGE
+        assert exit_code_of(caught.value) == ExitCode.USAGE
         return
     config, model = configured(method, **window, **share, **solver), tiny_policy()
     learner, lengths = Learner(model, builders.learner_options(config)), []

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime import metrics
-from densegrpo_fast.runtime.metrics import MetricsLog, PhaseTimer, Progress, read_metrics
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.run_files import metrics
+from densegrpo_fast.run_files.metrics import MetricsLog, PhaseTimer, Progress, read_metrics
 
 
 class Clock:
@@ -89,13 +90,13 @@ def test_a_bad_line_is_reported_by_number(line: bytes, expected: str, tmp_path: 
         read_metrics(path)
     with MetricsLog(path) as log, pytest.raises(UserError, match=expected) as caught:
         log.records()
-    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
 
 
 def test_a_path_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write") as caught:
         MetricsLog(tmp_path / "absent" / "metrics.jsonl")
-    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
 
 
 def test_a_full_disk_is_an_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +109,7 @@ def test_a_full_disk_is_an_output_error(tmp_path: Path, monkeypatch: pytest.Monk
         pytest.raises(UserError, match="No space left") as caught,
     ):
         log.position()
-    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
 
 
 def test_seconds_add_up_over_repeated_and_nested_phases() -> None:

@@ -14,11 +14,11 @@ import yaml
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.intervals import Interval
-from densegrpo_fast.runtime.lora import save_lora
-from densegrpo_fast.runtime.model_card import BaseFacts, usage, write_model_card
+from densegrpo_fast.models.lora import save_lora
+from densegrpo_fast.run_files.intervals import Interval
+from densegrpo_fast.run_files.model_card import BaseFacts, usage, write_model_card
 from densegrpo_fast.sampling.rollout import sample_ode
+from densegrpo_fast.training import builders
 
 PROMPT = "a red circle to the left of a blue square"
 CPU = BaseFacts(has_t5=False, dtype="float32", device="cpu")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.run_files.metrics import read_metrics
 
 Train = Callable[..., int]
 GROUPS = {"sampler.group_size": 6, "sampler.micro_batch": 6, "run.iterations": 3, "evaluation.every": 0}

@@ -23,11 +23,11 @@ from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.objective.policy import ObjectiveSettings
-from densegrpo_fast.runtime.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
+from densegrpo_fast.training.learner import Learner, LearnerOptions
 
 T, B = 4, 6
 

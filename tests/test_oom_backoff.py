@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.objective.policy import ObjectiveSettings
-from densegrpo_fast.runtime.learner import Learner, LearnerOptions
-from densegrpo_fast.runtime.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.training.learner import Learner, LearnerOptions
+from densegrpo_fast.training.oom_backoff import OomBackoff
 
 Policy = Callable[..., SD3]
 T, B = 2, 4
@@ -140,7 +141,7 @@ def test_one_row_that_does_not_fit_ends_with_advice(tiny_policy: Policy) -> None
     before = {name: parameter.clone() for name, parameter in model.trainable_parameters().items()}
     with small_memory(model, 0), pytest.raises(UserError, match="with one row per forward .*checkpointing") as caught:
         updated(model, trajectory)
-    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.trainable_parameters().items())
 
 
@@ -180,7 +181,7 @@ def test_pieces_cover_all_rows_once() -> None:
 def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from densegrpo_fast.runtime.metrics import read_metrics
+    from densegrpo_fast.run_files.metrics import read_metrics
 
     rows = []
     original = SD3._forward
@@ -210,7 +211,7 @@ def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
 def test_the_guard_and_its_decodes_go_on_with_fewer_rows(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from densegrpo_fast.runtime.metrics import read_metrics
+    from densegrpo_fast.run_files.metrics import read_metrics
 
     forward, decode = SD3._forward, SD3.decode
 

@@ -10,13 +10,14 @@ import torch
 
 from densegrpo_fast import train as train_command
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.rewards.pickscore import PickScore
-from densegrpo_fast.runtime.builders import build_reward
-from densegrpo_fast.runtime.memory import GIB
-from densegrpo_fast.runtime.preparation import check_device, estimate_memory
+from densegrpo_fast.training.builders import build_reward
+from densegrpo_fast.training.memory import GIB
+from densegrpo_fast.training.preparation import check_device, estimate_memory
 
 
 def test_the_estimate_holds_the_rewards(tiny_policy: Callable[..., SD3], clip_directory: Path) -> None:
@@ -35,7 +36,7 @@ def test_rewards_that_do_not_fit_say_what_to_do(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="no memory for the networks of .*own.py:Large.*device: cpu") as caught:
         build_reward({f"{own}:Large": 1.0})
-    assert caught.value.exit_code == ExitCode.REWARD
+    assert exit_code_of(caught.value) == ExitCode.REWARD
 
 
 def test_a_large_model_without_a_gpu_is_refused_before_anything_is_loaded(
@@ -62,7 +63,7 @@ def test_size_decides_about_a_directory(tmp_path: Path) -> None:
         try:
             check_device(config, torch.device(device))
         except UserError as error:
-            assert error.exit_code == ExitCode.ENVIRONMENT
+            assert exit_code_of(error) == ExitCode.ENVIRONMENT
             return True
         return False
 

@@ -11,17 +11,17 @@ import pytest
 from torch import Tensor
 
 import densegrpo_fast
-from densegrpo_fast.calibration.during import NoiseLevels
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import preset_names
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.costs import CostLog
-from densegrpo_fast.runtime.experience import RewardComputer, draw
-from densegrpo_fast.runtime.learner import Learner
-from densegrpo_fast.runtime.metrics import PhaseTimer
+from densegrpo_fast.run_files.metrics import PhaseTimer
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.costs import CostLog
+from densegrpo_fast.training.experience import RewardComputer, draw
+from densegrpo_fast.training.learner import Learner
+from densegrpo_fast.training.noise_levels import NoiseLevels
 
 EMBEDDED = [name for name in preset_names() if name.startswith("embedded_")]
 METHODS = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.preview import collect, main
-from densegrpo_fast.runtime.preview_training import Pictures, agreement, decoded, train_preview
+from densegrpo_fast.training.preview_training import Pictures, agreement, decoded, train_preview
 
 SMALL = {"sampler.num_steps": 2, "objective.trained_steps": 1}
 
@@ -44,7 +44,7 @@ def test_the_decoder_learns_what_the_full_one_does() -> None:
 
 def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import load_config
-    from densegrpo_fast.runtime import builders
+    from densegrpo_fast.training import builders
 
     config, _ = load_config(train.arguments(tmp_path / "unused", **SMALL))
     model = builders.build_model(config, torch.device("cpu"))
@@ -61,7 +61,7 @@ def test_the_command_writes_a_decoder_that_a_model_takes(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from densegrpo_fast.config.cli import load_config
-    from densegrpo_fast.runtime import builders
+    from densegrpo_fast.training import builders
 
     output, own = tmp_path / "preview", ["--pictures", "4", "--steps", "30", "--batch", "4"]
     # fitted in float32 all the same

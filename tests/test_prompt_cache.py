@@ -10,11 +10,12 @@ import torch
 
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.sampling import ModelOptions
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.models import load
+from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.runtime.loading import load_model, prompt_cache
-from densegrpo_fast.runtime.prompt_cache import PromptCache, files_fingerprint
+from densegrpo_fast.training.loading import load_model, prompt_cache
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a red circle"]
@@ -71,7 +72,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="model.prompt_cache: cannot use .*file") as caught:
         PromptCache(tmp_path / "file", {})
-    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
 
 
 def test_the_encoders_fingerprint_sees_names_sizes_and_contents(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_a_damaged_entry_is_encoded_again(
 def test_a_run_trains_on_cached_prompts_to_the_same_numbers(
     train: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from densegrpo_fast.runtime.metrics import read_metrics
+    from densegrpo_fast.run_files.metrics import read_metrics
 
     assert callable(train)
     settings = {"run.iterations": 1, "sampler.guidance_scale": 2.0}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.runtime import provenance
+from densegrpo_fast.run_files import provenance
 
 
 def test_absolute_paths_are_shortened(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from densegrpo_fast.runtime.curves import line_chart, nice_ticks, smooth
-from densegrpo_fast.runtime.images import save_grid
-from densegrpo_fast.runtime.report import write_report
+from densegrpo_fast.run_files.curves import line_chart, nice_ticks, smooth
+from densegrpo_fast.run_files.images import save_grid
+from densegrpo_fast.run_files.report import write_report
 
 VOID = {"meta", "img", "br", "line", "circle"}
 CONFIG = """preset: embedded_dense

@@ -10,10 +10,11 @@ import torch
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.rewards.options import OptionError
 from densegrpo_fast.rewards.registry import create
-from densegrpo_fast.runtime import builders
+from densegrpo_fast.training import builders
 
 OWN = """\
 class Level:
@@ -136,21 +137,21 @@ def test_the_held_out_evaluation_shares_the_rewards_of_the_training(own: str) ->
 def test_a_configuration_with_wrong_rewards_is_refused(arguments: list[str], problem: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(["--config=embedded_dense", *arguments])
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
     assert problem in str(caught.value)
 
 
 def test_wrong_options_and_absent_weights_end_a_run_differently(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no option 'x'") as caught:
         builders.build_reward({"scenes": 1.0}, {"scenes": {"x": 1}})
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
     with pytest.raises(UserError, match="url: expected an address that starts with http:// or https://") as caught:
         builders.build_reward({"remote": 1.0}, {"remote": {"url": "file:///etc/passwd"}})
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
     absent = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"pickscore: cannot load its processor from .*absent") as caught:
         builders.build_reward({"pickscore": 1.0}, {"pickscore": {"model": absent, "processor": absent}})
-    assert caught.value.exit_code == ExitCode.REWARD
+    assert exit_code_of(caught.value) == ExitCode.REWARD
 
 
 def test_where_a_reward_is_computed_does_not_bind_a_continued_run() -> None:

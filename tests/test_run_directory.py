@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime import files, run_directory
-from densegrpo_fast.runtime.files import replace_text
-from densegrpo_fast.runtime.run_directory import RunLock, open_run_directory
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.run_files import files, run_directory
+from densegrpo_fast.run_files.files import replace_text
+from densegrpo_fast.run_files.run_directory import RunLock, open_run_directory
 
 
 def refused(path: Path, code: ExitCode, *, resume: bool = False, overwrite: bool = False) -> str:
     with pytest.raises(UserError) as caught, open_run_directory(path, resume=resume, overwrite=overwrite):
         pass
-    assert caught.value.exit_code == code
+    assert exit_code_of(caught.value) == code
     return str(caught.value)
 
 
@@ -101,7 +102,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pyte
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from densegrpo_fast.runtime.run_directory import RunLock\n"
+        "from densegrpo_fast.run_files.run_directory import RunLock\n"
         "RunLock(Path(sys.argv[1])).acquire()\n"
         "print('locked', flush=True)\n"
         "time.sleep(60)\n"
@@ -125,7 +126,7 @@ def test_a_lock_left_by_another_host_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.lock").write_text('{"pid": 1, "host": "elsewhere"}')
     with pytest.raises(UserError, match="process 1 on elsewhere") as caught:
         RunLock(tmp_path).acquire()
-    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
@@ -160,6 +161,6 @@ def test_a_failed_write_keeps_the_old_text(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(UserError, match="No space left") as caught:
         replace_text(path, "new")
-    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.lora import save_lora
 from densegrpo_fast.models.tiny import tiny_sd3
-from densegrpo_fast.runtime.images import read_captions, read_picture
-from densegrpo_fast.runtime.lora import save_lora
+from densegrpo_fast.run_files.images import read_captions, read_picture
 from densegrpo_fast.sample import draw, main
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UserError
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.rewards.base import RewardMixture, Scores
-from densegrpo_fast.runtime.metrics import read_metrics
-from densegrpo_fast.runtime.scoring import Scoring, chosen, joined
+from densegrpo_fast.run_files.metrics import read_metrics
+from densegrpo_fast.training.scoring import Scoring, chosen, joined
 
 SECONDS = 60.0
 """After which a wait for the other thread has failed; nothing here takes that long."""
@@ -127,7 +128,7 @@ def test_a_failure_ends_it_as_it_would_have_here(number: int) -> None:
     reward, seen = failing_at(number)
     with pytest.raises(UserError, match=f"'r' raised RuntimeError: no score for part {number}") as caught:
         scored(RewardMixture({"r": (reward, 1.0)}), True, [1] * 4)
-    assert caught.value.exit_code is ExitCode.REWARD
+    assert exit_code_of(caught.value) == ExitCode.REWARD
     assert number < len(seen) <= 4
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("reward")]
 

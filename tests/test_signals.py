@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.exit_codes import ExitCode
-from densegrpo_fast.runtime.signals import GracefulStop
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.run_files.signals import GracefulStop
 
 
 @pytest.mark.parametrize(
@@ -18,10 +18,10 @@ from densegrpo_fast.runtime.signals import GracefulStop
 def test_the_first_signal_sets_a_flag_with_its_exit_code(number: signal.Signals, code: ExitCode) -> None:
     with GracefulStop() as stop:
         assert not stop.requested
-        assert stop.exit_code == ExitCode.OK
+        assert exit_code_of(stop) == ExitCode.OK
         signal.raise_signal(number)
         assert stop.requested
-        assert stop.exit_code == code
+        assert exit_code_of(stop) == code
 
 
 def test_the_exit_codes_are_the_documented_numbers() -> None:
@@ -34,7 +34,7 @@ def test_the_same_request_delivered_twice_is_one_request() -> None:
         signal.raise_signal(signal.SIGTERM)
         now[0] += 0.5
         signal.raise_signal(signal.SIGINT)
-        assert stop.exit_code == ExitCode.TERMINATED
+        assert exit_code_of(stop) == ExitCode.TERMINATED
 
 
 def test_the_earlier_handlers_come_back() -> None:
@@ -49,7 +49,7 @@ def test_the_earlier_handlers_come_back() -> None:
 def test_a_second_signal_ends_the_process_at_once(second: signal.Signals) -> None:
     script = (
         "import signal\n"
-        "from densegrpo_fast.runtime.signals import GracefulStop\n"
+        "from densegrpo_fast.run_files.signals import GracefulStop\n"
         "now = [0.0]\n"
         "with GracefulStop(clock=lambda: now[0]) as stop:\n"
         "    signal.raise_signal(signal.SIGTERM)\n"

@@ -24,17 +24,18 @@ from bench_iteration import check_work, evaluations  # noqa: E402
 
 from densegrpo_fast.config import Config  # noqa: E402
 from densegrpo_fast.config.cli import load_config  # noqa: E402
-from densegrpo_fast.exit_codes import ExitCode, UserError  # noqa: E402
+from densegrpo_fast.errors import UserError  # noqa: E402
+from densegrpo_fast.exit_codes import ExitCode, exit_code_of  # noqa: E402
 from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
 from densegrpo_fast.models import sd3  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
-from densegrpo_fast.runtime import builders  # noqa: E402
-from densegrpo_fast.runtime.experience import RewardBatch, RewardComputer, sample  # noqa: E402
-from densegrpo_fast.runtime.learner import Learner  # noqa: E402
-from densegrpo_fast.runtime.metrics import PhaseTimer  # noqa: E402
+from densegrpo_fast.run_files.metrics import PhaseTimer  # noqa: E402
 from densegrpo_fast.sampling.rollout import initial_noise  # noqa: E402
 from densegrpo_fast.sampling.trajectory import Trajectory  # noqa: E402
+from densegrpo_fast.training import builders  # noqa: E402
+from densegrpo_fast.training.experience import RewardBatch, RewardComputer, sample  # noqa: E402
+from densegrpo_fast.training.learner import Learner  # noqa: E402
 
 STEPS, ROWS = 4, ["a cat"] * 3 + ["the moon"] * 3
 METADATA: list[dict[str, Any]] = [{} for _ in ROWS]
@@ -354,7 +355,7 @@ def test_a_plan_is_written_as_for_the_fidelity_command() -> None:
     assert ahead.paths == [[4, 7], [4], [4], [7], [7], [8], [], [], [9], []]
     with pytest.raises(UserError, match="--plan: expected exact, .*, got 'paths:'") as caught:
         Protocol(plan="paths:").config("dense_fast", kl=True)
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE
     with pytest.raises(UserError, match=r"lookahead\.paths: expected a list for each of the 10 states, got 4"):
         Protocol(plan="paths:2,3:3:-:-").config("dense_fast", kl=True)
 
@@ -374,4 +375,4 @@ def test_pinned_settings_cannot_be_moved(override: str, problem: str) -> None:
     overrides = (override,) if "micro" in override else (override, "sampler.micro_batch=8")
     with pytest.raises(UserError, match=problem) as caught:
         Protocol(overrides=overrides).config("sparse", kl=True)
-    assert caught.value.exit_code == ExitCode.USAGE
+    assert exit_code_of(caught.value) == ExitCode.USAGE

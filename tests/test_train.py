@@ -304,7 +304,7 @@ def test_a_dry_run_of_every_preset_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("densegrpo_fast.models.load.WEIGHTS", pipeline_directory)
+    monkeypatch.setattr("densegrpo_fast.models.loading.WEIGHTS", pipeline_directory)
     monkeypatch.chdir(tmp_path)
     assert main(["--config", preset, "--dry-run"]) == 0
     assert f"dry run of {preset}" in capsys.readouterr().out

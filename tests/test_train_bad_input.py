@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.runtime import experience
 from densegrpo_fast.train import main
+from densegrpo_fast.training import experience
 
 Train = Callable[..., int]
 

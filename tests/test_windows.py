@@ -15,16 +15,16 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit.dense import reward_gains
-from densegrpo_fast.exit_codes import UserError
+from densegrpo_fast.errors import UserError
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.metrics import read_metrics
+from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
 from densegrpo_fast.sampling.windows import Windows
+from densegrpo_fast.training import builders
 
 T, PROMPTS = 6, ["0", "0", "12", "1"]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.calibration.rules import Round, Rule, Signs
 from densegrpo_fast.calibration.store import FORMAT
-from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime.files import output_errors, replace_text
+from densegrpo_fast.errors import SetupError
+from densegrpo_fast.run_files.files import output_errors, replace_text
 
 if TYPE_CHECKING:
     from densegrpo_fast.credit.consistency import StepConsistency
@@ -84,7 +84,7 @@ def write_document(path: Path, content: Mapping[str, Any]) -> None:
     """Write a calibration's file; NaN becomes null, and numbers but sigmas and levels keep six digits.
 
     Raises:
-        UserError: exit code 7, if it cannot be written.
+        OutputError: if it cannot be written.
     """
     short = {key: value if key in ("sigmas", "noise_level") else _short(value) for key, value in content.items()}
     lines = ",\n".join(f"{json.dumps(key)}: {_indented(value)}" for key, value in short.items())
@@ -184,9 +184,7 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise UserError(
-            "--plot needs matplotlib: pip install densegrpo-fast[train], or leave --plot out", ExitCode.ENVIRONMENT
-        ) from None
+        raise SetupError("--plot needs matplotlib: pip install densegrpo-fast[train], or leave --plot out") from None
     return Figure
 
 

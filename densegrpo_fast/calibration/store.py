@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UsageError
 
 FORMAT = "densegrpo-fast calibration 1"
 """First key of every file; the number is the format's."""
@@ -52,7 +52,7 @@ class Calibration:
             steps: those that may have noise. The levels of the others are of no use, and need not be there.
 
         Raises:
-            UserError: (usage) naming the difference.
+            UsageError: naming the difference.
         """
         if self.num_steps != num_steps:
             self._refuse(f"was made for {self.num_steps} steps, sampler.num_steps is {num_steps}")
@@ -65,30 +65,30 @@ class Calibration:
         """Refuse a schedule with other noise levels sigma.
 
         Raises:
-            UserError: (usage) naming the first difference.
+            UsageError: naming the first difference.
         """
         for step, (made, own) in enumerate(zip(self.sigmas, sigmas, strict=True)):
             if abs(made - own) > tolerance:
                 self._refuse(f"was made for another schedule: its sigma {step} is {made:.6g}, this model's {own:.6g}")
 
     def _refuse(self, problem: str) -> None:
-        raise UserError(f"sampler.calibration: {self.path} {problem}; {_AGAIN}", ExitCode.USAGE)
+        raise UsageError(f"sampler.calibration: {self.path} {problem}; {_AGAIN}")
 
 
 def read_calibration(path: Path) -> Calibration:
     """Read a calibration's file.
 
     Raises:
-        UserError: (usage) it cannot be read, or is none.
+        UsageError: it cannot be read, or is none.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"sampler.calibration: cannot read {path}: {error.strerror}", ExitCode.USAGE) from None
+        raise UsageError(f"sampler.calibration: cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise UserError(f"sampler.calibration: {path} is not JSON; {_AGAIN}", ExitCode.USAGE) from None
+        raise UsageError(f"sampler.calibration: {path} is not JSON; {_AGAIN}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise UserError(f'sampler.calibration: {path} is no "{FORMAT}"; {_AGAIN}', ExitCode.USAGE)
+        raise UsageError(f'sampler.calibration: {path} is no "{FORMAT}"; {_AGAIN}')
     levels, sigmas, dynamics = (document.get(key) for key in ("noise_level", "sigmas", "dynamics"))
     settings = document.get("settings", {})
     if _numbers(levels) and _numbers(sigmas) and isinstance(dynamics, str) and isinstance(settings, dict):
@@ -98,10 +98,9 @@ def read_calibration(path: Path) -> Calibration:
         if known and len(sigmas) == len(levels) + 1:
             numbers, grid = tuple(map(float, levels)), tuple(map(float, sigmas))
             return Calibration(path, dynamics, numbers, grid, tuple(steps), settings)
-    raise UserError(
+    raise UsageError(
         f"sampler.calibration: {path} is broken: expected dynamics, noise_level of every step, one sigma more, and "
         f"increasing steps; {_AGAIN}",
-        ExitCode.USAGE,
     )
 
 

@@ -87,7 +87,7 @@ def fitting_calibration(config: Config) -> Calibration | None:
     `circumstances`, and noise in further steps, after which a step starts from other states.
 
     Raises:
-        UserError: (usage) it cannot be read, or was made for other dynamics, another number of steps, or without noise
+        UsageError: it cannot be read, or was made for other dynamics, another number of steps, or without noise
             in a step that may have it here.
     """
     if config.sampler.calibration is None:

@@ -28,7 +28,8 @@ from densegrpo_fast.config.yaml_files import (
     preset_summary,
     read_settings,
 )
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import CheckpointError, UsageError, UserError
+from densegrpo_fast.exit_codes import ExitCode
 from densegrpo_fast.suggest import did_you_mean
 
 _PRINTING_FLAGS = ("--help", "-h", "--print-config", "--list-presets")
@@ -72,7 +73,7 @@ def load_config(argv: Sequence[str], default: str = DEFAULT_PRESET) -> tuple[Con
         The validated configuration and the other flags.
 
     Raises:
-        UserError: exit code 2, naming every wrong key; exit code 4 if the run to resume has no configuration.
+        UsageError: naming every wrong key; CheckpointError: the run to resume has no configuration.
         SystemExit: with status 0, after --help, --list-presets or --print-config printed to stdout.
     """
     arguments = _split(argv)
@@ -101,7 +102,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         The command's own arguments, and the others for `load_config`, each written `section.key=VALUE`.
 
     Raises:
-        UserError: exit code 2, if a dotted option is unknown or lacks its value.
+        UsageError: if a dotted option is unknown or lacks its value.
     """
     own: list[str] = []
     overrides: list[str] = []
@@ -120,7 +121,7 @@ def validate(settings: dict[str, Any]) -> Config:
     """Build the configuration from nested settings; a calibration's noise levels take their place in it.
 
     Raises:
-        UserError: exit code 2, with one line per problem that names its key, or if a calibration cannot be read or
+        UsageError: with one line per problem that names its key, or if a calibration cannot be read or
             does not fit (see `fitting_calibration`).
     """
     try:
@@ -140,7 +141,7 @@ def validate(settings: dict[str, Any]) -> Config:
 def _invalid(beginning: str, error: ValidationError) -> UserError:
     problems = describe_errors(error)
     separator = "\n  " if len(problems) > 1 else " "
-    return UserError(separator.join([beginning, *problems]), ExitCode.USAGE)
+    return UsageError(separator.join([beginning, *problems]))
 
 
 def _print_and_exit(text: str) -> None:
@@ -153,7 +154,7 @@ def _source(arguments: _Arguments, default: str) -> str:
         return arguments.source or default
     stored = Path(arguments.resume_directory) / "config.yaml"
     if not stored.is_file():
-        raise UserError(f"--resume: {stored} does not exist, so there is no run to continue", ExitCode.CHECKPOINT)
+        raise CheckpointError(f"--resume: {stored} does not exist, so there is no run to continue")
     return str(stored)
 
 
@@ -169,7 +170,7 @@ def _split(argv: Sequence[str]) -> _Arguments:
             key = current_option(name.removeprefix("--"), "command line")
             arguments.overrides[key] = _take_override(name, given, rest)
         if key in seen:
-            raise UserError(f"option {key} is given twice", ExitCode.USAGE)
+            raise UsageError(f"option {key} is given twice")
         seen.add(key)
     return arguments
 
@@ -183,7 +184,7 @@ def _take_flag(arguments: _Arguments, name: str, given: str | None, rest: list[s
             given = rest.pop(0)
         arguments.resume_directory = given
     elif given is not None:
-        raise UserError(f"{name} takes no value, got {given!r}", ExitCode.USAGE)
+        raise UsageError(f"{name} takes no value, got {given!r}")
     elif name == "--dry-run":
         arguments.dry_run = True
     else:
@@ -194,13 +195,12 @@ def _take_override(name: str, given: str | None, rest: list[str]) -> str:
     known, key = options(), name.removeprefix("--")
     current = OPTIONS.get(key, key)
     if key == name and (given is None or name.startswith("-")):
-        raise UserError(
+        raise UsageError(
             f'unexpected argument "{name}": an option is written --section.key VALUE or section.key=VALUE',
-            ExitCode.USAGE,
         )
     if current not in known:
         flag = did_you_mean(name, _FLAGS) if key != name and "." not in key else ""
-        raise UserError(f'unknown option "{key}"{did_you_mean(key, known) or flag}', ExitCode.USAGE)
+        raise UsageError(f'unknown option "{key}"{did_you_mean(key, known) or flag}')
     if given is not None:
         return given
     if known[current].annotation is bool and (not rest or rest[0] not in ("true", "false")):
@@ -210,7 +210,7 @@ def _take_override(name: str, given: str | None, rest: list[str]) -> str:
 
 def _next_value(name: str, rest: list[str]) -> str:
     if not rest or rest[0].startswith("--"):
-        raise UserError(f"{name} needs a value", ExitCode.USAGE)
+        raise UsageError(f"{name} needs a value")
     return rest.pop(0)
 
 

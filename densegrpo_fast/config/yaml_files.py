@@ -14,7 +14,7 @@ import yaml
 
 from densegrpo_fast.aliases import current_settings
 from densegrpo_fast.config.schema import Config
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UsageError
 from densegrpo_fast.suggest import did_you_mean
 
 DEFAULT_PRESET = "embedded_branched"
@@ -85,7 +85,7 @@ def parse_yaml(text: str, source: str) -> Any:
         source: what to call it in an error, such as a file name or an option.
 
     Raises:
-        UserError: exit code 2, naming the source, the line and the problem.
+        UsageError: naming the source, the line and the problem.
     """
     try:
         loader = _StrictLoader(text)
@@ -96,9 +96,9 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}, line {mark.line + 1}" if mark and "\n" in text else source
-        raise UserError(f"{where}: {error.problem or error.context}", ExitCode.USAGE) from None
+        raise UsageError(f"{where}: {error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{source}: not readable as YAML: {error}", ExitCode.USAGE) from None
+        raise UsageError(f"{source}: not readable as YAML: {error}") from None
 
 
 def preset_names() -> list[str]:
@@ -114,10 +114,9 @@ def preset_summary(name: str) -> str:
 def _preset_path(name: str) -> Path:
     known = preset_names()
     if name not in known:
-        raise UserError(
+        raise UsageError(
             f'unknown preset "{name}"{did_you_mean(name, known)} (known: {", ".join(known)}; '
             "a file must end in .yaml or .yml)",
-            ExitCode.USAGE,
         )
     return _PRESET_DIRECTORY / f"{name}.yaml"
 
@@ -132,7 +131,7 @@ def read_settings(source: str) -> dict[str, Any]:
         source: name of a preset, or path of a file that ends in .yaml or .yml.
 
     Raises:
-        UserError: exit code 2, if there is no such preset or file, or it cannot be read.
+        UsageError: if there is no such preset or file, or it cannot be read.
     """
     if not source.lower().endswith((".yaml", ".yml")):
         return _read_preset(source, ())
@@ -146,7 +145,7 @@ def read_settings(source: str) -> dict[str, Any]:
 def _read_preset(name: str, extended_by: tuple[str, ...]) -> dict[str, Any]:
     if name in extended_by:
         chain = " -> ".join([*extended_by, name])
-        raise UserError(f"presets extend one another in a circle: {chain}", ExitCode.USAGE)
+        raise UsageError(f"presets extend one another in a circle: {chain}")
     path = _preset_path(name)
     settings = _read_mapping(path)
     base = _pop_extends(settings, path)
@@ -157,7 +156,7 @@ def _read_preset(name: str, extended_by: tuple[str, ...]) -> dict[str, Any]:
 def _pop_extends(settings: dict[str, Any], path: Path) -> str | None:
     base = settings.pop("extends", None)
     if base is not None and not isinstance(base, str):
-        raise UserError(f"{path}: extends: expected the name of a preset, got {base!r}", ExitCode.USAGE)
+        raise UsageError(f"{path}: extends: expected the name of a preset, got {base!r}")
     return base
 
 
@@ -165,14 +164,14 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot read this configuration: {error.strerror}", ExitCode.USAGE) from None
+        raise UsageError(f"{path}: cannot read this configuration: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})", ExitCode.USAGE) from None
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from None
     settings = parse_yaml(text, str(path))
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected options as `key: value`, got {settings!r}", ExitCode.USAGE)
+        raise UsageError(f"{path}: expected options as `key: value`, got {settings!r}")
     return current_settings(settings, str(path))
 
 

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from densegrpo_fast.command_line import check_outputs, command_parser
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.errors import SetupError, UsageError
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,14 +77,12 @@ def ratio(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
 
         config, flags = load_config(overrides)
         if flags.resume:
-            raise UserError("--resume is an option of training", ExitCode.USAGE)
+            raise UsageError("--resume is an option of training")
         # advice about optional packages is none of this command's business
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from densegrpo_fast.doctor.ratio import examine, text
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"--ratio needs {error.name}: pip install densegrpo-fast[train]", ExitCode.ENVIRONMENT
-        ) from None
+        raise SetupError(f"--ratio needs {error.name}: pip install densegrpo-fast[train]") from None
     found = examine(config, options.tolerance, options.dry_run)
     print(text(found))
     _write(options.json, found)
@@ -95,8 +94,8 @@ def _write(path: Path | None, document: dict[str, Any]) -> None:
         return
     import json
 
-    from densegrpo_fast.runtime.files import replace_text
-    from densegrpo_fast.runtime.provenance import commit, versions
+    from densegrpo_fast.run_files.files import replace_text
+    from densegrpo_fast.run_files.provenance import commit, versions
 
     document = document | {"commit": commit(), "versions": versions()}
     replace_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from densegrpo_fast.doctor import implementations, machine, packages
 from densegrpo_fast.doctor.findings import Finding
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import SetupError
 
 _CONFIGURATION = ("pydantic", "yaml")
 
@@ -21,7 +21,7 @@ def examine(arguments: Sequence[str], wait_policy: str | None) -> list[Finding]:
         wait_policy: OMP_WAIT_POLICY as the user has it; None = unset.
 
     Raises:
-        UserError: exit code 2, if the configuration is wrong.
+        UsageError: if the configuration is wrong.
     """
     findings = list(packages.package_findings())
     if packages.installed_version("torch") is not None:
@@ -41,9 +41,7 @@ def examine(arguments: Sequence[str], wait_policy: str | None) -> list[Finding]:
         if error.name not in _CONFIGURATION:
             raise
         if arguments:
-            raise UserError(
-                f"options of a run need {error.name}: pip install densegrpo-fast[train]", ExitCode.ENVIRONMENT
-            ) from None
+            raise SetupError(f"options of a run need {error.name}: pip install densegrpo-fast[train]") from None
         findings.append(machine.disk_finding(Path("runs")))
     return findings
 

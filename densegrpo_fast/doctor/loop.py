@@ -12,10 +12,10 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.runtime import builders
-from densegrpo_fast.runtime.experience import draw
 from densegrpo_fast.sampling import replay as replaying
 from densegrpo_fast.sampling.branches import Sampled
+from densegrpo_fast.training import builders
+from densegrpo_fast.training.experience import draw
 
 Rollout = Callable[[StepCoefficients], Sampled]
 Replay = Callable[[Sampled, int], Tensor]

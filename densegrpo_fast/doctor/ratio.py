@@ -9,7 +9,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.doctor.causes import BY_NAME
 from densegrpo_fast.doctor.diagnosis import Diagnosis, Trial, default_tolerance, diagnose
 from densegrpo_fast.doctor.loop import Loop, configured_loop, randomize_lora_
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UsageError
 from densegrpo_fast.flow.dynamics import C
 
 
@@ -24,14 +24,14 @@ def examine(config: Config, tolerance: float | None, tiny: bool) -> dict[str, An
     Raises:
         UserError: the model cannot be loaded, or the configuration does not fit it.
     """
-    from densegrpo_fast.runtime import builders
+    from densegrpo_fast.training import builders
 
     config = builders.shrink(config) if tiny else config
     model = builders.build_model(config, builders.default_device(), dry_run=tiny)
     randomize_lora_(model.network)
     loop = configured_loop(config, model)
     if not loop.steps:
-        raise UserError("objective.trained_steps: none of the steps is stochastic, so no ratio exists", ExitCode.USAGE)
+        raise UsageError("objective.trained_steps: none of the steps is stochastic, so no ratio exists")
     clip_range = config.objective.clip_range
     diagnosis = diagnose(loop, default_tolerance(clip_range) if tolerance is None else tolerance)
     return record(diagnosis, loop, clip_range) | {"preset": config.preset, "model": type(model.network).__name__}

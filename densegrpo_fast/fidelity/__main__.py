@@ -34,7 +34,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.command_line import check_outputs, configuration
-from densegrpo_fast.exit_codes import ExitCode, UserError, user_errors_exit
+from densegrpo_fast.errors import SetupError, UsageError
+from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.fidelity.options import parse, plans_of
 
 if TYPE_CHECKING:
@@ -69,16 +70,16 @@ def costs(options: argparse.Namespace) -> ExitCode:
             caches=list(dict.fromkeys(options.cache or ())),
         )
     except ModuleNotFoundError as error:
-        raise UserError(f"--cost needs {error.name}: pip install densegrpo-fast[train]", ExitCode.ENVIRONMENT) from None
+        raise SetupError(f"--cost needs {error.name}: pip install densegrpo-fast[train]") from None
     except ValueError as error:
-        raise UserError(f"--plans: {error}", ExitCode.USAGE) from None
+        raise UsageError(f"--plans: {error}") from None
     for spec in options.cache or ():
         if all(f"cache({spec})" in record["left_out"] for record in records.values()):
-            raise UserError(f"--cache {spec}: fits none of {', '.join(records)}", ExitCode.USAGE)
+            raise UsageError(f"--cache {spec}: fits none of {', '.join(records)}")
     print(cost_text(records))
     if options.json:
         from densegrpo_fast.fidelity.report import write_json
-        from densegrpo_fast.runtime.provenance import provenance
+        from densegrpo_fast.run_files.provenance import provenance
 
         write_json(options.json, {"models": records, **provenance()})
     return ExitCode.OK
@@ -91,13 +92,13 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
         UserError: anything the user can act on, with its exit code.
     """
     config = None if options.analytic else _config(options, overrides)
+    from densegrpo_fast.agreement import persistence
     from densegrpo_fast.fidelity import report
     from densegrpo_fast.fidelity.choice import choose
     from densegrpo_fast.fidelity.measure import agreement_of, measure, reference
     from densegrpo_fast.fidelity.plot import save_plot
     from densegrpo_fast.fidelity.search import Thresholds, cheapest, longest_path, search
-    from densegrpo_fast.fidelity.statistics import persistence
-    from densegrpo_fast.runtime.provenance import provenance
+    from densegrpo_fast.run_files.provenance import provenance
 
     target, variants, own, ways = choose(options, config)
     sampling = {"group_size": options.group_size, "seed": options.seed}
@@ -145,9 +146,7 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> Config:
     try:
         from densegrpo_fast.config.yaml_files import BASE_PRESET
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is missing: pip install densegrpo-fast[train], or use --analytic", ExitCode.ENVIRONMENT
-        ) from None
+        raise SetupError(f"{error.name} is missing: pip install densegrpo-fast[train], or use --analytic") from None
     return configuration(["--config", options.config or BASE_PRESET, *overrides])
 
 

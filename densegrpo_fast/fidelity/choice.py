@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from densegrpo_fast.credit import registry
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import UsageError
 from densegrpo_fast.fidelity.measure import Variant, expanded
 from densegrpo_fast.fidelity.options import plans_of
 from densegrpo_fast.fidelity.target import FidelityTarget, analytic_target, pipeline_target
@@ -82,7 +82,7 @@ def choose(options: argparse.Namespace, config: Config | None) -> Choice:
 
     asked = beside([variant for plan in chosen for variant in _crossed(plan, guidances, decoders)])
     if head is not None and not any(variant.head for variant in asked):
-        raise UserError("--head: none of --plans is the one that it was made for", ExitCode.USAGE)
+        raise UsageError("--head: none of --plans is the one that it was made for")
     variants = [*own, *asked]
     if any(variant.decoder == "preview" for variant in variants):
         variants = [Variant(exact, "full", "preview"), *variants]
@@ -95,7 +95,7 @@ def own_variants(config: Config) -> list[Variant]:
     """The lookahead that a configuration trains with: none if it has no use for one, several with granularities."""
     if not (config.uses_lookahead or config.uses_branches):
         return []
-    from densegrpo_fast.runtime.builders import build_plan
+    from densegrpo_fast.training.builders import build_plan
 
     options, steps = config.lookahead, config.sampler.num_steps
     chosen = [build_plan(config, steps)]
@@ -122,7 +122,7 @@ def _pipeline(options: argparse.Namespace, config: Config, own: list[Variant]) -
     if own and own[0].head:
         if head is not None:
             problem = f"the configuration has lookahead.head {config.lookahead.head}; name --plans, or leave one out"
-            raise UserError(f"--head: {problem}", ExitCode.USAGE)
+            raise UsageError(f"--head: {problem}")
         head, head_plan = Path(str(config.lookahead.head)), own[0].plan
     return pipeline_target(
         config,
@@ -145,44 +145,42 @@ def _check(config: Config, options: argparse.Namespace) -> None:
     """Refuse a configuration of which one set of trajectories, or trees, shows only a part.
 
     Raises:
-        UserError: (usage) always with the way out.
+        UsageError: always with the way out.
     """
     if config.window.remainder_share < 1:
-        raise UserError("window.remainder_share: plans are compared on all of the grid; set it to 1", ExitCode.USAGE)
+        raise UsageError("window.remainder_share: plans are compared on all of the grid; set it to 1")
     windows, drawn = config.schedule().reached(), config.objective.trained_steps
     if len(windows) > 1:
-        raise UserError(
+        raise UsageError(
             f"window.schedule: expected fixed, as plans are compared in one window, got {config.window.schedule} with "
             f"the windows {', '.join(f'{window[0]}..{window[-1]}' for window in windows)}; choose by "
             "--window.schedule fixed --window.first STEP",
-            ExitCode.USAGE,
         )
     if config.sampler.branches is None:
         return
     if isinstance(drawn, int) and drawn < len(config.windows()[0]):
-        raise UserError(
+        raise UsageError(
             f"objective.trained_steps: expected all_but_last or a list of steps, as plans are compared in the same "
             f"steps, got {drawn} drawn for each iteration",
-            ExitCode.USAGE,
         )
     if options.cache:
         problem = f"is for trajectories, and {config.preset} has sampler.branches; leave it out"
-        raise UserError(f"--cache {problem}", ExitCode.USAGE)
+        raise UsageError(f"--cache {problem}")
     if "reuse" in (options.guidance or ()):
-        raise UserError("--guidance: expected full or cond_only with sampler.branches, got reuse", ExitCode.USAGE)
+        raise UsageError("--guidance: expected full or cond_only with sampler.branches, got reuse")
 
 
 def _check_decoders(target: FidelityTarget, options: argparse.Namespace, decoders: list[Decoder]) -> None:
     if not {*decoders} <= {*target.decoders}:
         key = "--decoder" if "preview" in (options.decoder or ()) else "lookahead.decoder"
-        raise UserError(f"{key}: this model has no preview decoder, expected full", ExitCode.USAGE)
+        raise UsageError(f"{key}: this model has no preview decoder, expected full")
 
 
 def _made(make: Callable[[int], Plan], num_steps: int) -> Plan:
     try:
         return make(num_steps)
     except ValueError as error:
-        raise UserError(f"--plans: {error}", ExitCode.USAGE) from None
+        raise UsageError(f"--plans: {error}") from None
 
 
 def _once(values: Iterable[Value] | None) -> list[Value]:

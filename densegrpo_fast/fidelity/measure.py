@@ -12,11 +12,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from densegrpo_fast.fidelity.statistics import Agreement, compare, compare_branches
+from densegrpo_fast.agreement import Agreement, compare, compare_branches
 from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Recorder
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.runtime import scoring
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import BranchedRollout, Sampled, branch_rollout
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
@@ -262,10 +261,10 @@ def score(target: FidelityTarget, batch: Batch[Sampled], images: Tensor) -> Tens
     """Rewards [P', G, S] of images [S, B, 3, H, W], S pictures for each row of a batch of P' groups; NaN = missing.
 
     Raises:
-        UserError: (reward) the reward failed.
+        RewardError: the reward failed.
     """
     count = len(images)
-    scores = scoring.score(target.reward, images.flatten(0, 1), batch.rows * count, batch.metadata * count)
+    scores = target.reward(images.flatten(0, 1), batch.rows * count, batch.metadata * count)
     return scores.values.view(count, -1, batch.group_size).permute(1, 2, 0)
 
 
@@ -293,7 +292,7 @@ def measure(
         of the G branches at each of the M steps with noise.
 
     Raises:
-        UserError: (reward) the reward failed.
+        RewardError: the reward failed.
     """
     wanted = list(dict.fromkeys([reference(target.coefficients.num_steps), *variants]))
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}

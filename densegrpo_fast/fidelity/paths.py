@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from densegrpo_fast.fidelity.statistics import spearman
+from densegrpo_fast.agreement import spearman
 from densegrpo_fast.sampling.path_tree import Path
 
 Scored = Mapping[tuple[int, Path], Tensor]

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
-from densegrpo_fast.runtime.files import output_errors
+from densegrpo_fast.errors import SetupError
+from densegrpo_fast.run_files.files import output_errors
 
 _PANELS = {
     "rewards": ("spearman_rewards_mean", "rewards"),
@@ -201,7 +201,5 @@ def _matplotlib() -> tuple[Any, Any]:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ModuleNotFoundError:
-        raise UserError(
-            "--plot needs matplotlib: pip install densegrpo-fast[train], or leave --plot out", ExitCode.ENVIRONMENT
-        ) from None
+        raise SetupError("--plot needs matplotlib: pip install densegrpo-fast[train], or leave --plot out") from None
     return Figure, Line2D

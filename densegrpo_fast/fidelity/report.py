@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from densegrpo_fast.agreement import Agreement
 from densegrpo_fast.fidelity.measure import Variant, cost_of, flops_ratio, reference
 from densegrpo_fast.fidelity.search import Candidate, Thresholds
-from densegrpo_fast.fidelity.statistics import Agreement
 from densegrpo_fast.fidelity.target import FidelityTarget
-from densegrpo_fast.runtime.files import replace_text
+from densegrpo_fast.run_files.files import replace_text
 
 _COLUMNS = {
     "guided": "nfe_guided",
@@ -127,7 +127,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a document; NaN and infinities become null.
 
     Raises:
-        UserError: exit code 7, if it cannot be written.
+        OutputError: if it cannot be written.
     """
     replace_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
 

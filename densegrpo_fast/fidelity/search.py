@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from densegrpo_fast.agreement import Agreement
 from densegrpo_fast.fidelity.measure import (
     Batch,
     Variant,
@@ -28,7 +29,6 @@ from densegrpo_fast.fidelity.measure import (
     score,
 )
 from densegrpo_fast.fidelity.paths import Scored, chain_of
-from densegrpo_fast.fidelity.statistics import Agreement
 from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import BranchedRollout, Sampled

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import SetupError, UsageError
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.analytic import AnalyticModel
 from densegrpo_fast.models.base import Cache, Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.runtime.data import PromptSet
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import UnitFlops
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.step_runner import StepRunner
+from densegrpo_fast.training.prompts import PromptSet
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
@@ -112,9 +112,9 @@ def pipeline_target(
         UserError: something cannot be loaded, or there are too few prompts.
     """
     from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, completion_head, count
-    from densegrpo_fast.models.load import resolve_dtype
-    from densegrpo_fast.runtime import builders
-    from densegrpo_fast.runtime.chunks import lookahead_chunks
+    from densegrpo_fast.models.loading import resolve_dtype
+    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.chunks import lookahead_chunks
 
     prompts = _held_out(config, groups)
     reward = builders.build_reward(config.reward.terms, config.reward.options)
@@ -242,23 +242,21 @@ class SmoothReward:
 
 
 def _held_out(config: Config, groups: int) -> PromptSet:
-    from densegrpo_fast.runtime.builders import build_held_out
+    from densegrpo_fast.training.builders import build_held_out
 
     evaluation = config.evaluation.model_copy(update={"num_prompts": groups})
     found = build_held_out(config.model_copy(update={"evaluation": evaluation}))
     if len(found.prompts) < groups:
-        raise UserError(
-            f"--groups: expected at most the {len(found.prompts)} held-out prompts, got {groups}", ExitCode.USAGE
-        )
+        raise UsageError(f"--groups: expected at most the {len(found.prompts)} held-out prompts, got {groups}")
     return PromptSet(tuple(found.prompts), tuple(found.metadata))
 
 
 def _load_adapter(network: Any, directory: Path) -> None:
-    from densegrpo_fast.runtime.lora import ADAPTER_FILE, attach_lora, read_lora
+    from densegrpo_fast.models.lora import ADAPTER_FILE, attach_lora, read_lora
 
     if not (directory / ADAPTER_FILE).is_file():
-        raise UserError(f"--adapter: {directory} holds no {ADAPTER_FILE}", ExitCode.ENVIRONMENT)
+        raise SetupError(f"--adapter: {directory} holds no {ADAPTER_FILE}")
     try:
         attach_lora(network, read_lora(directory / ADAPTER_FILE))
     except ValueError as error:
-        raise UserError(f"--adapter: {error}", ExitCode.ENVIRONMENT) from None
+        raise SetupError(f"--adapter: {error}") from None

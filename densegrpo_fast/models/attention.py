@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from densegrpo_fast.exit_codes import ExitCode, UserError
+from densegrpo_fast.errors import SetupError, UsageError
 from densegrpo_fast.models.cached_blocks import split_heads
 
 Attention = Literal["auto", "native", "xformers", "flash"]
@@ -88,7 +88,7 @@ def use_attention(transformer: Any, name: Attention) -> None:
     """Let a transformer compute attention so.
 
     Raises:
-        UserError: (environment) the package is missing or too old; (usage) it does not serve this device or precision.
+        SetupError: the package is missing or too old; UsageError: it does not serve this device or precision.
         ValueError: there is no such choice.
     """
     if name not in get_args(Attention):
@@ -110,18 +110,15 @@ def check_attention(name: Attention, device: torch.device, dtype: torch.dtype) -
     package = _PACKAGES[name]
     usable = {"xformers": attention_dispatch._CAN_USE_XFORMERS_ATTN, "flash": attention_dispatch._CAN_USE_FLASH_ATTN}
     if not usable[name]:
-        raise UserError(
+        raise SetupError(
             f"model.attention: {name} needs the package {package}, which is missing, broken or too old here; install "
             "it, or set model.attention to native",
-            ExitCode.ENVIRONMENT,
         )
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type != "cuda" or (name == "flash" and not half):
         expected = "a CUDA device" + (" and model.dtype bfloat16 or float16" if name == "flash" else "")
         found = f"{str(dtype).removeprefix('torch.')} on {device.type}"
-        raise UserError(
-            f"model.attention: {name} needs {expected}, the model is {found}; set it to native", ExitCode.USAGE
-        )
+        raise UsageError(f"model.attention: {name} needs {expected}, the model is {found}; set it to native")
 
 
 def _is_joint(module: Any) -> bool:

@@ -33,7 +33,7 @@ VaeDecode = Literal["whole", "sliced", "tiled"]
 
 
 class PromptStore(Protocol):
-    """Encoded prompts that outlive the encoders, such as `runtime/prompt_cache.py`."""
+    """Encoded prompts that outlive the encoders, such as `models/prompt_cache.py`."""
 
     def holds(self, prompt: str) -> bool:
         """Whether the prompt is there, as far as can be told without reading it."""
@@ -221,7 +221,7 @@ class SD3(FlowModel):
         """Let the network compute attention by a backend of diffusers' dispatcher (`models/attention.py`).
 
         Raises:
-            UserError: (environment) its package is missing; (usage) it does not serve this device or precision.
+            SetupError: its package is missing; UsageError: it does not serve this device or precision.
         """
         use_attention(self.transformer, name)
         self.attention = name

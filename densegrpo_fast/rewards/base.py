@@ -23,20 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.errors import RewardError
+
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 """`reward(images, prompts, metadata)`, returning scores as the module docstring says."""
-
-
-class RewardError(RuntimeError):
-    """A reward raised, or returned something that is not one number (or `None`) per picture.
-
-    Attributes:
-        name: the reward's name in the mixture.
-    """
-
-    def __init__(self, name: str, problem: str):
-        super().__init__(f"reward {name!r} {problem}")
-        self.name = name
 
 
 @dataclass(frozen=True)
@@ -133,7 +123,7 @@ class RewardMixture:
 
 
 def _raised(name: str, error: BaseException) -> RewardError:
-    return RewardError(name, f"raised {type(error).__name__}: {error}")
+    return RewardError(f"reward {name!r} raised {type(error).__name__}: {error}", name)
 
 
 def _await_all(pending: Mapping[str, Awaitable[Any]]) -> dict[str, Any]:
@@ -162,14 +152,14 @@ def _scores(name: str, output: Any, count: int) -> Tensor:
     if isinstance(output, Tensor) or hasattr(output, "__array__"):
         scores = torch.as_tensor(output).detach()
         if scores.is_complex() or list(scores.shape) != [count]:
-            raise RewardError(
-                name, f"must return {count} real scores, got {scores.dtype} of shape {list(scores.shape)}"
-            )
+            wrong = f"got {scores.dtype} of shape {list(scores.shape)}"
+            raise RewardError(f"reward {name!r} must return {count} real scores, {wrong}", name)
         return _only_finite(scores)
     if not isinstance(output, (list, tuple)):
-        raise RewardError(name, f"must return a list or tensor of {count} scores, got {type(output).__name__}")
+        kind = type(output).__name__
+        raise RewardError(f"reward {name!r} must return a list or tensor of {count} scores, got {kind}", name)
     if len(output) != count:
-        raise RewardError(name, f"must return {count} scores, one per image, got {len(output)}")
+        raise RewardError(f"reward {name!r} must return {count} scores, one per image, got {len(output)}", name)
     return _only_finite(torch.tensor([_number(name, i, score) for i, score in enumerate(output)], dtype=torch.float64))
 
 
@@ -178,7 +168,8 @@ def _number(name: str, index: int, score: Any) -> float:
     if value is None:
         return math.nan
     if not isinstance(value, Real):
-        raise RewardError(name, f"must return a number or None per image, got {score!r} for image {index}")
+        wrong = f"got {score!r} for image {index}"
+        raise RewardError(f"reward {name!r} must return a number or None per image, {wrong}", name)
     return float(value)
 
 

@@ -1,0 +1,1 @@
+"""What a run writes and reads: its directory, checkpoints, metrics, loggers, alarms, report and model card."""

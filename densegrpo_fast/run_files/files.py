@@ -1,0 +1,64 @@
+"""Writing files so that they survive a crash, and saying plainly when they cannot be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from densegrpo_fast.errors import OutputError
+
+STAGE_SUFFIX = ".stage"
+"""End of the name of a file that is being written; one left by a crash is safe to delete."""
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and wait until the disk has it.
+
+    Raises:
+        OSError: as the operating system reports it, such as a full disk.
+    """
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the disk has the names in a directory: without it, a rename may be undone by a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) as a whole: a reader finds the old content or the new one, never a part.
+
+    Raises:
+        OutputError: if it cannot be written; the old content stays.
+    """
+    staged = path.with_name(f".{path.name}{STAGE_SUFFIX}")
+    with output_errors(f"cannot write {path}"):
+        try:
+            write_durably(staged, text.encode("utf-8"))
+            os.replace(staged, path)
+            sync_directory(path.parent)
+        except OSError:
+            staged.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def output_errors(action: str) -> Iterator[None]:
+    """Turn an `OSError` raised inside into an `OutputError`.
+
+    Args:
+        action: what failed, such as "cannot save checkpoint PATH"; begins the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{action}: {error.strerror or error}") from error

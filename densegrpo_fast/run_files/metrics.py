@@ -1,0 +1,271 @@
+"""What a run measures: the metrics file, seconds per phase, and the progress line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from densegrpo_fast.aliases import current_metric
+from densegrpo_fast.errors import OutputError
+from densegrpo_fast.run_files.files import output_errors
+from densegrpo_fast.run_files.loggers import Loggers
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """One JSON object per line, appended and flushed at once.
+
+    A last line that was cut by a crash is dropped when the file is opened again.
+
+    Args:
+        path: the file; created if absent.
+
+    Raises:
+        OutputError: if the file cannot be written, here or in any method.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        with output_errors(f"cannot write {self.path}"):
+            self._file = open(self.path, "ab+")  # noqa: SIM115 - lives as long as the log
+            self._cut_to_whole_lines(self._file.seek(0, os.SEEK_END))
+        self._loggers: Loggers | None = None
+
+    def records(self) -> list[dict[str, Any]]:
+        """Everything written so far, oldest first.
+
+        Raises:
+            OutputError: if a line is not a record; the message gives its number.
+        """
+        try:
+            with output_errors(f"cannot read {self.path}"):
+                return read_metrics(self.path)
+        except ValueError as error:
+            raise OutputError(str(error)) from None
+
+    def also(self, loggers: Loggers) -> None:
+        """Let loggers show every record that is appended from here on; they are closed with the log."""
+        self._loggers = loggers
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Give a record to the loggers alone, such as an evaluation outside of the iterations."""
+        if self._loggers is not None:
+            self._loggers.log(record)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record and show it. Values are JSON data; a NaN or infinity becomes null."""
+        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        with output_errors(f"cannot write {self.path}"):
+            self._file.write(line.encode("ascii") + b"\n")
+            self._file.flush()
+        self.show(record)
+
+    def position(self) -> int:
+        """Bytes written so far, all of them on disk: what a checkpoint stores to `truncate` to."""
+        with output_errors(f"cannot write {self.path}"):
+            os.fsync(self._file.fileno())
+            return self._file.seek(0, os.SEEK_END)
+
+    def truncate(self, position: int) -> None:
+        """Drop the records after `position`, so that a resumed run writes each iteration once.
+
+        A file that is shorter than that was changed by someone else: what there is stays, with a warning.
+        """
+        if position < 0:
+            raise ValueError(f"MetricsLog.truncate: position must be at least 0, got {position}")
+        with output_errors(f"cannot write {self.path}"):
+            size = self._file.seek(0, os.SEEK_END)
+            if size < position:
+                logger.warning(
+                    "%s: %d bytes where the checkpoint saw %d; records are missing", self.path, size, position
+                )
+            self._cut_to_whole_lines(min(size, position))
+
+    def close(self) -> None:
+        """Close the file and the loggers."""
+        self._file.close()
+        if self._loggers is not None:
+            self._loggers.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _cut_to_whole_lines(self, size: int) -> None:
+        self._file.seek(0)
+        whole = self._file.read(size).rfind(b"\n") + 1
+        self._file.truncate(whole)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The records of a metrics file, oldest first, under the names of today. A last line without its end is left out.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if a line is not a JSON object; the message gives its number.
+    """
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
+        records.append({current_metric(name): value for name, value in record.items()})
+    return records
+
+
+class PhaseTimer:
+    """Seconds spent in each named phase.
+
+        with timer("rollout"):
+            ...
+
+    A phase inside another counts for itself alone, so the seconds of all phases add up to time that passed
+    once.
+
+    Args:
+        synchronize: called at the beginning and the end of a phase, such as `torch.cuda.synchronize`: a GPU
+            works on after the call that started it has returned.
+        clock: seconds that only grow.
+        cpu_clock: the same of the CPU: by default what all threads of this process have spent.
+    """
+
+    def __init__(
+        self,
+        synchronize: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.process_time,
+    ) -> None:
+        self._synchronize = synchronize
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = self._cpu_since = self._cpu_seconds = 0.0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time inside for `phase`."""
+        self._charge()
+        self._open.append(phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last `reset`, in the order the phases first ended."""
+        return dict(self._seconds)
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds since the last `reset`, of all phases together."""
+        return self._cpu_seconds
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self._seconds.clear()
+        self._cpu_seconds = 0.0
+
+    def _charge(self) -> None:
+        self._synchronize()
+        now, cpu_now = self._clock(), self._cpu_clock()
+        if self._open:
+            phase = self._open[-1]
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._since
+            self._cpu_seconds += cpu_now - self._cpu_since
+        self._since, self._cpu_since = now, cpu_now
+
+
+class Progress:
+    """Iteration, reward and time left: a bar on a terminal, one line per iteration elsewhere.
+
+    Args:
+        total: iterations of the whole run.
+        done: iterations done before this process began.
+        stream: where to write.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total
+        self._first = self._done = done
+        self._stream = stream if stream is not None else sys.stderr
+        self._clock = clock
+        self._start = clock()
+        self._bar: Any = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total, initial=done, file=self._stream, unit="it", dynamic_ncols=True)
+
+    def update(self, iteration: int, **values: float) -> None:
+        """Show that `iteration` iterations are done.
+
+        Args:
+            iteration: iterations done in the whole run.
+            **values: numbers to show beside it, such as `reward=0.52`.
+        """
+        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(iteration - self._done)
+        else:
+            words = "".join(f"  {name} {value}" for name, value in shown.items())
+            self.write(f"iteration {iteration}/{self._total}{words}  left {self._time_left(iteration)}")
+        self._done = iteration
+
+    def write(self, line: str) -> None:
+        """Print a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and end its line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _time_left(self, iteration: int) -> str:
+        finished = iteration - self._first
+        if finished < 1:
+            return "?"
+        seconds = round((self._clock() - self._start) / finished * (self._total - iteration))
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"

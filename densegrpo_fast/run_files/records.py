@@ -1,0 +1,236 @@
+"""What a run writes: metrics records, sample grids, checkpoints, the adapter and the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.credit.consistency import neighbour_correlation
+from densegrpo_fast.errors import OutputError, RewardError, UsageError
+from densegrpo_fast.flow.noise import LAYOUT_VERSION
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.completion_head import save_head
+from densegrpo_fast.models.lora import base_fingerprint, save_lora
+from densegrpo_fast.run_files.alarms import alarms_for
+from densegrpo_fast.run_files.checkpoint import CheckpointManager
+from densegrpo_fast.run_files.files import output_errors, write_durably
+from densegrpo_fast.run_files.images import save_grid
+from densegrpo_fast.run_files.intervals import mean_interval, paired_interval
+from densegrpo_fast.run_files.metrics import MetricsLog
+from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
+from densegrpo_fast.run_files.report import write_report
+from densegrpo_fast.sampling.branches import Sampled
+from densegrpo_fast.training.evaluation import Evaluation, HeldOut
+from densegrpo_fast.training.experience import RewardBatch
+from densegrpo_fast.training.head_training import HeadRefresher
+from densegrpo_fast.training.learner import Learner
+from densegrpo_fast.training.noise_levels import NoiseLevels
+
+PHASES = ("calibration", "rollout", "lookahead", "reward", "monitor", "update")
+_GRID = 24
+
+
+def iteration_record(
+    done: int,
+    trajectory: Sampled,
+    outcome: RewardBatch,
+    update: dict[str, float],
+    costs: dict[str, float],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """One line of metrics.jsonl, as METRICS.md has it."""
+    rewards, final = outcome.rewards, outcome.rewards.numel()
+    record: dict[str, Any] = {
+        "iteration": done,
+        "reward": rewards.nanmean().item(),
+        "reward_std": _spread(rewards),
+        "reward_missing": outcome.scores.missing_share,
+        "frac_reward_zero_std": outcome.advantages.zero_spread,
+    }
+    for name, values in outcome.scores.per_reward.items():
+        record[f"rewards/{name}/mean"] = values[-final:].nanmean().item()
+        record[f"rewards/{name}/std"] = _spread(values[None, -final:])
+    if outcome.gains is not None:
+        for step, gain in enumerate(outcome.gains.nanmean(dim=(0, 1)).tolist()):
+            record[f"gain/step_{step}"] = gain
+        steps = [step for step, noisy in enumerate(trajectory.coefficients.noisy) if noisy]
+        if len(steps) > 1:
+            record["gain_correlation"] = neighbour_correlation(outcome.gains[..., steps])
+    record |= update
+    record["learning_rate"] = record.pop("lr")
+    record |= costs
+    record |= {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES}
+    return record
+
+
+def _spread(rewards: Tensor) -> float:
+    """Mean over groups of the standard deviation within the group, missing rewards left out."""
+    centred = rewards - rewards.nanmean(dim=1, keepdim=True)
+    return centred.square().nanmean(dim=1).sqrt().nanmean().item()
+
+
+class RunRecords:
+    """The files of one run directory. `refresher` trains the run's completion head, if that is trained."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        model: FlowModel,
+        learner: Learner,
+        levels: NoiseLevels,
+        refresher: HeadRefresher | None = None,
+    ):
+        self.directory, self.config, self.model, self.learner = directory, config, model, learner
+        self.levels, self.refresher = levels, refresher
+        settings = config.resume_settings() | {
+            "noise_layout": LAYOUT_VERSION,
+            "base_weights": base_fingerprint(model.network),
+        }
+        self.checkpoints = CheckpointManager(directory / "checkpoints", config.run.keep_checkpoints, settings)
+
+    def begin(self, config_yaml: str) -> None:
+        """Write the resolved configuration, and start torch's generator (for rewards that draw) from the run's seed."""
+        torch.manual_seed(self.config.seed)
+        with output_errors(f"cannot write in {self.directory}"):
+            write_durably(self.directory / "config.yaml", config_yaml.encode())
+
+    def restore(self, log: MetricsLog) -> int:
+        """Continue from the newest good checkpoint; returns the iterations done, 0 if none was saved yet.
+
+        Raises:
+            CheckpointError: none is intact, or it belongs to other settings; UsageError: the run has already gone
+                further than `run.iterations`.
+        """
+        if not self.checkpoints.steps():
+            log.truncate(0)
+            return 0
+        checkpoint = self.checkpoints.load_latest()
+        if checkpoint.step > self.config.run.iterations:
+            raise UsageError(
+                f"run.iterations: expected at least the {checkpoint.step} that the run has done, "
+                f"got {self.config.run.iterations}",
+            )
+        self.learner.restore(checkpoint.tensors, checkpoint.state["learner"])
+        self.levels.restore(checkpoint.state.get("noise_level"))
+        if self.refresher is not None:
+            self.refresher.restore(checkpoint.tensors)
+        torch.set_rng_state(checkpoint.tensors["rng"]["torch"])
+        log.truncate(checkpoint.state["metrics_position"])
+        return checkpoint.step
+
+    def checkpoint(self, done: int, log: MetricsLog) -> None:
+        """Save everything a bit-exact continuation needs."""
+        tensors = self.learner.tensors() | {"rng": {"torch": torch.get_rng_state()}}
+        if self.refresher is not None:
+            tensors |= self.refresher.tensors()
+        state = {"learner": self.learner.state(), "noise_level": self.levels.state()}
+        self.checkpoints.save(done, tensors, state | {"metrics_position": log.position()})
+
+    def due(self, every: int, done: int) -> bool:
+        """Whether something that happens every so many iterations happens now (not at the very end)."""
+        return every > 0 and done % every == 0 and done < self.config.run.iterations
+
+    def samples(self, name: str, images: Tensor, held_out: HeldOut) -> None:
+        """Write the grid `samples/NAME.png` of the held-out prompts' first pictures."""
+        with output_errors(f"cannot write in {self.directory}"):
+            count = min(_GRID, len(images))
+            save_grid(
+                images[:count],
+                self.directory / "samples" / f"{name}.png",
+                columns=6,
+                scale=max(1, 128 // images.shape[-1]),
+                captions=held_out.prompts[:count],
+            )
+
+    def evaluated(self, when: str, evaluation: Evaluation, held_out: HeldOut) -> None:
+        """Keep the scores and pictures of the evaluation `when` ("before" or "after").
+
+        Raises:
+            RewardError: a reward has no score at all.
+        """
+        for name, values in evaluation.scores.items():
+            if values.isnan().all():
+                raise RewardError(
+                    f"the held-out evaluation {when} training has no score of {name!r}: all are missing",
+                )
+        scores = {name: values.tolist() for name, values in evaluation.scores.items()}
+        with output_errors(f"cannot write in {self.directory}"):
+            text = json.dumps({"prompts": held_out.prompts, "scores": scores})
+            write_durably(self.directory / f"evaluation-{when}.json", text.encode())
+        self.samples(when, evaluation.images, held_out)
+
+    def finish(self, log: MetricsLog) -> str:
+        """Write adapter and report (the model must hold the weights to export); returns the closing message."""
+        lora = self.config.lora
+        with output_errors(f"cannot write in {self.directory}"):
+            if self.refresher is not None:
+                save_head(self.refresher.head, self.directory / "completion_head.safetensors")
+            save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
+            prompts, before = self._evaluation("before")
+            _, after = self._evaluation("after")
+            metrics = log.records()
+            phases = {phase: sum(record.get(f"time/{phase}", 0.0) for record in metrics) for phase in PHASES}
+            measured = {
+                "before": {name: mean_interval(values) for name, values in before.items()},
+                "after": {name: mean_interval(values) for name, values in after.items()},
+                "change": {name: paired_interval(before[name], after[name]) for name in after},
+            }
+            report = write_report(
+                self.directory,
+                config_yaml=(self.directory / "config.yaml").read_text(),
+                metrics=metrics,
+                images={when: self.directory / "samples" / f"{when}.png" for when in ("before", "after")},
+                phases=phases,
+                advice={alarm.name: f"{alarm.meaning}: {alarm.advice}." for alarm in alarms_for(self.config)},
+                **measured,
+            )
+            write_model_card(
+                self.directory / "adapter",
+                self.config,
+                base=self._base_facts(),
+                prompt=prompts[0],
+                metrics=metrics,
+                **measured,
+            )
+        lines = []
+        for name in after:
+            first, last, moved = (measured[when][name] for when in ("before", "after", "change"))
+            lines.append(
+                f"held-out {name}: {first.mean:.3f} [{first.low:.3f}, {first.high:.3f}] before, "
+                f"{last.mean:.3f} [{last.low:.3f}, {last.high:.3f}] after; "
+                f"change {moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}] (95%)"
+            )
+        lines.append("seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in phases.items()))
+        peaks = [record["memory/peak_gib"] for record in metrics if record.get("memory/peak_gib") is not None]
+        if peaks:
+            lines.append(f"memory: at most {max(peaks):.1f} GiB in an iteration")
+        return "\n".join(
+            [*lines, f"report:  {report}", f"adapter: {self.directory / 'adapter'}", f"metrics: {log.path}"]
+        )
+
+    def _base_facts(self) -> BaseFacts:
+        return BaseFacts(
+            has_t5=getattr(self.model, "has_t5", False),
+            dtype=str(self.model.network.dtype).removeprefix("torch."),
+            device=self.model.device.type,
+        )
+
+    def _evaluation(self, when: str) -> tuple[list[str], dict[str, Any]]:
+        """Prompts and scores that `evaluated` kept."""
+        path = self.directory / f"evaluation-{when}.json"
+        try:
+            found = json.loads(path.read_text())
+            prompts, scores = found["prompts"], found["scores"]
+        except (OSError, ValueError, KeyError):
+            raise OutputError(f"{path} is missing or broken, so the run cannot be summed up") from None
+        return prompts, {name: [[_number(v) for v in row] for row in rows] for name, rows in scores.items()}
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

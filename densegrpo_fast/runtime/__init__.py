@@ -1,1 +1,0 @@
-"""Around the loop: prompts, the run directory, checkpoints, metrics, signals, the adapter and the report."""

@@ -1,0 +1,1 @@
+"""One GRPO iteration and its parts: prompts, rollout, lookahead, rewards, credit, update."""

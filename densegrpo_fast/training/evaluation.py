@@ -1,0 +1,88 @@
+"""Held-out evaluation: the same prompts and initial noise every time, deterministic sampler, full decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.flow.noise import Stream
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
+from densegrpo_fast.training.oom_backoff import OomBackoff
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one evaluation.
+
+    Attributes:
+        scores: per reward, and under "reward" their weighted sum: [N, S] float32 on the CPU, N prompts by S samples;
+            NaN = missing.
+        images: [N, 3, H, W] float32, the first sample of each prompt.
+    """
+
+    scores: dict[str, Tensor]
+    images: Tensor
+
+    def means(self) -> dict[str, float]:
+        """Mean of each score over everything present."""
+        return {name: values.nanmean().item() for name, values in self.scores.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """The means as metrics, `eval/NAME`."""
+        return {f"eval/{name}": value for name, value in self.means().items()}
+
+
+class HeldOut:
+    """Held-out prompts with their initial noise.
+
+    Args:
+        prompts: N sentences.
+        metadata: N mappings, what the rewards know of each sentence.
+        samples_per_prompt: S.
+        num_steps: Euler steps of the sampler.
+        guidance_scale: 1 = off.
+        seed: key of the noise; the same seed gives the same noise in every run and at every iteration.
+        chunk: rows per forward.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        metadata: list[dict[str, Any]],
+        *,
+        samples_per_prompt: int,
+        num_steps: int,
+        guidance_scale: float,
+        seed: int,
+        chunk: int,
+    ):
+        self.prompts, self.metadata, self.samples = prompts, metadata, samples_per_prompt
+        self.num_steps, self.guidance_scale = num_steps, guidance_scale
+        self.seed, self.rows = seed, OomBackoff(chunk, "sampler.micro_batch, of evaluations")
+
+    @torch.no_grad()
+    def evaluate(self, model: FlowModel, reward: RewardMixture) -> Evaluation:
+        """Draw and score all pictures with the model as it stands.
+
+        Raises:
+            RewardError: a reward failed.
+        """
+        rows = [prompt for prompt in self.prompts for _ in range(self.samples)]
+        noise = initial_noise(model, torch.arange(len(rows)), seed=self.seed, iteration=0, stream=Stream.EVALUATION)
+        conditioning, sigmas = model.encode(rows), model.sigmas(self.num_steps)
+
+        def draw(part: slice) -> Tensor:
+            chosen = conditioning.select(part)
+            latents = sample_ode(model, noise[part], chosen, sigmas, guidance_scale=self.guidance_scale)
+            return model.decode(latents)
+
+        images = torch.cat(list(self.rows.each(slice(0, len(rows)), draw)))
+        scores = reward(images, rows, [known for known in self.metadata for _ in range(self.samples)])
+        shape = (len(self.prompts), self.samples)
+        per_reward = {name: values.view(shape) for name, values in scores.per_reward.items()}
+        return Evaluation({"reward": scores.values.view(shape), **per_reward}, images[:: self.samples].cpu())

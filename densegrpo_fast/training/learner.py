@@ -1,0 +1,275 @@
+"""The learner: optimiser, running average, and the policy update from one batch of trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from densegrpo_fast.errors import CheckpointError, NonFiniteError
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.objective.negatives import branch_noise, negative_weights
+from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
+from densegrpo_fast.sampling.branches import Sampled
+from densegrpo_fast.sampling.replay import per_branch, replay, replay_kl
+from densegrpo_fast.training.oom_backoff import OomBackoff
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """What the learner needs of the configuration; see `config.py` for each meaning."""
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float
+    max_grad_norm: float
+    updates_per_iteration: int
+    warmup: int
+    ema_decay: float
+    ema_every: int
+    objective: ObjectiveSettings
+    micro_batch: int
+    max_bad_steps: int
+
+
+class Learner:
+    """Trains a model's adapter with AdamW on the configured objective.
+
+    Args:
+        model: the policy; `model.reference()` is the policy that the KL term holds it to.
+        options: see `LearnerOptions`.
+    """
+
+    def __init__(self, model: FlowModel, options: LearnerOptions):
+        self.model, self.options = model, options
+        self.parameters = model.trainable_parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=options.lr,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+        )
+        self.average = EMAModel(self.parameters.values(), decay=options.ema_decay) if options.ema_every else None
+        self.updates = 0
+        self.bad_steps = 0
+        self.bad_in_a_row = 0
+        self.rows = OomBackoff(options.micro_batch, "sampler.micro_batch", "set model.gradient_checkpointing to true")
+
+    def update(
+        self, trajectory: Sampled, advantages: Tensor, steps: Sequence[int], weights: Tensor | None = None
+    ) -> dict[str, float]:
+        """Train on `steps` of every sample, in `updates_per_iteration` optimiser steps over parts of the batch.
+
+        One forward and backward of a state trains all branches that leave it. A part whose loss or gradient is not
+        finite is skipped and counted.
+
+        If a GPU's memory runs out, the micro-batch is replayed in smaller ones, `rows` of them from then on: the same
+        gradient to rounding. The rollout was drawn with the larger ones, so this once the ratios deviate from 1 by the
+        rounding of another batch shape (`first_ratio_deviation`); the next rollout must be drawn with `rows` too.
+
+        Args:
+            advantages: [B, T] float32.
+            steps: indices of the trained steps.
+            weights: [T] float32 of the steps, see `Objective`.
+
+        Returns:
+            Metrics averaged over the parts: loss, those of the objective, ratio_deviation (largest) and
+            first_ratio_deviation (of the first part, before anything was trained), grad_norm, lr, skipped_updates
+            (their number), and micro_batch (rows per forward at the end).
+
+        Raises:
+            NonFiniteError: too many parts in a row were skipped; the adapter is as before the first of them.
+            SetupError: the memory does not even allow a single row.
+            ValueError: the objective does not fit the trajectory's sampler, or the parts do not fit its batch.
+        """
+        size = self.rows.rows
+        slices = [slice(start, start + size) for start in range(0, trajectory.batch, size)]
+        parts = _split(slices, self.options.updates_per_iteration)
+        objective = Objective(self.options.objective, trajectory.coefficients, steps, weights)
+        records = [self._step(trajectory, advantages, objective, steps, part) for part in parts]
+        metrics = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
+        metrics["ratio_deviation"] = max(record["ratio_deviation"] for record in records)
+        metrics["first_ratio_deviation"] = records[0]["ratio_deviation"]
+        metrics["skipped_updates"] = sum(record["skipped_updates"] for record in records)
+        metrics["micro_batch"] = float(self.rows.rows)
+        return metrics
+
+    def _step(
+        self, trajectory: Sampled, advantages: Tensor, objective: Objective, steps: Sequence[int], part: list[slice]
+    ) -> dict[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * min(1.0, (self.updates + 1) / max(self.options.warmup, 1))
+        self.optimizer.zero_grad(set_to_none=True)
+        share = 1.0 / (len(part) * len(steps))
+        totals: dict[str, Tensor] = {}
+        deviations = []
+        for step in steps:
+            for whole in part:
+
+                def gradient(rows: slice, step: int = step, whole: slice = whole) -> dict[str, Tensor]:
+                    weight = share * (rows.stop - rows.start) / (whole.stop - whole.start)
+                    judged = advantages[trajectory.taken(rows), step]
+                    loss, metrics = self._loss(trajectory, judged, objective, step, rows)
+                    deviation = metrics.pop("ratio_deviation")
+                    parts = {name: value * weight for name, value in {"loss": loss.detach(), **metrics}.items()}
+                    self._add_gradient(loss * weight)
+                    deviations.append(deviation)
+                    return parts
+
+                for metrics in self.rows.each(whole, gradient):
+                    for name, value in metrics.items():
+                        totals[name] = totals.get(name, 0.0) + value
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
+        record = {name: value.item() for name, value in totals.items()}
+        record |= {
+            "ratio_deviation": torch.stack(deviations).max().item(),
+            "grad_norm": norm.item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "skipped_updates": 0.0,
+        }
+        if not all(torch.isfinite(value) for value in (totals["loss"], norm)):
+            self._skip()
+            return dict.fromkeys(record, 0.0) | {"skipped_updates": 1.0}
+        self.optimizer.step()
+        self.updates += 1
+        self.bad_in_a_row = 0
+        if self.average is not None and self.updates % self.options.ema_every == 0:
+            self.average.step(self.parameters.values())
+        return record
+
+    def _add_gradient(self, loss: Tensor) -> None:
+        """Add a loss's gradient to the parameters', whole or, if the memory runs out on the way, not at all."""
+        parameters = list(self.parameters.values())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.contiguous()
+            else:
+                parameter.grad.add_(gradient)
+
+    def _loss(
+        self, trajectory: Sampled, advantages: Tensor, objective: Objective, step: int, rows: slice
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, branches, kl = self.options.objective, trajectory.branches, None
+        if settings.kl_coef:
+            log_prob, velocity, kl = replay_kl(self.model, trajectory, step, rows, settings.kl_scale)
+        else:
+            log_prob, velocity = replay(self.model, trajectory, step, rows)
+        weights = self._negative_weights(trajectory, advantages, step, rows)
+        loss, metrics = objective.loss(
+            step,
+            log_prob=log_prob,
+            old_log_prob=trajectory.log_probs[step, trajectory.taken(rows)],
+            advantages=advantages if weights is None else advantages * weights,
+            velocity=per_branch(velocity, branches),
+            old_velocity=per_branch(trajectory.velocities[step, rows], branches),
+            kl=kl,
+        )
+        return loss, metrics if weights is None else metrics | {"held_back": (weights < 1).float().mean()}
+
+    def _negative_weights(self, trajectory: Sampled, advantages: Tensor, step: int, rows: slice) -> Tensor | None:
+        """What some states' branches' advantages [m*K] are multiplied by; None where nothing can be held back."""
+        settings = self.options.objective
+        if settings.negative_factor == 1 or trajectory.branches == 1:
+            return None
+        noise = branch_noise(
+            trajectory.latents[step, rows],
+            trajectory.velocities[step, rows],
+            trajectory.arrivals(step, rows),
+            trajectory.coefficients.table[step],
+        )
+        return negative_weights(
+            noise,
+            advantages.unflatten(0, noise.shape[:2]),
+            factor=settings.negative_factor,
+            threshold=settings.negative_threshold,
+        ).flatten()
+
+    def _skip(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row >= self.options.max_bad_steps:
+            raise NonFiniteError(
+                f"loss or gradient was not finite {self.bad_in_a_row} times in a row; lower optimizer.lr or "
+                "sampler.noise_level. Nothing of it reached the weights.",
+            )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the adapter holds its running average (if one is kept)."""
+        if self.average is None:
+            yield
+            return
+        parameters = list(self.parameters.values())
+        self.average.store(parameters)
+        self.average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(parameters)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint needs, by group and name."""
+        groups: dict[str, dict[str, Tensor]] = {"adapter": dict(self.parameters), "optimizer": {}}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                groups["optimizer"][f"{name}/{key}"] = value
+        if self.average is not None:
+            groups["ema"] = dict(zip(self.parameters, self.average.shadow_params, strict=True))
+        return groups
+
+    def state(self) -> dict[str, Any]:
+        """The counters that go with `tensors`."""
+        return {
+            "updates": self.updates,
+            "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+            "micro_batch": self.rows.rows,
+            "ema_steps": self.average.optimization_step if self.average is not None else 0,
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Continue from `tensors` and `state` of a checkpoint.
+
+        Raises:
+            CheckpointError: the adapter in it has other parameters than this one.
+        """
+        saved = {name: tensor.shape for name, tensor in tensors["adapter"].items()}
+        if saved != {name: parameter.shape for name, parameter in self.parameters.items()}:
+            raise CheckpointError("the checkpoint holds an adapter for another model")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors["adapter"][name])
+            moments = {
+                key: tensors["optimizer"][f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}/{key}" in tensors["optimizer"]
+            }
+            if moments:
+                self.optimizer.state[parameter] = moments
+        if self.average is not None:
+            for shadow, name in zip(self.average.shadow_params, self.parameters, strict=True):
+                shadow.copy_(tensors["ema"][name])
+            self.average.optimization_step = state["ema_steps"]
+        self.updates = state["updates"]
+        self.bad_steps, self.bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
+        self.rows.rows = min(self.rows.rows, state["micro_batch"])
+
+
+def _split(slices: list[slice], count: int) -> list[list[slice]]:
+    if len(slices) % count:
+        raise ValueError(
+            f"updates_per_iteration must divide the {len(slices)} micro-batches of an iteration, got {count}"
+        )
+    size = len(slices) // count
+    return [slices[start : start + size] for start in range(0, len(slices), size)]

@@ -1,0 +1,252 @@
+"""Memory of a run: what it will need, whether the device has it, and the most that it took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.errors import SetupError, UserError
+from densegrpo_fast.models.memory import ModelMemory, tensor_bytes
+from densegrpo_fast.sampling.plan import make_plan
+from densegrpo_fast.training.chunks import GB, Chunks
+
+GIB = 2**30
+_CLEARLY = 1.1
+"""An estimate beyond the free memory by this factor is refused: the estimate counts tensors alone, so it is low."""
+
+_ADVICE = {
+    "rollout": "a smaller sampler.micro_batch",
+    "lookahead": "a smaller lookahead.chunk, or fewer samples (data.num_prompts, sampler.group_size)",
+    "pictures": "fewer samples (data.num_prompts, sampler.group_size), model.vae_decode sliced, model.vae_dtype "
+    "or model.preview_dtype bfloat16, or a smaller lookahead.chunk",
+    "update": "model.gradient_checkpointing true, or a smaller sampler.micro_batch",
+    "training": "a smaller lora.rank",
+    "trajectories": "fewer samples (data.num_prompts, sampler.group_size)",
+    "lookahead features": "fewer lookahead.nodes, lookahead.guidance cond_only, lookahead.cache text in the place of "
+    "text:own or reuse, or null",
+    "hidden tokens": "lookahead.head null, or fewer samples (data.num_prompts, sampler.group_size)",
+    "evaluation": "fewer held-out pictures (evaluation.num_prompts, evaluation.samples_per_prompt), model.vae_decode "
+    "sliced, or a smaller sampler.micro_batch",
+}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a run needs.
+
+    Attributes:
+        weights: of each network, loaded before the first iteration.
+        state: what stays from then on: gradients, moments and average of the adapter, the trajectories, and what the
+            rollout leaves for the lookahead: features (`models/feature_cache.py`), hidden tokens for a completion head.
+        phases: the most that each phase needs beside that; only one runs at a time.
+    """
+
+    weights: Mapping[str, int]
+    state: Mapping[str, int]
+    phases: Mapping[str, int]
+
+    @property
+    def largest(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def to_come(self) -> int:
+        """What the run needs beside the weights."""
+        return sum(self.state.values()) + self.phases[self.largest]
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.weights.values()) + self.to_come
+
+    def __str__(self) -> str:
+        def listed(parts: Mapping[str, int]) -> str:
+            return ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
+
+        return (
+            f"memory: about {readable(self.total)} by the tensors alone; the phase that needs most is {self.largest}\n"
+            f"  weights: {listed(self.weights)}\n  kept: {listed(self.state)}\n  phases: {listed(self.phases)}"
+        )
+
+
+def estimate(
+    config: Config,
+    memory: ModelMemory,
+    *,
+    chunks: Chunks | None = None,
+    encoders: int = 0,
+    rewards: int = 0,
+    copy: int = 0,
+    head: int = 0,
+    features: int = 0,
+) -> MemoryEstimate:
+    """What a run with these settings needs; the arithmetic is in `models/memory.py`.
+
+    Args:
+        config: the run's.
+        memory: of its model.
+        chunks: rows of a forward of the lookahead and of a decode; None = `lookahead.chunk`.
+        encoders: bytes of the text encoders; 0 if they do not stay.
+        rewards: bytes of the reward models on the same device.
+        copy: bytes of a lookahead copy.
+        head: bytes of a completion head.
+        features: bytes that the lookahead's cache will hold.
+    """
+    sampler, model, held_out = config.sampler, config.model, config.evaluation
+    channels, height, width = memory.architecture.latent_shape
+    latents = 4 * channels * height * width
+    samples, steps = config.data.num_prompts * sampler.group_size, sampler.num_steps
+    guided, dense = sampler.guidance_scale != 1.0, config.uses_lookahead or config.uses_branches
+    # with branches micro_batch counts trunks, and evaluation has a row for each branch
+    evaluated = min(sampler.micro_batch * (sampler.branches or 1), held_out.num_prompts * held_out.samples_per_prompt)
+    states = (config.window.size or sum(level > 0 for level in config.noise_levels)) if dense else 0
+    per_state = 2 + int(dense and guided and config.lookahead.guidance == "reuse")
+    decoder = config.lookahead.decoder if dense else "full"
+    chunks = Chunks(config.lookahead.chunk, config.lookahead.chunk) if chunks is None else chunks
+    decoded = min(chunks.decode, (states + 1) * samples)
+    # without overlap all pictures are kept, then put together; with it four parts are under way at most
+    pictures = 4 * decoded if config.reward.overlap else 2 * (states + 1) * samples
+    decoding = memory.decode(decoded, decoder, model.vae_decode)
+    if config.uses_lookahead and decoder == "preview":
+        # the ends are decoded in full besides, as many at a time as the budget allows
+        ends = memory.decode(min(config.lookahead.chunk, samples), "full", model.vae_decode)
+        budget = config.lookahead.memory_gb
+        decoding = max(decoding, ends if budget is None else min(ends, int(budget * GB)))
+    held_out_rows = held_out.num_prompts * held_out.samples_per_prompt
+    further = int(guided) + (1 + int(guided)) * int(config.objective.kl_coef != 0)
+    picture, completed = memory.picture, states * samples
+    hidden = memory.hidden if dense and config.lookahead.head is not None else 0
+    phases = {
+        "rollout": memory.forward(sampler.micro_batch),
+        # where the completions stand and where they go, states and velocities, and hidden tokens that are not the
+        # rollout's
+        "lookahead": completed * (4 * latents + min(2, _evaluations(config)) * hidden)
+        + memory.forward(min(chunks.forward, completed))
+        if completed
+        else 0,
+        "pictures": pictures * picture + decoding,
+        "update": memory.update(sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing),
+        "evaluation": held_out_rows * (latents + 2 * picture)
+        + max(memory.forward(evaluated), memory.decode(evaluated, "full", model.vae_decode)),
+    }
+    # gradients and two moments, and of the average one copy and the adapter put aside while it is in use
+    copies = 3 + (2 if config.ema.every else 0)
+    return MemoryEstimate(
+        weights={
+            "transformer": memory.transformer,
+            "adapter": memory.adapter,
+            "text encoders": encoders,
+            "decoders": memory.full_decoder + memory.preview_decoder,
+            "lookahead copy": copy,
+            "completion head": head,
+            "rewards": rewards,
+        },
+        state={
+            "training": copies * memory.adapter,
+            "trajectories": samples * latents * (per_state * steps + 1),
+            "lookahead features": features,
+            "hidden tokens": samples * steps * hidden,
+        },
+        phases=phases,
+    )
+
+
+def _evaluations(config: Config) -> int:
+    """Most evaluations that a completion of the lookahead takes one after another."""
+    options = config.lookahead
+    return max(map(len, make_plan(options.plan, config.sampler.num_steps, options.nodes, options.n or 1).paths))
+
+
+def check(estimated: MemoryEstimate, free: int | None, what: str) -> str | None:
+    """Compare what is to come with the free memory.
+
+    Args:
+        estimated: of a run whose weights are loaded already.
+        free: bytes; None = unknown.
+        what: the device, for the message.
+
+    Returns:
+        What is wrong and what to change, or None if it may fit.
+    """
+    if free is None or estimated.to_come <= _CLEARLY * free:
+        return None
+    largest = estimated.largest
+    parts = {largest: estimated.phases[largest], **estimated.state}
+    most = max(parts, key=lambda name: parts[name])
+    return (
+        f"this run needs about {readable(estimated.to_come)} beside the weights, {what} has {readable(free)} free; "
+        f"most goes to {'the phase ' if most == largest else ''}{most} ({readable(parts[most])}), less with "
+        f"{_ADVICE[most]}. The preset sd35_medium_pickscore_24gb shows settings for a small GPU; "
+        "run.memory_check warn goes on all the same"
+    )
+
+
+def readable(size: int) -> str:
+    """Bytes for people: `14.1 GiB`, `31 MiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def refuse(problem: str) -> UserError:
+    """The error for a run that does not fit."""
+    return SetupError(f"run.memory_check: {problem}")
+
+
+def free_bytes(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Memory that this process can still take: of a GPU also what PyTorch holds unused, of the machine what Linux
+    calls available within the container's limit; None = unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        limit, used = ((cgroup / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        found += [] if limit == "max" else [max(0, int(limit) - int(used))]
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def held_bytes(objects: Iterable[object], device: torch.device, depth: int = 2) -> int:
+    """Bytes on a device of the networks among the attributes of objects, and among their attributes' attributes."""
+    networks: dict[int, nn.Module] = {}
+    found = list(objects)
+    for _ in range(depth + 1):
+        networks |= {id(thing): thing for thing in found if isinstance(thing, nn.Module)}
+        own = (getattr(thing, "__dict__", {}) for thing in found if not isinstance(thing, nn.Module))
+        found = [value for attributes in own for value in attributes.values()]
+    tensors = {
+        id(tensor): tensor for each in networks.values() for tensor in (*each.parameters(), *each.buffers())
+    }.values()
+    return tensor_bytes(tensor for tensor in tensors if tensor.device.type == device.type)
+
+
+def start_peak(device: torch.device) -> None:
+    """Begin a measurement of `peak_bytes`; a process on a CPU only knows its highest so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory since `start_peak`: of a GPU what tensors took, of a CPU the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # kilobytes, except on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_metrics(device: torch.device) -> dict[str, float]:
+    """`peak_bytes` as a metric, in GiB."""
+    return {"memory/peak_gib": peak_bytes(device) / GIB}

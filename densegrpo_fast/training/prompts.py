@@ -1,0 +1,193 @@
+"""Prompts: reading them from a file, and the order in which a run uses them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from densegrpo_fast.errors import UsageError
+from densegrpo_fast.suggest import did_you_mean
+
+_DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
+BUILT_IN = ("general", "geneval", "ocr")
+"""Prompt sets that come with the package, each with training and held-out prompts; `scenes` is generated instead."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts and what their file says about each.
+
+    Attributes:
+        prompts: the texts, in file order, duplicates kept.
+        metadata: one mapping per prompt for the rewards: the whole record of a .jsonl line, else empty.
+    """
+
+    prompts: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("PromptSet: expected at least one prompt, got none")
+        if len(self.prompts) != len(self.metadata):
+            raise ValueError(
+                f"PromptSet: expected one metadata mapping per prompt, got {len(self.metadata)} for {len(self.prompts)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def built_in_prompts(name: str, held_out: bool) -> PromptSet:
+    """A prompt set of the package, a start of a few dozen prompts: the training ones, or the held-out ones.
+
+    Args:
+        name: `general` (all kinds of pictures), `ocr` (a text to be written, in double quotes), or `geneval` (objects,
+            numbers, colours and places, with what to look for as metadata).
+        held_out: the held-out prompts, none of which is among the training ones.
+    """
+    suffix = ".jsonl" if name == "geneval" else ".txt"
+    return load_prompts(_DIRECTORY / name / f"{'test' if held_out else 'train'}{suffix}")
+
+
+def load_prompts(path: Path | str, *, max_chars: int = 2000) -> PromptSet:
+    """Read a prompt file.
+
+    Args:
+        path: a `.txt` file with one prompt per line, or a `.jsonl` file with one object per line whose
+            `prompt` is the text (GenEval's format). UTF-8, with or without a byte order mark. Blanks around a
+            prompt are dropped.
+        max_chars: longest prompt accepted, in characters.
+
+    Raises:
+        UsageError: if the file cannot be read, holds no prompt, or has a line that is empty, too
+            long, not UTF-8, holds a NUL, or is not the expected JSON; the message gives the line numbers.
+    """
+    path = Path(path)
+    read_line = {".txt": _text_record, ".jsonl": _json_record}.get(path.suffix.lower())
+    if read_line is None:
+        names = ("scenes", *BUILT_IN)
+        raise UsageError(
+            f"{path}: expected a prompt file that ends in .txt or .jsonl, or one of {', '.join(names)}"
+            f"{did_you_mean(str(path), names)}",
+        )
+    try:
+        content = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot read this prompt file: {error.strerror}; name your own, one prompt per line, or a set of "
+            f"the package: {', '.join(BUILT_IN)}",
+        ) from None
+    # Split at line feeds only: a prompt may hold other characters that str.splitlines would split at.
+    lines = content.removesuffix(b"\n").split(b"\n")
+    if lines == [b""]:
+        raise UsageError(f"{path}: this prompt file is empty")
+    records: list[tuple[str, dict[str, Any]]] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt, metadata = read_line(_decoded(line))
+            _check_prompt(prompt, max_chars)
+            records.append((prompt, metadata))
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        raise UsageError(f"{path}: {_joined(problems)}")
+    return PromptSet(tuple(prompt for prompt, _ in records), tuple(metadata for _, metadata in records))
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return text.strip()
+
+
+def _text_record(line: str) -> tuple[str, dict[str, Any]]:
+    return line, {}
+
+
+def _json_record(line: str) -> tuple[str, dict[str, Any]]:
+    if not line:
+        raise ValueError("empty")
+    try:
+        record = json.loads(line, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("not usable: nested too deeply") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError('expected an object with the text "prompt"')
+    return record["prompt"].strip(), record
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"not JSON: {name} is no number")
+
+
+def _check_prompt(prompt: str, max_chars: int) -> None:
+    if not prompt:
+        raise ValueError("empty")
+    if len(prompt) > max_chars:
+        raise ValueError(f"{len(prompt)} characters, longer than {max_chars}")
+    if "\0" in prompt:
+        raise ValueError("holds a NUL character")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair") from None
+
+
+def _joined(problems: list[str]) -> str:
+    rest = len(problems) - _SHOWN_PROBLEMS
+    return "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {rest} more lines" if rest > 0 else "")
+
+
+class PromptSampler:
+    """The prompts of every iteration, as a pure function of its number.
+
+    All prompts are used once, in random order, before any is used again (an epoch); the orders of the epochs
+    are joined and cut into batches. So a resumed run needs no state but the iteration, and a run on any
+    number of machines sees the same prompts.
+
+    Args:
+        num_items: how many prompts there are, at least 1.
+        num_prompts: prompts per iteration (P), at least 1; may exceed `num_items`.
+        seed: seed of the order.
+    """
+
+    def __init__(self, num_items: int, num_prompts: int, seed: int) -> None:
+        if num_items < 1 or num_prompts < 1:
+            raise ValueError(
+                f"PromptSampler: num_items and num_prompts must be at least 1, got {num_items} and {num_prompts}"
+            )
+        self.num_items = num_items
+        self.num_prompts = num_prompts
+        self.seed = seed
+
+    def batch(self, iteration: int) -> list[int]:
+        """Indices in `0..num_items-1` of the prompts of an iteration (0, 1, ...). P numbers."""
+        if iteration < 0:
+            raise ValueError(f"PromptSampler.batch: iteration must be at least 0, got {iteration}")
+        first = iteration * self.num_prompts
+        positions = (divmod(position, self.num_items) for position in range(first, first + self.num_prompts))
+        return [_permutation(self.num_items, self.seed, epoch)[place] for epoch, place in positions]
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_items: int, seed: int, epoch: int) -> tuple[int, ...]:
+    # Sorting by a hash gives the same order in every version of Python and torch; their shuffles do not
+    # promise that.
+    def key(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}/{epoch}/{index}".encode("ascii"), digest_size=16).digest()
+
+    return tuple(sorted(range(num_items), key=key))
