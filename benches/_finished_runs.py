@@ -13,9 +13,9 @@ from _operations import config_of
 from _record import portable
 from _study_document import differing
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.errors import UsageError
 from densegrpo_fast.run_files.model_refs import ModelRef, locate
 
 

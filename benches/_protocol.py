@@ -14,9 +14,9 @@ import torch
 from _models import EMBEDDED_RANDOM, SD35_RANDOM, model_options
 from _record import RESULTS, pairwise_ratio
 
+from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.errors import SetupError, UsageError
 from densegrpo_fast.fidelity.options import _plan as read_plan
 from densegrpo_fast.sampling.plan import make_plan
 from densegrpo_fast.training.builders import trained_steps

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from statistics import median, quantiles
 from typing import Any
 
-from densegrpo_fast.run_files.files import replace_text
+from densegrpo_fast.common.files import replace_text
 from densegrpo_fast.run_files.provenance import commit, hardware, provenance
 
 __all__ = ["commit", "hardware", "provenance"]

@@ -16,7 +16,7 @@ from _comparison import Run, compare, pairs, seconds_of
 from _operations import operations
 from _record import NOISY_SPREAD, hardware, load_average, provenance, spread, write_json
 
-from densegrpo_fast.errors import OutputError, UsageError
+from densegrpo_fast.common.errors import OutputError, UsageError
 
 CPU_BUDGET = 600.0
 """CPU seconds that a run of a study on the embedded model should stay below."""

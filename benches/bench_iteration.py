@@ -69,8 +69,8 @@ from _record import (
 from _stock import Stock
 from _variants import Tally, Variant, counted, reward_with_tally
 
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.flow.noise import Stream, gaussian
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import IterationCost

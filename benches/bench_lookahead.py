@@ -50,8 +50,8 @@ from _stock import Stock
 from _variants import Tally, copies, counted, stock_cost
 from torch import Tensor
 
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead

@@ -37,9 +37,9 @@ import torch
 from _record import RESULTS, portable, provenance, write_json
 from torch import Tensor
 
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.flow import ops
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec

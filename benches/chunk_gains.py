@@ -29,12 +29,12 @@ import torch
 from _record import RESULTS, provenance, write_json
 from torch import Tensor
 
-from densegrpo_fast.agreement import compare
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.fidelity.measure import measure, reference
 from densegrpo_fast.fidelity.target import pipeline_subject
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.training.agreement import compare
 
 
 def shared_gains(rewards: Tensor, size: int) -> Tensor:

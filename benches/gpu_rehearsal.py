@@ -36,8 +36,8 @@ from _record import load_average, portable, provenance, spread, write_json
 from _sensors import Sensors
 from _variants import Variant
 
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.models.flops import ModelFlops, architecture_of, clip_h_image, count
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import IterationCost

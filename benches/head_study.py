@@ -27,8 +27,8 @@ from typing import Any
 
 from _record import RESULTS, portable, provenance, write_json
 
-from densegrpo_fast.errors import OutputError, SetupError
-from densegrpo_fast.exit_codes import EXIT_CODES, ExitCode, user_errors_exit
+from densegrpo_fast.common.errors import OutputError, SetupError
+from densegrpo_fast.common.exit_codes import EXIT_CODES, ExitCode, user_errors_exit
 
 Command = Callable[[Sequence[str]], int]
 """A command's `main`: from its arguments to its exit code."""

@@ -32,8 +32,8 @@ from _comparison import Run, pairs
 from _finished_runs import Finished, finished, read_study
 from _record import provenance, write_json
 
-from densegrpo_fast.errors import OutputError, UsageError
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.common.errors import OutputError, UsageError
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.run_files.intervals import mean_interval, paired_interval
 from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
 

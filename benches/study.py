@@ -32,11 +32,11 @@ from _claim import claimed
 from _record import RESULTS, load_average, portable
 from _study_document import CPU_BUDGET, StudyDocument, differing
 
+from densegrpo_fast.common.errors import OutputError
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import parse_yaml
-from densegrpo_fast.errors import OutputError
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.run_files.run_directory import holds_run
 

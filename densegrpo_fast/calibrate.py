@@ -32,11 +32,11 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule
 from densegrpo_fast.calibration.staircase import Staircase
-from densegrpo_fast.command_line import check_outputs, command_parser, configuration
+from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps, circumstances, start_levels
-from densegrpo_fast.errors import UsageError
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.config.command_line import check_outputs, command_parser, configuration
 
 if TYPE_CHECKING:
     from densegrpo_fast.training.gain_meter import GainMeter

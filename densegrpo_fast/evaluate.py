@@ -26,11 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from densegrpo_fast.command_line import check_outputs, command_parser
+from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, split_overrides
-from densegrpo_fast.errors import UsageError
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.config.command_line import check_outputs, command_parser
 from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
 from densegrpo_fast.training.prompts import PromptSet, load_prompts
 
@@ -198,7 +198,7 @@ def _file_prompts(options: argparse.Namespace, count: int) -> PromptSet | None:
 
 
 def _write(path: Path, document: dict[str, Any], prompts: Sequence[str], scores: dict[str, Any]) -> None:
-    from densegrpo_fast.run_files.files import replace_text
+    from densegrpo_fast.common.files import replace_text
     from densegrpo_fast.run_files.provenance import provenance
 
     document = {**document, "prompts": list(prompts), "scores": _present(scores), **provenance()}

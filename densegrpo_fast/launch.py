@@ -19,10 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.errors import SetupError, UsageError
-from densegrpo_fast.exit_codes import user_errors_exit
+from densegrpo_fast.common.errors import SetupError, UsageError
+from densegrpo_fast.common.exit_codes import user_errors_exit
+from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.launch_script import run
-from densegrpo_fast.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from densegrpo_fast.compat._patch import Patch

@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.command_line import check_outputs, command_parser, configuration, positive
+from densegrpo_fast.common.errors import OutputError, UsageError
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.errors import OutputError, UsageError
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.config.command_line import check_outputs, command_parser, configuration, positive
 
 if TYPE_CHECKING:
     from densegrpo_fast.models.base import FlowModel
@@ -52,8 +52,8 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     Raises:
         UserError: anything the user can act on.
     """
+    from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors
     from densegrpo_fast.models.sd3 import SD3
-    from densegrpo_fast.run_files.files import STAGE_SUFFIX, output_errors
     from densegrpo_fast.training import builders
     from densegrpo_fast.training.chunks import lookahead_chunks
     from densegrpo_fast.training.preview_training import agreement, train_preview

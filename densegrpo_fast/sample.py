@@ -26,11 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.command_line import command_parser
+from densegrpo_fast.common.errors import OutputError, UsageError
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, split_overrides
-from densegrpo_fast.errors import OutputError, UsageError
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.config.command_line import command_parser
 from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
 from densegrpo_fast.training.prompts import PromptSet, load_prompts
 
@@ -63,8 +63,8 @@ def sample(config: Config, subject: ModelRef, prompts: PromptSet, options: argpa
     Raises:
         UserError: anything the user can act on.
     """
+    from densegrpo_fast.common.files import output_errors, replace_text
     from densegrpo_fast.flow.noise import LAYOUT_VERSION
-    from densegrpo_fast.run_files.files import output_errors, replace_text
     from densegrpo_fast.run_files.images import save_grid, save_picture
     from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
     from densegrpo_fast.run_files.provenance import provenance

@@ -19,10 +19,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import dump_yaml
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

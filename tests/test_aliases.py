@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from densegrpo_fast.aliases import OPTIONS, current_settings
+from densegrpo_fast.common.aliases import OPTIONS, current_settings
 from densegrpo_fast.config.cli import load_config, split_overrides
 from densegrpo_fast.config.schema import options
 from densegrpo_fast.run_files.checkpoint import CheckpointManager

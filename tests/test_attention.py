@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.models.attention import DispatchedJointAttention, check_attention, use_attention
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.feature_cache import FeatureCache

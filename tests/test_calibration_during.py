@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.errors import UserError
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.training import builders

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.credit.consistency import StepConsistency
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow
 from densegrpo_fast.flow.dynamics import A, B, C, coefficients
 from densegrpo_fast.models.analytic import AnalyticModel

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from densegrpo_fast.calibration.store import FORMAT, read_calibration
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import circumstances
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import dump_yaml
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.training.builders import build_coefficients, check_calibration, shrink

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.run_files import checkpoint
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
 

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.fingerprint import differences
 from densegrpo_fast.config import Config, options
 from densegrpo_fast.config.cli import CliFlags, load_config, validate
 from densegrpo_fast.config.rewards import REWARD_NAMES
 from densegrpo_fast.config.schema import sections
 from densegrpo_fast.config.yaml_files import dump_yaml, parse_yaml, preset_names, read_settings
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
-from densegrpo_fast.fingerprint import differences
 
 PRESETS = [
     "embedded_branched",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.training import builders
 
 # 8 steps of flow_sde without windows, 6 prompts x 8 samples: 12 trunks of 4 branches

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import options
 from densegrpo_fast.config.cli import load_config, split_overrides
 from densegrpo_fast.config.yaml_files import preset_names
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 
 
 def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
     script = (
         "import sys\n"
-        "from densegrpo_fast.exit_codes import user_errors_exit\n"
+        "from densegrpo_fast.common.exit_codes import user_errors_exit\n"
         "from densegrpo_fast.config.cli import load_config\n"
         "try:\n"
         "    with user_errors_exit():\n"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, validate
 from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 
 BASE = ["--config", str(Path(__file__).parent / "data" / "base.yaml")]  # 8 steps of flow_sde, plan exact_but_last
 OWN = (

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.smoothing import smooth_rewards
-from densegrpo_fast.errors import UserError
 from densegrpo_fast.flow.dynamics import C, coefficients
 from densegrpo_fast.training.experience import RewardComputer
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.errors import UserError
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import PhaseTimer

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity.choice import Choice, choose, own_variants
 from densegrpo_fast.fidelity.costs import STEPS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from densegrpo_fast.exit_codes import ExitCode
+from densegrpo_fast.common.exit_codes import ExitCode
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity.options import parse, plans_of
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.fidelity import plot
 from densegrpo_fast.fidelity.plot import Box, pareto_front, placed, save_plot
 

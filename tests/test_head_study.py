@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benches"))
 import head_study  # noqa: E402
 from head_study import KEPT, Commands, Study, conduct, head_file, summary  # noqa: E402
 
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 
 
 def study(**changes: Any) -> Study:
@@ -120,8 +120,8 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_what_the_commands_are_told_they_understand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Options of the real commands, parsed by them, without any work."""
-    from densegrpo_fast.command_line import configuration
     from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.config.command_line import configuration
     from densegrpo_fast.fidelity.options import parse
 
     fake = FakeCommands()

@@ -36,10 +36,10 @@ from _judge_training import (  # noqa: E402
     weights_fingerprint,
 )
 
+from densegrpo_fast.common.exit_codes import ExitCode  # noqa: E402
 from densegrpo_fast.config.cli import load_config  # noqa: E402
 from densegrpo_fast.embedded import architecture, scenes  # noqa: E402
 from densegrpo_fast.embedded.scenes import COLOURS, RELATIONS, SHAPES, Item, Scene  # noqa: E402
-from densegrpo_fast.exit_codes import ExitCode  # noqa: E402
 from densegrpo_fast.flow.dynamics import B, C, coefficients  # noqa: E402
 from densegrpo_fast.models.base import Velocity  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402

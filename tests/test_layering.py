@@ -15,13 +15,15 @@ PACKAGE = "densegrpo_fast"
 
 # Part of the package -> what it may import from the package, at module level or inside functions.
 ALLOWED: dict[str, set[str]] = {
+    "common": {"common"},
     "flow": {"flow", "kernels"},
     "kernels": {"kernels"},
     "sampling": {"sampling", "flow", "models.base"},
-    "credit": {"credit", "flow", "plugins"},
-    "objective": {"objective", "flow", "plugins"},
-    "models": {"models", "flow.schedule", "flow.analytic", "embedded", "errors", "pretrained", "run_files.files"},
-    "rewards": {"rewards", "errors", "plugins", "pretrained"},
+    "credit": {"credit", "flow", "common"},
+    "objective": {"objective", "flow", "common"},
+    "embedded": {"embedded", "rewards.scenes", "common"},
+    "models": {"models", "flow.schedule", "flow.analytic", "embedded", "common"},
+    "rewards": {"rewards", "common"},
     "compat": {"compat", "flow", "sampling", "credit", "models.base"},
 }
 # Parts that need nothing but torch and the standard library to be imported (kernels: and Triton).

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit import registry
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.guard import guard_table

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.run_files import metrics
 from densegrpo_fast.run_files.metrics import MetricsLog, PhaseTimer, Progress, read_metrics
 

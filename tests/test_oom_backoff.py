@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.objective.policy import ObjectiveSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.plugins import is_outside, load
+from densegrpo_fast.common.plugins import is_outside, load
 
 
 @pytest.mark.parametrize("name", ["m:f", "a.b:F_1", "dir/file.py:f", "C with space/x.py:f"])

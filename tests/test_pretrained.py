@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from densegrpo_fast.pretrained import fetch, load_network
+from densegrpo_fast.common.pretrained import fetch, load_network
 
 
 def refusal(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit.dense import reward_gains
-from densegrpo_fast.errors import UserError
 from densegrpo_fast.flow.dpm_solver import DPMSolver
 from densegrpo_fast.flow.dynamics import A, B, C, StepCoefficients, coefficients
 from densegrpo_fast.flow.remainder import with_remainder

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.errors import UserError
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.rewards.options import OptionError
 from densegrpo_fast.rewards.registry import create
 from densegrpo_fast.training import builders

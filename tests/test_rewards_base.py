@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from densegrpo_fast.errors import RewardError
+from densegrpo_fast.common.errors import RewardError
 from densegrpo_fast.rewards.base import RewardMixture, missing_share
 
 IMAGES = torch.linspace(0, 1, 3 * 3 * 4 * 4).reshape(3, 3, 4, 4)

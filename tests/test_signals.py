@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.run_files.signals import GracefulStop
 
 

@@ -22,10 +22,10 @@ from _stock import Stock, StockIteration  # noqa: E402
 from _variants import stock_cost  # noqa: E402
 from bench_iteration import check_work, evaluations  # noqa: E402
 
+from densegrpo_fast.common.errors import UserError  # noqa: E402
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of  # noqa: E402
 from densegrpo_fast.config import Config  # noqa: E402
 from densegrpo_fast.config.cli import load_config  # noqa: E402
-from densegrpo_fast.errors import UserError  # noqa: E402
-from densegrpo_fast.exit_codes import ExitCode, exit_code_of  # noqa: E402
 from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
 from densegrpo_fast.models import sd3  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402

@@ -19,10 +19,10 @@ from _record import commit, interleaved, pairwise_ratio, portable, spread, write
 from _study_document import StudyDocument, noisy, same_start  # noqa: E402
 from _study_plot import save_plot  # noqa: E402
 
+from densegrpo_fast.common.errors import UserError  # noqa: E402
+from densegrpo_fast.common.exit_codes import ExitCode  # noqa: E402
 from densegrpo_fast.config import Config  # noqa: E402
 from densegrpo_fast.config.yaml_files import dump_yaml  # noqa: E402
-from densegrpo_fast.errors import UserError  # noqa: E402
-from densegrpo_fast.exit_codes import ExitCode  # noqa: E402
 
 DENSE, SPARSE = "embedded_dense", "embedded_sparse"
 

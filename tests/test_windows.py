@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit.dense import reward_gains
-from densegrpo_fast.errors import UserError
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.run_files.metrics import read_metrics

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.calibration.rules import Round, Rule, Signs
 from densegrpo_fast.calibration.store import FORMAT
-from densegrpo_fast.errors import SetupError
-from densegrpo_fast.run_files.files import output_errors, replace_text
+from densegrpo_fast.common.errors import SetupError
+from densegrpo_fast.common.files import output_errors, replace_text
 
 if TYPE_CHECKING:
     from densegrpo_fast.credit.consistency import StepConsistency

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from densegrpo_fast.errors import UsageError
+from densegrpo_fast.common.errors import UsageError
 
 FORMAT = "densegrpo-fast calibration 1"
 """First key of every file; the number is the format's."""

@@ -15,7 +15,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from densegrpo_fast.aliases import OPTIONS, current_option
+from densegrpo_fast.common.aliases import OPTIONS, current_option
+from densegrpo_fast.common.errors import CheckpointError, UsageError, UserError
+from densegrpo_fast.common.exit_codes import ExitCode
+from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config.calibration import fitting_calibration
 from densegrpo_fast.config.errors import describe_errors
 from densegrpo_fast.config.help import help_text, takes_text
@@ -28,9 +31,6 @@ from densegrpo_fast.config.yaml_files import (
     preset_summary,
     read_settings,
 )
-from densegrpo_fast.errors import CheckpointError, UsageError, UserError
-from densegrpo_fast.exit_codes import ExitCode
-from densegrpo_fast.suggest import did_you_mean
 
 _PRINTING_FLAGS = ("--help", "-h", "--print-config", "--list-presets")
 _FLAGS = ("--config", "--resume", "--dry-run", *_PRINTING_FLAGS)

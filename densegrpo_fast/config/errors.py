@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config.schema import options, sections
-from densegrpo_fast.suggest import did_you_mean
 
 _EXPECTED = {
     "int_type": "an integer",

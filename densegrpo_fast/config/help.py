@@ -7,9 +7,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from densegrpo_fast.common.exit_codes import ExitCode
 from densegrpo_fast.config.schema import Config, options, sections
 from densegrpo_fast.config.yaml_files import DEFAULT_PRESET, inline_yaml, preset_names
-from densegrpo_fast.exit_codes import ExitCode
 
 _USAGE = """\
 usage: densegrpo-train [--config PRESET_OR_FILE] [--SECTION.KEY VALUE | SECTION.KEY=VALUE ...] [flags]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from densegrpo_fast.common.plugins import Registry, is_outside
+from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.credit import registry
-from densegrpo_fast.plugins import Registry, is_outside
 from densegrpo_fast.sampling.windows import remaining_steps
-from densegrpo_fast.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from densegrpo_fast.config.base import Section

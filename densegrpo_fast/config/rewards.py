@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from densegrpo_fast.plugins import is_outside
-from densegrpo_fast.suggest import did_you_mean
+from densegrpo_fast.common.plugins import is_outside
+from densegrpo_fast.common.suggest import did_you_mean
 
 REWARD_NAMES = (
     "scenes",

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints, model_validator
 from pydantic.fields import FieldInfo
 
+from densegrpo_fast.common.fingerprint import fingerprint
 from densegrpo_fast.config.base import Section
 from densegrpo_fast.config.branching import branching_problem
 from densegrpo_fast.config.calibration import CalibrationOptions, calibration_problem
@@ -38,7 +39,6 @@ from densegrpo_fast.config.sampling import (
     WindowOptions,
 )
 from densegrpo_fast.credit import registry
-from densegrpo_fast.fingerprint import fingerprint
 from densegrpo_fast.sampling.windows import Windows, remaining_steps
 
 _CHECKS = (

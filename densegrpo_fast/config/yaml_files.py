@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from densegrpo_fast.aliases import current_settings
+from densegrpo_fast.common.aliases import current_settings
+from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config.schema import Config
-from densegrpo_fast.errors import UsageError
-from densegrpo_fast.suggest import did_you_mean
 
 DEFAULT_PRESET = "embedded_branched"
 """What is trained without --config."""

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.plugins import Registry, resolve
+from densegrpo_fast.common.plugins import Registry, resolve
 
 if TYPE_CHECKING:
     from densegrpo_fast.credit.inputs import CreditInputs

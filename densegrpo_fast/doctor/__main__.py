@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from densegrpo_fast.command_line import check_outputs, command_parser
-from densegrpo_fast.errors import SetupError, UsageError
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.common.errors import SetupError, UsageError
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.config.command_line import check_outputs, command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +94,7 @@ def _write(path: Path | None, document: dict[str, Any]) -> None:
         return
     import json
 
-    from densegrpo_fast.run_files.files import replace_text
+    from densegrpo_fast.common.files import replace_text
     from densegrpo_fast.run_files.provenance import commit, versions
 
     document = document | {"commit": commit(), "versions": versions()}

@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from densegrpo_fast.common.errors import SetupError
 from densegrpo_fast.doctor import implementations, machine, packages
 from densegrpo_fast.doctor.findings import Finding
-from densegrpo_fast.errors import SetupError
 
 _CONFIGURATION = ("pydantic", "yaml")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.doctor.causes import BY_NAME
 from densegrpo_fast.doctor.diagnosis import Diagnosis, Trial, default_tolerance, diagnose
 from densegrpo_fast.doctor.loop import Loop, configured_loop, randomize_lora_
-from densegrpo_fast.errors import UsageError
 from densegrpo_fast.flow.dynamics import C
 
 

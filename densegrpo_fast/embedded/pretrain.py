@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from densegrpo_fast.embedded import architecture, card, scenes
+from densegrpo_fast.embedded.pixel_loss import pixel_loss
 from densegrpo_fast.embedded.stages import Loop, Stages, save
-from densegrpo_fast.models.pixel_loss import pixel_loss
 
 _LATENT_NOISE = 0.1
 _ANCHOR = 2.0

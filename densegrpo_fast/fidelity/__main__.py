@@ -33,9 +33,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.command_line import check_outputs, configuration
-from densegrpo_fast.errors import SetupError, UsageError
-from densegrpo_fast.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.common.errors import SetupError, UsageError
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.config.command_line import check_outputs, configuration
 from densegrpo_fast.fidelity.options import parse, plans_of
 
 if TYPE_CHECKING:
@@ -92,13 +92,13 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
         UserError: anything the user can act on, with its exit code.
     """
     config = None if options.analytic else _config(options, overrides)
-    from densegrpo_fast.agreement import persistence
     from densegrpo_fast.fidelity import report
     from densegrpo_fast.fidelity.choice import choose
     from densegrpo_fast.fidelity.measure import agreement_of, measure, reference
     from densegrpo_fast.fidelity.plot import save_plot
     from densegrpo_fast.fidelity.search import Thresholds, cheapest, longest_path, search
     from densegrpo_fast.run_files.provenance import provenance
+    from densegrpo_fast.training.agreement import persistence
 
     target, variants, own, ways = choose(options, config)
     sampling = {"group_size": options.group_size, "seed": options.seed}

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.credit import registry
-from densegrpo_fast.errors import UsageError
 from densegrpo_fast.fidelity.measure import Variant, expanded
 from densegrpo_fast.fidelity.options import plans_of
 from densegrpo_fast.fidelity.target import FidelityTarget, analytic_target, pipeline_target

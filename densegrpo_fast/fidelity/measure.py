@@ -12,7 +12,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from densegrpo_fast.agreement import Agreement, compare, compare_branches
 from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Recorder
 from densegrpo_fast.models.cache_spec import CacheSpec
@@ -23,6 +22,7 @@ from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.training.agreement import Agreement, compare, compare_branches
 
 
 @dataclass(frozen=True)

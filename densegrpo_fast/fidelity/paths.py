@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from densegrpo_fast.agreement import spearman
 from densegrpo_fast.sampling.path_tree import Path
+from densegrpo_fast.training.agreement import spearman
 
 Scored = Mapping[tuple[int, Path], Tensor]
 """Rewards [P, G] of the completions of one state along one path; the image is state T, with the path ()."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from densegrpo_fast.errors import SetupError
-from densegrpo_fast.run_files.files import output_errors
+from densegrpo_fast.common.errors import SetupError
+from densegrpo_fast.common.files import output_errors
 
 _PANELS = {
     "rewards": ("spearman_rewards_mean", "rewards"),

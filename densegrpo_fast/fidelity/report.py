@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from densegrpo_fast.agreement import Agreement
+from densegrpo_fast.common.files import replace_text
 from densegrpo_fast.fidelity.measure import Variant, cost_of, flops_ratio, reference
 from densegrpo_fast.fidelity.search import Candidate, Thresholds
 from densegrpo_fast.fidelity.target import FidelityTarget
-from densegrpo_fast.run_files.files import replace_text
+from densegrpo_fast.training.agreement import Agreement
 
 _COLUMNS = {
     "guided": "nfe_guided",

@@ -13,7 +13,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from densegrpo_fast.agreement import Agreement
 from densegrpo_fast.fidelity.measure import (
     Batch,
     Variant,
@@ -36,6 +35,7 @@ from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.path_tree import Path, completions, node_sets
 from densegrpo_fast.sampling.plan import Plan
+from densegrpo_fast.training.agreement import Agreement
 
 
 @dataclass(frozen=True)

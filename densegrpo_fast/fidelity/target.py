@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.errors import SetupError, UsageError
+from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.analytic import AnalyticModel

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from densegrpo_fast.errors import SetupError, UsageError
+from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.models.cached_blocks import split_heads
 
 Attention = Literal["auto", "native", "xformers", "flash"]

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from densegrpo_fast.embedded import WEIGHTS
-from densegrpo_fast.errors import SetupError, UsageError, UserError
-from densegrpo_fast.models.sd3 import SD3, PromptStore, StoredPrompts
-from densegrpo_fast.pretrained import (
+from densegrpo_fast.common.errors import SetupError, UsageError, UserError
+from densegrpo_fast.common.pretrained import (
     files_problem,
     load_network,
     load_tokenizer,
@@ -21,6 +19,8 @@ from densegrpo_fast.pretrained import (
     silence_loading,
     why_not_fetched,
 )
+from densegrpo_fast.embedded import WEIGHTS
+from densegrpo_fast.models.sd3 import SD3, PromptStore, StoredPrompts
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.fingerprint import fingerprint
-from densegrpo_fast.run_files.files import STAGE_SUFFIX, output_errors, write_durably
+from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, write_durably
+from densegrpo_fast.common.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.pretrained import silence_loading
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.attention import Attention, use_attention
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
-from densegrpo_fast.pretrained import silence_loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusion3Pipeline

@@ -33,7 +33,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.plugins import Registry, resolve
+from densegrpo_fast.common.plugins import Registry, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.errors import RewardError
+from densegrpo_fast.common.errors import RewardError
 
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 """`reward(images, prompts, metadata)`, returning scores as the module docstring says."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densegrpo_fast.pretrained import NETWORK_FILES, TOKENIZER_FILES, fetch, load_network, load_tokenizer
+from densegrpo_fast.common.pretrained import NETWORK_FILES, TOKENIZER_FILES, fetch, load_network, load_tokenizer
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)

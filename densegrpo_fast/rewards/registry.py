@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from densegrpo_fast.plugins import load
+from densegrpo_fast.common.plugins import load
 from densegrpo_fast.rewards.base import Reward
 from densegrpo_fast.rewards.options import check_options
 

@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from densegrpo_fast.errors import RewardError
+from densegrpo_fast.common.errors import RewardError
 from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.rewards.pictures import decode_png
 from densegrpo_fast.rewards.registry import create

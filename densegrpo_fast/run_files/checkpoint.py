@@ -23,10 +23,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from densegrpo_fast.aliases import current_settings
-from densegrpo_fast.errors import CheckpointError, NonFiniteError
-from densegrpo_fast.fingerprint import canonical_json, differences, fingerprint
-from densegrpo_fast.run_files.files import output_errors, sync_directory, write_durably
+from densegrpo_fast.common.aliases import current_settings
+from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
+from densegrpo_fast.common.files import output_errors, sync_directory, write_durably
+from densegrpo_fast.common.fingerprint import canonical_json, differences, fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from densegrpo_fast.aliases import current_metric
-from densegrpo_fast.errors import OutputError
-from densegrpo_fast.run_files.files import output_errors
+from densegrpo_fast.common.aliases import current_metric
+from densegrpo_fast.common.errors import OutputError
+from densegrpo_fast.common.files import output_errors
 from densegrpo_fast.run_files.loggers import Loggers
 
 logger = logging.getLogger(__name__)

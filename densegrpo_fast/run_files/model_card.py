@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from densegrpo_fast import __version__
+from densegrpo_fast.common.files import replace_text
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.loading import is_hub_id
 from densegrpo_fast.run_files.alarms import alarms_for
-from densegrpo_fast.run_files.files import replace_text
 from densegrpo_fast.run_files.intervals import Interval
 from densegrpo_fast.run_files.provenance import commit
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
-from densegrpo_fast.errors import SetupError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import OutputError, RewardError, UsageError
+from densegrpo_fast.common.files import output_errors, write_durably
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.consistency import neighbour_correlation
-from densegrpo_fast.errors import OutputError, RewardError, UsageError
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import save_head
 from densegrpo_fast.models.lora import base_fingerprint, save_lora
 from densegrpo_fast.run_files.alarms import alarms_for
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
-from densegrpo_fast.run_files.files import output_errors, write_durably
 from densegrpo_fast.run_files.images import save_grid
 from densegrpo_fast.run_files.intervals import mean_interval, paired_interval
 from densegrpo_fast.run_files.metrics import MetricsLog

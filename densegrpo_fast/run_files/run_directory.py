@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from densegrpo_fast.errors import CheckpointError, OutputError, UsageError, UserError
-from densegrpo_fast.run_files.files import STAGE_SUFFIX, output_errors
+from densegrpo_fast.common.errors import CheckpointError, OutputError, UsageError, UserError
+from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors
 
 logger = logging.getLogger(__name__)
 

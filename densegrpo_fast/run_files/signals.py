@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from densegrpo_fast.exit_codes import ExitCode
+from densegrpo_fast.common.exit_codes import ExitCode
 
 _EXIT_CODES = {signal.SIGTERM: ExitCode.TERMINATED, signal.SIGINT: ExitCode.INTERRUPTED}
 

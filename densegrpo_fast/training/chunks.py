@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
-from densegrpo_fast.errors import UsageError
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.models.sd3 import SD3
 

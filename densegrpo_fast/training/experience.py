@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import RewardError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
@@ -17,7 +18,6 @@ from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.inputs import CreditInputs
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.credit.smoothing import smooth_rewards
-from densegrpo_fast.errors import RewardError
 from densegrpo_fast.flow.dynamics import C, StepCoefficients
 from densegrpo_fast.models.base import Cache, Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture, Scores

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import RewardError
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.consistency import StepConsistency, step_consistency
 from densegrpo_fast.credit.dense import reward_gains
-from densegrpo_fast.errors import RewardError
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import A, B, C, Family, StepCoefficients, coefficients
 from densegrpo_fast.flow.noise import Stream, branch_stream, gaussian

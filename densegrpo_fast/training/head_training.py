@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from densegrpo_fast.errors import CheckpointError
+from densegrpo_fast.common.errors import CheckpointError
 from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.training.head_examples import Examples
 

@@ -11,7 +11,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from densegrpo_fast.errors import CheckpointError, NonFiniteError
+from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.negatives import branch_noise, negative_weights
 from densegrpo_fast.objective.policy import Objective, ObjectiveSettings

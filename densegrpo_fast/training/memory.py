@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from densegrpo_fast.common.errors import SetupError, UserError
 from densegrpo_fast.config import Config
-from densegrpo_fast.errors import SetupError, UserError
 from densegrpo_fast.models.memory import ModelMemory, tensor_bytes
 from densegrpo_fast.sampling.plan import make_plan
 from densegrpo_fast.training.chunks import GB, Chunks

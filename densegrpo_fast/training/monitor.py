@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.agreement import Agreement, compare, compare_branches
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit import registry
 from densegrpo_fast.models.base import FlowModel
@@ -20,6 +19,7 @@ from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.monitor_cost import MonitorCost, branched_monitor_check, monitor_check
 from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.training.agreement import Agreement, compare, compare_branches
 from densegrpo_fast.training.chunks import lookahead_chunks
 from densegrpo_fast.training.costs import CostLog
 from densegrpo_fast.training.experience import RewardBatch

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from densegrpo_fast.calibration.rules import Limits, calibrate
 from densegrpo_fast.calibration.staircase import Staircase
+from densegrpo_fast.common.errors import CheckpointError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps
-from densegrpo_fast.errors import CheckpointError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.training import builders

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from densegrpo_fast.errors import SetupError
+from densegrpo_fast.common.errors import SetupError
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from densegrpo_fast.common.errors import SetupError
 from densegrpo_fast.config import Config
-from densegrpo_fast.errors import SetupError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.models.feature_cache import FeatureCache

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from densegrpo_fast.agreement import spearman
+from densegrpo_fast.embedded.pixel_loss import pixel_loss
 from densegrpo_fast.models.base import Decoder, FlowModel
-from densegrpo_fast.models.pixel_loss import pixel_loss
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.training.agreement import spearman
 
 _LR = 3e-3
 _WARMUP = 50

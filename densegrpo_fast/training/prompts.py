@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from densegrpo_fast.errors import UsageError
-from densegrpo_fast.suggest import did_you_mean
+from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.suggest import did_you_mean
 
 _DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
 BUILT_IN = ("general", "geneval", "ocr")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
-from densegrpo_fast.errors import UsageError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.completion_head import CompletionHead, load_head

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from densegrpo_fast.calibration.store import read_calibration
+from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.pretrained import silence_loading
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps
-from densegrpo_fast.errors import UsageError
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.pretrained import silence_loading
 from densegrpo_fast.training.loading import load_model, set_up
 
 

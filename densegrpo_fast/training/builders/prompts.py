@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.embedded import scenes
-from densegrpo_fast.errors import UsageError
 from densegrpo_fast.training.evaluation import HeldOut
 from densegrpo_fast.training.prompts import BUILT_IN, PromptSampler, PromptSet, built_in_prompts, load_prompts
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
-from densegrpo_fast.errors import UsageError
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.flow.remainder import with_remainder
 from densegrpo_fast.models.base import FlowModel

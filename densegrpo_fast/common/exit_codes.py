@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
-from densegrpo_fast.errors import (
+from densegrpo_fast.common.errors import (
     CheckpointError,
     NonFiniteError,
     OutputError,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from densegrpo_fast.errors import OutputError
+from densegrpo_fast.common.errors import OutputError
 
 STAGE_SUFFIX = ".stage"
 """End of the name of a file that is being written; one left by a crash is safe to delete."""

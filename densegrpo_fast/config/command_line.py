@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.errors import OutputError, UsageError
+from densegrpo_fast.common.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
