@@ -30,10 +30,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from densegrpo_fast.common.command_line import check_outputs, command_parser, positive
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.command_line import check_outputs, command_parser, configuration, positive
+from densegrpo_fast.config.cli import configuration
 
 if TYPE_CHECKING:
     from densegrpo_fast.models.completion_head import CompletionHead

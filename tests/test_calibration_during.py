@@ -11,7 +11,6 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import read_metrics
@@ -113,7 +112,7 @@ def test_branches_are_calibrated_as_branches(mixture_model: Any, monkeypatch: py
     # closed form: 4 steps of a trunk, and 3 + 2 + 1 of what the branches lead to
     assert metrics["nfe/calibration"] == metrics["calibration/rounds"] * 16 * (4 + 6)
     assert sum(rows for rows, _, _ in mixture_model.calls[before:]) == metrics["nfe/calibration"]
-    assert calibrated_steps(configured(**tree, **{"objective.trained_steps": "[1, 3]"})) == [1, 3]
+    assert configured(**tree, **{"objective.trained_steps": "[1, 3]"}).calibrated_steps() == [1, 3]
 
 
 def test_a_checkpoint_of_another_sampler_is_refused() -> None:

@@ -12,7 +12,6 @@ from densegrpo_fast.calibration.store import FORMAT, read_calibration
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import circumstances
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.flow.schedule import sd3_sigmas
@@ -115,7 +114,7 @@ def test_the_steps_that_may_be_noisy_must_have_been_calibrated(
 def test_a_file_that_was_made_otherwise_is_taken_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = circumstances(config(write(tmp_path / "levels.json")))
+    own = config(write(tmp_path / "levels.json")).calibration_settings()
     assert own == {
         "model": "embedded",
         "prompts": "scenes",

@@ -20,8 +20,7 @@ from densegrpo_fast import completion
 from densegrpo_fast.common.exit_codes import ExitCode
 from densegrpo_fast.completion import main
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.config.command_line import configuration
+from densegrpo_fast.config.cli import configuration, load_config
 from densegrpo_fast.fidelity import options as fidelity_options
 from densegrpo_fast.fidelity.__main__ import main as fidelity
 from densegrpo_fast.flow.dynamics import coefficients

@@ -21,6 +21,10 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"sampling", "flow", "models.base"},
     "credit": {"credit", "flow", "common"},
     "objective": {"objective", "flow", "common"},
+    "config": {
+        *("config", "common", "calibration", "sampling.windows"),
+        *("credit.registry", "objective.registry", "rewards.registry"),
+    },
     "embedded": {"embedded", "rewards.scenes", "common"},
     "models": {"models", "flow.schedule", "flow.analytic", "embedded", "common"},
     "rewards": {"rewards", "common"},

@@ -15,7 +15,7 @@ from torch import Tensor
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.config.sampling import ModelOptions
+from densegrpo_fast.config.sections import ModelOptions
 from densegrpo_fast.embedded.architecture import build_tokenizer
 from densegrpo_fast.models.loading import load_sd3, pipeline_directory
 from densegrpo_fast.models.sd3 import SD3

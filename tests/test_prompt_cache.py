@@ -11,7 +11,7 @@ import torch
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.config.sampling import ModelOptions
+from densegrpo_fast.config.sections import ModelOptions
 from densegrpo_fast.models import load
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.sd3 import SD3

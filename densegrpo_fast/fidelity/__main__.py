@@ -33,9 +33,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from densegrpo_fast.common.command_line import check_outputs
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
-from densegrpo_fast.config.command_line import check_outputs, configuration
 from densegrpo_fast.fidelity.options import parse, plans_of
 
 if TYPE_CHECKING:
@@ -144,10 +144,11 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> Config:
     try:
-        from densegrpo_fast.config.yaml_files import BASE_PRESET
+        from densegrpo_fast.config.cli import configuration
     except ModuleNotFoundError as error:
         raise SetupError(f"{error.name} is missing: pip install densegrpo-fast[train], or use --analytic") from None
-    return configuration(["--config", options.config or BASE_PRESET, *overrides])
+    named = [] if options.config is None else ["--config", options.config]
+    return configuration([*named, *overrides])
 
 
 def _show(
@@ -157,7 +158,7 @@ def _show(
 
     sampler = settings["sampler"]
     print(
-        f"{settings['target']}: {settings['groups_measured']} groups of {settings['group_size']}"
+        f"{settings['subject']}: {settings['groups_measured']} groups of {settings['group_size']}"
         f"{' branches of one ode_trajectory' if settings.get('branched') else ''}, "
         f"{sampler['num_steps']} steps, {sampler['dynamics']} at noise level {sampler['noise_level']}, "
         f"guidance {sampler['guidance_scale']:g}\n"

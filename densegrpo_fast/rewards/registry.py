@@ -1,17 +1,22 @@
-"""Rewards by their names: those of the package, registered ones, and one's own."""
+"""Rewards by their names: those of the package, registered ones, and one's own.
+
+This file needs no torch, so that the configuration can read it; a reward's own file is imported when it is created.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from densegrpo_fast.common.plugins import load
-from densegrpo_fast.rewards.base import Reward
 from densegrpo_fast.rewards.options import check_options
+
+if TYPE_CHECKING:
+    from densegrpo_fast.rewards.base import Reward
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -25,7 +30,7 @@ class _BuiltIn:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_BUILT_IN = {
+BUILT_IN = {
     "scenes": _BuiltIn(".scenes", "ScenesReward"),
     "scenes_strict": _BuiltIn(".scenes", "ScenesReward", {"strict": True}),
     "jpeg_compressibility": _BuiltIn(".jpeg", "JpegCompressibility"),
@@ -37,12 +42,23 @@ _BUILT_IN = {
     "remote": _BuiltIn(".remote", "RemoteReward"),
     "vlm_judge": _BuiltIn(".vlm_judge", "VlmJudge"),
 }
+"""The package's rewards by name. A configuration writes any other as `module:function` or `path.py:function`."""
+
+USE = "use"
+"""Key among a reward's options: the reward that stands behind a name of one's own."""
+
+_HOW = frozenset(
+    ("url", "timeout", "retries", "retry_delay", "breaker_after", "cooldown", "max_reply", "concurrency", "token_env")
+    + ("batch", "device", "chunk", "threads")
+)
+"""Options of the package's rewards that say where and how to compute a score, and leave its meaning alone."""
+
 _REGISTERED: dict[str, Callable[..., Reward]] = {}
 
 
 def names() -> list[str]:
     """Names that `create` knows, sorted."""
-    return sorted({*_BUILT_IN, *_REGISTERED})
+    return sorted({*BUILT_IN, *_REGISTERED})
 
 
 def register(name: str) -> Callable[[Factory], Factory]:
@@ -60,6 +76,21 @@ def register(name: str) -> Callable[[Factory], Factory]:
         return factory
 
     return remember
+
+
+def resolve_alias(name: str, options: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The reward that a name stands for and its options: the name itself, or what its option `use` says."""
+    own = dict(options.get(name, {}))
+    return own.pop(USE, name), own
+
+
+def score_affecting(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options without those that only say where and how the package's rewards are computed."""
+    affecting = {}
+    for name, own in options.items():
+        ours = resolve_alias(name, options)[0] in BUILT_IN
+        affecting[name] = {key: value for key, value in own.items() if not (ours and key in _HOW)}
+    return affecting
 
 
 def create(name: str, **options: Any) -> Reward:
@@ -87,13 +118,13 @@ def create(name: str, **options: Any) -> Reward:
     if name in _REGISTERED:
         check_options(name, _REGISTERED[name], options)
         return _REGISTERED[name](**options)
-    if name not in _BUILT_IN:
+    if name not in BUILT_IN:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
             f"unknown reward {name!r}; {hint}known: {', '.join(names())}; your own: module:function or file.py:function"
         )
-    entry = _BUILT_IN[name]
+    entry = BUILT_IN[name]
     factory = getattr(importlib.import_module(entry.module, __package__), entry.factory)
     merged = {**entry.options, **options}
     check_options(name, factory, merged)

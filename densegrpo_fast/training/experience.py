@@ -12,7 +12,6 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import RewardError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.inputs import CreditInputs
@@ -216,7 +215,7 @@ class RewardComputer:
             lookahead_rewards=None if self.lookahead is None else self._smoothed(different, trajectory.coefficients),
         )
         credit = self.config.credit
-        advantages = registry.advantages(credit.method, evidence, credit_values(credit))
+        advantages = registry.advantages(credit.method, evidence, credit.method_options())
         if self.lookahead is None or sharing is None:
             return RewardBatch(evidence.rewards, None, advantages, scores)
         return RewardBatch(evidence.rewards, different[..., sharing.positions], advantages, scores)
@@ -253,7 +252,7 @@ class RewardComputer:
             branch_rewards=rewards,
         )
         credit = self.config.credit
-        advantages = registry.advantages(credit.method, evidence, credit_values(credit))
+        advantages = registry.advantages(credit.method, evidence, credit.method_options())
         return RewardBatch(found[..., -1].flatten(1), None, advantages, scores, rewards[..., -1])
 
     def cost(self, drawn: Sampled, trained_steps: int) -> IterationCost:

@@ -6,7 +6,6 @@ from densegrpo_fast.calibration.rules import Limits, calibrate
 from densegrpo_fast.calibration.staircase import Staircase
 from densegrpo_fast.common.errors import CheckpointError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.training import builders
@@ -30,7 +29,7 @@ class NoiseLevels:
     def __init__(self, config: Config, model: FlowModel, reward: RewardMixture):
         self.config, self.model, self.reward = config, model, reward
         self.levels = config.noise_levels
-        self._noisy = calibrated_steps(config)
+        self._noisy = config.calibrated_steps()
 
     def due(self, iteration: int) -> bool:
         """Whether the levels are found again before an iteration (from 0)."""

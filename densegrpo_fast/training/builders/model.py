@@ -11,7 +11,6 @@ from densegrpo_fast.calibration.store import read_calibration
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.pretrained import silence_loading
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.sd3 import SD3
@@ -64,7 +63,7 @@ def check_calibration(config: Config, model: FlowModel) -> None:
     if config.sampler.calibration is None:
         return
     made = read_calibration(Path(config.sampler.calibration))
-    made.check_sampler(config.sampler.num_steps, config.sampler.dynamics, calibrated_steps(config))
+    made.check_sampler(config.sampler.num_steps, config.sampler.dynamics, config.calibrated_steps())
     made.check_sigmas(model.sigmas(config.sampler.num_steps).tolist())
     if made.noise_level != config.noise_levels:
         raise UsageError(

@@ -9,9 +9,8 @@ import torch
 
 from densegrpo_fast.common.errors import RewardError, UsageError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.rewards import resolve_alias
 from densegrpo_fast.rewards.base import Reward, RewardMixture
-from densegrpo_fast.rewards.registry import create
+from densegrpo_fast.rewards.registry import create, resolve_alias
 
 
 def build_reward(

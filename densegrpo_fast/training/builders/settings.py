@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from densegrpo_fast.calibration.staircase import Staircase
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import SIGNS
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.training.learner import LearnerOptions
 
@@ -35,7 +35,7 @@ def shrink(config: Config) -> Config:
     if config.sampler.branches is not None:
         settings["sampler"] |= {"branches": 2, "micro_batch": 1}
     settings["optimizer"] |= {"updates_per_iteration": 1}
-    settings["calibration"] |= {"samples": SIGNS, "rounds": 1}
+    settings["calibration"] |= {"samples": Staircase.enough, "rounds": 1}
     if config.model.path != "embedded":
         settings["model"] |= {"height": 0, "width": 0}
         # the levels stay; the tiny model that takes the place of this one has a schedule of its own
