@@ -58,7 +58,7 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
     """Calibrate, judge the result on other samples, show and write it.
 
     Raises:
-        UserError: anything the user can act on, with its exit code.
+        UserError: anything the user can act on.
     """
     rule = make_rule(config, options)
     from tqdm import tqdm
