@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from copy import deepcopy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -331,6 +333,28 @@ def test_errors_name_options_that_there_are() -> None:
 def test_every_reward_of_the_package_can_be_named() -> None:
     for name in BUILT_IN:
         assert config(f"reward.terms={{{name}: 1}}").reward.terms == {name: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "module", "name"),
+    [
+        ("credit.std", "credit.normalize", "Std"),
+        ("credit.normalize", "credit.normalize", "Normalize"),
+        ("credit.step_value", "credit.mixture", "StepValue"),
+        ("objective.guard_weight", "objective.guard", "GuardWeight"),
+        ("objective.kl_scale", "flow.log_prob_op", "KlScale"),
+        ("sampler.dynamics", "flow.dynamics", "Family"),
+        ("lookahead.guidance", "sampling.lookahead", "Guidance"),
+        ("lookahead.decoder", "models.base", "Decoder"),
+        ("model.vae_decode", "models.sd3", "VaeDecode"),
+        ("model.attention", "models.attention", "Attention"),
+    ],
+)
+def test_choices_are_those_of_the_code(key: str, module: str, name: str) -> None:
+    """Which needs torch, and so cannot be what the configuration imports."""
+    choices = get_args(getattr(importlib.import_module(f"densegrpo_fast.{module}"), name))
+    # noise-free dynamics are a noise level of 0
+    assert {*get_args(options()[key].annotation)} == {*choices} - {"ode"}
 
 
 def test_several_problems_are_reported_together() -> None:

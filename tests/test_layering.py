@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "common": {"common"},
     "flow": {"flow", "kernels"},
     "kernels": {"kernels"},
-    "sampling": {"sampling", "flow", "models.base"},
+    "sampling": {"sampling", "flow", "models.base", "common"},
     "credit": {"credit", "flow", "common"},
     "objective": {"objective", "flow", "common"},
     "config": {

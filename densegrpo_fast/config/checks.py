@@ -342,7 +342,7 @@ def _completed_states(config: Config) -> list[Sequence[int]]:
     """The states that an iteration completes, increasing, for every choice of noisy steps that it may have.
 
     With trajectories these are the ones that a noisy step leaves, with branches those that a trained step leads to. Of
-    the choices of drawn steps that begin alike only one is named that evaluates least.
+    random choices that begin alike only one is named that evaluates least.
     """
     levels, trained = config.noise_levels, config.objective.trained_steps
     if not config.uses_branches:

@@ -38,13 +38,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from densegrpo_fast.common.plugins import Registry, resolve
+from densegrpo_fast.common.plugins import Registry, resolve, select_options
 
 if TYPE_CHECKING:
     from densegrpo_fast.credit.inputs import CreditInputs
     from densegrpo_fast.credit.normalize import Advantages
 
-EVIDENCE = (
+INPUTS = (
     "rewards",
     "noisy",
     "latents",
@@ -90,9 +90,9 @@ class CreditMethod:
     local_with: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        unknown = [need for need in self.needs if need not in EVIDENCE]
+        unknown = [need for need in self.needs if need not in INPUTS]
         if unknown or not self.needs:
-            raise ValueError(f"CreditMethod: needs must be some of {', '.join(EVIDENCE)}, got {list(self.needs)}")
+            raise ValueError(f"CreditMethod: needs must be some of {', '.join(INPUTS)}, got {list(self.needs)}")
         if self.uses_branches and (strange := {*self.needs} & {"lookahead_rewards", *_OF_TRAJECTORIES}):
             raise ValueError(
                 f"CreditMethod: branches have no {', '.join(sorted(strange))}; it needs branch_rewards too"
@@ -175,11 +175,11 @@ METHODS = Registry(CreditMethod, "method", _PACKAGE)
 names, register, find = METHODS.names, METHODS.register, METHODS.find
 
 
-def advantages(name: str, evidence: CreditInputs, options: Mapping[str, Any]) -> Advantages:
+def advantages(name: str, inputs: CreditInputs, options: Mapping[str, Any]) -> Advantages:
     """Credit every step by the named method.
 
     Args:
-        evidence: what is known of the iteration.
+        inputs: the iteration's.
         options: values by name, at least those that the method takes.
 
     Returns:
@@ -190,18 +190,14 @@ def advantages(name: str, evidence: CreditInputs, options: Mapping[str, Any]) ->
             another shape.
     """
     method = find(name)
-    needed = {need: getattr(evidence, need) for need in method.needs}
+    needed = {need: getattr(inputs, need) for need in method.needs}
     absent = [key for key, value in needed.items() if value is None]
     if absent:
         raise ValueError(f"credit method {name} needs {', '.join(absent)}, which this iteration does not have")
-    wanted = (*COMMON, *method.options)
-    missing = [option for option in wanted if option not in options]
-    if missing:
-        raise ValueError(f"credit method {name} needs the options {', '.join(missing)}")
-    judged = method.function()(**needed, **{option: options[option] for option in wanted})
-    expected = (*evidence.rewards.shape, evidence.num_steps)
+    judged = method.function()(**needed, **select_options(f"credit method {name}", (*COMMON, *method.options), options))
+    expected = (*inputs.rewards.shape, inputs.num_steps)
     if judged.values.shape != expected:
         raise ValueError(f"credit method {name}: expected advantages {list(expected)}, got {list(judged.values.shape)}")
-    values = judged.values.new_zeros(*evidence.rewards.shape, len(evidence.noisy))
-    values[..., list(evidence.steps)] = judged.values
+    values = judged.values.new_zeros(*inputs.rewards.shape, len(inputs.noisy))
+    values[..., list(inputs.steps)] = judged.values
     return replace(judged, values=values)
