@@ -17,16 +17,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.aliases import current_settings
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
 from densegrpo_fast.common.files import output_errors, sync_directory, write_durably
 from densegrpo_fast.common.fingerprint import canonical_json, differences, fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -181,11 +180,6 @@ class CheckpointManager:
             raise OSError(f"what was read back differs from what was written ({error})") from error
 
     def _refuse_other_settings(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: checkpoint format {version}, this program reads {FORMAT_VERSION}",
-            )
         stored = current_settings(manifest["settings"])
         if fingerprint(stored) != fingerprint(self.settings):
             differing = "\n  ".join(differences(stored, self.settings))
@@ -206,7 +200,26 @@ class CheckpointManager:
                 logger.warning("cannot delete old checkpoint %s: %s", self._path(step), error)
 
 
+def newest_settings(directory: Path) -> dict[str, Any] | None:
+    """The settings in the newest readable manifest of a run's checkpoints, unverified, by the names of today.
+
+    Returns:
+        None without any.
+    """
+    for path in sorted(directory.glob(f"step-*/{_MANIFEST}"), reverse=True):
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(settings, dict):
+            return current_settings(settings)
+    return None
+
+
 def _serialise(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> dict[str, bytes]:
+    import safetensors.torch
+    import torch
+
     files: dict[str, bytes] = {}
     for group, members in tensors.items():
         if not _GROUP.fullmatch(group):
@@ -222,6 +235,8 @@ def _serialise(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, 
 
 
 def _deserialise(contents: Mapping[str, bytes]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    import safetensors.torch
+
     tensors = {
         name.removesuffix(".safetensors"): safetensors.torch.load(data)
         for name, data in contents.items()

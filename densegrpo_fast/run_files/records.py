@@ -20,10 +20,10 @@ from densegrpo_fast.models.lora import base_fingerprint, save_lora
 from densegrpo_fast.run_files.alarms import alarms_for
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
 from densegrpo_fast.run_files.images import save_grid
-from densegrpo_fast.run_files.intervals import mean_interval, paired_interval
 from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
+from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 from densegrpo_fast.sampling.branches import Sampled
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.experience import RewardBatch
@@ -43,7 +43,7 @@ def iteration_record(
     costs: dict[str, float],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl, as METRICS.md has it."""
+    """One line of metrics.jsonl, as docs/metrics.md has it."""
     rewards, final = outcome.rewards, outcome.rewards.numel()
     record: dict[str, Any] = {
         "iteration": done,

@@ -22,8 +22,11 @@ from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
+"""Names of what a run writes in its directory: files, and directories."""
+
 _LOCK_NAME = "run.lock"
-_RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
 class RunLock:
@@ -121,7 +124,7 @@ def _write_holder(descriptor: int, text: str) -> None:
 
 def holds_run(directory: Path) -> bool:
     """Whether a run has written its configuration, metrics or checkpoints in a directory."""
-    return any((directory / name).exists() for name in _RUN_FILES)
+    return any((directory / name).exists() for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS))
 
 
 @contextmanager
@@ -139,8 +142,8 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
 
     Raises:
         CheckpointError: if there is no run to resume; OutputError: if the directory holds something
-            else, holds a run and neither option is set, is used by a live run, or cannot be written; exit
-            code 2, if both options are set.
+            else, holds a run and neither option is set, is used by a live run, or cannot be written;
+            UsageError: if both options are set.
     """
     if resume and overwrite:
         raise UsageError("--resume and run.overwrite contradict each other: choose one")

@@ -88,8 +88,8 @@ class CostLog:
         self._add("monitor", cost, {"monitor": cost.evaluations}, samples)
 
     def metrics(self) -> dict[str, float]:
-        """All of it as METRICS.md has it: `nfe/*`, `nfe_guided/*`, `nfe_unguided/*`, `decodes/*`, `pictures_scored`,
-        and, where operations can be counted, `flops/*`."""
+        """All of it as docs/metrics.md has it: `nfe/*`, `nfe_guided/*`, `nfe_unguided/*`, `decodes/*`,
+        `pictures_scored` and, where operations can be counted, `flops/*`."""
         found: dict[str, float] = {}
         for phase, evaluations in self._phases.items():
             found[f"nfe/{phase}"] = _whole(evaluations.forwards)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from densegrpo_fast.common.pretrained import is_hub_id
 from densegrpo_fast.config.sampling import ModelOptions
 from densegrpo_fast.models.attention import check_attention
-from densegrpo_fast.models.loading import is_hub_id, load_sd3, pipeline_directory, resolve_dtype, text_files
+from densegrpo_fast.models.loading import load_sd3, pipeline_directory, resolve_dtype, text_files
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.sd3 import SD3
 
