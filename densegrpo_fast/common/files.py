@@ -75,6 +75,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def unused_name(path: Path, word: str) -> Path:
+    """The first of `NAME.word-1`, `NAME.word-2`, ... beside a path that nothing has yet."""
+    number = 1
+    while (unused := path.with_name(f"{path.name}.{word}-{number}")).exists():
+        number += 1
+    return unused
+
+
 @contextmanager
 def output_errors(action: str) -> Iterator[None]:
     """Turn an `OSError` raised inside into an `OutputError`.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.aliases import current_settings
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
-from densegrpo_fast.common.files import output_errors, sync_directory, write_durably
+from densegrpo_fast.common.files import output_errors, sync_directory, unused_name, write_durably
 from densegrpo_fast.common.fingerprint import canonical_json, differences, fingerprint
 
 if TYPE_CHECKING:
@@ -115,11 +115,14 @@ class CheckpointManager:
         stage = self.directory / f"{_STAGE_PREFIX}{target.name}"
         with output_errors(f"cannot save checkpoint {target}"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_stages()
+            for entry in self.directory.iterdir():
+                if entry.name.startswith(_STAGE_PREFIX):
+                    shutil.rmtree(entry)
             try:
                 self._write(stage, step, files)
                 if target.exists():
-                    _move_aside(target)
+                    # a corrupt one, which is not deleted
+                    target.rename(unused_name(target, "corrupt"))
                 os.replace(stage, target)
                 sync_directory(self.directory)
             except BaseException:
@@ -184,11 +187,6 @@ class CheckpointManager:
         if fingerprint(stored) != fingerprint(self.settings):
             differing = "\n  ".join(differences(stored, self.settings))
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  {differing}")
-
-    def _remove_stages(self) -> None:
-        for entry in self.directory.iterdir():
-            if entry.name.startswith(_STAGE_PREFIX):
-                shutil.rmtree(entry)
 
     def _remove_old(self, newest: int) -> None:
         # A corrupt checkpoint may stand ahead of the one just saved; it must not push good ones out.
@@ -287,14 +285,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CorruptCheckpoint(f"{path.name}: {error.strerror}") from error
-
-
-def _move_aside(target: Path) -> None:
-    """Make room for a checkpoint where a corrupt one stands, without deleting that one."""
-    number = 1
-    while (aside := target.with_name(f"{target.name}.corrupt-{number}")).exists():
-        number += 1
-    target.rename(aside)
 
 
 def _sha256(data: bytes) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from densegrpo_fast.common.errors import CheckpointError, OutputError, UsageError, UserError
-from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors
+from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, unused_name
 
 logger = logging.getLogger(__name__)
 
@@ -153,36 +153,26 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
         path.mkdir(parents=True, exist_ok=True)
     lock = RunLock(path).acquire()
     try:
-        if not resume and _occupied(path):
-            _refuse_unless(overwrite, path)
+        # a crash may leave the lock and a half-written file behind; neither is worth keeping
+        if not resume and any(file.name != _LOCK_NAME and file.suffix != STAGE_SUFFIX for file in path.iterdir()):
+            if not holds_run(path):
+                raise OutputError(
+                    f"{path} is not empty and holds no run of this program; choose another run.output_dir",
+                )
+            if not overwrite:
+                raise OutputError(
+                    f"{path} already holds a run; continue it with --resume, move it aside with --run.overwrite, "
+                    "or choose another run.output_dir",
+                )
             lock = _move_aside(path, lock)
         yield path
     finally:
         lock.release()
 
 
-def _occupied(path: Path) -> bool:
-    # A crash may leave the lock and a half-written file behind; neither is worth keeping.
-    return any(entry.name != _LOCK_NAME and entry.suffix != STAGE_SUFFIX for entry in path.iterdir())
-
-
-def _refuse_unless(overwrite: bool, path: Path) -> None:
-    if not holds_run(path):
-        raise OutputError(
-            f"{path} is not empty and holds no run of this program; choose another run.output_dir",
-        )
-    if not overwrite:
-        raise OutputError(
-            f"{path} already holds a run; continue it with --resume, move it aside with --run.overwrite, "
-            "or choose another run.output_dir",
-        )
-
-
 def _move_aside(path: Path, lock: RunLock) -> RunLock:
     """Rename a run that we hold the lock of, and put a new, locked directory in its place."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
+    aside = unused_name(path, "old")
     with output_errors(f"cannot move {path} to {aside}"):
         path.rename(aside)
         path.mkdir()
