@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.common.exit_codes import ExitCode
+from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode
 from densegrpo_fast.run_files.signals import GracefulStop
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, ExitCode.TERMINATED), (signal.SIGINT, ExitCode.INTERRUPTED)]
 )
-def test_the_first_signal_sets_a_flag_with_its_exit_code(number: signal.Signals, code: ExitCode) -> None:
+def test_the_first_signal_sets_a_flag_and_has_its_exit_code(number: signal.Signals, code: ExitCode) -> None:
     with GracefulStop() as stop:
         assert not stop.requested
-        assert stop.exit_code == ExitCode.OK
+        assert stop.signal is None
         signal.raise_signal(number)
         assert stop.requested
-        assert stop.exit_code == code
+        assert stop.signal == number and OF_SIGNALS[number] == code
 
 
 def test_the_exit_codes_are_the_documented_numbers() -> None:
@@ -34,7 +34,7 @@ def test_the_same_request_delivered_twice_is_one_request() -> None:
         signal.raise_signal(signal.SIGTERM)
         now[0] += 0.5
         signal.raise_signal(signal.SIGINT)
-        assert stop.exit_code == ExitCode.TERMINATED
+        assert stop.signal == signal.SIGTERM
 
 
 def test_the_earlier_handlers_come_back() -> None:

@@ -24,10 +24,12 @@ from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.images import read_picture
 from densegrpo_fast.run_files.model_refs import ModelRef, Weights, read_weights, with_adapter
 from densegrpo_fast.run_files.statistics import compare
+from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.oom_backoff import OomBackoff
+from densegrpo_fast.training.evaluation import HeldOut
+from densegrpo_fast.training.models import default_device, load_model
 from densegrpo_fast.training.prompts import PromptSet
+from densegrpo_fast.training.rewarding import build_observer, build_reward
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ def with_each(
         UserError: an adapter or the model cannot be read, or they do not fit each other.
     """
     weights = [read_weights(ref) for ref in refs]
-    model = builders.load_base(config, builders.default_device())
+    model = load_model(config.model, default_device())
     results = []
     for ref, adapter in zip(refs, weights, strict=True):
         with with_adapter(model, ref, adapter):
@@ -167,7 +169,7 @@ def compare_models(config: Config, refs: Sequence[ModelRef]) -> dict[str, Any]:
     Raises:
         UserError: anything the user can act on.
     """
-    held_out, reward = builders.build_held_out(config), builders.build_observer(config)
+    held_out, reward = HeldOut.of(config), build_observer(config)
     adapters, scores = {}, {}
     evaluated = with_each(config, refs, lambda model: held_out.evaluate(model, reward).scores)
     for ref, (weights, found) in zip(refs, evaluated, strict=True):
@@ -209,7 +211,7 @@ def score_files(config: Config, files: Sequence[Path], prompts: PromptSet | None
     if not all(rows.prompts):
         words = "%d of %d pictures have no prompt, which most rewards need: give one with --prompt or --prompts"
         logger.warning(words, rows.prompts.count(""), len(files))
-    reward = builders.build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options)
     scores = score(reward, pictures, rows.prompts, rows.metadata)
     means = compare({"files": scores})["subjects"]["files"]
     return {"means": means, "files": [str(file) for file in files], "prompts": list(rows.prompts), "scores": scores}
