@@ -18,7 +18,7 @@ from densegrpo_fast.models.lora import save_lora
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.statistics import Interval
 from densegrpo_fast.sampling.rollout import sample_ode
-from densegrpo_fast.training import builders
+from densegrpo_fast.training.models import build_model
 
 PROMPT = "a red circle to the left of a blue square"
 CPU = BaseFacts(has_t5=False, dtype="float32", device="cpu")
@@ -54,7 +54,7 @@ def code(text: str) -> str:
 
 def test_the_example_runs_and_is_the_evaluated_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config("--lora.rank=2", "--lora.alpha=4", "--lora.targets=[attn.to_q, attn.to_out.0]")
-    model = builders.build_model(settings, torch.device("cpu"))
+    model = build_model(settings, torch.device("cpu"))
     for name, parameter in model.trainable_parameters().items():
         if ".lora_B." in name:
             parameter.data = 0.1 * torch.randn_like(parameter)
