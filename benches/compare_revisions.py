@@ -238,8 +238,9 @@ def shortened(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(directory: Path) -> dict[str, dict[str, Any]]:
-    """The values of every file of a directory that holds some, by name."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json")
+    """The values of every file of a directory that holds some, by name; the metrics first, which tell most."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    files.sort(key=lambda path: (path.name != "metrics.jsonl", path))
     found = {str(path.relative_to(directory)): values(path) for path in files}
     return {name: content for name, content in found.items() if content is not None}
 
