@@ -230,8 +230,9 @@ def run_probe(side: Side, directory: Path) -> None:
 def shortened(options: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a run of a preset short: options by name, from all of its options by name."""
     updates = options["optimizer.updates_per_iteration"]
-    rows = 2 * options["sampler.group_size"] // (options["sampler.branches"] or 1)
-    short = {"run.iterations": 2, "data.num_prompts": 2, "sampler.micro_batch": rows // (2 * updates) or 1}
+    prompts = 1 if options["sampler.guidance_scale"] > 1 else 2  # guided steps cost twice
+    rows = prompts * options["sampler.group_size"] // (options["sampler.branches"] or 1)
+    short = {"run.iterations": 2, "data.num_prompts": prompts, "sampler.micro_batch": rows // (2 * updates) or 1}
     short |= {"evaluation.num_prompts": 6, "evaluation.samples_per_prompt": 1, "evaluation.every": 1}
     short |= {"window.every": 1, "calibration.samples": 8, "calibration.rounds": 1, "run.memory_check": "off"}
     return short | {key: 1 for key in ("calibration.every", "lookahead.guard_every") if options[key]}
