@@ -17,8 +17,8 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.branches import BranchedRollout
 from densegrpo_fast.training.learner import Learner, LearnerOptions
+from densegrpo_fast.training.lookahead import build_lookahead
 from densegrpo_fast.training.prompts import PromptBatch
-from densegrpo_fast.training.rewarding import RewardBatch
 from densegrpo_fast.training.trainer import Trainer
 
 Policy = Callable[..., FlowModel]
@@ -39,7 +39,7 @@ SETTINGS = {
     "lookahead.decoder": "full",
     "credit.method": "branch",
 }
-BATCH = PromptBatch(["a cat"] * 6 + ["the moon"] * 6, [{}] * 12, 6)
+ROWS = ["a cat"] * 6 + ["the moon"] * 6
 REWARD = RewardMixture({"brightness": (lambda images, prompts, metadata: 1 + images.flatten(1).mean(1), 1.0)})
 
 
@@ -47,65 +47,58 @@ def configured(**options: object) -> Config:
     return load_config([f"{key}={value}" for key, value in {**SETTINGS, **options}.items()])[0]
 
 
-def trainer_of(config: Config, model: FlowModel) -> Trainer:
-    return Trainer(config, model=model, reward=REWARD)
-
-
-def branched(trainer: Trainer) -> BranchedRollout:
-    rollout = trainer.sample(BATCH, trainer.schedule.at(0), 0)
+def sampled(config: Config, model: FlowModel) -> tuple[Trainer, PromptBatch, BranchedRollout]:
+    trainer = Trainer(config, model=model, reward=REWARD)
+    batch = PromptBatch(ROWS, [{}] * 12, 6)
+    rollout = trainer.sample(batch, trainer.schedule.at(0), 0)
     assert isinstance(rollout, BranchedRollout)
-    return rollout
+    return trainer, batch, rollout
 
 
-def scored(trainer: Trainer, rollout: BranchedRollout) -> RewardBatch:
-    return trainer.score(rollout, trainer.complete(rollout), BATCH)
-
-
-def test_branches_are_judged_within_their_trunk(tiny_policy: Policy) -> None:
-    trainer = trainer_of(configured(), model := tiny_policy())
-    rollout = branched(trainer)
-    assert (rollout.batch, rollout.branches, rollout.steps) == (4, 3, (0, 1, 2))
-    rewards = scored(trainer, rollout)
+def test_branches_are_compared_within_their_trajectory(tiny_policy: Policy) -> None:
+    config, model = configured(), tiny_policy()
+    trainer, batch, tree = sampled(config, model)
+    assert (tree.batch, tree.branches, tree.steps) == (4, 3, (0, 1, 2))
+    outcome = trainer.score(tree, trainer.complete(tree), batch)
     # [P, G, T]: three judged steps, each trunk's branches around their own mean
-    values = trainer.credit(rollout, rewards).values.unflatten(1, (2, 3))
+    values = trainer.credit(tree, outcome).values.unflatten(1, (2, 3))
     assert values.shape == (2, 2, 3, 4) and not values[..., 3].any() and values[..., :3].all()
     torch.testing.assert_close(values.sum(2), torch.zeros(2, 2, 4), rtol=0, atol=1e-5)
     # the pictures of all branches of all steps
-    assert rewards.rewards.shape == (2, 6 * 3) and rewards.scores.values.numel() == 36
+    assert outcome.rewards.shape == (2, 6 * 3) and outcome.scores.values.numel() == 36
     # a picture of the third branch of prompt 1's second trunk, scored by itself
-    lookahead = trainer.lookahead
+    lookahead = build_lookahead(config, model)
     assert lookahead is not None
-    image = model.decode(lookahead.complete(rollout.evaluated(lookahead))[1, 11:12])
+    image = model.decode(lookahead.complete(tree)[1, 11:12])
     expected = 1 + image.mean().item()
-    assert rewards.rewards.unflatten(1, (6, 3))[1, 5, 1].item() == pytest.approx(expected, abs=1e-4)
+    assert outcome.rewards.unflatten(1, (6, 3))[1, 5, 1].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_granular_rewards_are_of_both_completions_the_finest_last(tiny_policy: Policy) -> None:
-    granular = {"credit.method": "granular", "credit.granularities": "[1, 3]"}
-    trainer = trainer_of(configured(**granular), model := tiny_policy())
-    rollout = branched(trainer)
-    rewards = scored(trainer, rollout)
+    config, model = configured(**{"credit.method": "granular", "credit.granularities": "[1, 3]"}), tiny_policy()
+    trainer, batch, tree = sampled(config, model)
+    outcome = trainer.score(tree, trainer.complete(tree), batch)
     # by hand, for T = 4 and 3 branches: states 1, 2, 3 are evaluated, then a stride of 1 visits 2 + 1 + 0 later points,
     # a stride of 3 none
-    counts = trainer.meter.counts
-    assert counts["lookahead"].unguided == 4 * (3 * 3 + 3 * 3)
-    assert counts["reward"].scored == counts["reward"].full_decodes == 12 * 2 * 3
-    assert rewards.scores.values.numel() == 2 * 36
-    alone = scored(trainer_of(configured(), model), rollout).rewards
-    torch.testing.assert_close(alone, rewards.rewards, rtol=1e-5, atol=1e-5)
+    assert trainer.meter.counts["lookahead"].forwards == 12 * (3 + 3)
+    assert trainer.meter.counts["reward"].scored == trainer.meter.counts["reward"].full_decodes == 12 * 2 * 3
+    assert outcome.scores.values.numel() == 2 * 36
+    exact = Trainer(configured(), model=model, reward=REWARD)
+    alone = exact.score(tree, exact.complete(tree), batch).rewards
+    torch.testing.assert_close(alone, outcome.rewards, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_a_state_is_trained_once_for_all_its_branches(tiny_policy: Policy, kl_coef: float) -> None:
     config, model = configured(**{"objective.kl_coef": kl_coef, "optimizer.lr": 1e-4}), tiny_policy(spread=0.05)
-    rollout = branched(trainer_of(config, model))
+    _, _, tree = sampled(config, model)
     learner = Learner(model, LearnerOptions.of(config))
     judged = torch.randn(12, 4)
-    update = learner.update(rollout, judged, rollout.steps)
+    update = learner.update(tree, judged, tree.steps)
     assert update["ratio_deviation"] <= 1e-6 and update["grad_norm"] > 0
     assert (update["kl"] > 0) == bool(kl_coef)
     # what the advantages asked for has come: the log-probabilities rose with them
-    again = learner.update(rollout, judged, rollout.steps)
+    again = learner.update(tree, judged, tree.steps)
     assert again["policy_loss"] < update["policy_loss"]
 
 
@@ -114,21 +107,21 @@ def test_bad_branches_that_point_where_good_ones_do_can_be_held_back(tiny_policy
     found = []
     for options in ({}, held):
         config, model = configured(**options), tiny_policy()
-        rollout = branched(trainer_of(config, model))
+        _, _, tree = sampled(config, model)
         judged = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
         if not options:
             # the same by hand: of each state's branches, and by the cosines of what their steps added
-            for step in rollout.steps:
-                mean = rollout.latents[step] * rollout.coefficients.table[step, 0]
-                mean = mean + rollout.velocities[step] * rollout.coefficients.table[step, 1]
-                noise = rollout.next_latents(step, slice(0, 4)) - mean.repeat_interleave(3, dim=0)
+            for step in tree.steps:
+                mean = tree.latents[step] * tree.coefficients.table[step, 0]
+                mean = mean + tree.velocities[step] * tree.coefficients.table[step, 1]
+                noise = tree.next_latents(step, slice(0, 4)) - mean.repeat_interleave(3, dim=0)
                 for first in range(0, 12, 3):
                     own, good = slice(first, first + 3), judged[first : first + 3, step] > 0
                     unit = noise[own].flatten(1) / noise[own].flatten(1).norm(dim=1, keepdim=True)
                     aligned = (unit @ unit[good].T).sum(1) > 0
                     judged[own, step] *= torch.where(aligned & ~good, 0.25, 1.0)
         learner = Learner(model, LearnerOptions.of(config))
-        update = learner.update(rollout, judged, rollout.steps)
+        update = learner.update(tree, judged, tree.steps)
         assert ("held_back" in update) == bool(options)
         found.append((update, {name: value.detach().clone() for name, value in learner.parameters.items()}))
     (by_hand, expected), (held_back, parameters) = found
@@ -142,7 +135,7 @@ def test_bad_branches_that_point_where_good_ones_do_can_be_held_back(tiny_policy
 def test_the_ratio_check_knows_branches(tiny_policy: Policy) -> None:
     config, model = configured(**{"sampler.micro_batch": 1}), tiny_policy()
     randomize_lora_(model.network)
-    loop = configured_loop(trainer_of(config, model))
+    loop = configured_loop(Trainer(config, model=model, reward=REWARD))
     assert loop.steps == (0, 1, 2) and max(loop.deviations()) <= 1e-6 and loop.unsteadiness() == 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,23 +121,23 @@ def test_branches_may_be_completed_with_a_head() -> None:
     assert (lookahead.head, lookahead.head_refresh) == ("head.st", 5)
 
 
-def test_branches_leave_the_steps_that_are_trained(tiny_policy: Callable[..., FlowModel]) -> None:
-    def schedule(*argv: str) -> Schedule:
-        return Schedule(config(*argv), tiny_policy())
+def test_trajectories_branch_at_the_steps_that_are_trained(mixture_model: FlowModel) -> None:
+    def schedule(*options: str) -> Schedule:
+        return Schedule(config(*options), mixture_model)
 
     assert schedule(*BRANCHES).noisy_steps(0) == [0, 1, 2, 3, 4, 5, 6]
     assert schedule(*BRANCHES, "objective.trained_steps=[0, 7]").noisy_steps(0) == [0, 7]
     window = ["window.schedule=random", "window.size=3", "window.last=5"]
-    one = schedule(*BRANCHES, *window, "objective.trained_steps=1")
-    steps = {tuple(one.noisy_steps(iteration)) for iteration in range(100)}
+    drawn = schedule(*BRANCHES, *window, "objective.trained_steps=1")
+    steps = {tuple(drawn.noisy_steps(iteration)) for iteration in range(100)}
     assert steps == {(step,) for step in range(6)}
-    assert [one.noisy_steps(i) for i in range(9)] == [one.trained_steps(i) for i in range(9)]
+    assert [drawn.noisy_steps(i) for i in range(9)] == [drawn.trained_steps(i) for i in range(9)]
     # without branches all of a window is noisy, whatever part of it is trained
     plain = schedule(*window, "objective.trained_steps=1")
-    assert [plain.noisy_steps(i) for i in range(9)] == [plain.config.schedule().steps(i) for i in range(9)]
+    assert [plain.noisy_steps(i) for i in range(9)] == [plain.windows.steps(i) for i in range(9)]
 
 
-def test_a_dry_run_has_one_trunk_of_two_branches() -> None:
+def test_a_dry_run_has_one_trajectory_of_two_branches() -> None:
     small = tiny_config(config(*GRANULAR)).sampler
     assert (small.group_size, small.branches, small.micro_batch) == (2, 2, 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,11 +13,12 @@ from torch import Tensor
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit.consistency import neighbour_correlation
-from densegrpo_fast.credit.dense import dense_advantages, reward_gains
+from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture, Scores
+from densegrpo_fast.training.prompts import PromptBatch
 from densegrpo_fast.training.rewarding import RewardBatch
 from densegrpo_fast.training.trainer import Trainer
 
@@ -170,23 +170,31 @@ def test_smoothing_that_means_nothing_is_refused() -> None:
         assert expected in str(caught.value)
 
 
-def test_credit_smooths_by_the_injected_noise(tiny_policy: Callable[..., FlowModel]) -> None:
-    options = ["window.schedule=none", "window.size=null", "sampler.num_steps=4", "sampler.dynamics=flow_sde"]
-    options += ["sampler.noise_level=[0.7,0,0.4,0.7]", "data.num_prompts=1", "sampler.micro_batch=8"]
-    options += ["optimizer.updates_per_iteration=1", "credit.smoothing=0.5"]
-    config, reward = (
-        load_config(["--config=embedded_dense", *options])[0],
-        RewardMixture({"none": (lambda *_: [], 1.0)}),
-    )
-    trainer = Trainer(config, model=tiny_policy(), reward=reward)
-    rollout = trainer.sample(trainer.prompts.batch(0), trainer.schedule.at(0), 0)
-    assert rollout.coefficients.noisy == (True, False, True, True)
-    rewards = torch.randn(1, 8, 5)
-    # a step without noise changes no completion
-    rewards[..., 1] = rewards[..., 2]
-    credited = trainer.credit(rollout, RewardBatch(rewards[..., -1], rewards, None, Scores(rewards[..., -1], {})))
-    own = rewards[..., [0, 2, 3, 4]]
-    smooth = smooth_rewards(own, rollout.coefficients.table[[0, 2, 3], C], 0.5)
-    credit = config.credit
-    expected = dense_advantages(smooth, std=credit.std, spread_floor=credit.spread_floor, clip=credit.clip)
-    assert torch.equal(credited.values[..., [0, 2, 3]], expected.values) and not torch.equal(smooth, own)
+def test_credit_sees_rewards_smoothed_by_the_injected_noise(mixture_model: FlowModel) -> None:
+    options = [
+        "window.schedule=none",
+        "window.size=null",
+        "sampler.num_steps=4",
+        "sampler.guidance_scale=1",
+        "sampler.micro_batch=12",
+    ]
+    options += ["data.num_prompts=2", "sampler.group_size=6"]
+    options += ["sampler.noise_level=[0.7,0,0.4,0.7]", "sampler.dynamics=flow_sde"]
+    config = load_config(["--config=embedded_dense", "credit.smoothing=0.5", *options])[0]
+    trainer = Trainer(config, model=mixture_model, reward=RewardMixture({"none": (lambda *_: [], 1.0)}))
+    batch = PromptBatch(["0"] * 12, [{}] * 12, 6)
+    rollout = trainer.sample(batch, trainer.schedule.at(0), 0)
+    rewards = torch.randn(2, 6, 4)
+    table = rollout.coefficients.table[[0, 2, 3], C]
+    scores = Scores(torch.zeros(12), {})
+
+    def credit(trainer: Trainer, different: Tensor) -> Tensor:
+        # states 1 and 2 share a completion, as no noise is injected between them
+        return trainer.credit(
+            rollout, RewardBatch(torch.zeros(2, 6), different[..., [0, 1, 1, 2, 3]], None, scores)
+        ).values
+
+    plain = Trainer(load_config(["--config=embedded_dense", *options])[0], model=mixture_model, reward=trainer.reward)
+    found = credit(trainer, rewards)
+    assert torch.equal(found, credit(plain, smooth_rewards(rewards, table, 0.5)))
+    assert not torch.equal(found, credit(plain, rewards))

@@ -253,7 +253,7 @@ def prompt_set(source: str, held_out: bool) -> PromptSet:
         UsageError: the file cannot be read or holds something else than prompts.
     """
     if source == "scenes":
-        from densegrpo_fast.embedded import scenes  # needs numpy, which the top of commands must not
+        from densegrpo_fast.embedded import scenes  # brings numpy, which reading a file does not need
 
         sentences = scenes.prompts(held_out=held_out, count=_SENTENCES)
         return PromptSet(tuple(sentences), tuple({} for _ in sentences))
