@@ -56,7 +56,7 @@ from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import one_step
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 from densegrpo_fast.training import builders
 from densegrpo_fast.training.experience import sample
 

@@ -45,7 +45,7 @@ from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.cached_blocks import recording
 from densegrpo_fast.models.features import Features, Layout
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 from densegrpo_fast.training import builders
 from densegrpo_fast.training.experience import sample
 

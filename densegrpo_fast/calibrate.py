@@ -11,7 +11,7 @@ confirm what was found, and leaves steps alone that the least noise does not bal
 the letter. Samples that no round has seen tell the result. Steps start from `sampler.noise_level`, and have noise as in
 training: in the steps of one of the configuration's windows, the samples being shared out among several windows (in all
 steps with `--window.schedule none --window.size null`); with `sampler.branches` each step is taken from a noise-free
-trunk.
+trajectory.
 Completions are exact, whatever `lookahead` says: the error of a cheap plan has a sign too. Options of the preset may be
 overridden as in training; they are parsed before torch is imported. Exit codes are in `exit_codes.py`.
 """
@@ -131,12 +131,14 @@ def make_rule(config: Config, options: argparse.Namespace) -> Rule:
 
 
 def _meter(config: Config, samples: int) -> GainMeter:
-    from densegrpo_fast.training import builders
     from densegrpo_fast.training.gain_meter import GainMeter
+    from densegrpo_fast.training.models import build_model, default_device
+    from densegrpo_fast.training.prompts import TrainingPrompts
+    from densegrpo_fast.training.rewarding import build_reward
 
-    prompts = builders.build_prompts(config).prompts
-    reward = builders.build_reward(config.reward.terms, config.reward.options)
-    model = builders.build_model(config, builders.default_device())
+    prompts = TrainingPrompts.of(config).prompts
+    reward = build_reward(config.reward.terms, config.reward.options)
+    model = build_model(config, default_device())
     return GainMeter.of(config, model, reward, prompts, samples)
 
 

@@ -26,8 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from densegrpo_fast.common.errors import UsageError
@@ -36,10 +36,9 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.command_line import check_outputs, command_parser, configuration, positive
 
 if TYPE_CHECKING:
-    from densegrpo_fast.models.completion_head import CompletionHead
     from densegrpo_fast.sampling.lookahead import Lookahead
-    from densegrpo_fast.training.head_cost import HeadCounter
-    from densegrpo_fast.training.head_examples import Examples
+    from densegrpo_fast.training.head_training import Examples
+    from densegrpo_fast.training.trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,23 +64,23 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
     """
     import torch
 
-    from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, save_head, usual_width
+    from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, HeadCost, save_head, usual_width
     from densegrpo_fast.sampling import plan as plans
     from densegrpo_fast.sampling.lookahead import Lookahead
-    from densegrpo_fast.training import builders
-    from densegrpo_fast.training.head_cost import HeadCounter
     from densegrpo_fast.training.head_training import BATCH, explained, train_head
+    from densegrpo_fast.training.lookahead import build_plan
+    from densegrpo_fast.training.meter import Counts
+    from densegrpo_fast.training.models import build_model, default_device
+    from densegrpo_fast.training.trainer import Trainer
 
     if options.width and options.width % HeadConfig.heads:
         raise UsageError(f"--width: expected a multiple of {HeadConfig.heads}, got {options.width}")
     if not (config.uses_lookahead or config.uses_branches):
         name = config.credit.method
         raise UsageError(f"credit.method: {name} has no lookahead that a head could help")
-    model = builders.build_model(config, builders.default_device())
-    without = config.lookahead.model_copy(update={"head": None})
-    lookahead = builders.build_lookahead(config.model_copy(update={"lookahead": without}), model)
-    assert lookahead is not None
-    steps, plan, network = config.sampler.num_steps, lookahead.plan, model.network
+    model = build_model(config, default_device())
+    steps, network = config.sampler.num_steps, model.network
+    plan = build_plan(config, steps)
     torch.manual_seed(config.seed)
     head = CompletionHead(
         HeadConfig(
@@ -94,15 +93,20 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
             depth=options.depth,
         )
     ).to(model.device)
-    if not any(head.applies(state) for state in _completed(config)):
+    trainer = Trainer(config, model=model, head=head)
+    if not any(head.applies(state) for state in _completed(trainer)):
         raise UsageError(f"lookahead.plan: {plan.name} leaves no step out, so there is nothing to predict")
-    lookahead.head = head
-    exact = Lookahead(model, plans.exact(steps), chunk=lookahead.chunk)
-    counter = HeadCounter(config, exact, lookahead)
-    training, held_out = collect(config, exact, lookahead, head, options.trajectories, counter)
+    assert trainer.lookahead is not None
+    start = perf_counter()
+    exact = Lookahead(trainer.policy, plans.exact(steps), chunk=trainer.lookahead.rows.rows)
+    training, held_out = collect(trainer, exact, trainer.lookahead, options.trajectories)
     train_head(head, training, options.steps, config.seed)
     shares = explained(head, held_out)
-    head.cost = cost = counter.total(options.steps * BATCH, len(held_out))
+    learned, judged = options.steps * BATCH, len(held_out)
+    counts = trainer.meter.total(*trainer.meter.counts) + Counts(learned=learned, corrected=judged)
+    prices = trainer.costs.prices
+    tflop = None if prices is None else counts.flops(prices) / 1e12
+    head.cost = cost = HeadCost(counts.forwards, 0, learned + judged, tflop, perf_counter() - start)
     save_head(head, options.output)
     print(f"{'state':>5} {'examples':>9}  share of the completion error that is gone, on held-out samples")
     for state, (count, share) in shares.items():
@@ -117,40 +121,29 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
-def collect(
-    config: Config,
-    exact: Lookahead,
-    lookahead: Lookahead,
-    head: CompletionHead,
-    samples: int,
-    counter: HeadCounter,
-) -> tuple[Examples, Examples]:
+def collect(trainer: Trainer, exact: Lookahead, lookahead: Lookahead, samples: int) -> tuple[Examples, Examples]:
     """Examples of `samples` trajectories, or branches, rounded up to whole batches, for training; and more, held out.
 
     Args:
-        config: of training with the head.
-        exact, lookahead: that completes by the policy itself, and that the head is for.
-        head: that shall learn.
+        trainer: of a run with the head.
+        exact, lookahead: that completes by the policy itself, and that the head is for, and has.
         samples: for training.
-        counter: is told what was drawn.
     """
-    from densegrpo_fast.training.drawing import drawn
-    from densegrpo_fast.training.experience import draw
-    from densegrpo_fast.training.head_examples import Examples, exactly_completed, examples_of
+    from densegrpo_fast.training.head_training import Examples, exactly_completed, examples_of
+    from densegrpo_fast.training.policy_samples import policy_samples
 
     parts: tuple[list[Examples], list[Examples]] = ([], [])
-    for batch in drawn(config, exact.model, samples, partial(draw, cache=lookahead.cache)):
-        trajectory, ends = exactly_completed(exact, lookahead, batch.samples)
-        parts[batch.held_out].extend(examples_of(lookahead, head, trajectory, ends))
-        counter.add(batch.samples)
+    for found in policy_samples(trainer, samples):
+        rollout, ends = exactly_completed(exact, lookahead, found.rollout)
+        assert lookahead.head is not None
+        parts[found.held_out].extend(examples_of(lookahead, lookahead.head, rollout, ends))
     return Examples.joined(parts[False]), Examples.joined(parts[True])
 
 
-def _completed(config: Config) -> set[int]:
+def _completed(trainer: Trainer) -> set[int]:
     """The states that some iteration completes."""
-    from densegrpo_fast.training.drawing import turns
-
-    noisy = {step for steps in turns(config) for step in steps if config.noise_levels[step]}
+    config = trainer.config
+    noisy = {step for steps in trainer.schedule.turns() for step in steps if config.noise_levels[step]}
     states = noisy if config.sampler.branches is None else {step + 1 for step in noisy}
     return states - {config.sampler.num_steps}
 

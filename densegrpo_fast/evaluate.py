@@ -71,11 +71,13 @@ def evaluate(config: Config, subjects: list[ModelRef], output: Path | None) -> E
     """
     from densegrpo_fast.run_files.comparison import compare, tables
     from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
-    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.evaluation import HeldOut
+    from densegrpo_fast.training.models import default_device, load_model
+    from densegrpo_fast.training.rewarding import build_observer
 
-    held_out, reward = builders.build_held_out(config), builders.build_observer(config)
+    held_out, reward = HeldOut.of(config), build_observer(config)
     weights = [read_weights(subject) for subject in subjects]
-    model = builders.load_base(config, builders.default_device())
+    model = load_model(config.model, default_device())
     scores: dict[str, dict[str, Any]] = {}
     for subject, worn in zip(subjects, weights, strict=True):
         with with_adapter(model, subject, worn):
@@ -115,7 +117,7 @@ def score_files(config: Config, options: argparse.Namespace) -> ExitCode:
     """
     from densegrpo_fast.run_files.comparison import compare, tables
     from densegrpo_fast.run_files.images import read_picture
-    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.rewarding import build_reward
 
     files = [Path(name) for name in options.subject]
     prompts = _file_prompts(options, len(files))
@@ -133,7 +135,7 @@ def score_files(config: Config, options: argparse.Namespace) -> ExitCode:
         words = "%d of %d pictures have no prompt, which most rewards need: give one with --prompt or --prompts"
         logger.warning(words, rows.count(""), len(rows))
     metadata = [{} for _ in files] if prompts is None else list(prompts.metadata)
-    reward = builders.build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options)
     found = _scores(reward, pictures, rows, metadata)
 
     width = max(len(str(file)) for file in files)

@@ -30,8 +30,8 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.command_line import check_outputs, command_parser, configuration, positive
 
 if TYPE_CHECKING:
-    from densegrpo_fast.models.base import FlowModel
     from densegrpo_fast.training.preview_training import Pictures
+    from densegrpo_fast.training.trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,20 +54,22 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     """
     from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors
     from densegrpo_fast.models.sd3 import SD3
-    from densegrpo_fast.training import builders
-    from densegrpo_fast.training.chunks import lookahead_chunks
     from densegrpo_fast.training.preview_training import agreement, train_preview
+    from densegrpo_fast.training.schedule import Schedule
+    from densegrpo_fast.training.trainer import Trainer
 
-    config = config.model_copy(update={"model": config.model.model_copy(update={"preview_dtype": "float32"})})
-    model = builders.build_model(config, builders.default_device())
+    # whole trajectories are drawn whatever the run draws, as only those end in a picture
+    sampler = config.sampler.model_copy(update={"branches": None})
+    exact = config.model.model_copy(update={"preview_dtype": "float32"})
+    trainer = Trainer(config.model_copy(update={"model": exact, "sampler": sampler}))
+    model, reward = trainer.model, trainer.reward
     if not isinstance(model, SD3) or model.preview_decoder is None:
         raise UsageError(
             "model.preview_decoder: this pipeline brings no preview decoder to start from; name the directory of an "
             "AutoencoderTiny for its latents (for SD3: TAESD3)",
         )
-    reward = builders.build_reward(config.reward.terms, config.reward.options)
-    size, chunk = config.sampler.group_size, lookahead_chunks(config, model, "full").decode
-    training, held_out = collect(config, model, options.pictures, chunk)
+    size, chunk = config.sampler.group_size, trainer.rewards.full_decodes.rows
+    training, held_out = collect(trainer, options.pictures, Schedule(config, model).turns(), chunk)
     before = agreement(model, held_out, reward, size, chunk)
     train_preview(model, training, options.steps, options.batch, config.seed)
     after = agreement(model, held_out, reward, size, chunk)
@@ -82,22 +84,25 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
-def collect(config: Config, model: FlowModel, pictures: int, chunk: int) -> tuple[Pictures, Pictures]:
+def collect(trainer: Trainer, pictures: int, turns: Sequence[Sequence[int]], chunk: int) -> tuple[Pictures, Pictures]:
     """Pictures of `pictures` rollouts, rounded up to whole batches, for training; and some more, held out.
 
-    At most `chunk` are decoded at a time.
+    Args:
+        trainer: whose policy is rolled out.
+        pictures: for training.
+        turns: noisy steps that the batches take turns with.
+        chunk: most pictures that are decoded at a time.
     """
     import torch
 
-    from densegrpo_fast.training.drawing import drawn
-    from densegrpo_fast.training.experience import sample
+    from densegrpo_fast.training.policy_samples import policy_samples
     from densegrpo_fast.training.preview_training import Pictures, decoded
 
     parts: tuple[list[Pictures], list[Pictures]] = ([], [])
-    for batch in drawn(config, model, pictures, sample):
-        latents = batch.samples.latents[-1]
-        images = decoded(model, latents, "full", chunk)
-        parts[batch.held_out].append(Pictures(latents.cpu(), images, batch.rows, batch.metadata))
+    for found in policy_samples(trainer, pictures, turns):
+        latents, batch = found.rollout.latents[-1], found.batch
+        images = decoded(trainer.model, latents, "full", chunk)
+        parts[found.held_out].append(Pictures(latents.cpu(), images, batch.prompts, batch.metadata))
     training, held_out = (
         Pictures(
             torch.cat([part.latents for part in own]),

@@ -68,11 +68,11 @@ def sample(config: Config, subject: ModelRef, prompts: PromptSet, options: argpa
     from densegrpo_fast.run_files.images import save_grid, save_picture
     from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
     from densegrpo_fast.run_files.provenance import provenance
-    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.models import default_device, load_model
 
     sampler = sampler_settings(config, options)
     weights = read_weights(subject)
-    model = builders.load_base(config, builders.default_device())
+    model = load_model(config.model, default_device())
     rows = [(prompt, seed) for prompt in prompts.prompts for seed in options.seeds]
     with with_adapter(model, subject, weights):
         images = draw(model, rows, sampler, chunk=config.sampler.micro_batch)
@@ -143,8 +143,8 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, A
 
     from densegrpo_fast.flow.dynamics import coefficients
     from densegrpo_fast.flow.noise import Stream
+    from densegrpo_fast.sampling.oom_backoff import OomBackoff
     from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
-    from densegrpo_fast.training.oom_backoff import OomBackoff
 
     sigmas, guidance_scale = model.sigmas(sampler["num_steps"]), sampler["guidance_scale"]
     table = None

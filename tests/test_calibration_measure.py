@@ -20,7 +20,7 @@ from densegrpo_fast.models.analytic import AnalyticModel
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW, GainMeter
-from densegrpo_fast.training.oom_backoff import OomBackoff
+from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.training.prompts import PromptSet
 
 T = 4

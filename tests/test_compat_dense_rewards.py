@@ -30,7 +30,7 @@ from densegrpo_fast.models.sd3 import SD3  # noqa: E402
 from densegrpo_fast.models.tiny import tiny_sd3  # noqa: E402
 from densegrpo_fast.sampling import plan as plans  # noqa: E402
 from densegrpo_fast.sampling.lookahead import Lookahead  # noqa: E402
-from densegrpo_fast.sampling.trajectory import Trajectory  # noqa: E402
+from densegrpo_fast.sampling.rollout import Trajectory  # noqa: E402
 
 N, SCALE = 4, 3.0
 PROMPTS = ["the moon", "a cat", "the moon", "a cat"]

@@ -20,7 +20,7 @@ from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead
 from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 
 T, G = 4, 3
 PROMPTS = ["0"] * G + ["12"] * G

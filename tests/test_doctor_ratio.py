@@ -26,7 +26,7 @@ from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.sampling import replay as replaying
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 
 T, ROWS, MICRO_BATCH = 3, 4, 2
 PROMPTS = ["a photo of a cat", "a photo of a cat", "the moon", "the moon"]

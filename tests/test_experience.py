@@ -15,7 +15,7 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import PhaseTimer
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 from densegrpo_fast.training import builders
 from densegrpo_fast.training.experience import RewardBatch, RewardComputer, sample
 

@@ -22,7 +22,7 @@ from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.sampling.step_runner import StepInput, StepOutput, StepRunner
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 
 
 @pytest.fixture(scope="module")

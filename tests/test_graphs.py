@@ -28,7 +28,7 @@ from densegrpo_fast.sampling.branches import BranchedRollout, branch_rollout
 from densegrpo_fast.sampling.graphs import Capturer, CudaCapturer, GraphedStepRunner, Graphs
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 
 T = 4
 PROMPTS = ["a cat", "a cat", "a photo of the moon"]

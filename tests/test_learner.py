@@ -18,7 +18,7 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling.replay import replay
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 
 T, B = 3, 4

@@ -14,7 +14,7 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 
 T = 5
 PROMPTS = ["0", "0", "12", "1", "2"]

@@ -19,9 +19,9 @@ from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 from densegrpo_fast.training.learner import Learner, LearnerOptions
-from densegrpo_fast.training.oom_backoff import OomBackoff
+from densegrpo_fast.sampling.oom_backoff import OomBackoff
 
 Policy = Callable[..., SD3]
 T, B = 2, 4

@@ -17,7 +17,7 @@ from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel, Velocity
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 from densegrpo_fast.training.experience import sample
 
 T = 4

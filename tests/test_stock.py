@@ -32,7 +32,7 @@ from densegrpo_fast.models.base import FlowModel  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
 from densegrpo_fast.run_files.metrics import PhaseTimer  # noqa: E402
 from densegrpo_fast.sampling.rollout import initial_noise  # noqa: E402
-from densegrpo_fast.sampling.trajectory import Trajectory  # noqa: E402
+from densegrpo_fast.sampling.rollout import Trajectory  # noqa: E402
 from densegrpo_fast.training import builders  # noqa: E402
 from densegrpo_fast.training.experience import RewardBatch, RewardComputer, sample  # noqa: E402
 from densegrpo_fast.training.learner import Learner  # noqa: E402

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from signal import Signals
 
 from densegrpo_fast.common.errors import (
     CheckpointError,
@@ -63,6 +64,10 @@ EXIT_CODES: dict[type[UserError], ExitCode] = {
 def exit_code_of(error: UserError) -> ExitCode:
     """The exit status that an error ends a command with."""
     return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+OF_SIGNALS = {Signals.SIGTERM: ExitCode.TERMINATED, Signals.SIGINT: ExitCode.INTERRUPTED}
+"""The exit status after a signal that stopped a run in an orderly way."""
 
 
 @contextmanager

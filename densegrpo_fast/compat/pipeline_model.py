@@ -15,7 +15,7 @@ from densegrpo_fast.compat.flow_grpo.sd3 import Prompts, decode, forward
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
 from densegrpo_fast.sampling.plan import Plan, make_plan
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory
 
 
 class PipelineModel(FlowModel):

@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from densegrpo_fast.doctor.loop import Loop, lora_layers
 from densegrpo_fast.flow import ops  # noqa: F401 - registers the ops that are watched for
 from densegrpo_fast.flow.dynamics import C, StepCoefficients, coefficients
-from densegrpo_fast.sampling.branches import Sampled
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Rollout, Trajectory
 
 TINY_STD = 0.01
 """Injected noise (standard deviation) below which rounding differences in a velocity become visible in the ratio."""
@@ -73,7 +72,7 @@ def exact_storage(loop: Loop) -> Iterator[Loop]:
             log_probs[step] = seen[step][2]
         return replace(trajectory, log_probs=log_probs)
 
-    def replay(trajectory: Sampled, step: int) -> Tensor:
+    def replay(trajectory: Rollout, step: int) -> Tensor:
         assert isinstance(trajectory, Trajectory)
         latents = trajectory.latents.float().clone()
         latents[step], latents[step + 1], _ = recorder.steps[step]
@@ -219,7 +218,7 @@ def no_autocast(loop: Loop) -> Iterator[Loop]:
 def no_gradient(loop: Loop) -> Iterator[Loop]:
     """The replay records no gradient, like the rollout."""
 
-    def replay(trajectory: Sampled, step: int) -> Tensor:
+    def replay(trajectory: Rollout, step: int) -> Tensor:
         with torch.no_grad():
             return loop.replay(trajectory, step)
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.sampling import replay as replaying
-from densegrpo_fast.sampling.branches import Sampled
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.experience import draw
+from densegrpo_fast.sampling.rollout import Rollout
+from densegrpo_fast.training.trainer import Trainer
 
-Rollout = Callable[[StepCoefficients], Sampled]
-Replay = Callable[[Sampled, int], Tensor]
+Sample = Callable[[StepCoefficients], Rollout]
+Replay = Callable[[Rollout, int], Tensor]
 
 _MICRO_BATCHES = 2
 _ADAPTER_SHARE = 0.05
@@ -39,7 +36,7 @@ class Loop:
     model: FlowModel
     coefficients: StepCoefficients
     steps: tuple[int, ...]
-    rollout: Rollout
+    rollout: Sample
     replay: Replay
 
     def deviations(self) -> tuple[float, ...]:
@@ -58,38 +55,26 @@ class Loop:
         return max(differences)
 
 
-def configured_loop(config: Config, model: FlowModel) -> Loop:
+def configured_loop(trainer: Trainer) -> Loop:
     """The loop of training: its sampler, its split into micro-batches, gradients, and the KL's reference pass.
 
     Two micro-batches are drawn where an iteration has as many, for the prompts of the first iteration. Replayed are
     the steps that training may train.
-
-    Args:
-        config: of the run.
-        model: with its adapter.
     """
+    config, learner = trainer.config, trainer.learner
     size = config.sampler.micro_batch
-    rows, _ = builders.build_prompts(config).rows(0, config.sampler.group_size)
-    rows = rows[: _MICRO_BATCHES * size * (config.sampler.branches or 1)]
-    coefficients = builders.build_coefficients(config, model)
-    chosen = config.objective.trained_steps
-    if not isinstance(chosen, list):
-        objective = config.objective.model_copy(update={"trained_steps": "all_but_last"})
-        chosen = builders.trained_steps(config.model_copy(update={"objective": objective}), 0)
+    steps = trainer.schedule.at(0)
+    batch = trainer.prompts.batch(0).select(slice(_MICRO_BATCHES * size * (config.sampler.branches or 1)))
+    table, candidates = trainer.schedule.coefficients(), trainer.schedule.candidates(0)
 
-    def rollout(table: StepCoefficients) -> Sampled:
-        return draw(config, model, rows, table, 0)
+    def rollout(coefficients: StepCoefficients) -> Rollout:
+        return trainer.sample(batch, replace(steps, coefficients=coefficients), 0)
 
-    def replay(trajectory: Sampled, step: int) -> Tensor:
-        parts = []
-        for start in range(0, trajectory.batch, size):
-            part = slice(start, start + size)
-            parts.append(replaying.replay(model, trajectory, step, part)[0].detach())
-            if config.objective.kl_coef:
-                replaying.reference_velocity(model, trajectory, step, part)
-        return torch.cat(parts)
+    def replay(rollout: Rollout, step: int) -> Tensor:
+        parts = [slice(start, start + size) for start in range(0, rollout.batch, size)]
+        return torch.cat([learner.replay(rollout, step, part).log_prob.detach() for part in parts])
 
-    return Loop(model, coefficients, tuple(step for step in chosen if coefficients.noisy[step]), rollout, replay)
+    return Loop(trainer.model, table, tuple(step for step in candidates if table.noisy[step]), rollout, replay)
 
 
 @torch.no_grad()

@@ -24,12 +24,16 @@ def examine(config: Config, tolerance: float | None, tiny: bool) -> dict[str, An
     Raises:
         UserError: the model cannot be loaded, or the configuration does not fit it.
     """
-    from densegrpo_fast.training import builders
+    from densegrpo_fast.rewards.base import RewardMixture
+    from densegrpo_fast.training.models import tiny_config
+    from densegrpo_fast.training.trainer import Trainer
 
-    config = builders.shrink(config) if tiny else config
-    model = builders.build_model(config, builders.default_device(), dry_run=tiny)
+    # no picture is scored here, so no reward is loaded
+    nothing = RewardMixture({"nothing": (lambda images, prompts, metadata: [0.0] * len(images), 1.0)})
+    trainer = Trainer(tiny_config(config) if tiny else config, tiny=tiny, reward=nothing)
+    config, model = trainer.config, trainer.model
     randomize_lora_(model.network)
-    loop = configured_loop(config, model)
+    loop = configured_loop(trainer)
     if not loop.steps:
         raise UsageError("objective.trained_steps: none of the steps is stochastic, so no ratio exists")
     clip_range = config.objective.clip_range

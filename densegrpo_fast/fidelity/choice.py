@@ -95,7 +95,7 @@ def own_variants(config: Config) -> list[Variant]:
     """The lookahead that a configuration trains with: none if it has no use for one, several with granularities."""
     if not (config.uses_lookahead or config.uses_branches):
         return []
-    from densegrpo_fast.training.builders import build_plan
+    from densegrpo_fast.training.lookahead import build_plan
 
     options, steps = config.lookahead, config.sampler.num_steps
     chosen = [build_plan(config, steps)]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +15,11 @@ from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Recorder
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.branches import BranchedRollout, Sampled, branch_rollout
+from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.plan import Plan
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Rollout, initial_noise, rollout
 from densegrpo_fast.training.agreement import Agreement, compare, compare_branches
 
 
@@ -33,10 +31,10 @@ class Variant:
         plan: where completions evaluate the model.
         guidance: of completions after their first velocity.
         decoder: of all images.
-        head: whether the subject's completion head corrects the last jumps.
-        copy: dtype of the subject's copy that is evaluated instead of the policy, or None.
+        head: whether the target's completion head corrects the last jumps.
+        copy: dtype of the target's copy that is evaluated instead of the policy, or None.
         cache: spec of the features that its forwards take over from the rollout, or None.
-        vae: precision of the full decoder, or None for the subject's own.
+        vae: precision of the full decoder, or None for the target's own.
     """
 
     plan: Plan
@@ -122,7 +120,7 @@ def agreement_of(target: FidelityTarget, exact: Tensor, cheap: Tensor) -> Agreem
     return compare(exact, cheap, target.coefficients.noisy)
 
 
-def lookahead_of(target: FidelityTarget, variant: Variant, batch: Batch[Sampled]) -> Lookahead:
+def lookahead_of(target: FidelityTarget, variant: Variant, batch: Batch) -> Lookahead:
     """What completes a batch as the variant says."""
     return Lookahead(
         target.model if variant.copy is None else target.copies[variant.copy],
@@ -131,7 +129,7 @@ def lookahead_of(target: FidelityTarget, variant: Variant, batch: Batch[Sampled]
         chunk=target.chunk,
         head=target.head if variant.head else None,
         cache=None if variant.cache is None else batch.caches[variant.copy, variant.cache],
-        visits=target.visits,
+        step_runner=target.step_runner,
     )
 
 
@@ -169,30 +167,27 @@ class SideBySide:
             yield
 
 
-Drawn = TypeVar("Drawn", bound=Sampled, covariant=True)
-
-
 @dataclass(frozen=True)
-class Batch(Generic[Drawn]):
-    """Some groups' trajectories, or trees with a trunk for each group.
+class Batch:
+    """Some groups' samples.
 
     Attributes:
-        trajectory: B rows, group after group; those of a tree's branches.
+        rollout: of B samples, group after group: trajectories, or the branches of one for each group.
         rows: prompt of each row.
         metadata: of each row.
         group_size: G.
-        caches: the subject's, as the rollout has left them.
+        caches: the target's, as the rollout has left them.
     """
 
-    trajectory: Drawn
+    rollout: Rollout
     rows: list[str]
     metadata: list[dict[str, Any]]
     group_size: int
     caches: Mapping[tuple[str | None, str], Cache] = field(default_factory=dict)
 
 
-def batches(target: FidelityTarget, groups: range, *, group_size: int, seed: int) -> Iterator[Batch[Sampled]]:
-    """Draw the named groups, as many at a time as fit the subject's chunk: trees if it is branched, else trajectories.
+def batches(target: FidelityTarget, groups: range, *, group_size: int, seed: int) -> Iterator[Batch]:
+    """Draw the named groups, as many at a time as fit the target's chunk.
 
     All noise is a function of (seed, group, sample) alone, so the same group is the same in any range.
     """
@@ -200,22 +195,22 @@ def batches(target: FidelityTarget, groups: range, *, group_size: int, seed: int
         yield from trajectories(target, groups, group_size=group_size, seed=seed)
         return
     for rows, metadata, index in _rows(target, groups, group_size):
-        trunks = index[::group_size]
-        tree = branch_rollout(
+        first = index[::group_size]
+        branched = branch_rollout(
             target.model,
-            initial_noise(target.model, trunks, seed=seed, iteration=0),
+            initial_noise(target.model, first, seed=seed, iteration=0),
             target.model.encode(rows),
             target.coefficients,
             branches=group_size,
-            sample_index=trunks,
+            sample_index=first,
             seed=seed,
             iteration=0,
             guidance_scale=target.guidance_scale,
         )
-        yield Batch(tree, rows, metadata, group_size)
+        yield Batch(branched, rows, metadata, group_size)
 
 
-def trajectories(target: FidelityTarget, groups: range, *, group_size: int, seed: int) -> Iterator[Batch[Trajectory]]:
+def trajectories(target: FidelityTarget, groups: range, *, group_size: int, seed: int) -> Iterator[Batch]:
     """Roll out the named groups, as `batches` does without branches."""
     model = target.model
     for rows, metadata, index in _rows(target, groups, group_size):
@@ -257,7 +252,7 @@ def _rows(
         )
 
 
-def score(target: FidelityTarget, batch: Batch[Sampled], images: Tensor) -> Tensor:
+def score(target: FidelityTarget, batch: Batch, images: Tensor) -> Tensor:
     """Rewards [P', G, S] of images [S, B, 3, H, W], S pictures for each row of a batch of P' groups; NaN = missing.
 
     Raises:
@@ -280,15 +275,15 @@ def measure(
     """Lookahead rewards of every variant, and of the reference, on one rollout of each group.
 
     Args:
-        subject: what is measured.
+        target: what is measured.
         variants: plans with their guidance and decoder; those that differ in the decoder alone share completions.
-        groups: indices of the subject's prompts.
+        groups: indices of the target's prompts.
         group_size: G.
         seed: of all noise.
         progress: is told how many groups are done.
 
     Returns:
-        Per variant [P, G, T+1] float32 on the CPU; index = steps done, NaN = missing. Of a branched subject [P, G, M],
+        Per variant [P, G, T+1] float32 on the CPU; index = steps done, NaN = missing. Of a branched target [P, G, M],
         of the G branches at each of the M steps with noise.
 
     Raises:
@@ -309,22 +304,15 @@ def measure(
 
 
 def pictures(
-    target: FidelityTarget, lookahead: Lookahead, batch: Batch[Sampled], variants: Sequence[Variant]
+    target: FidelityTarget, lookahead: Lookahead, batch: Batch, variants: Sequence[Variant]
 ) -> Iterator[tuple[Variant, Tensor]]:
     """Images [T+1, B, 3, H, W], or [M, B, 3, H, W] of branches, by every variant's decoder."""
-    drawn = batch.trajectory
-    clean = drawn.completions(lookahead) if isinstance(drawn, BranchedRollout) else lookahead.complete(drawn)
+    clean = lookahead.complete(batch.rollout)
     for variant in variants:
-        other = copy(lookahead)
-        other.model = decoding(target, variant)
-        if isinstance(drawn, BranchedRollout):
-            images = torch.cat(list(other.decoded(clean.flatten(0, 1), variant.decoder)))
-            yield variant, images.unflatten(0, clean.shape[:2])
-        else:
-            yield variant, other.images(clean, drawn.coefficients.noisy, variant.decoder)
+        yield variant, lookahead.images(batch.rollout, clean, variant.decoder, decoding(target, variant))
 
 
 def _own(variant: Variant, target: FidelityTarget, group_size: int) -> bool:
-    """Whether each completion takes something over from its own sample's rollout, as `Lookahead.sharing` asks."""
+    """Whether each completion takes something over from its own sample's rollout, as `Lookahead.dedup` asks."""
     reused = variant.guidance == "reuse" and target.guided
     return reused or (variant.cache is not None and CacheSpec.parse(variant.cache).alike(group_size) < group_size)

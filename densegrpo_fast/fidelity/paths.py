@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from densegrpo_fast.sampling.path_tree import Path
+from densegrpo_fast.fidelity.path_tree import Path
 from densegrpo_fast.training.agreement import spearman
 
 Scored = Mapping[tuple[int, Path], Tensor]

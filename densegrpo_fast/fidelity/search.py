@@ -27,13 +27,12 @@ from densegrpo_fast.fidelity.measure import (
     reference,
     score,
 )
+from densegrpo_fast.fidelity.path_tree import Path, completions, node_sets
 from densegrpo_fast.fidelity.paths import Scored, chain_of
 from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.branches import BranchedRollout, Sampled
 from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.path_tree import Path, completions, node_sets
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.training.agreement import Agreement
 
@@ -92,7 +91,7 @@ def search(
     """Judge every set of at most `max_nodes` nodes, and the best paths of so many evaluations for each state.
 
     Args:
-        subject: what is measured.
+        target: what is measured.
         groups: indices of the prompts to search on.
         ways: how to complete and decode, every plan in each of them; their own plans have no part in it, and none has a
             head, which is for one plan.
@@ -191,14 +190,14 @@ def _plans(target: FidelityTarget, table: Scored, truth: Tensor, max_nodes: int,
 
 
 def _completions(
-    target: FidelityTarget, lookahead: Lookahead, batch: Batch[Sampled], max_nodes: int
+    target: FidelityTarget, lookahead: Lookahead, batch: Batch, max_nodes: int
 ) -> Iterator[tuple[int, Path, Tensor]]:
     """Clean latents of every state along every path, and of the image as state T where a reward is measured there."""
-    drawn = batch.trajectory
-    line = drawn.reach(lookahead).twigs if isinstance(drawn, BranchedRollout) else drawn
-    yield from completions(lookahead, line, max_nodes=max_nodes)
-    if line.num_steps in states_of(target):
-        yield line.num_steps, (), line.latents[-1]
+    rollout = batch.rollout
+    yield from completions(lookahead, rollout, max_nodes=max_nodes)
+    last = rollout.coefficients.num_steps
+    if last in states_of(target):
+        yield last, (), rollout.state(last).latents
 
 
 def _joined(parts: Sequence[Scored]) -> Scored:
@@ -211,7 +210,7 @@ def _order(candidate: Candidate) -> tuple[int | float, bool, float]:
     return cost, candidate.variant.decoder == "full", -gains if gains == gains else 0.0
 
 
-def _decoded(target: FidelityTarget, batch: Batch[Sampled], clean: Tensor, way: Variant) -> Tensor:
+def _decoded(target: FidelityTarget, batch: Batch, clean: Tensor, way: Variant) -> Tensor:
     """Rewards [P', G] of one clean latent per row."""
     model = decoding(target, way)
     images = torch.cat([model.decode(part, way.decoder) for part in clean.split(target.chunk)])

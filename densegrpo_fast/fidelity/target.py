@@ -21,7 +21,7 @@ from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import UnitFlops
 from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.step_runner import StepRunner
-from densegrpo_fast.training.prompts import PromptSet
+from densegrpo_fast.training.prompts import PromptSet, prompt_set
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
@@ -46,7 +46,7 @@ class FidelityTarget:
         trained_steps: steps that a training iteration replays.
         kl: whether its loss has a KL term.
         flops: of each part of the model; None where that means nothing.
-        branched: whether the samples of a group are branches of one noise-free trunk instead of trajectories.
+        branched: whether the samples of a group are branches of one noise-free trajectory instead of trajectories.
         head: for the variants with one, or None.
         copies: of the model by their dtype, for the variants that evaluate one.
         vaes: the model with its full decoder in another precision, by that.
@@ -54,7 +54,7 @@ class FidelityTarget:
             groups of so many, for the variants that take features over from the rollout.
         cheap_flops: of one lookahead forward of those variants, by (dtype of the copy, cache spec), either or None.
         shared_noise: whether the trajectories of a group start from one noise.
-        visits: how the lookaheads' forwards are run; None = operation by operation.
+        step_runner: how the lookaheads' forwards are run; None = operation by operation.
         settings: what a reader must know to repeat the measurement; plain JSON data.
     """
 
@@ -76,7 +76,7 @@ class FidelityTarget:
     cheap_flops: Mapping[tuple[str | None, str | None], float] = field(default_factory=dict)
     branched: bool = False
     shared_noise: bool = False
-    visits: StepRunner | None = None
+    step_runner: StepRunner | None = None
 
     @property
     def guided(self) -> bool:
@@ -113,31 +113,38 @@ def pipeline_target(
     """
     from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, completion_head, count
     from densegrpo_fast.models.loading import resolve_dtype
-    from densegrpo_fast.training import builders
-    from densegrpo_fast.training.chunks import lookahead_chunks
+    from densegrpo_fast.training.lookahead import (
+        build_cache,
+        build_copy,
+        build_head,
+        build_step_runner,
+        lookahead_chunks,
+        read_head,
+    )
+    from densegrpo_fast.training.models import check_calibration, default_device, load_model
+    from densegrpo_fast.training.rewarding import build_reward
+    from densegrpo_fast.training.schedule import Schedule
 
     prompts = _held_out(config, groups)
-    reward = builders.build_reward(config.reward.terms, config.reward.options)
-    model = builders.load_base(config, builders.default_device())
-    builders.check_calibration(config, model)
-    visits = builders.build_step_runner(config, model)
+    reward = build_reward(config.reward.terms, config.reward.options)
+    model = load_model(config.model, default_device())
+    check_calibration(config, model)
+    step_runner = build_step_runner(config, model)
     if adapter is not None:
         _load_adapter(model.network, adapter)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
     lora, corrector = config.lora, None
     if head is not None:
-        corrector = (
-            builders.read_head(head, model) if head_plan is None else builders.build_head(head, head_plan, model)
-        )
+        corrector = read_head(head, model) if head_plan is None else build_head(head, head_plan, model)
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
-    copies: dict[str, FlowModel] = {dtype: builders.build_copy(model, dtype) for dtype in copy_dtypes}
-    chunks = lookahead_chunks(config, model, "full")
+    copies: dict[str, FlowModel] = {dtype: build_copy(model, dtype) for dtype in copy_dtypes}
+    chunks, schedule = lookahead_chunks(config, model, "full"), Schedule(config, model)
     costs: dict[tuple[str | None, str | None], float] = {(dtype, None): unit.reference_forward for dtype in copies}
     features: dict[tuple[str | None, str], Callable[[int, int], Cache]] = {}
     everywhere, halves = plans.exact(config.sampler.num_steps), model.forwards(config.sampler.guidance_scale)
     for dtype, spec in caches:
         reader = model if dtype is None else copies[dtype]
-        make = partial(builders.build_cache, spec, model, reader, everywhere, halves=halves)
+        make = partial(build_cache, spec, model, reader, everywhere, halves=halves)
         costs[dtype, spec] = cached_forward(
             architecture_of(model),
             make(rows=1, group=1).spec,
@@ -147,13 +154,13 @@ def pipeline_target(
         features[dtype, spec] = lru_cache(maxsize=2)(lambda rows, group, make=make: make(rows=rows, group=group))
     return FidelityTarget(
         model=model,
-        coefficients=builders.build_coefficients(config, model),
+        coefficients=schedule.coefficients(),
         prompts=prompts,
         reward=reward,
         guidance_scale=config.sampler.guidance_scale,
         decoders=("full",) if model.preview_decoder is None else ("full", "preview"),
         chunk=min(chunks.forward, chunks.decode),
-        trained_steps=len(builders.trained_steps(config, 0)),
+        trained_steps=len(schedule.trained_steps(0)),
         kl=config.objective.kl_coef > 0,
         flops=unit if corrector is None else replace(unit, head=completion_head(corrector.config)),
         head=corrector,
@@ -163,7 +170,7 @@ def pipeline_target(
         cheap_flops=costs,
         branched=config.sampler.branches is not None,
         shared_noise=config.sampler.shared_noise,
-        visits=visits,
+        step_runner=step_runner,
         settings={
             "subject": config.preset,
             # the directory of this machine is nobody else's business
@@ -242,13 +249,10 @@ class SmoothReward:
 
 
 def _held_out(config: Config, groups: int) -> PromptSet:
-    from densegrpo_fast.training.builders import build_held_out
-
-    evaluation = config.evaluation.model_copy(update={"num_prompts": groups})
-    found = build_held_out(config.model_copy(update={"evaluation": evaluation}))
-    if len(found.prompts) < groups:
-        raise UsageError(f"--groups: expected at most the {len(found.prompts)} held-out prompts, got {groups}")
-    return PromptSet(tuple(found.prompts), tuple(found.metadata))
+    prompts = prompt_set(config.data.eval_prompts, held_out=True)
+    if len(prompts) < groups:
+        raise UsageError(f"--groups: expected at most the {len(prompts)} held-out prompts, got {groups}")
+    return PromptSet(prompts.prompts[:groups], prompts.metadata[:groups])
 
 
 def _load_adapter(network: Any, directory: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -173,6 +173,13 @@ class FlowModel(ABC):
 
     def refresh(self) -> None:  # noqa: B027 - most models have nothing to do
         """Take over what has changed in the model that this one follows; a model of its own follows none."""
+
+    def count(self, rows: int, guidance_scale: float) -> None:  # noqa: B027 - only a model that counts does anything
+        """Count a velocity of so many rows that was computed without calling `velocity`, by a captured graph."""
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """Within the context no velocity is counted, by a model that counts."""
+        return nullcontext()
 
     def forwards(self, guidance_scale: float) -> int:
         """Network forwards that one evaluated row costs (NFE)."""

@@ -41,10 +41,33 @@ class Scores:
     values: Tensor
     per_reward: dict[str, Tensor]
 
+    def select(self, index: Tensor) -> Scores:
+        """The scores of the pictures that `index` [n] int64 names, any number of times each."""
+        return Scores(self.values[index], {name: values[index] for name, values in self.per_reward.items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of several parts as one, in their order.
+
+        Raises:
+            ValueError: there are no parts.
+        """
+        if not parts:
+            raise ValueError("Scores.joined: no scores")
+        names = parts[0].per_reward
+        return cls(
+            torch.cat([part.values for part in parts]),
+            {name: torch.cat([part.per_reward[name] for part in parts]) for name in names},
+        )
+
     @property
     def missing_share(self) -> float:
         """Share of the pictures whose weighted sum is missing, in [0, 1]."""
         return missing_share(self.values)
+
+
+Scorer = Callable[[Tensor, list[str], list[dict[str, Any]]], Scores]
+"""A `RewardMixture`, or what stands in for one."""
 
 
 def missing_share(values: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Trees: noise-free trunks, and at single steps several branches that leave one state with noise of their own.
+"""Branches: one noise-free trajectory, and at single steps several samples that leave its state with their own noise.
 
 The sampling of TempFlow-GRPO (arXiv 2508.04324) and Granular-GRPO (arXiv 2510.01982). Branches of one state differ by
 the noise of one step alone, so their rewards compare nothing else; what follows that step is noise-free again, and is
@@ -8,6 +8,7 @@ a lookahead's to complete. The velocity of a state is evaluated once for all its
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,126 +17,136 @@ from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.noise import branch_stream
 from densegrpo_fast.models.base import Conditioning, FlowModel
-from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.rollout import rollout
-from densegrpo_fast.sampling.step_runner import StepInput
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.dedup import CompletionDedup
+from densegrpo_fast.sampling.rollout import GroupedRewards, RolloutState, Trajectory, rollout
+
+if TYPE_CHECKING:
+    from densegrpo_fast.sampling.lookahead import Lookahead
 
 
 @dataclass(frozen=True)
 class BranchedRollout:
-    """S trunks with K branches at each of M steps.
+    """S noise-free trajectories with K branches at each of M steps: a `Rollout`.
 
-    Branch k of trunk s is row b = s*K + k of B = S*K.
+    Branch k of trajectory s is sample b = s*K + k of B = S*K.
 
     Attributes:
-        trunk: noise-free trajectories of S rows, as far as the last state that branches.
-        twigs: B rows of which only what follows a branching step t is filled: `latents[t+1]`, where its branches lead;
-            `velocities[t+1]` and `hidden[t+1]`, the guided velocity and the hidden tokens there (of t < T-1), once
-            `reach` has filled them; `log_probs[t]`, of the branches' steps. Its `coefficients.noisy` marks the states
-            that branches lead to, as if their next step were noisy: a lookahead then completes these and no others.
+        ode_trajectory: of S rows, as far as the last state that branches.
+        branch_latents: [M, B, ...] float32, where the branches of each of the M steps lead.
+        log_probs: [T, B] float32 of the branches' steps; 0 at steps without branches.
         coefficients: of the sampler, with noise in the M branching steps.
+        sample_conditioning: prompts of the B branches.
         branches: K.
-        reached: whether `reach` has filled what completions start with.
+        branch_velocities: [M', B, ...] float32, the guided velocity where the branches of each step lead, as far as
+            that is not the image; None until `evaluated`.
+        branch_hidden: [M', B, N, D] the network's last hidden tokens there; None if nothing asked for them.
     """
 
     ode_trajectory: Trajectory
-    twigs: Trajectory
+    branch_latents: Tensor
+    log_probs: Tensor
     coefficients: StepCoefficients
+    sample_conditioning: Conditioning
     branches: int
-    reached: bool = False
+    branch_velocities: Tensor | None = None
+    branch_hidden: Tensor | None = None
 
     @property
     def batch(self) -> int:
-        """S."""
         return self.ode_trajectory.batch
 
     @property
     def latents(self) -> Tensor:
-        """[n+1, S, ...] float32 of the trunks, which take n steps."""
         return self.ode_trajectory.latents
 
     @property
     def velocities(self) -> Tensor:
-        """[n, S, ...] float32, the guided velocity at each state of the trunks."""
         return self.ode_trajectory.velocities
 
     @property
     def conditioning(self) -> Conditioning:
-        """The prompts of the S trunks."""
         return self.ode_trajectory.conditioning
 
     @property
     def guidance_scale(self) -> float:
-        """Of all velocities."""
         return self.ode_trajectory.guidance_scale
 
     @property
-    def log_probs(self) -> Tensor:
-        """[T, B] float32 of the branches' steps; 0 at steps without branches."""
-        return self.twigs.log_probs
+    def guidance_terms(self) -> None:
+        """None: what guidance adds differs from branch to branch."""
+        return None
 
     @property
-    def steps(self) -> list[int]:
-        """The M steps at which the trunks branch, increasing."""
-        return [step for step, noisy in enumerate(self.coefficients.noisy) if noisy]
+    def steps(self) -> tuple[int, ...]:
+        """The M branching steps, increasing."""
+        return tuple(step for step, noisy in enumerate(self.coefficients.noisy) if noisy)
 
     @property
-    def inner(self) -> list[int]:
-        """The states that branches lead to and that are not the image yet."""
-        return [step + 1 for step in self.steps if step + 1 < self.coefficients.num_steps]
+    def completed(self) -> tuple[int, ...]:
+        """The states that branches lead to."""
+        return tuple(step + 1 for step in self.steps)
 
     def select(self, rows: slice) -> BranchedRollout:
-        """Some trunks with their branches; tensors are shared, not copied."""
-        return replace(self, ode_trajectory=self.ode_trajectory.select(rows), twigs=self.twigs.select(self.taken(rows)))
+        """Some trajectories with their branches; tensors are shared, not copied."""
+        samples = self.sample_rows(rows)
+        velocities, hidden = self.branch_velocities, self.branch_hidden
+        return replace(
+            self,
+            ode_trajectory=self.ode_trajectory.select(rows),
+            branch_latents=self.branch_latents[:, samples],
+            log_probs=self.log_probs[:, samples],
+            sample_conditioning=self.sample_conditioning.select(samples),
+            branch_velocities=None if velocities is None else velocities[:, samples],
+            branch_hidden=None if hidden is None else hidden[:, samples],
+        )
 
-    def taken(self, rows: slice) -> slice:
-        """The branches' rows of some trunks."""
+    def sample_rows(self, rows: slice) -> slice:
         return slice(rows.start * self.branches, rows.stop * self.branches)
 
-    def arrivals(self, step: int, rows: slice) -> Tensor:
-        """[m*K, ...] float32, where the branches of m trunks' states lead in a step."""
-        return self.twigs.latents[step + 1, self.taken(rows)]
+    def next_latents(self, step: int, rows: slice) -> Tensor:
+        return self.branch_latents[self.steps.index(step), self.sample_rows(rows)]
+
+    def state(self, index: int) -> RolloutState:
+        place = self.completed.index(index)
+        latents = self.branch_latents[place]
+        if self.branch_velocities is None or index == self.coefficients.num_steps:
+            return RolloutState(latents)
+        hidden = None if self.branch_hidden is None else self.branch_hidden[place]
+        return RolloutState(latents, self.branch_velocities[place], hidden)
+
+    def dedup(self, *, own: bool = False) -> CompletionDedup:
+        """Every branch has a completion of its own."""
+        return CompletionDedup((True,) * self.coefficients.num_steps, completed=self.completed)
 
     @torch.no_grad()
-    def reach(self, lookahead: Lookahead) -> BranchedRollout:
-        """The tree with the velocity of every state that a branch leads to, at the trunks' guidance.
+    def evaluated(self, lookahead: Lookahead) -> BranchedRollout:
+        """The rollout with the velocity of every state that a branch leads to, at the trajectories' guidance.
+
+        A rollout that has them already stays as it is, so that several ways to complete it share them.
 
         Args:
-            lookahead: evaluates them as it does its nodes, by its model: nothing but completions goes on from there.
-                With a completion head the hidden tokens there are kept too.
+            lookahead: evaluates them by its own model, as nothing but completions starts there. With a completion head
+                the hidden tokens are kept too.
         """
-        twigs, sigmas = self.twigs, self.coefficients.sigmas
-        velocities, hidden = twigs.latents.new_zeros(twigs.velocities.shape), None
-        lookahead.visits.begin(lookahead.model)
-        for state in self.inner:
-            here, sigma = twigs.latents[state], sigmas[state].expand(twigs.batch)
-            # they are there already: whatever the velocity, the jump has no length
-            rows = StepInput(here, here, sigma, sigma, twigs.conditioning, samples=None)
-            _, velocities[state], tokens = lookahead.arrive(rows, state, self.guidance_scale)
-            if tokens is not None:
-                hidden = tokens.new_zeros(len(velocities), *tokens.shape) if hidden is None else hidden
-                hidden[state] = tokens
-        return replace(self, twigs=replace(twigs, velocities=velocities, hidden=hidden), reached=True)
+        if self.branch_velocities is not None:
+            return self
+        inner = [state for state in self.completed if state < self.coefficients.num_steps]
+        velocities = self.branch_latents.new_empty(len(inner), *self.branch_latents.shape[1:])
+        hidden = None
+        lookahead.step_runner.begin(lookahead.model)
+        for place, state in enumerate(inner):
+            output = lookahead.evaluate_state(self, state)
+            velocities[place] = output.velocity
+            if output.hidden is not None:
+                hidden = output.hidden.new_empty(len(inner), *output.hidden.shape) if hidden is None else hidden
+                hidden[place] = output.hidden
+        return replace(self, branch_velocities=velocities, branch_hidden=hidden)
 
-    def reached_by(self, lookahead: Lookahead) -> BranchedRollout:
-        """The tree as a lookahead's completions start from it: as it is if `reached`, else `reach`."""
-        return self if self.reached else self.reach(lookahead)
-
-    def completions(self, lookahead: Lookahead) -> Tensor:
-        """Clean latents [M, B, ...] float32 of every step's branches.
-
-        A tree that is not `reached` is, by the lookahead: several completions of one tree share that.
-
-        Raises:
-            ValueError: as `Lookahead.complete`.
-        """
-        clean = lookahead.complete(self.reached_by(lookahead).twigs)
-        return torch.stack([clean[step + 1] for step in self.steps])
-
-
-Sampled = Trajectory | BranchedRollout
-"""What an iteration trains on."""
+    def group_rewards(self, values: Tensor, group_size: int) -> GroupedRewards:
+        by_way = values.view(-1, len(self.steps), self.batch * self.branches // group_size, group_size)
+        grouped = by_way.permute(2, 3, 1, 0)  # [P, G, K, L]
+        branches = grouped.unflatten(1, (group_size // self.branches, self.branches))
+        return GroupedRewards(grouped[..., -1].nanmean(-1), None, branches)
 
 
 @torch.no_grad()
@@ -152,18 +163,18 @@ def branch_rollout(
     guidance_scale: float = 1.0,
     micro_batch: int | None = None,
 ) -> BranchedRollout:
-    """Follow the flow from noise without noise, and branch at every step in which `coefficients` inject some.
+    """Follow the ODE from noise, and branch at every step in which `coefficients` inject noise.
 
     Args:
-        noise: initial latents [S, ...] float32 of the trunks.
-        conditioning: prompts of the B = S*K branches; those of one trunk share one.
+        noise: initial latents [S, ...] float32 of the trajectories.
+        conditioning: prompts of the B = S*K branches; those of one trajectory share one.
         coefficients: tables for T steps, on the model's device.
         branches: K, at least 2.
-        sample_index: [S] int64, the global index that seeds each trunk's noise; its branches have streams of their own
-            (`flow.noise.branch_stream`).
+        sample_index: [S] int64, the global index that seeds each trajectory's noise; its branches have streams of
+            their own (`flow.noise.branch_stream`).
         seed, iteration: the other parts of the noise counters.
         guidance_scale: 1 is off.
-        micro_batch: trunks per forward, which training must repeat (see `rollout`). None = all of them.
+        micro_batch: trajectories per forward, which training must repeat (see `rollout`). None = all of them.
 
     Raises:
         ValueError: no step injects noise, K is below 2, or the numbers of rows do not fit together.
@@ -171,9 +182,11 @@ def branch_rollout(
     steps = [step for step, noisy in enumerate(coefficients.noisy) if noisy]
     rows, num_steps = len(conditioning), coefficients.num_steps
     if not steps:
-        raise ValueError("grow: no step injects noise, so no state can branch")
+        raise ValueError("branch_rollout: no step injects noise, so no state can branch")
     if branches < 2 or rows != len(noise) * branches:
-        raise ValueError(f"grow: {len(noise)} trunks with {branches} branches each do not make {rows} rows")
+        raise ValueError(
+            f"branch_rollout: {len(noise)} trajectories with {branches} branches each do not make {rows} rows"
+        )
     ode_trajectory = rollout(
         model,
         noise,
@@ -186,14 +199,12 @@ def branch_rollout(
         micro_batch=micro_batch,
         steps=steps[-1] + 1,
     )
-    latents = noise.new_zeros(num_steps + 1, rows, *noise.shape[1:])
+    branch_latents = noise.new_empty(len(steps), rows, *noise.shape[1:])
     log_probs = noise.new_zeros(num_steps, rows)
-    # takes no memory: `reach` makes those that are needed
-    velocities = noise.new_zeros(()).expand(num_steps, *latents.shape[1:])
-    for step in steps:
+    for place, step in enumerate(steps):
         for branch in range(branches):
-            mine = slice(branch, None, branches)
-            latents[step + 1, mine], log_probs[step, mine] = ops.sde_step(
+            samples = slice(branch, None, branches)
+            branch_latents[place, samples], log_probs[step, samples] = ops.sde_step(
                 ode_trajectory.latents[step],
                 ode_trajectory.velocities[step],
                 coefficients.table,
@@ -203,6 +214,4 @@ def branch_rollout(
                 iteration=iteration,
                 stream=branch_stream(branch),
             )
-    led_to = replace(coefficients, noisy=(False, *coefficients.noisy[:-1]))
-    twigs = Trajectory(latents, velocities, log_probs, led_to, conditioning, guidance_scale)
-    return BranchedRollout(ode_trajectory, twigs, coefficients, branches)
+    return BranchedRollout(ode_trajectory, branch_latents, log_probs, coefficients, conditioning, branches)

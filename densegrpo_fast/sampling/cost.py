@@ -1,4 +1,7 @@
-"""What a training iteration asks of the model, per trajectory: evaluations, decodes and rewards, exactly counted.
+"""What a training iteration asks of the model, per trajectory, by formulas: evaluations, decodes and rewards.
+
+A run counts what really happens (`training/meter.py`), and tests hold the two together; the formulas tell beforehand
+what settings would cost (`fidelity --cost`).
 
 An *evaluation* is the velocity of one row. Under classifier-free guidance it takes two network forwards, else one; NFE
 counts forwards. With T steps, all of them stochastic, a plan's lookahead evaluates
@@ -6,7 +9,7 @@ counts forwards. With T steps, all of them stochastic, a plan's lookahead evalua
     exact            T (T-1) / 2           exact_but_last   (T-1) (T-2) / 2
     nodes S          sum of S              one_step         0
 
-times per trajectory: every state's first velocity is the rollout's own, so k states meet at node k.
+times per trajectory: every state's first velocity is the rollout's own, so k states meet at step index k.
 
 With noise in a window of w steps from step l alone, the states before l share the completion of state l, and those
 after the window lie on the trajectory's own way to its image. So only the w states l..l+w-1 are completed: by `exact`
@@ -18,7 +21,7 @@ Where these are previews, the final image is decoded in full and scored besides:
 Where all G samples of a prompt start from one noise, they are one sample up to the first noisy step, and its completion
 is the group's: a trajectory's share of it is 1/G, so that counts need not be whole numbers.
 
-Where C branches leave each state of one noise-free trunk (`sampling/tree.py`), they share the trunk's evaluations and
+Where C branches leave each state of one noise-free trajectory (`sampling/branches.py`), they share its evaluations and
 the replay of its states: a sample's share is 1/C. What each branch takes for itself is the velocity of the state that
 it leads to and its completion, one image per step.
 """
@@ -256,11 +259,11 @@ def branched_iteration(
     head: Head | None = None,
     others: Sequence[Plan] = (),
 ) -> IterationCost:
-    """Cost of an iteration with a reward per branch (`sampling/tree.py`), for one of the samples that share a trunk.
+    """Cost of an iteration with a reward per branch (`sampling/branches.py`), for one of the samples of a trajectory.
 
     Args:
         plan: the lookahead's, for the states that branches lead to.
-        branches: C samples that share a trunk, each with a branch at every noisy step.
+        branches: C samples that share a trajectory, each with a branch at every noisy step.
         trained_steps, guided, kl: as in `sparse_iteration`.
         guidance, noisy: as in `lookahead_evaluations`.
         decoder: of the images.

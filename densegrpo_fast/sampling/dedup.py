@@ -1,4 +1,4 @@
-"""Which completions of a batch of trajectories are one and the same, so that each is computed once.
+"""Which completions of a rollout are one and the same, so that each is computed once.
 
 Two reasons. States that a noise-free step joins lie on one ODE path: they share the completion of the last of them.
 And where all samples of a prompt start from one noise, they are the same sample until the first step that injects any.
@@ -17,34 +17,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CompletionDedup:
-    """The different completions of B trajectories of T steps, in the order of states, then rows.
+    """The different completions of B samples over T steps, in the order of states, then rows.
 
     Attributes:
         noisy: [T] whether each step injects noise.
         group: rows, in consecutive blocks, that have prompt and initial noise in common; 1 = each row its own.
+        completed: the J states to complete, increasing; None = all of 0..T.
     """
 
     noisy: tuple[bool, ...]
     group: int = 1
+    completed: tuple[int, ...] | None = None
 
     @cached_property
     def representatives(self) -> list[int]:
-        """For each state 0..T the state whose completion it shares: the first one not followed by a noise-free step."""
-        representatives = list(range(len(self.noisy) + 1))
+        """For each of the J states the one whose completion it shares: the first not followed by a noise-free step."""
+        last = list(range(len(self.noisy) + 1))
         for step in reversed(range(len(self.noisy))):
             if not self.noisy[step]:
-                representatives[step] = representatives[step + 1]
-        return representatives
+                last[step] = last[step + 1]
+        return last if self.completed is None else [last[state] for state in self.completed]
 
     @cached_property
     def states(self) -> list[int]:
-        """The states with a completion of their own, increasing; the last is T, the image itself."""
+        """The states with a completion of their own, increasing; T is the image itself."""
         return sorted(set(self.representatives))
 
     @property
     def positions(self) -> list[int]:
-        """For each state 0..T the position of its completion in `states`."""
-        return [self.states.index(owner) for owner in self.representatives]
+        """For each of the J states the position of its completion in `states`."""
+        return [self.states.index(representative) for representative in self.representatives]
 
     def stride(self, state: int) -> int:
         """Rows that share one completion of a state: the group as long as no step before it has injected noise."""
@@ -65,8 +67,9 @@ class CompletionDedup:
         return [row for state in self.states for row in range(0, batch, self.stride(state))]
 
     def different(self, values: Tensor) -> Tensor:
-        """The different completions [m, ...] of all states' [T+1, B, ...]."""
-        return torch.cat([self.rows(state, values[state]) for state in self.states])
+        """The different completions [m, ...] of all J states' [J, B, ...]."""
+        first = [self.representatives.index(state) for state in self.states]
+        return torch.cat([self.rows(state, values[j]) for state, j in zip(self.states, first, strict=True)])
 
     def broadcast(self, values: Tensor, batch: int) -> Tensor:
         """What the different completions have [m, ...], for each of `states` and B rows: [K, B, ...]."""

@@ -1,10 +1,11 @@
-"""Visits of the lookahead as CUDA graphs: jump and forward are captured once for each shape, then replayed.
+"""The lookahead's evaluations as CUDA graphs: jump and forward are captured once for each shape, then replayed.
 
 A captured graph repeats the same kernels on the same addresses, and no Python runs. So whatever may differ between two
-visits is either a *static buffer* that is filled before each replay (latents, noise levels, conditioning, samples) or
-part of the *key* that a graph is found by (the model and its mode, guidance, the node where features are reused, and
-all shapes). Weights are neither: they may change in place between replays (an optimiser step, an average, a merge into
-the lookahead copy). Where they have moved to other addresses, everything captured is forgotten.
+evaluations is either a *static buffer* that is filled before each replay (latents, noise levels, conditioning,
+samples) or part of the *key* that a graph is found by (the model and its mode, guidance, the step index where features
+are reused, whether there is a jump, and all shapes). Weights are neither: they may change in place between replays (an
+optimiser step, an average, a merge into the lookahead copy). Where they have moved to other addresses, everything
+captured is forgotten.
 
 The policy's own path, rollout and training, is never captured.
 """
@@ -28,7 +29,7 @@ Outputs = TypeVar("Outputs")
 """A tuple of tensors, some of which may be None."""
 
 _PROMPTS = ("embeds", "pooled", "negative_embeds", "negative_pooled")
-_TRAVELLERS = ("latents", "velocity", "sigma", "next_sigma", "samples")
+_ROWS = ("latents", "velocity", "sigma", "next_sigma", "samples")
 _WARMUP = 3
 
 
@@ -150,7 +151,7 @@ class Graphs:
 
 
 class GraphedStepRunner(StepRunner):
-    """Visits replayed as graphs, where that is possible; else computed as they are, which is logged once.
+    """Evaluations replayed as graphs, where that is possible; else computed as they are, which is logged once.
 
     Args:
         capturer: how to capture; None = CUDA graphs.
@@ -170,32 +171,36 @@ class GraphedStepRunner(StepRunner):
     def __call__(
         self, model: FlowModel, rows: StepInput, step_index: int, scale: float, *, tap: bool, cache: Cache | None
     ) -> StepOutput:
-        """As `StepRunner`; in a graph the result's tensors are overwritten by the next visit.
+        """As `StepRunner`; in a graph the result's tensors are overwritten by the next call.
 
         Raises:
             RuntimeError: gradients are enabled, which a graph would not record.
         """
         if torch.is_grad_enabled():
-            raise RuntimeError("lookahead.graphs: visits are captured without gradients, call them under no_grad()")
+            raise RuntimeError("lookahead.graphs: captured without gradients, call it under no_grad()")
         eager = super().__call__
         reason = "" if self._eager else self.graphs.capturer.why_not(rows.latents.device)
         if self._eager or reason:
             self._give_up(reason)
             return eager(model, rows, step_index, scale, tap=tap, cache=cache)
 
-        def visit(static: Mapping[str, Tensor]) -> StepOutput:
-            return eager(model, _travellers(static), step_index, scale, tap=tap, cache=cache)
+        def evaluate(static: Mapping[str, Tensor]) -> StepOutput:
+            return eager(model, _step_input(static), step_index, scale, tap=tap, cache=cache)
 
         conditioning = rows.conditioning
-        inputs = {name: getattr(rows, name) for name in _TRAVELLERS if getattr(rows, name) is not None}
+        inputs = {name: getattr(rows, name) for name in _ROWS if getattr(rows, name) is not None}
         inputs["rows"] = conditioning.rows
         constants = {name: getattr(conditioning, name) for name in _PROMPTS}
-        # without a cache the node is only a noise level
+        # without a cache the step index is only a noise level
         key = (model, model.mode, scale, tap, cache, None if cache is None else step_index)
         try:
-            return self.graphs.run(key, visit, inputs, constants)
+            # counted here: a capture runs more forwards than the lookahead asked for, a replay calls no velocity
+            with model.uncounted():
+                output = self.graphs.run(key, evaluate, inputs, constants)
+            model.count(len(rows), scale)
+            return output
         except RuntimeError as error:
-            self._give_up(f"the visit cannot be captured: {error}")
+            self._give_up(f"the evaluation cannot be captured: {error}")
             return eager(model, rows, step_index, scale, tap=tap, cache=cache)
 
     def _give_up(self, reason: str) -> None:
@@ -205,9 +210,9 @@ class GraphedStepRunner(StepRunner):
             logger.warning("lookahead.graphs: %s; the lookahead runs without graphs", reason)
 
 
-def _travellers(static: Mapping[str, Tensor]) -> StepInput:
+def _step_input(static: Mapping[str, Tensor]) -> StepInput:
     conditioning = Conditioning(**{name: static[name] for name in (*_PROMPTS, "rows")})
-    tensors: dict[str, Any] = {name: static.get(name) for name in _TRAVELLERS}
+    tensors: dict[str, Any] = {name: static.get(name) for name in _ROWS}
     return StepInput(conditioning=conditioning, **tensors)
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.log_prob_op import KlScale
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.sampling.branches import Sampled
+from densegrpo_fast.sampling.rollout import Rollout
 
 
-def replay(model: FlowModel, trajectory: Sampled, step: int, rows: slice) -> tuple[Tensor, Tensor]:
+def replay(model: FlowModel, rollout: Rollout, step: int, rows: slice) -> tuple[Tensor, Tensor]:
     """Score one recorded step again, with gradient to the adapter.
 
     A state with K branches is evaluated once, and its velocity scores them all.
@@ -25,19 +25,19 @@ def replay(model: FlowModel, trajectory: Sampled, step: int, rows: slice) -> tup
         log_prob [m*K] float32 (mean over the latent's elements), K = 1 without branches, and the guided velocity
         [m, ...] float32.
     """
-    velocity = replay_velocity(model, trajectory, step, rows)
+    velocity = replay_velocity(model, rollout, step, rows)
     log_prob = ops.sde_log_prob(
-        per_branch(trajectory.latents[step, rows], trajectory.branches),
-        per_branch(velocity, trajectory.branches),
-        trajectory.arrivals(step, rows),
-        trajectory.coefficients.table,
+        per_branch(rollout.latents[step, rows], rollout.branches),
+        per_branch(velocity, rollout.branches),
+        rollout.next_latents(step, rows),
+        rollout.coefficients.table,
         step,
     )
     return log_prob, velocity
 
 
 def replay_kl(
-    model: FlowModel, trajectory: Sampled, step: int, rows: slice, scale: KlScale
+    model: FlowModel, rollout: Rollout, step: int, rows: slice, scale: KlScale
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`replay`, and in the same pass the step's divergence from the reference policy's.
 
@@ -48,13 +48,13 @@ def replay_kl(
     Returns:
         log_prob [m*K] and velocity [m, ...] as `replay`; kl [m*K] float32 in nats, mean over the latent's elements.
     """
-    velocity = replay_velocity(model, trajectory, step, rows)
+    velocity = replay_velocity(model, rollout, step, rows)
     log_prob, kl = ops.sde_log_prob_kl(
-        per_branch(trajectory.latents[step, rows], trajectory.branches),
-        per_branch(velocity, trajectory.branches),
-        per_branch(reference_velocity(model, trajectory, step, rows), trajectory.branches),
-        trajectory.arrivals(step, rows),
-        trajectory.coefficients.table,
+        per_branch(rollout.latents[step, rows], rollout.branches),
+        per_branch(velocity, rollout.branches),
+        per_branch(reference_velocity(model, rollout, step, rows), rollout.branches),
+        rollout.next_latents(step, rows),
+        rollout.coefficients.table,
         step,
         scale=scale,
     )
@@ -66,15 +66,15 @@ def per_branch(states: Tensor, branches: int) -> Tensor:
     return states if branches == 1 else states.repeat_interleave(branches, dim=0)
 
 
-def replay_velocity(model: FlowModel, trajectory: Sampled, step: int, rows: slice) -> Tensor:
+def replay_velocity(model: FlowModel, rollout: Rollout, step: int, rows: slice) -> Tensor:
     """The guided velocity [m, ...] at a recorded state, in whichever mode the model is (policy or reference)."""
-    latents = trajectory.latents[step, rows]
-    sigma = trajectory.coefficients.sigmas[step].expand(len(latents))
-    return model.velocity(latents, sigma, trajectory.conditioning.select(rows), trajectory.guidance_scale).combined()
+    latents = rollout.latents[step, rows]
+    sigma = rollout.coefficients.sigmas[step].expand(len(latents))
+    return model.velocity(latents, sigma, rollout.conditioning.select(rows), rollout.guidance_scale).combined()
 
 
 @torch.no_grad()
-def reference_velocity(model: FlowModel, trajectory: Sampled, step: int, rows: slice) -> Tensor:
+def reference_velocity(model: FlowModel, rollout: Rollout, step: int, rows: slice) -> Tensor:
     """`replay_velocity` of the reference policy: the model without its adapter."""
     with model.reference():
-        return replay_velocity(model, trajectory, step, rows)
+        return replay_velocity(model, rollout, step, rows)

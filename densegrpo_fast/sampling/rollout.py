@@ -1,8 +1,10 @@
-"""Sampling: stochastic trajectories of the policy, and deterministic images for evaluation."""
+"""Rollouts: the policy's stochastic trajectories, and the protocol through which an iteration uses any rollout."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +14,212 @@ from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.noise import Stream, gaussian
 from densegrpo_fast.flow.step_op import INPUT_DTYPES
 from densegrpo_fast.models.base import Conditioning, FlowModel, Recorder
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.dedup import CompletionDedup
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from densegrpo_fast.sampling.lookahead import Lookahead
+
+
+class RolloutState(NamedTuple):
+    """What is known of the B samples at one state.
+
+    Attributes:
+        latents: [B, ...] float32.
+        velocity: [B, ...] float32, guided; None where nothing has evaluated it yet.
+        hidden: [B, N, D] the network's last hidden tokens there; None if they were not kept.
+    """
+
+    latents: Tensor
+    velocity: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class GroupedRewards(NamedTuple):
+    """Rewards of a rollout's completions, by prompt; NaN = missing.
+
+    Attributes:
+        final: [P, G] float32 of the final images; of branches the mean over the steps that branch.
+        states: [P, G, J] of every completed state; None for branches.
+        branches: [P, N, C, K, L] of C branches at K steps of N trajectories, completed in L ways; None without.
+    """
+
+    final: Tensor
+    states: Tensor | None
+    branches: Tensor | None
+
+
+class Rollout(Protocol):
+    """Samples of an iteration: states that are trained, and states whose completions are rewarded.
+
+    `Trajectory` takes one step from each state, `branches.BranchedRollout` several. S states of each step are trained,
+    with K = `branches` steps from each, which makes B = S*K samples.
+    """
+
+    @property
+    def coefficients(self) -> StepCoefficients:
+        """Of the sampler's T steps; its `noisy` says which steps are stochastic."""
+
+    @property
+    def latents(self) -> Tensor:
+        """[n+1, S, ...] float32, states after 0..n steps."""
+
+    @property
+    def velocities(self) -> Tensor:
+        """[n, S, ...] float32, the guided velocity at each of the first n states."""
+
+    @property
+    def log_probs(self) -> Tensor:
+        """[T, B] float32 of each sample's steps, mean over the latent's elements; 0 for a noise-free step."""
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Prompts of the S rows of states."""
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of all velocities; 1 = off."""
+
+    @property
+    def guidance_terms(self) -> Tensor | None:
+        """[T, B, ...] what guidance added to each velocity, for a lookahead that reuses it; None if not kept."""
+
+    @property
+    def batch(self) -> int:
+        """S."""
+
+    @property
+    def branches(self) -> int:
+        """K, steps taken from each state."""
+
+    @property
+    def sample_conditioning(self) -> Conditioning:
+        """Prompts of the B samples."""
+
+    @property
+    def completed(self) -> tuple[int, ...]:
+        """The states that completions start from, in the order in which `Lookahead.complete` returns them."""
+
+    def select(self, rows: slice) -> Self:
+        """Some of the S rows with all their samples; tensors are shared, not copied."""
+
+    def sample_rows(self, rows: slice) -> slice:
+        """The samples that belong to some of the S rows."""
+
+    def next_latents(self, step: int, rows: slice) -> Tensor:
+        """[m*K, ...] float32, where a step leads from the states of m rows."""
+
+    def state(self, index: int) -> RolloutState:
+        """The B samples at one of the `completed` states."""
+
+    def dedup(self, *, own: bool = False) -> CompletionDedup:
+        """Which of the completions are one and the same.
+
+        Args:
+            own: whether each completion uses something of its own sample, so that samples of one noise differ.
+        """
+
+    def evaluated(self, lookahead: Lookahead) -> Self:
+        """The rollout with the velocity of every state that completions start from, by a lookahead's model."""
+
+    def group_rewards(self, values: Tensor, group_size: int) -> GroupedRewards:
+        """Rewards of completions by prompt.
+
+        Args:
+            values: [L * J * B] float32, for L ways to complete J different states of B samples.
+            group_size: G.
+        """
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """T steps of B samples from noise to image: a `Rollout` that takes one step from each state.
+
+    Attributes:
+        latents: [T+1, B, ...] float32; index = steps done, so `latents[0]` is noise and `latents[T]` the end.
+        velocities: [T, B, ...] float32, the guided velocity at each state.
+        log_probs: [T, B] float32 of each step, mean over the latent's elements; 0 for a noise-free step.
+        coefficients: the steps' coefficients and sigmas.
+        conditioning: the prompts of the B rows.
+        guidance_scale: of `velocities`.
+        guidance_terms: [T, B, ...] float32, `velocities` minus the conditional ones; None if they were not kept.
+        hidden: [T, B, N, D] the network's last hidden tokens at each state, in its dtype; None if they were not kept.
+        shared: rows, in consecutive blocks, that have prompt and initial noise in common; 1 = each row its own.
+    """
+
+    latents: Tensor
+    velocities: Tensor
+    log_probs: Tensor
+    coefficients: StepCoefficients
+    conditioning: Conditioning
+    guidance_scale: float
+    guidance_terms: Tensor | None = None
+    hidden: Tensor | None = None
+    shared: int = 1
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.velocities)
+
+    @property
+    def batch(self) -> int:
+        return self.latents.shape[1]
+
+    @property
+    def branches(self) -> int:
+        return 1
+
+    @property
+    def sample_conditioning(self) -> Conditioning:
+        return self.conditioning
+
+    @property
+    def completed(self) -> tuple[int, ...]:
+        """All states, the last one being the image itself."""
+        return tuple(range(self.num_steps + 1))
+
+    def select(self, rows: slice) -> Trajectory:
+        """The trajectories of some rows; tensors are shared, not copied."""
+        latents = self.latents[:, rows]
+        batch = latents.shape[1]
+        return replace(
+            self,
+            latents=latents,
+            velocities=self.velocities[:, rows],
+            log_probs=self.log_probs[:, rows],
+            conditioning=self.conditioning.select(rows),
+            guidance_terms=None if self.guidance_terms is None else self.guidance_terms[:, rows],
+            hidden=None if self.hidden is None else self.hidden[:, rows],
+            # only of whole blocks is it known
+            shared=self.shared if not (rows.start or 0) % self.shared and not batch % self.shared else 1,
+        )
+
+    def sample_rows(self, rows: slice) -> slice:
+        return rows
+
+    def next_latents(self, step: int, rows: slice) -> Tensor:
+        return self.latents[step + 1, rows]
+
+    def state(self, index: int) -> RolloutState:
+        if index == self.num_steps:
+            return RolloutState(self.latents[index])
+        return RolloutState(
+            self.latents[index], self.velocities[index], None if self.hidden is None else self.hidden[index]
+        )
+
+    def dedup(self, *, own: bool = False) -> CompletionDedup:
+        """States that noise-free steps join share a completion, and so do samples of one noise before any other."""
+        return CompletionDedup(self.coefficients.noisy, 1 if own else self.shared)
+
+    def evaluated(self, lookahead: Lookahead) -> Trajectory:
+        """The trajectory itself: the rollout has evaluated all of its states."""
+        return self
+
+    def group_rewards(self, values: Tensor, group_size: int) -> GroupedRewards:
+        states = values.view(-1, self.batch // group_size, group_size).permute(1, 2, 0)
+        return GroupedRewards(states[..., -1], states, None)
 
 
 def initial_noise(
@@ -100,7 +307,7 @@ def rollout(
                     tokens.clear()
             ahead = coefficients.remainder
             slope = velocities[step] if ahead is None else ahead.along(latents, velocities, step)
-            taken = ops.sde_step_outputs(
+            step_output = ops.sde_step_outputs(
                 latents[step],
                 slope,
                 coefficients.table,
@@ -111,8 +318,8 @@ def rollout(
                 stream=stream,
                 input_dtype=half,
             )
-            latents[step + 1], log_probs[step] = taken.next_latents, taken.log_prob
-            entering = taken.next_latents if taken.model_input is None else taken.model_input
+            latents[step + 1], log_probs[step] = step_output.next_latents, step_output.log_prob
+            entering = step_output.next_latents if step_output.model_input is None else step_output.model_input
     return Trajectory(latents, velocities, log_probs, coefficients, conditioning, guidance_scale, terms, hidden)
 
 

@@ -1,4 +1,4 @@
-"""What completions do at a node of their plan: jump there from where they stand, and evaluate the model again."""
+"""What completions do at a step index of their plan: jump there from their last evaluation, and evaluate again."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from densegrpo_fast.models.base import Cache, Conditioning, FlowModel
 
 @dataclass(frozen=True)
 class StepInput:
-    """Rows on their way to a node.
+    """Rows that are evaluated at one step index.
 
     Attributes:
-        latents: [m, ...] float32 at each row's last evaluation.
-        velocity: [m, ...] float32 there.
-        sigma: [m] float32 there.
-        next_sigma: [m] float32 of the node.
+        latents: [m, ...] float32 at each row's last evaluation, or at the step index itself without a velocity.
+        next_sigma: [m] float32, the noise level of the step index.
         conditioning: prompts of the m rows.
-        samples: [m] int64, which sample of the trajectory's batch each row completes; None where no cache asks.
+        velocity: [m, ...] float32 at `latents`, which the jump to the step index follows; None = no jump.
+        sigma: [m] float32 at `latents`; None without a jump.
+        samples: [m] int64, which sample of the rollout each row completes; None where no cache asks.
     """
 
     latents: Tensor
-    velocity: Tensor
-    sigma: Tensor
     next_sigma: Tensor
     conditioning: Conditioning
-    samples: Tensor | None
+    velocity: Tensor | None = None
+    sigma: Tensor | None = None
+    samples: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def select(self, rows: slice) -> StepInput:
         """Some of the rows; tensors are shared, not copied."""
-        parts = {name: getattr(self, name)[rows] for name in ("latents", "velocity", "sigma", "next_sigma")}
-        samples = None if self.samples is None else self.samples[rows]
-        return replace(self, **parts, conditioning=self.conditioning.select(rows), samples=samples)
+        names = ("latents", "next_sigma", "velocity", "sigma", "samples")
+        parts = {name: value[rows] for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **parts, conditioning=self.conditioning.select(rows))
 
 
 class StepOutput(NamedTuple):
-    """Where a visit leads.
+    """What an evaluation gives.
 
     Attributes:
-        latents: [m, ...] float32 at the node.
-        velocity: [m, ...] float32 there, guided if the visit was.
+        latents: [m, ...] float32 at the step index.
+        velocity: [m, ...] float32 there, guided if that was asked for.
         hidden: [m, N, D] the network's last hidden tokens, of the conditional forward; None if they were not asked for.
     """
 
@@ -57,29 +57,31 @@ class StepOutput(NamedTuple):
 
 
 class StepRunner:
-    """Visits computed operation by operation; `graphs.GraphedStepRunner` replays them as CUDA graphs."""
+    """Evaluates operation by operation; `graphs.GraphedStepRunner` replays CUDA graphs instead."""
 
     def begin(self, model: FlowModel) -> None:
-        """Called before the visits of a batch of trajectories."""
+        """Called before the evaluations of a rollout's completions."""
 
     def __call__(
         self, model: FlowModel, rows: StepInput, step_index: int, scale: float, *, tap: bool, cache: Cache | None
     ) -> StepOutput:
-        """Jump and evaluate. The result's tensors are the caller's to use until the next visit.
+        """Jump and evaluate. The result's tensors are the caller's to use until the next call.
 
         Args:
             model: the policy, or a copy of it.
-            rows: who travels.
-            node: grid index where they meet.
+            rows: what is evaluated.
+            step_index: grid index where the rows meet.
             scale: guidance there; 1 = off.
             tap: whether the hidden tokens are wanted.
-            cache: features of the rollout to take over, or None.
+            cache: features of the rollout to reuse, or None.
         """
-        arrived = ops.euler_jump(rows.latents, rows.velocity, rows.sigma, rows.next_sigma)
+        latents = rows.latents
+        if rows.velocity is not None and rows.sigma is not None:
+            latents = ops.euler_jump(latents, rows.velocity, rows.sigma, rows.next_sigma)
         reusing: AbstractContextManager[None] = nullcontext()
         if cache is not None:
             assert rows.samples is not None
             reusing = cache.reuse(step_index, rows.samples)
         with model.tap() if tap else nullcontext([]) as tokens, reusing:
-            velocity = model.velocity(arrived, rows.next_sigma, rows.conditioning, scale).combined()
-        return StepOutput(arrived, velocity, tokens[0] if tap else None)
+            velocity = model.velocity(latents, rows.next_sigma, rows.conditioning, scale).combined()
+        return StepOutput(latents, velocity, tokens[0] if tap else None)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.config import Config
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
-from densegrpo_fast.training.oom_backoff import OomBackoff
+from densegrpo_fast.training.prompts import prompt_set
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,25 @@ class HeldOut:
         self.prompts, self.metadata, self.samples = prompts, metadata, samples_per_prompt
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
         self.seed, self.rows = seed, OomBackoff(chunk, "sampler.micro_batch, of evaluations")
+
+    @classmethod
+    def of(cls, config: Config) -> HeldOut:
+        """A run's; prompts and noise do not depend on the run's seed, so runs can be compared.
+
+        Raises:
+            UsageError: the prompt file cannot be read or holds something else than prompts.
+        """
+        options = config.evaluation
+        prompts = prompt_set(config.data.eval_prompts, held_out=True)
+        return cls(
+            list(prompts.prompts[: options.num_prompts]),
+            list(prompts.metadata[: options.num_prompts]),
+            samples_per_prompt=options.samples_per_prompt,
+            num_steps=options.num_steps,
+            guidance_scale=config.evaluation_guidance_scale,
+            seed=0,
+            chunk=config.sampler.micro_batch * (config.sampler.branches or 1),
+        )
 
     @torch.no_grad()
     def evaluate(self, model: FlowModel, reward: RewardMixture) -> Evaluation:

@@ -26,20 +26,18 @@ from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import A, B, C, Family, StepCoefficients, coefficients
 from densegrpo_fast.flow.noise import Stream, branch_stream, gaussian
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.rewards.base import Scorer
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import IterationCost, dense_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.rollout import rollout, sample_ode
-from densegrpo_fast.sampling.trajectory import Trajectory
-from densegrpo_fast.training.chunks import lookahead_chunks
-from densegrpo_fast.training.oom_backoff import OomBackoff
+from densegrpo_fast.sampling.oom_backoff import OomBackoff
+from densegrpo_fast.sampling.rollout import Trajectory, rollout, sample_ode
+from densegrpo_fast.training.lookahead import lookahead_chunks
 from densegrpo_fast.training.prompts import PromptSet
 
 HELD_OUT_DRAW = 2**31
 """Draw of the samples that judge a calibration; the rounds count from 0."""
 _BRANCH_DRAW = 2**32 - 1
-"""Epoch of the branches' noise, whose streams tree rollouts share, in iterations that count from 0."""
+"""Epoch of the branches' noise, whose streams branched rollouts share, in iterations that count from 0."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +69,14 @@ class GainMeter:
         seed: of all noise.
         max_missing: share of missing scores that is endured.
         count: number of samples N.
-        branched: whether each step is taken from a noise-free trunk (`sampler.branches`), instead of from where the
-            noise of the steps before it has led.
+        branched: whether each step is taken from a noise-free trajectory (`sampler.branches`), instead of from where
+            the noise of the steps before it has led.
         windows: steps that a trajectory has noise in; samples are shared out among several windows, in order. The steps
             after one are Euler's, all of them, whatever training takes instead.
     """
 
     model: FlowModel
-    reward: RewardMixture
+    reward: Scorer
     sigmas: Tensor
     dynamics: Family
     prompts: PromptSet
@@ -91,7 +89,7 @@ class GainMeter:
     branched: bool = False
 
     @classmethod
-    def of(cls, config: Config, model: FlowModel, reward: RewardMixture, prompts: PromptSet, count: int) -> GainMeter:
+    def of(cls, config: Config, model: FlowModel, reward: Scorer, prompts: PromptSet, count: int) -> GainMeter:
         """The meter for a configuration's sampler."""
         chunks = lookahead_chunks(config, model, "full")
         branched, windows = config.sampler.branches is not None, config.schedule().reached()
@@ -108,31 +106,18 @@ class GainMeter:
             seed=config.seed,
             max_missing=config.reward.max_missing,
             count=count,
-            # a step that leaves a trunk knows of no window
+            # a step that leaves a noise-free trajectory knows of no window
             windows=(range(config.sampler.num_steps),) if branched else tuple(windows),
             branched=branched,
         )
-
-    def costs(self, levels: Sequence[float]) -> Iterator[tuple[IterationCost, int]]:
-        """What `gains` at these levels asks of the model for each sample of a window, a rollout and its exact
-        completions; and the number of those samples."""
-        for window, samples in self._shares(self.count):
-            cost = dense_iteration(
-                plans.exact(len(self.sigmas) - 1),
-                trained_steps=0,
-                guided=self.model.forwards(self.guidance_scale) > 1,
-                kl=False,
-                noisy=coefficients(self.sigmas, _within(window, levels), self.dynamics).noisy,
-            )
-            yield cost, samples.stop - samples.start
 
     def gains(
         self, levels: Sequence[float], draw: int, progress: Callable[[int], object] = lambda samples: None
     ) -> Tensor:
         """Gains of N samples, each with a prompt of its own as far as there are enough.
 
-        Of a trajectory, or of T branches of a trunk, one at every step with noise: reward of the branch's image minus
-        reward of the trunk's.
+        Of a trajectory, or of T branches of a noise-free one, at every step with noise: reward of the branch's image
+        minus reward of the trajectory's.
 
         Args:
             levels: noise level of every step.
@@ -260,13 +245,13 @@ class GainMeter:
         return self._scores(self.model.decode(clean)[None], batch)[0]
 
     def _state_rewards(self, batch: _Batch) -> Tensor:
-        """Rewards [T+1, B] of the completions of a batch's states; those of a trunk are all its one image."""
+        """Rewards [T+1, B] of the completions of a batch's states; of a noise-free trajectory all its image."""
         if self.branched:
             reached = self._scores(self.model.decode(batch.trajectory.latents[-1])[None], batch)
             return reached.expand(len(self.sigmas), -1)
         exact = Lookahead(self.model, plans.exact(len(self.sigmas) - 1), chunk=len(batch.index))
         clean = exact.complete(batch.trajectory)
-        return self._scores(exact.images(clean, batch.trajectory.coefficients.noisy, "full"), batch)
+        return self._scores(exact.images(batch.trajectory, clean, "full"), batch)
 
     def _scores(self, images: Tensor, batch: _Batch) -> Tensor:
         """Rewards [S, B] float64 on the CPU of images [S, B, 3, H, W]."""

@@ -1,8 +1,10 @@
-"""How a completion head is fitted to exact completions, at first and during a run."""
+"""What a completion head learns from exact completions, and how it is fitted to them, at first and during a run."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from densegrpo_fast.common.errors import CheckpointError
+from densegrpo_fast.models.base import Head
 from densegrpo_fast.models.completion_head import CompletionHead
-from densegrpo_fast.training.head_examples import Examples
+from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.rollout import Rollout
+from densegrpo_fast.training.meter import underlying
 
 BATCH = 128
 """Most rows of an optimiser step."""
@@ -19,6 +24,84 @@ _REFRESH_LR = 1e-4
 """Low, as a refresh goes over few examples many times."""
 _MEMORY_ROWS, _MEMORY_BYTES = 512, 2**28
 """Most that a run's head remembers: each checkpoint holds it."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What the head sees and what it should say, N rows; all on the CPU.
+
+    Attributes:
+        hidden: [N, tokens, D] in the network's dtype or half precision.
+        latents, estimate, target: [N, C, H, W] float32; target = exact completion - estimate.
+        state: [N] int64.
+    """
+
+    hidden: Tensor
+    latents: Tensor
+    estimate: Tensor
+    target: Tensor
+    state: Tensor
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Examples]) -> Examples:
+        """The rows of all parts."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def rows(self, index: Tensor | slice) -> Examples:
+        """Some of the rows."""
+        return Examples(*(tensor[index] for tensor in self.tensors().values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The attributes by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one row."""
+        return sum(tensor[:1].nbytes for tensor in self.tensors().values())
+
+
+def exactly_completed(exact: Lookahead, lookahead: Lookahead, rollout: Rollout) -> tuple[Rollout, Tensor]:
+    """The rollout as a lookahead completes it, and the exact completions [J, B, ...] of its states.
+
+    Branches are evaluated once, unless the lookahead evaluates another model than the exact one.
+    """
+    evaluated = rollout.evaluated(lookahead)
+    alike = underlying(exact.model) is underlying(lookahead.model)
+    return evaluated, exact.complete(evaluated if alike else rollout.evaluated(exact))
+
+
+@torch.no_grad()
+def examples_of(lookahead: Lookahead, head: Head, rollout: Rollout, ends: Tensor, first: int = 0) -> list[Examples]:
+    """Examples of each state that the head applies to, samples that share a completion once.
+
+    Args:
+        lookahead: brings the states to their last evaluation.
+        head: that shall learn.
+        rollout: its B samples are completed by the lookahead, with their hidden tokens.
+        ends: [J, B, ...] their exact completions.
+        first: as in `Lookahead.evaluate`.
+    """
+    sigmas, dedup, examples = rollout.coefficients.sigmas, lookahead.dedup(rollout), []
+    for state, last in lookahead.evaluate(rollout, first).items():
+        if not head.applies(state):
+            continue
+        assert last.hidden is not None
+        estimate, hidden = last.latents - sigmas[last.index] * last.velocity, last.hidden
+        exact = ends[rollout.completed.index(state)]
+        examples.append(
+            Examples(
+                hidden.half().cpu() if hidden.dtype.itemsize == 4 else hidden.cpu(),
+                last.latents.cpu(),
+                estimate.cpu(),
+                (dedup.rows(state, exact) - estimate).cpu(),
+                torch.full((len(estimate),), state),
+            )
+        )
+    return examples
 
 
 def train_head(head: CompletionHead, examples: Examples, steps: int, seed: int) -> None:

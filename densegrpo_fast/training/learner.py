@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
+from densegrpo_fast.config import Config
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.negatives import branch_noise, negative_weights
 from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
-from densegrpo_fast.sampling.branches import Sampled
+from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.replay import per_branch, replay, replay_kl
-from densegrpo_fast.training.oom_backoff import OomBackoff
+from densegrpo_fast.sampling.rollout import Rollout
+from densegrpo_fast.training.schedule import objective_settings
 
 
 @dataclass(frozen=True)
 class LearnerOptions:
-    """What the learner needs of the configuration; see `config.py` for each meaning."""
+    """What the learner needs of the configuration, which says what each option means."""
 
     lr: float
     betas: tuple[float, float]
@@ -36,6 +38,39 @@ class LearnerOptions:
     objective: ObjectiveSettings
     micro_batch: int
     max_bad_steps: int
+
+    @classmethod
+    def of(cls, config: Config) -> LearnerOptions:
+        """The part of a run's configuration that the learner needs."""
+        optimizer = config.optimizer
+        return cls(
+            lr=optimizer.lr,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            weight_decay=optimizer.weight_decay,
+            eps=optimizer.eps,
+            max_grad_norm=optimizer.max_grad_norm,
+            updates_per_iteration=optimizer.updates_per_iteration,
+            warmup=optimizer.warmup,
+            ema_decay=config.ema.decay,
+            ema_every=config.ema.every,
+            objective=objective_settings(config),
+            micro_batch=config.sampler.micro_batch,
+            max_bad_steps=config.run.max_bad_steps,
+        )
+
+
+class StepScores(NamedTuple):
+    """What the policy says of a recorded step.
+
+    Attributes:
+        log_prob: [m*K] float32, mean over the latent's elements.
+        velocity: [m, ...] float32, guided.
+        kl: [m*K] float32 in nats to the reference policy; None where the loss has no such term.
+    """
+
+    log_prob: Tensor
+    velocity: Tensor
+    kl: Tensor | None = None
 
 
 class Learner:
@@ -63,7 +98,7 @@ class Learner:
         self.rows = OomBackoff(options.micro_batch, "sampler.micro_batch", "set model.gradient_checkpointing to true")
 
     def update(
-        self, trajectory: Sampled, advantages: Tensor, steps: Sequence[int], weights: Tensor | None = None
+        self, rollout: Rollout, advantages: Tensor, steps: Sequence[int], weights: Tensor | None = None
     ) -> dict[str, float]:
         """Train on `steps` of every sample, in `updates_per_iteration` optimiser steps over parts of the batch.
 
@@ -87,13 +122,13 @@ class Learner:
         Raises:
             NonFiniteError: too many parts in a row were skipped; the adapter is as before the first of them.
             SetupError: the memory does not even allow a single row.
-            ValueError: the objective does not fit the trajectory's sampler, or the parts do not fit its batch.
+            ValueError: the objective does not fit the rollout's sampler, or the parts do not fit its batch.
         """
         size = self.rows.rows
-        slices = [slice(start, start + size) for start in range(0, trajectory.batch, size)]
+        slices = [slice(start, start + size) for start in range(0, rollout.batch, size)]
         parts = _split(slices, self.options.updates_per_iteration)
-        objective = Objective(self.options.objective, trajectory.coefficients, steps, weights)
-        records = [self._step(trajectory, advantages, objective, steps, part) for part in parts]
+        objective = Objective(self.options.objective, rollout.coefficients, steps, weights)
+        records = [self._step(rollout, advantages, objective, steps, part) for part in parts]
         metrics = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
         metrics["ratio_deviation"] = max(record["ratio_deviation"] for record in records)
         metrics["first_ratio_deviation"] = records[0]["ratio_deviation"]
@@ -101,12 +136,16 @@ class Learner:
         metrics["micro_batch"] = float(self.rows.rows)
         return metrics
 
-    def _step(
-        self, trajectory: Sampled, advantages: Tensor, objective: Objective, steps: Sequence[int], part: list[slice]
-    ) -> dict[str, float]:
+    def begin_update(self) -> None:
+        """Start an optimiser step: the learning rate of now, and no gradient yet."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * min(1.0, (self.updates + 1) / max(self.options.warmup, 1))
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(
+        self, rollout: Rollout, advantages: Tensor, objective: Objective, steps: Sequence[int], part: list[slice]
+    ) -> dict[str, float]:
+        self.begin_update()
         share = 1.0 / (len(part) * len(steps))
         totals: dict[str, Tensor] = {}
         deviations = []
@@ -115,17 +154,32 @@ class Learner:
 
                 def gradient(rows: slice, step: int = step, whole: slice = whole) -> dict[str, Tensor]:
                     weight = share * (rows.stop - rows.start) / (whole.stop - whole.start)
-                    judged = advantages[trajectory.taken(rows), step]
-                    loss, metrics = self._loss(trajectory, judged, objective, step, rows)
+                    judged = advantages[rollout.sample_rows(rows), step]
+                    loss, metrics = self.loss(rollout, judged, objective, step, rows, self.replay(rollout, step, rows))
                     deviation = metrics.pop("ratio_deviation")
                     parts = {name: value * weight for name, value in {"loss": loss.detach(), **metrics}.items()}
-                    self._add_gradient(loss * weight)
+                    self.add_gradient(loss * weight)
                     deviations.append(deviation)
                     return parts
 
                 for metrics in self.rows.each(whole, gradient):
                     for name, value in metrics.items():
                         totals[name] = totals.get(name, 0.0) + value
+        return self.apply_update(totals, deviations)
+
+    def apply_update(self, totals: dict[str, Tensor], deviations: list[Tensor]) -> dict[str, float]:
+        """Clip the gradient that was added, and take the optimiser step unless something is not finite.
+
+        Args:
+            totals: loss and metrics of the whole update.
+            deviations: largest |ratio - 1| of each part.
+
+        Returns:
+            The metrics as numbers, with ratio_deviation, grad_norm, lr and skipped_updates; all 0 if skipped.
+
+        Raises:
+            NonFiniteError: too many updates in a row were skipped.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
         record = {name: value.item() for name, value in totals.items()}
         record |= {
@@ -144,7 +198,7 @@ class Learner:
             self.average.step(self.parameters.values())
         return record
 
-    def _add_gradient(self, loss: Tensor) -> None:
+    def add_gradient(self, loss: Tensor) -> None:
         """Add a loss's gradient to the parameters', whole or, if the memory runs out on the way, not at all."""
         parameters = list(self.parameters.values())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -156,36 +210,48 @@ class Learner:
             else:
                 parameter.grad.add_(gradient)
 
-    def _loss(
-        self, trajectory: Sampled, advantages: Tensor, objective: Objective, step: int, rows: slice
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        settings, branches, kl = self.options.objective, trajectory.branches, None
+    def replay(self, rollout: Rollout, step: int, rows: slice) -> StepScores:
+        """Score one recorded step again, with gradient, and with the KL to the reference if the loss has that."""
+        settings = self.options.objective
         if settings.kl_coef:
-            log_prob, velocity, kl = replay_kl(self.model, trajectory, step, rows, settings.kl_scale)
-        else:
-            log_prob, velocity = replay(self.model, trajectory, step, rows)
-        weights = self._negative_weights(trajectory, advantages, step, rows)
+            return StepScores(*replay_kl(self.model, rollout, step, rows, settings.kl_scale))
+        return StepScores(*replay(self.model, rollout, step, rows))
+
+    def loss(
+        self, rollout: Rollout, advantages: Tensor, objective: Objective, step: int, rows: slice, scores: StepScores
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one step of some rows.
+
+        Args:
+            rollout: that took the step.
+            advantages: [m*K] float32 of the step.
+            objective: of the iteration.
+            step, rows: which ones.
+            scores: of the policy as it is, with gradient.
+        """
+        branches = rollout.branches
+        weights = self._negative_weights(rollout, advantages, step, rows)
         loss, metrics = objective.loss(
             step,
-            log_prob=log_prob,
-            old_log_prob=trajectory.log_probs[step, trajectory.taken(rows)],
+            log_prob=scores.log_prob,
+            old_log_prob=rollout.log_probs[step, rollout.sample_rows(rows)],
             advantages=advantages if weights is None else advantages * weights,
-            velocity=per_branch(velocity, branches),
-            old_velocity=per_branch(trajectory.velocities[step, rows], branches),
-            kl=kl,
+            velocity=per_branch(scores.velocity, branches),
+            old_velocity=per_branch(rollout.velocities[step, rows], branches),
+            kl=scores.kl,
         )
         return loss, metrics if weights is None else metrics | {"held_back": (weights < 1).float().mean()}
 
-    def _negative_weights(self, trajectory: Sampled, advantages: Tensor, step: int, rows: slice) -> Tensor | None:
+    def _negative_weights(self, rollout: Rollout, advantages: Tensor, step: int, rows: slice) -> Tensor | None:
         """What some states' branches' advantages [m*K] are multiplied by; None where nothing can be held back."""
         settings = self.options.objective
-        if settings.negative_factor == 1 or trajectory.branches == 1:
+        if settings.negative_factor == 1 or rollout.branches == 1:
             return None
         noise = branch_noise(
-            trajectory.latents[step, rows],
-            trajectory.velocities[step, rows],
-            trajectory.arrivals(step, rows),
-            trajectory.coefficients.table[step],
+            rollout.latents[step, rows],
+            rollout.velocities[step, rows],
+            rollout.next_latents(step, rows),
+            rollout.coefficients.table[step],
         )
         return negative_weights(
             noise,

@@ -8,10 +8,9 @@ from densegrpo_fast.common.errors import CheckpointError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.costs import CostLog
+from densegrpo_fast.rewards.base import Scorer
 from densegrpo_fast.training.gain_meter import GainMeter
+from densegrpo_fast.training.prompts import PromptSet
 
 _ITERATIONS = 2**24
 """More than a run has: a calibration's draws are so many epochs of its noise apart."""
@@ -27,8 +26,8 @@ class NoiseLevels:
         levels: noise level of every step, T numbers.
     """
 
-    def __init__(self, config: Config, model: FlowModel, reward: RewardMixture):
-        self.config, self.model, self.reward = config, model, reward
+    def __init__(self, config: Config, model: FlowModel, reward: Scorer, prompts: PromptSet):
+        self.config, self.model, self.reward, self.prompts = config, model, reward, prompts
         self.levels = config.noise_levels
         self._noisy = calibrated_steps(config)
 
@@ -37,12 +36,11 @@ class NoiseLevels:
         every = self.config.calibration.every
         return every > 0 and iteration % every == 0
 
-    def calibrate(self, iteration: int, costs: CostLog) -> dict[str, float]:
+    def calibrate(self, iteration: int) -> dict[str, float]:
         """Find the levels again, from those that they are.
 
         Args:
             iteration: from 0.
-            costs: is told what every round asked for.
 
         Returns:
             `calibration/rounds`, and `calibration/imbalance`, the largest absolute imbalance of a step's signs at the
@@ -54,16 +52,12 @@ class NoiseLevels:
         options = self.config.calibration
         levels = [level if step in self._noisy else 0.0 for step, level in enumerate(self.levels)]
         rule = Staircase(levels, Limits(options.lowest, options.highest))
-        prompts = builders.build_prompts(self.config).prompts
-        meter = GainMeter.of(self.config, self.model, self.reward, prompts, options.samples)
+        meter = GainMeter.of(self.config, self.model, self.reward, self.prompts, options.samples)
 
         def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
             return meter.gains(levels, iteration + _ITERATIONS * draw).T.tolist()
 
         rounds = calibrate(rule, measure, options.rounds)
-        for measured in rounds:
-            for cost, samples in meter.costs(measured.levels):
-                costs.calibration(cost, samples)
         first = [measured for measured in rounds if measured.levels == tuple(levels)][:1]
         imbalances = [abs(signs.imbalance) for measured in first for signs in measured.signs if signs.decided]
         self.levels = tuple(

@@ -1,4 +1,4 @@
-"""Prompts: reading them from a file, and the order in which a run uses them."""
+"""Prompts: where a run takes them from, reading a file of them, and the order in which iterations use them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.suggest import did_you_mean
+from densegrpo_fast.config import Config
+from densegrpo_fast.embedded import scenes
 
 _DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
 BUILT_IN = ("general", "geneval", "ocr")
 """Prompt sets that come with the package, each with training and held-out prompts; `scenes` is generated instead."""
+
+_SENTENCES = 600
+"""Built-in training (and at most held-out) sentences; the six categories take turns until each runs out."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_PROBLEMS = 5
@@ -191,3 +196,69 @@ def _permutation(num_items: int, seed: int, epoch: int) -> tuple[int, ...]:
         return hashlib.blake2b(f"{seed}/{epoch}/{index}".encode("ascii"), digest_size=16).digest()
 
     return tuple(sorted(range(num_items), key=key))
+
+
+class PromptBatch(NamedTuple):
+    """The prompts of an iteration's B = P*G samples, row p*G + g being sample g of prompt p.
+
+    Attributes:
+        prompts: B texts.
+        metadata: B mappings for the rewards.
+        group_size: G.
+    """
+
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    group_size: int
+
+    def select(self, rows: slice) -> PromptBatch:
+        """Some of the rows."""
+        return PromptBatch(self.prompts[rows], self.metadata[rows], self.group_size)
+
+
+@dataclass(frozen=True)
+class TrainingPrompts:
+    """The training prompts and the order in which iterations use them."""
+
+    prompts: PromptSet
+    sampler: PromptSampler
+    group_size: int
+
+    @classmethod
+    def of(cls, config: Config) -> TrainingPrompts:
+        """The embedded model's sentences, a set of the package, or a file.
+
+        Raises:
+            UsageError: the file cannot be read or holds something else than prompts.
+        """
+        prompts = prompt_set(config.data.prompts, held_out=False)
+        sampler = PromptSampler(len(prompts), config.data.num_prompts, config.seed)
+        return cls(prompts, sampler, config.sampler.group_size)
+
+    def batch(self, iteration: int) -> PromptBatch:
+        """The prompts of an iteration's samples."""
+        chosen = [index for index in self.sampler.batch(iteration) for _ in range(self.group_size)]
+        prompts, metadata = self.prompts.prompts, self.prompts.metadata
+        return PromptBatch([prompts[i] for i in chosen], [metadata[i] for i in chosen], self.group_size)
+
+    def used(self, iterations: int) -> list[str]:
+        """The prompts that so many iterations use, each once."""
+        indices = {index for iteration in range(iterations) for index in self.sampler.batch(iteration)}
+        return [self.prompts.prompts[index] for index in sorted(indices)]
+
+
+def prompt_set(source: str, held_out: bool) -> PromptSet:
+    """The prompts that `data.prompts` or, held out, `data.eval_prompts` names.
+
+    Raises:
+        UsageError: the file cannot be read or holds something else than prompts.
+    """
+    if source == "scenes":
+        sentences = scenes.prompts(held_out=held_out, count=_SENTENCES)
+        return PromptSet(tuple(sentences), tuple({} for _ in sentences))
+    if source in BUILT_IN:
+        return built_in_prompts(source, held_out)
+    try:
+        return load_prompts(source)
+    except UsageError as error:
+        raise UsageError(f"data.{'eval_prompts' if held_out else 'prompts'}: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from densegrpo_fast.common.errors import OutputError, RewardError, UsageError
 from densegrpo_fast.common.files import output_errors, write_durably
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.consistency import neighbour_correlation
+from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.completion_head import save_head
+from densegrpo_fast.models.completion_head import CompletionHead, save_head
 from densegrpo_fast.models.lora import base_fingerprint, save_lora
 from densegrpo_fast.run_files.alarms import alarms_for
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
@@ -24,12 +25,8 @@ from densegrpo_fast.run_files.intervals import mean_interval, paired_interval
 from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
-from densegrpo_fast.sampling.branches import Sampled
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
-from densegrpo_fast.training.experience import RewardBatch
-from densegrpo_fast.training.head_training import HeadRefresher
-from densegrpo_fast.training.learner import Learner
-from densegrpo_fast.training.noise_levels import NoiseLevels
+from densegrpo_fast.training.rewarding import RewardBatch
 
 PHASES = ("calibration", "rollout", "lookahead", "reward", "monitor", "update")
 _GRID = 24
@@ -37,33 +34,40 @@ _GRID = 24
 
 def iteration_record(
     done: int,
-    trajectory: Sampled,
-    outcome: RewardBatch,
-    update: dict[str, float],
-    costs: dict[str, float],
+    noisy: tuple[bool, ...],
+    reward_batch: RewardBatch,
+    advantages: Advantages,
+    measured: dict[str, float],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl, as METRICS.md has it."""
-    rewards, final = outcome.rewards, outcome.rewards.numel()
+    """One line of metrics.jsonl, as docs/metrics.md has it.
+
+    Args:
+        done: iterations done.
+        noisy: of each step whether it injected noise.
+        reward_batch, advantages: the iteration's.
+        measured: metrics of the update and of the costs.
+        seconds: by phase.
+    """
+    rewards, final = reward_batch.rewards, reward_batch.rewards.numel()
     record: dict[str, Any] = {
         "iteration": done,
         "reward": rewards.nanmean().item(),
         "reward_std": _spread(rewards),
-        "reward_missing": outcome.scores.missing_share,
-        "frac_reward_zero_std": outcome.advantages.zero_spread,
+        "reward_missing": reward_batch.scores.missing_share,
+        "frac_reward_zero_std": advantages.zero_spread,
     }
-    for name, values in outcome.scores.per_reward.items():
+    for name, values in reward_batch.scores.per_reward.items():
         record[f"rewards/{name}/mean"] = values[-final:].nanmean().item()
         record[f"rewards/{name}/std"] = _spread(values[None, -final:])
-    if outcome.gains is not None:
-        for step, gain in enumerate(outcome.gains.nanmean(dim=(0, 1)).tolist()):
+    if reward_batch.gains is not None:
+        for step, gain in enumerate(reward_batch.gains.nanmean(dim=(0, 1)).tolist()):
             record[f"gain/step_{step}"] = gain
-        steps = [step for step, noisy in enumerate(trajectory.coefficients.noisy) if noisy]
+        steps = [step for step, injects in enumerate(noisy) if injects]
         if len(steps) > 1:
-            record["gain_correlation"] = neighbour_correlation(outcome.gains[..., steps])
-    record |= update
+            record["gain_correlation"] = neighbour_correlation(reward_batch.gains[..., steps])
+    record |= measured
     record["learning_rate"] = record.pop("lr")
-    record |= costs
     record |= {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES}
     return record
 
@@ -74,20 +78,24 @@ def _spread(rewards: Tensor) -> float:
     return centred.square().nanmean(dim=1).sqrt().nanmean().item()
 
 
-class RunRecords:
-    """The files of one run directory. `refresher` trains the run's completion head, if that is trained."""
+class Resumable(Protocol):
+    """What a checkpoint holds the state of: the trainer."""
 
-    def __init__(
-        self,
-        directory: Path,
-        config: Config,
-        model: FlowModel,
-        learner: Learner,
-        levels: NoiseLevels,
-        refresher: HeadRefresher | None = None,
-    ):
-        self.directory, self.config, self.model, self.learner = directory, config, model, learner
-        self.levels, self.refresher = levels, refresher
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint needs, by group and name."""
+
+    def state(self) -> dict[str, Any]:
+        """The counters that go with `tensors`, as JSON data."""
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Continue from them."""
+
+
+class RunRecords:
+    """The files of one run directory."""
+
+    def __init__(self, directory: Path, config: Config, model: FlowModel):
+        self.directory, self.config, self.model = directory, config, model
         settings = config.resume_settings() | {
             "noise_layout": LAYOUT_VERSION,
             "base_weights": base_fingerprint(model.network),
@@ -100,7 +108,7 @@ class RunRecords:
         with output_errors(f"cannot write in {self.directory}"):
             write_durably(self.directory / "config.yaml", config_yaml.encode())
 
-    def restore(self, log: MetricsLog) -> int:
+    def restore(self, trainer: Resumable, log: MetricsLog) -> int:
         """Continue from the newest good checkpoint; returns the iterations done, 0 if none was saved yet.
 
         Raises:
@@ -116,21 +124,14 @@ class RunRecords:
                 f"run.iterations: expected at least the {checkpoint.step} that the run has done, "
                 f"got {self.config.run.iterations}",
             )
-        self.learner.restore(checkpoint.tensors, checkpoint.state["learner"])
-        self.levels.restore(checkpoint.state.get("noise_level"))
-        if self.refresher is not None:
-            self.refresher.restore(checkpoint.tensors)
-        torch.set_rng_state(checkpoint.tensors["rng"]["torch"])
+        trainer.restore(checkpoint.tensors, checkpoint.state)
         log.truncate(checkpoint.state["metrics_position"])
         return checkpoint.step
 
-    def checkpoint(self, done: int, log: MetricsLog) -> None:
+    def checkpoint(self, trainer: Resumable, done: int, log: MetricsLog) -> None:
         """Save everything a bit-exact continuation needs."""
-        tensors = self.learner.tensors() | {"rng": {"torch": torch.get_rng_state()}}
-        if self.refresher is not None:
-            tensors |= self.refresher.tensors()
-        state = {"learner": self.learner.state(), "noise_level": self.levels.state()}
-        self.checkpoints.save(done, tensors, state | {"metrics_position": log.position()})
+        state = trainer.state() | {"metrics_position": log.position()}
+        self.checkpoints.save(done, trainer.tensors(), state)
 
     def due(self, every: int, done: int) -> bool:
         """Whether something that happens every so many iterations happens now (not at the very end)."""
@@ -148,8 +149,8 @@ class RunRecords:
                 captions=held_out.prompts[:count],
             )
 
-    def evaluated(self, when: str, evaluation: Evaluation, held_out: HeldOut) -> None:
-        """Keep the scores and pictures of the evaluation `when` ("before" or "after").
+    def evaluated(self, when: str, evaluation: Evaluation, held_out: HeldOut, log: MetricsLog, done: int) -> None:
+        """Keep the scores and pictures of the evaluation `when` ("before" or "after"), and show them to the loggers.
 
         Raises:
             RewardError: a reward has no score at all.
@@ -164,13 +165,18 @@ class RunRecords:
             text = json.dumps({"prompts": held_out.prompts, "scores": scores})
             write_durably(self.directory / f"evaluation-{when}.json", text.encode())
         self.samples(when, evaluation.images, held_out)
+        log.show({"iteration": done} | evaluation.metrics())
 
-    def finish(self, log: MetricsLog) -> str:
-        """Write adapter and report (the model must hold the weights to export); returns the closing message."""
+    def finish(self, log: MetricsLog, head: CompletionHead | None) -> str:
+        """Write adapter and report (the model must hold the weights to export); returns the closing message.
+
+        Args:
+            head: the run's completion head, if it was trained further.
+        """
         lora = self.config.lora
         with output_errors(f"cannot write in {self.directory}"):
-            if self.refresher is not None:
-                save_head(self.refresher.head, self.directory / "completion_head.safetensors")
+            if head is not None:
+                save_head(head, self.directory / "completion_head.safetensors")
             save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
             prompts, before = self._evaluation("before")
             _, after = self._evaluation("after")

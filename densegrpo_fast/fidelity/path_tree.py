@@ -13,34 +13,35 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.sampling.lookahead import CompletionState, Lookahead
-from densegrpo_fast.sampling.trajectory import Trajectory
+from densegrpo_fast.sampling.rollout import Rollout
 
 Path = tuple[int, ...]
 """Increasing grid indices at which a completion evaluates the model."""
 
 
 @torch.no_grad()
-def completions(lookahead: Lookahead, trajectory: Trajectory, *, max_nodes: int) -> Iterator[tuple[int, Path, Tensor]]:
+def completions(lookahead: Lookahead, rollout: Rollout, *, max_nodes: int) -> Iterator[tuple[int, Path, Tensor]]:
     """Complete every state along every path.
 
     Args:
         lookahead: completes them, in every way but its own plan, and without its head, which is for that plan.
-        trajectory: its rollout; states that a noise-free step joins to the next are left out, as their completions are
-            that one's.
+        rollout: what is completed; states that a noise-free step joins to the next are left out, as their completions
+            are that one's.
         max_nodes: evaluations of the longest path, at least 0.
 
     Yields:
         (state, path, clean latents [B, ...] float32), one evaluation each, except for the empty paths, of B rows or of
         those among them with a completion of their own.
     """
-    steps, sharing = trajectory.num_steps, lookahead.sharing(trajectory)
-    for state, root in lookahead.start(trajectory).items():
+    steps, dedup = rollout.coefficients.num_steps, lookahead.dedup(rollout)
+    rollout = rollout.evaluated(lookahead)
+    for state, root in lookahead.start(rollout).items():
         pending: list[tuple[Path, CompletionState]] = [((), root)]
         while pending:
             path, here = pending.pop()
-            yield state, path, sharing.spread(state, lookahead.jump([here], steps, trajectory.coefficients))
+            yield state, path, dedup.spread(state, lookahead.jump([here], steps, rollout.coefficients))
             for step_index in range(here.index + 1, steps) if len(path) < max_nodes else ():
-                pending.append(((*path, step_index), lookahead.advance({state: here}, step_index, trajectory)[state]))
+                pending.append(((*path, step_index), lookahead.advance({state: here}, step_index, rollout)[state]))
 
 
 def node_sets(num_steps: int, max_nodes: int) -> list[Path]:

@@ -1,0 +1,172 @@
+"""The model of a run: loaded as the configuration asks, with its adapter, on its device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from densegrpo_fast.calibration.store import read_calibration
+from densegrpo_fast.common.errors import SetupError, UsageError
+from densegrpo_fast.common.pretrained import silence_loading
+from densegrpo_fast.config import Config
+from densegrpo_fast.config.calibration import SIGNS, calibrated_steps
+from densegrpo_fast.config.sampling import ModelOptions
+from densegrpo_fast.models.attention import check_attention
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.loading import is_hub_id, load_sd3, pipeline_directory, resolve_dtype, text_files
+from densegrpo_fast.models.lora import add_lora
+from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
+from densegrpo_fast.models.sd3 import SD3
+
+logger = logging.getLogger(__name__)
+
+_LARGE = 2**30
+"""Bytes of a transformer's weights; SD3.5-Medium has five times as many."""
+
+
+def default_device() -> torch.device:
+    """The current GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def synchronizer(device: torch.device) -> Callable[[], object]:
+    """What a timer must call for the device to have finished."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Refuse to start on a large model without a GPU, before anything is downloaded or loaded.
+
+    Raises:
+        SetupError: as `run.memory_check refuse` asks for.
+    """
+    if config.run.memory_check == "refuse" and is_slow(config.model, device):
+        raise SetupError(
+            f"there is no CUDA device: {without_gpu(config.model)}. --dry-run tries these settings on a tiny random "
+            "model; run.memory_check warn goes on all the same"
+        )
+
+
+def build_model(config: Config, device: torch.device, dry_run: bool = False) -> FlowModel:
+    """The model with its adapter; in a dry run of a model that is not in the package, a tiny random one."""
+    options = config.model
+    if dry_run and options.path != "embedded":
+        with silence_loading():
+            from densegrpo_fast.models.tiny import tiny_sd3
+
+        model = tiny_sd3()
+        set_up(model, options)
+    else:
+        model = load_model(options, device)
+    check_calibration(config, model)
+    lora = config.lora
+    try:
+        add_lora(model.network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=lora.init_seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if options.compile is not None:
+        model.compile(options.compile)
+    return model
+
+
+def check_calibration(config: Config, model: FlowModel) -> None:
+    """Refuse a calibration that was made for another schedule than the model's.
+
+    Raises:
+        UsageError: the sigmas differ, or the file holds other levels than the configuration took from it.
+    """
+    if config.sampler.calibration is None:
+        return
+    made = read_calibration(Path(config.sampler.calibration))
+    made.check_sampler(config.sampler.num_steps, config.sampler.dynamics, calibrated_steps(config))
+    made.check_sigmas(model.sigmas(config.sampler.num_steps).tolist())
+    if made.noise_level != config.noise_levels:
+        raise UsageError(
+            f"sampler.calibration: {made.path} does not hold the levels of sampler.noise_level; has it just changed?",
+        )
+
+
+def load_model(options: ModelOptions, device: torch.device) -> SD3:
+    """The model as it comes, without an adapter.
+
+    Raises:
+        SetupError: it, or what it needs, cannot be loaded; UsageError: an option does not fit it.
+    """
+    dtype = resolve_dtype(options.dtype, device)
+    if is_slow(options, device):
+        logger.warning("there is no CUDA device: %s", without_gpu(options))
+    # before minutes are spent on loading
+    check_attention(options.attention, device, dtype)
+    model = load_sd3(
+        options.path,
+        device=device,
+        dtype=dtype,
+        max_sequence_length=options.max_sequence_length,
+        height=options.height,
+        width=options.width,
+        revision=options.revision,
+        vae_dtype=resolve_dtype(options.vae_dtype, device),
+        preview_decoder=options.preview_decoder,
+        preview_dtype=resolve_dtype(options.preview_dtype, device),
+        prompt_store=prompt_cache(options, dtype),
+    )
+    set_up(model, options)
+    return model
+
+
+def is_slow(options: ModelOptions, device: torch.device) -> bool:
+    """Whether a model without a GPU is one to wait hours for: known to be large, or not here yet to be looked at."""
+    if device.type != "cpu":
+        return False
+    weights = (Path(options.path).expanduser() / "transformer").glob("*.safetensors")
+    return is_hub_id(options.path) or sum(file.stat().st_size for file in weights) > _LARGE
+
+
+def without_gpu(options: ModelOptions) -> str:
+    """What a user should know who has no GPU for such a model."""
+    return (
+        f"{options.path} would run on the CPU, where a large model takes hours for an iteration; the embedded model "
+        "trains in minutes (python -m densegrpo_fast.train)"
+    )
+
+
+def set_up(model: SD3, options: ModelOptions) -> None:
+    """Apply the options that a loaded model takes: attention, decoding and gradient checkpointing."""
+    model.set_attention(options.attention)
+    model.decode_by(options.vae_decode)
+    if options.gradient_checkpointing:
+        model.checkpoint_gradients()
+
+
+def prompt_cache(options: ModelOptions, dtype: torch.dtype) -> PromptCache | None:
+    """The cache of `model.prompt_cache`, for this model's encoders alone; None without one."""
+    if options.prompt_cache is None:
+        return None
+    directory = pipeline_directory(options.path, options.revision)
+    settings = {
+        "encoders": files_fingerprint(directory, text_files(directory)),
+        "max_sequence_length": options.max_sequence_length,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return PromptCache(Path(options.prompt_cache).expanduser(), settings)
+
+
+def tiny_config(config: Config) -> Config:
+    """The configuration of a dry run: two samples of one prompt, and a reward that needs no weights."""
+    settings = config.model_dump()
+    settings["data"] |= {"num_prompts": 1}
+    settings["sampler"] |= {"group_size": 2, "micro_batch": 2}
+    if config.sampler.branches is not None:
+        settings["sampler"] |= {"branches": 2, "micro_batch": 1}
+    settings["optimizer"] |= {"updates_per_iteration": 1}
+    settings["calibration"] |= {"samples": SIGNS, "rounds": 1}
+    if config.model.path != "embedded":
+        settings["model"] |= {"height": 0, "width": 0}
+        # the levels stay; the tiny model that takes the place of this one has a schedule of its own
+        settings["sampler"] |= {"calibration": None}
+        settings["reward"] |= {"terms": {"jpeg_compressibility": 1.0}, "observed": [], "options": {}}
+        settings["data"] |= {"prompts": "scenes", "eval_prompts": "scenes"}
+    return Config.model_validate(settings)

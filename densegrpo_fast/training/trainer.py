@@ -1,0 +1,371 @@
+"""The trainer: one GRPO iteration, the parts it is made of, and a whole run.
+
+from densegrpo_fast import Trainer, load_config
+
+Trainer(load_config("embedded_dense")).run()  # as `python -m densegrpo_fast.train` does, with all its files
+
+trainer = Trainer(load_config("embedded_dense"))
+for iteration in range(10):
+    print(trainer.step(iteration)["reward"])  # without any file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from signal import Signals
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from densegrpo_fast.config import Config
+from densegrpo_fast.config.methods import credit_values
+from densegrpo_fast.config.yaml_files import dump_yaml
+from densegrpo_fast.credit import registry
+from densegrpo_fast.credit.inputs import CreditInputs
+from densegrpo_fast.credit.normalize import Advantages
+from densegrpo_fast.credit.smoothing import smooth_rewards
+from densegrpo_fast.flow.dynamics import C
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.completion_head import CompletionHead
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.run_files.alarms import Alarms, alarms_for
+from densegrpo_fast.run_files.loggers import Loggers, RunFacts
+from densegrpo_fast.run_files.metrics import MetricsLog, PhaseTimer, Progress
+from densegrpo_fast.run_files.run_directory import open_run_directory
+from densegrpo_fast.run_files.signals import GracefulStop
+from densegrpo_fast.sampling.branches import branch_rollout
+from densegrpo_fast.sampling.lookahead import Completions
+from densegrpo_fast.sampling.rollout import Rollout, initial_noise, rollout
+from densegrpo_fast.training.evaluation import Evaluation, HeldOut
+from densegrpo_fast.training.learner import Learner, LearnerOptions
+from densegrpo_fast.training.lookahead import build_lookahead, completion_ways
+from densegrpo_fast.training.memory import peak_metrics, prepare, start_peak
+from densegrpo_fast.training.meter import CostReport, Meter, MeteredHead, MeteredModel, MeteredReward
+from densegrpo_fast.training.models import build_model, default_device, synchronizer
+from densegrpo_fast.training.monitor import LookaheadMonitor
+from densegrpo_fast.training.noise_levels import NoiseLevels
+from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
+from densegrpo_fast.training.records import RunRecords, iteration_record
+from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward
+from densegrpo_fast.training.schedule import IterationSteps, Schedule
+
+
+class Experience(NamedTuple):
+    """What an iteration has sampled and learned from.
+
+    Attributes:
+        rollout: trajectories, or branches.
+        rewards: of their completions.
+        advantages: [P, G, T] of every step.
+        update: metrics of the policy update.
+    """
+
+    rollout: Rollout
+    rewards: RewardBatch
+    advantages: Advantages
+    update: dict[str, float]
+
+
+class UpdateStrategy(Protocol):
+    """The order in which an iteration's phases run, and where the update's gradients come from."""
+
+    def run(self, trainer: Trainer, batch: PromptBatch, steps: IterationSteps, iteration: int) -> Experience:
+        """Sample, reward and train by the trainer's phases: `sample`, `complete`, `score`, `credit`, `learner`."""
+
+
+class Replayed:
+    """One phase after the other, each for all steps; the update runs the forward of each trained step again.
+
+    It serves every credit method and any number of updates per sample.
+    """
+
+    def run(self, trainer: Trainer, batch: PromptBatch, steps: IterationSteps, iteration: int) -> Experience:
+        rollout = trainer.sample(batch, steps, iteration)
+        completions = trainer.complete(rollout)
+        rewards = trainer.score(rollout, completions, batch)
+        if trainer.monitor.due(iteration):
+            trainer.observe(rollout, rewards, batch, iteration)
+        advantages = trainer.credit(rollout, rewards)
+        update = trainer.update(rollout, advantages, steps)
+        return Experience(rollout, rewards, advantages, update)
+
+
+class RunResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        iterations: done in the whole run.
+        summary: what to tell the user; None if a signal stopped the run.
+        signal: that stopped it, after a checkpoint; None if it is complete.
+    """
+
+    iterations: int
+    summary: str | None
+    signal: Signals | None
+
+
+class Trainer:
+    """Trains a model's adapter by GRPO with a reward for every denoising step.
+
+    Args:
+        config: the run's, as `load_config` returns it.
+        tiny: whether a model that is not in the package is replaced by a tiny random one, as in a dry run.
+        strategy: order of the phases; None = `Replayed`.
+        model: ready made, with its adapter, in the place of the one that the configuration names.
+        reward: likewise; it also scores the held-out pictures.
+        head: likewise, the completion head of the lookahead.
+
+    Raises:
+        UserError: the model, a reward or a prompt file cannot be loaded, or does not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        tiny: bool = False,
+        strategy: UpdateStrategy | None = None,
+        model: FlowModel | None = None,
+        reward: RewardMixture | None = None,
+        head: CompletionHead | None = None,
+    ):
+        self.config, self.strategy = config, Replayed() if strategy is None else strategy
+        self.prompts = TrainingPrompts.of(config)
+        self.held_out = HeldOut.of(config)
+        self.reward = build_reward(config.reward.terms, config.reward.options) if reward is None else reward
+        self.observed = build_observer(config, self.reward) if reward is None else reward
+        self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
+        self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
+        self.policy = MeteredModel(self.model, self.meter)
+        self.learner = Learner(self.policy, LearnerOptions.of(config))
+        self.lookahead = build_lookahead(config, self.model, head)
+        self.schedule = Schedule(config, self.model)
+        if self.lookahead is not None:
+            self.lookahead.model = MeteredModel(self.lookahead.model, self.meter, lookahead=True)
+            if self.lookahead.head is not None:
+                self.lookahead.head = MeteredHead(self.lookahead.head, self.meter)
+        self.rewards = RewardComputer(config, self.policy, self.reward, self.lookahead, self.meter)
+        self.monitor = LookaheadMonitor(config, self.policy, self.rewards, self.lookahead, self.meter)
+        metered = MeteredReward(self.reward, self.meter)
+        self.noise_levels = NoiseLevels(config, self.policy, metered, self.prompts.prompts)
+        self.costs = CostReport(config, self.model, self.lookahead, self.meter)
+        self._observations: dict[str, float] = {}
+
+    def step(self, iteration: int) -> dict[str, Any]:
+        """One iteration (from 0): prompts -> rollout -> lookahead -> rewards -> credit -> update.
+
+        Returns:
+            Its record, as a line of metrics.jsonl has it (docs/metrics.md).
+
+        Raises:
+            RewardError: a reward failed; NonFiniteError: too many updates in a row were not finite; SetupError: the
+                memory does not even allow a single row.
+        """
+        self._begin()
+        batch = self.prompts.batch(iteration)
+        if self.noise_levels.due(iteration):
+            self.calibrate(iteration)
+        steps = self.schedule.at(iteration, self.noise_levels.levels)
+        experience = self.strategy.run(self, batch, steps, iteration)
+        return self._record(iteration, experience, steps)
+
+    def calibrate(self, iteration: int) -> None:
+        """Find the noise level of each step again, on the policy as it is."""
+        with self.phase("calibration"):
+            self._observations |= self.noise_levels.calibrate(iteration)
+
+    @torch.no_grad()
+    def sample(self, batch: PromptBatch, steps: IterationSteps, iteration: int) -> Rollout:
+        """Roll the policy out on B = P*G samples; all noise is a function of (seed, iteration, sample).
+
+        With `sampler.branches` C, sample p*G + n*C + c is branch c of trajectory n of prompt p. What the lookahead
+        needs is kept. If the memory runs out, the same noise is rolled out again with fewer rows per forward.
+        """
+        options, ahead = self.config.sampler, self.config.lookahead
+        with self.phase("rollout"):
+            index = torch.arange(0, len(batch.prompts), options.branches or 1, device=self.model.device)
+            first = index - index % options.group_size if options.shared_noise else index
+            noise = initial_noise(self.policy, first, seed=self.config.seed, iteration=iteration)
+            inputs = (self.policy, noise, self.policy.encode(batch.prompts), steps.coefficients)
+            common: dict[str, Any] = {
+                "sample_index": index,
+                "seed": self.config.seed,
+                "iteration": iteration,
+                "guidance_scale": options.guidance_scale,
+            }
+            if options.branches is not None:
+                branched = partial(branch_rollout, *inputs, branches=options.branches, **common)
+                return self.learner.rows.fitting(lambda rows: branched(micro_batch=rows))
+            drawn = partial(
+                rollout,
+                *inputs,
+                keep_guidance=self.config.uses_lookahead and ahead.guidance == "reuse",
+                keep_hidden=self.config.uses_lookahead and ahead.head is not None,
+                cache=None if self.lookahead is None else self.lookahead.cache,
+                **common,
+            )
+            trajectory = self.learner.rows.fitting(lambda rows: drawn(micro_batch=rows))
+            return replace(trajectory, shared=options.group_size) if options.shared_noise else trajectory
+
+    def complete(self, rollout: Rollout) -> Completions:
+        """The clean latents that the ODE reaches from the rollout's states; without a lookahead its ends alone."""
+        if self.lookahead is None:
+            return Completions.ends(rollout)
+        with self.phase("lookahead"):
+            self.lookahead.model.refresh()
+            rollout = rollout.evaluated(self.lookahead)
+            ways = completion_ways(self.config, self.lookahead)
+            return Completions.joined([way.completions(rollout) for way in ways])
+
+    def score(self, rollout: Rollout, completions: Completions, batch: PromptBatch) -> RewardBatch:
+        """Decode the completions and score their pictures."""
+        with self.phase("reward"):
+            return self.rewards.score(rollout, completions, batch)
+
+    def observe(self, rollout: Rollout, rewards: RewardBatch, batch: PromptBatch, iteration: int) -> None:
+        """Compare one prompt's rewards with exact ones, for the record."""
+        with self.phase("monitor"):
+            self._observations |= self.monitor.check(rollout, rewards, batch, iteration)
+
+    def credit(self, rollout: Rollout, rewards: RewardBatch) -> Advantages:
+        """Advantages [P, G, T] by the configured credit method."""
+        credit, coefficients = self.config.credit, rollout.coefficients
+        final, by_state = rewards.rewards, rewards.lookahead_rewards
+        if rewards.branch_rewards is not None:
+            final = rewards.branch_rewards[..., -1].flatten(1, 2).nanmean(-1)
+        if by_state is not None:
+            by_state = by_state[..., rollout.dedup().states]
+            if credit.smoothing:
+                std = coefficients.table[list(coefficients.noisy), C].to(by_state.device)
+                by_state = smooth_rewards(by_state, std, credit.smoothing)
+        inputs = CreditInputs(
+            rewards=final,
+            noisy=coefficients.noisy,
+            latents=rollout.latents,
+            velocities=rollout.velocities,
+            sigmas=coefficients.sigmas,
+            lookahead_rewards=by_state,
+            branch_rewards=rewards.branch_rewards,
+        )
+        return registry.advantages(credit.method, inputs, credit_values(credit))
+
+    def update(self, rollout: Rollout, advantages: Advantages, steps: IterationSteps) -> dict[str, float]:
+        """Train the adapter on the trained steps of all samples; metrics of the update."""
+        with self.phase("update"):
+            values = advantages.values.flatten(0, 1).to(self.model.device)
+            return self.learner.update(rollout, values, steps.trained, steps.weights)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Within the context, seconds and costs count for a phase."""
+        with self.timer(name), self.meter(name):
+            yield
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint needs, by group and name."""
+        groups = self.learner.tensors() | {"rng": {"torch": torch.get_rng_state()}}
+        refresher = self.monitor.refresher
+        return groups if refresher is None else groups | refresher.tensors()
+
+    def state(self) -> dict[str, Any]:
+        """The counters that go with `tensors`, as JSON data."""
+        return {"learner": self.learner.state(), "noise_level": self.noise_levels.state()}
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Continue from `tensors` and `state` of a checkpoint.
+
+        Raises:
+            CheckpointError: they belong to another model or another number of steps.
+        """
+        self.learner.restore(tensors, state["learner"])
+        self.noise_levels.restore(state.get("noise_level"))
+        if self.monitor.refresher is not None:
+            self.monitor.refresher.restore(tensors)
+        torch.set_rng_state(tensors["rng"]["torch"])
+
+    def run(self, *, resume: bool = False) -> RunResult:
+        """Train for `run.iterations` and write the run directory, as the train command does.
+
+        Args:
+            resume: continue the run in the directory.
+
+        Raises:
+            UserError: anything the user can act on; the checkpoints so far are kept.
+        """
+        config = self.config
+        with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
+            return self.run_in(directory, resume=resume)
+
+    def run_in(self, directory: Path, *, resume: bool = False) -> RunResult:
+        """`run` in a directory that `open_run_directory` has opened."""
+        config, total = self.config, self.config.run.iterations
+        prompts = self.prompts.used(total) + self.held_out.prompts
+        prepare(config, self.model, self.lookahead, prompts, self.observed)
+        records = RunRecords(directory, config, self.model)
+        print(
+            f"{config.preset}: {total} iterations of {config.data.num_prompts} prompts x {config.sampler.group_size} "
+            f"samples, into {directory}",
+            flush=True,
+        )
+        with MetricsLog(directory / "metrics.jsonl") as log, GracefulStop() as stop:
+            start = records.restore(self, log) if resume else 0
+            log.also(Loggers(config.run.loggers, RunFacts(directory, config.model_dump(mode="json"), start)))
+            alarms = Alarms(alarms_for(config), past=log.records())
+            if start == 0:
+                records.begin(dump_yaml(config.self_contained()))
+                records.evaluated("before", self.held_out.evaluate(self.model, self.observed), self.held_out, log, 0)
+            with Progress(total, start) as progress:
+                for iteration in range(start, total):
+                    record, done = self.step(iteration), iteration + 1
+                    if records.due(config.evaluation.every, done):
+                        evaluation = self.evaluate()
+                        record |= evaluation.metrics()
+                        records.samples(f"iteration-{done:05d}", evaluation.images, self.held_out)
+                    if alarmed := alarms.check(record):
+                        record["alarms"] = alarmed
+                    log.append(record)
+                    progress.update(done, reward=record["reward"])
+                    if stop.requested or records.due(config.run.checkpoint_every, done):
+                        records.checkpoint(self, done, log)
+                    if stop.requested:
+                        progress.write(f"stopped after iteration {done}; continue with --resume")
+                        return RunResult(done, None, stop.signal)
+            records.checkpoint(self, total, log)
+            with self.learner.averaged():
+                evaluation = self.held_out.evaluate(self.model, self.observed)
+                records.evaluated("after", evaluation, self.held_out, log, total)
+                refresher = self.monitor.refresher
+                summary = records.finish(log, head=None if refresher is None else refresher.head)
+        return RunResult(total, summary, None)
+
+    def evaluate(self) -> Evaluation:
+        """Scores and pictures of the held-out prompts, with the running average of the weights if one is kept."""
+        with self.learner.averaged():
+            return self.held_out.evaluate(self.model, self.observed)
+
+    def _begin(self) -> None:
+        self.timer.reset()
+        self.meter.reset()
+        self._observations = {}
+        start_peak(self.model.device)
+
+    def _record(self, iteration: int, experience: Experience, steps: IterationSteps) -> dict[str, Any]:
+        samples = experience.rollout.batch * experience.rollout.branches
+        costs = self.costs.metrics(steps.coefficients.num_steps, len(steps.trained), samples)
+        coefficients = experience.rollout.coefficients
+        record = iteration_record(
+            iteration + 1,
+            coefficients.noisy,
+            experience.rewards,
+            experience.advantages,
+            experience.update | costs,
+            self.timer.seconds(),
+        )
+        record |= self.noise_levels.metrics() | self._observations | peak_metrics(self.model.device)
+        record["cpu_seconds"] = self.timer.cpu_seconds()
+        return record
