@@ -245,7 +245,9 @@ def places_of(
         pairs = [(grid[step], grid[step + 1]) for step in steps]
         known: tuple[int | None, ...] = steps
     else:
-        before, after = _sigmas(timestep), _sigmas(timestep_next)
+        # divided in the timesteps' own dtype, as the host does
+        times = (host_tensor(time) if isinstance(time, Tensor) else time for time in (timestep, timestep_next))
+        before, after = (_numbers(time / TIMESTEPS_PER_SIGMA) for time in times)
         count = max(len(before), len(after))
         pairs = list(zip(_repeated(before, count), _repeated(after, count), strict=True))
         values = tuple(_repeated(_numbers(timestep), count))
@@ -312,13 +314,6 @@ def _levels(
 def _numbers(value: float | Tensor) -> tuple[float, ...]:
     """Values as float32 numbers, which the host compares and computes with."""
     return host_values(host_tensor(value).float() if isinstance(value, Tensor) else torch.tensor(float(value)))
-
-
-def _sigmas(timestep: float | Tensor) -> tuple[float, ...]:
-    """timestep / 1000 in the timestep's own dtype, then in float32."""
-    if isinstance(timestep, Tensor):
-        return _numbers(host_tensor(timestep) / TIMESTEPS_PER_SIGMA)
-    return _numbers(timestep / TIMESTEPS_PER_SIGMA)
 
 
 def _first(values: Sequence[float], wanted: float, otherwise: int | None) -> int | None:
