@@ -106,6 +106,15 @@ def test_a_part_imports_only_what_it_may(part: str) -> None:
     assert not offences
 
 
+def test_the_files_of_a_run_know_nothing_of_training() -> None:
+    above = {"training", "sampling", "rewards", "credit", "objective", "calibration", "fidelity", "doctor"}
+    assert not [
+        found
+        for found in IMPORTS
+        if part_of(found.importer) == "run_files" and internal(found.target) and part_of(found.target) in above
+    ]
+
+
 @pytest.mark.parametrize("part", TORCH_ONLY)
 def test_a_torch_only_part_needs_nothing_else(part: str) -> None:
     known = {*sys.stdlib_module_names, "torch", *(["triton"] if part == "kernels" else [])}

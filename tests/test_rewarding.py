@@ -14,10 +14,10 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.run_files.metrics import PhaseTimer
 from densegrpo_fast.sampling.rollout import Trajectory
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.experience import RewardBatch, RewardComputer, sample
+from densegrpo_fast.training.prompts import PromptBatch
+from densegrpo_fast.training.rewarding import RewardBatch
+from densegrpo_fast.training.trainer import Trainer
 
 Policy = Callable[..., FlowModel]
 
@@ -49,10 +49,13 @@ def configured(**options: object) -> Config:
     return load_config(["--config=embedded_dense", *given])[0]
 
 
-def judged(config: Config, model: FlowModel, reward: Any = brightness) -> tuple[Trajectory, RewardBatch]:
-    judge = RewardComputer(config, model, RewardMixture({"r": (reward, 1.0)}), builders.build_lookahead(config, model))
-    trajectory = sample(config, model, ROWS, builders.build_coefficients(config, model), 0)
-    return trajectory, judge.judge(trajectory, ROWS, [{}] * len(ROWS), PhaseTimer())
+def rewarded(config: Config, model: FlowModel, reward: Any = brightness) -> tuple[Trainer, Trajectory, RewardBatch]:
+    """One rollout of `ROWS` with its rewards."""
+    trainer = Trainer(config, model=model, reward=RewardMixture({"r": (reward, 1.0)}))
+    batch = PromptBatch(ROWS, [{}] * len(ROWS), config.sampler.group_size)
+    trajectory = trainer.sample(batch, trainer.schedule.at(0), 0)
+    assert isinstance(trajectory, Trajectory)
+    return trainer, trajectory, trainer.score(trajectory, trainer.complete(trajectory), batch)
 
 
 def ends(model: FlowModel, trajectory: Trajectory, decoder: Decoder) -> Tensor:
@@ -68,7 +71,7 @@ def test_the_final_reward_is_the_full_decoders_and_gains_are_previews(
 ) -> None:
     model = tiny_policy()
     config = configured(**{"reward.overlap": overlap, "sampler.shared_noise": shared})
-    trajectory, outcome = judged(config, model)
+    _, trajectory, outcome = rewarded(config, model)
     full, preview = ends(model, trajectory, "full"), ends(model, trajectory, "preview")
     assert (full - preview).abs().min() > 1e-3
     torch.testing.assert_close(outcome.rewards, full, rtol=1e-5, atol=1e-5)
@@ -82,7 +85,7 @@ def test_the_final_reward_is_the_full_decoders_and_gains_are_previews(
 
 
 def test_with_the_full_decoder_the_end_is_decoded_once(tiny_policy: Policy) -> None:
-    _, outcome = judged(configured(**{"lookahead.decoder": "full"}), tiny_policy())
+    _, _, outcome = rewarded(configured(**{"lookahead.decoder": "full"}), tiny_policy())
     assert outcome.scores.values.numel() == (STEPS + 1) * 6
     assert outcome.lookahead_rewards is not None
     assert torch.equal(outcome.lookahead_rewards[..., -1], outcome.rewards)
@@ -104,25 +107,26 @@ class Blind:
 def test_a_missing_final_reward_is_missing_where_it_is_used_alone(tiny_policy: Policy) -> None:
     """Without overlap the reward sees the previews in its first call, and the 6 final images in its second."""
     model = tiny_policy()
-    _, whole = judged(configured(), model)
-    _, dense = judged(configured(), model, Blind(2, [1]))
+    trainer, trajectory, whole = rewarded(configured(), model)
+    _, _, dense = rewarded(configured(), model, Blind(2, [1]))
     assert dense.rewards.isnan().nonzero().tolist() == [[0, 1]]
     assert dense.scores.missing_share == pytest.approx(1 / 36)
     # the gains know nothing of it
-    assert torch.equal(dense.advantages.values, whole.advantages.values)
-    _, mixed = judged(configured(**{"credit.method": "mixture"}), model, Blind(2, [1]))
-    assert not mixed.advantages.values[0, 1].any() and mixed.advantages.values[0, 0].all()
-    assert mixed.advantages.missing == pytest.approx(1 / 6)
+    assert torch.equal(trainer.credit(trajectory, dense).values, trainer.credit(trajectory, whole).values)
+    mixing, trajectory, mixed = rewarded(configured(**{"credit.method": "mixture"}), model, Blind(2, [1]))
+    advantages = mixing.credit(trajectory, mixed)
+    assert not advantages.values[0, 1].any() and advantages.values[0, 0].all()
+    assert advantages.missing == pytest.approx(1 / 6)
 
 
 def test_a_missing_preview_of_the_end_leaves_the_final_reward(tiny_policy: Policy) -> None:
     model = tiny_policy()
     # of states 0..4 times 6 rows, the end of row 4
-    _, found = judged(configured(), model, Blind(1, [4 * 6 + 4]))
+    _, _, found = rewarded(configured(), model, Blind(1, [4 * 6 + 4]))
     assert not found.rewards.isnan().any()
     assert found.gains is not None and found.gains.isnan().nonzero().tolist() == [[1, 1, STEPS - 1]]
 
 
 def test_missing_final_rewards_count_towards_what_is_allowed(tiny_policy: Policy) -> None:
     with pytest.raises(UserError, match=r"17% of the scores are missing, reward.max_missing allows 10%"):
-        judged(configured(**{"reward.max_missing": 0.1}), tiny_policy(), Blind(2, list(range(6))))
+        rewarded(configured(**{"reward.max_missing": 0.1}), tiny_policy(), Blind(2, list(range(6))))
