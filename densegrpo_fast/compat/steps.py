@@ -1,7 +1,9 @@
-"""Steps of hosts that name them by their place in a grid of noise levels: coefficients, mean, sampling, scoring.
+"""From a host's step to our ops: its signature, then coefficients, mean, sampling, scoring.
 
 All formulas are those of `flow.dynamics`; what a host does differently is data here: a mean without the score, a
-log-density without its constants, what it returns where there is no noise.
+log-density without its constants, what it returns where there is no noise. There the hosts' log-probabilities are NaN
+or infinite, but the ops take finite coefficients: a noise-free step is scored by its distance, and the host's own
+factor of that distance is applied to the result (`HostTable`).
 """
 
 from __future__ import annotations
@@ -10,18 +12,106 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import Parameter, Signature
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat._host_table import HostTable, host_table
-from densegrpo_fast.compat._host_values import host_values
-from densegrpo_fast.compat.flow_grpo.rng import PhiloxNoise
-from densegrpo_fast.flow import reference
+from densegrpo_fast.compat.host_values import host_values
+from densegrpo_fast.compat.rng import PhiloxNoise
+from densegrpo_fast.flow import ops, reference
 from densegrpo_fast.flow.dynamics import LOG_PROB_CONST, LOG_PROB_SCALE, A, B, C, Family, coefficients
 
 Row = tuple[float, ...]
 """One row of `dynamics.coefficients`."""
+
+
+def as_host(body: Callable[..., Any], name: str, signature: Signature) -> Callable[..., Any]:
+    """A function of a host's name and signature.
+
+    Args:
+        body: takes the first argument by place and the others by name.
+        name: of the function, or `Class.name`.
+        signature: as the host has it.
+    """
+    parameters = dict(signature.parameters)
+    first, *_ = parameters
+    defaults = {key: value.default for key, value in parameters.items() if value.default is not Parameter.empty}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(parameters, args, strict=False), **kwargs)
+        options = defaults | given
+        if len(given) != len(args) + len(kwargs) or options.keys() != parameters.keys():
+            signature.bind(*args, **kwargs)  # raises, and says what is wrong
+        return body(options.pop(first), **options)
+
+    call.__module__, call.__name__, call.__qualname__ = body.__module__, name.rpartition(".")[2], name
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.__doc__ = f"The host's {name}; see the docstring of the module."
+    return call
+
+
+@dataclass(frozen=True, eq=False)
+class HostTable:
+    """Coefficients of steps on one device.
+
+    Attributes:
+        rows: [T, 6] float32, columns as in `flow.dynamics`, log-probability columns as the host has them.
+        usable: the same for the ops, all finite.
+        factor: [T] float32, of the ops' log-probabilities; None where all are 1.
+    """
+
+    rows: Tensor
+    usable: Tensor
+    factor: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, device: torch.device, *, nowhere: bool = False) -> HostTable:
+        """Make the table of rows [T, 6] float32 that lie on the CPU.
+
+        Args:
+            rows: coefficients; only the log-probability columns may have entries that are not finite.
+            device: where the table is to lie.
+            nowhere: add a row T of NaN; the ops take it on an accelerator only.
+        """
+        scale = rows[:, LOG_PROB_SCALE]
+        silent = ~scale.isfinite()
+        usable = rows.clone()
+        usable[silent, LOG_PROB_SCALE], usable[silent, LOG_PROB_CONST] = 1.0, 0.0
+        tensors = [rows, usable, scale.where(silent, 1.0)]
+        if nowhere:
+            tensors = [torch.cat([tensor, torch.full_like(tensor[:1], math.nan)]) for tensor in tensors]
+        # without waiting for the device
+        rows, usable, factor = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return cls(rows, usable, factor if silent.any() else None)
+
+    def log_prob(self, latents: Tensor, velocity: Tensor, next_latents: Tensor, index: int | Tensor) -> Tensor:
+        """log_prob of a next state, [B], in the compute dtype; differentiable in `velocity`.
+
+        Args:
+            latents, velocity, next_latents: [B, ...].
+            index: step of every row: one int, or [B] int64.
+        """
+        return self._scaled(ops.sde_log_prob(latents, velocity, next_latents.detach(), self.usable, index), index)
+
+    def draw(
+        self, philox: PhiloxNoise, latents: Tensor, velocity: Tensor, index: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A next state with noise from counters, and its log_prob, without gradient; arguments as for `log_prob`."""
+        next_latents, log_prob = philox.step(latents, velocity, self.usable, index)
+        return next_latents, self._scaled(log_prob, index)
+
+    def _scaled(self, log_prob: Tensor, index: int | Tensor) -> Tensor:
+        return log_prob if self.factor is None else log_prob * self.factor[index]
+
+
+@lru_cache(maxsize=256)
+def host_table(rows: Sequence[Sequence[float]], device: torch.device) -> HostTable:
+    """`HostTable.of` rows of numbers; kept, so that later steps copy nothing. Not to be changed in place."""
+    # Later calls may need gradients even if this one may not.
+    with torch.inference_mode(False):
+        return HostTable.of(torch.tensor(rows, dtype=torch.float32), device)
 
 
 @dataclass(frozen=True)
@@ -53,6 +143,15 @@ class Step:
     def table(self, device: torch.device) -> HostTable:
         """The rows on a device."""
         return host_table(self.rows, device)
+
+
+@lru_cache(maxsize=64)
+def second_places(timesteps: tuple[float, ...]) -> dict[float, int]:
+    """Timestep -> its step; as in diffusers, one that occurs twice means its second place."""
+    places: dict[float, list[int]] = {}
+    for place, value in enumerate(timesteps):
+        places.setdefault(value, []).append(place)
+    return {value: found[min(1, len(found) - 1)] for value, found in places.items()}
 
 
 def unit_grid(sigmas: Tensor) -> tuple[float, ...]:
@@ -124,14 +223,6 @@ def host_rows(
     return tuple(map(tuple, rows))
 
 
-@lru_cache(maxsize=256)
-def device_table(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    """Rows of numbers as a float32 tensor; kept, so that later steps copy nothing. Not to be changed in place."""
-    # Later calls may need gradients even if this one may not.
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.float32).to(device)
-
-
 def mean_of(latents: Tensor, velocity: Tensor, row: Row) -> Tensor:
     """Mean of the next state, in the compute dtype; Euler's step to the bit where A is 1."""
     dtype = reference.compute_dtype(latents, velocity)
@@ -170,7 +261,7 @@ def philox_normal(philox: PhiloxNoise, like: Tensor, step_index: int | Tensor, n
         num_steps: T.
     """
     zero = torch.zeros_like(like)
-    table = device_table(((0.0, 0.0, 1.0, 1.0, 0.0, 0.0),) * num_steps, like.device)
+    table = host_table(((0.0, 0.0, 1.0, 1.0, 0.0, 0.0),) * num_steps, like.device).rows
     return philox.step(zero, zero, table, step_index)[0]
 
 

@@ -1,4 +1,7 @@
-"""Replace functions of another codebase, whether it has been imported already or will be later.
+"""Find, compare, replace and put back functions of another codebase, imported already or later.
+
+Each original is first compared with its replacement: by its parameters, then by what it returns for a few numbers. A
+copy that differs is refused before anything is replaced.
 
 A function that was bound by `from host.module import function` lives on under the importer's name, so replacing the
 host's attribute alone would leave old bindings in use. `Patch.install` therefore looks through every imported module,
@@ -12,8 +15,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -21,7 +25,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from densegrpo_fast.compat.hosts import HOSTS
+from densegrpo_fast.compat.rng import make_noise
+
 _logger = logging.getLogger(__name__)
+
+
+Build = Callable[..., tuple[Any, str]]
+"""Takes an original, returns its replacement and a few words on it; raises `CompatError` where it is not the known one.
+
+It may return the original itself, to leave it as it is.
+"""
 
 
 class CompatError(RuntimeError):
@@ -35,14 +49,13 @@ class Target:
     Attributes:
         module: full name of the host's module that defines it; `__main__` for a function of the user's script.
         name: the name there, or `Class.name` for an attribute of a class.
-        build: takes the original, returns its replacement and a few words on it; raises `CompatError` when the
-            original is not what the replacement stands for. It may return the original itself, to leave it as it is.
+        build: makes the replacement.
         required: whether a module without the name is an error.
     """
 
     module: str
     name: str
-    build: Callable[[Any], tuple[Any, str]]
+    build: Build
     required: bool = True
 
 
@@ -78,7 +91,7 @@ class Patch:
             self._targets.setdefault(target.module, []).append(target)
         self._say = say or _logger.info
         self._replaced: list[_Replaced] = []
-        self._finder = _AfterImport(set(self._targets), self._patch_module)
+        self._finder = _AfterImport(set(self._targets), self._replace)
 
     @property
     def installed(self) -> bool:
@@ -96,9 +109,7 @@ class Patch:
             return self
         _check_package(self.package, self._targets)
         present = [sys.modules[name] for name in self._targets if isinstance(sys.modules.get(name), ModuleType)]
-        prepared = [entry for module in present for entry in self._prepare(module)]
-        for entry in prepared:
-            self._apply(entry)
+        self._replace(*present)
         sys.meta_path.insert(0, self._finder)
         return self
 
@@ -138,14 +149,13 @@ class Patch:
     def __exit__(self, *exception: object) -> None:
         self.uninstall()
 
-    def _patch_module(self, module: ModuleType) -> None:
-        for entry in self._prepare(module):
-            self._apply(entry)
-
-    def _prepare(self, module: ModuleType) -> list[_Replaced]:
+    def _replace(self, *modules: ModuleType) -> None:
+        """Replace what some modules define; everything is compared before anything is replaced."""
         entries = []
-        for target in self._targets[module.__name__]:
-            owner, name = _owner(module, target.name)
+        pairs = [(module, target) for module in modules for target in self._targets[module.__name__]]
+        for module, target in pairs:
+            path, _, name = target.name.rpartition(".")
+            owner = vars(module).get(path) if path else module
             if owner is None or name not in vars(owner):
                 if not target.required:
                     continue
@@ -156,7 +166,8 @@ class Patch:
             original = vars(owner)[name]
             replacement, note = target.build(original)
             entries.append(_Replaced(target, original, replacement, note, owner if isinstance(owner, type) else None))
-        return entries
+        for entry in entries:
+            self._apply(entry)
 
     def _apply(self, entry: _Replaced) -> None:
         if entry.replacement is entry.original:
@@ -198,12 +209,6 @@ def _check_package(package: str, modules: Collection[str]) -> None:
             f"the package {package} ({', '.join(map(str, places)) or 'a single file'}) has none of the modules "
             f"{', '.join(modules)}: it is another project, or a version that is not known here; nothing was replaced"
         )
-
-
-def _owner(module: ModuleType, name: str) -> tuple[Any, str]:
-    """What holds a name, the module or a class in it (None if there is none), and the last part of the name."""
-    path, _, last = name.rpartition(".")
-    return (vars(module).get(path) if path else module), last
 
 
 def _rebind(old: Any, new: Any) -> list[str]:
@@ -251,3 +256,66 @@ class _AfterImport(MetaPathFinder):
 
         # On the instance: a loader of another class would lose what inspect and linecache ask of it.
         loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+_in_force: dict[str, tuple[Patch, object]] = {}
+"""The patch of each of the table's hosts, and the options that it was made with."""
+
+
+def install_host(
+    host: str,
+    replacements: Callable[..., Mapping[str, Build]],
+    say: Callable[[str], None] | None,
+    *,
+    rng: str,
+    seed: int | None,
+    fixes: Collection[str],
+    **options: Any,
+) -> Patch:
+    """Patch a host of the table; nothing happens if that was done with the same options.
+
+    Args:
+        host: name of the host.
+        replacements: makes what replaces each name from the options; names that it leaves out stay.
+        say: as in `Patch`.
+        rng, seed: as in `rng.make_noise`.
+        fixes: names of the host's fixes.
+        options: further ones, for `replacements`.
+
+    Raises:
+        CompatError: the host is not installed, or an original is not what is known; then nothing was replaced.
+        ValueError: an option is wrong.
+    """
+    known = HOSTS[host]
+    if isinstance(fixes, str):
+        raise ValueError(f"fixes must be a collection of names, got the string {fixes!r}")
+    for fix in fixes:
+        if fix not in known.fixes:
+            raise ValueError(f"unknown fix {fix!r}; known are: {', '.join(known.fixes) or 'none'}")
+    make_noise(rng, seed)
+    options |= {"rng": rng, "seed": seed, "fixes": frozenset(fixes)}
+    patch, wanted = _in_force.get(known.patch, (None, None))
+    if patch is not None and patch.installed:
+        if wanted == (host, options):
+            return patch
+        patch.uninstall()
+    builds = replacements(**options)
+    targets = [
+        Target(
+            entry.module,
+            entry.name,
+            partial(builds[entry.name], version=entry.version) if entry.version else builds[entry.name],
+            entry.required,
+        )
+        for entry in known.replaced
+        if entry.name in builds
+    ]
+    patch = Patch(known.package, targets, say).install()
+    _in_force[known.patch] = patch, (host, options)
+    return patch
+
+
+def uninstall_host(host: str) -> None:
+    """Put the host's own functions back; nothing happens if nothing is replaced."""
+    if HOSTS[host].patch in _in_force:
+        _in_force.pop(HOSTS[host].patch)[0].uninstall()

@@ -4,7 +4,7 @@ The script is executed here rather than by `runpy.run_path`, which rewrites `sys
 before exit handlers run.
 
 A process that `multiprocessing` spawns executes the script again, under the name `__mp_main__`. Its parent names
-`launch_spawned.py` in the script's place, which calls `resume`.
+`spawned_main.py` in the script's place, which calls `resume`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from densegrpo_fast.compat._patch import Patch
+    from densegrpo_fast.compat.patch import Patch
 
 _HOOK = "__densegrpo_fast_on_definition__"
 _LAUNCHED = "DENSEGRPO_FAST_LAUNCHED"
@@ -71,14 +71,14 @@ def resume(namespace: dict[str, Any]) -> None:
 
 
 def _pass_on(script: Path, host: str, options: dict[str, Any]) -> None:
-    """Let processes that are spawned from here begin with `launch_spawned.py` in place of the script."""
+    """Let processes that are spawned from here begin with `spawned_main.py` in place of the script."""
     os.environ[_LAUNCHED] = json.dumps([str(script), host, options])
     before = multiprocessing.spawn.get_preparation_data
 
     def prepared(name: str) -> dict[str, Any]:
         data = before(name)
         if data.get("init_main_from_path") == str(script):
-            data["init_main_from_path"] = str(Path(__file__).with_name("launch_spawned.py"))
+            data["init_main_from_path"] = str(Path(__file__).with_name("spawned_main.py"))
         return data
 
     multiprocessing.spawn.get_preparation_data = prepared
@@ -88,13 +88,9 @@ def _execute(script: Path, patch: Patch, namespace: dict[str, Any]) -> None:
     source: bytes | ast.Module = script.read_bytes()
     if patch.script_names:
         namespace[_HOOK] = patch.on_definition
-        source = _decorated(ast.parse(source, str(script)), patch.script_names)
+        source = ast.parse(source, str(script))
+        for node in source.body:
+            if isinstance(node, ast.FunctionDef) and node.name in patch.script_names:
+                # the hook decorates the script's own function; lines stay as they are
+                node.decorator_list.insert(0, ast.copy_location(ast.Name(_HOOK, ast.Load()), node))
     exec(compile(source, str(script), "exec", dont_inherit=True), namespace)
-
-
-def _decorated(tree: ast.Module, names: frozenset[str]) -> ast.Module:
-    """Decorate a script's own functions of some names with the hook; lines stay as they are."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name in names:
-            node.decorator_list.insert(0, ast.copy_location(ast.Name(_HOOK, ast.Load()), node))
-    return tree

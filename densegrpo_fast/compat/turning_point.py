@@ -31,23 +31,23 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.compat import flow_grpo
-from densegrpo_fast.compat._install import checked_fixes
-from densegrpo_fast.compat._patch import CompatError, Patch, Target
 from densegrpo_fast.compat.flow_grpo.pipelines import (
-    FAST,
+    has_form,
     pipeline_with_logprob_fast,
     sample,
-    signature_of,
+    states_of,
+    step_of,
     window_levels,
     window_of,
-    with_signature,
 )
-from densegrpo_fast.compat.flow_grpo.probe import known_form, states_of, step_of
-from densegrpo_fast.compat.flow_grpo.rng import host_noise, make_noise
 from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
 from densegrpo_fast.compat.flow_grpo.sd3 import Rollout, Run, Step, decode, prepare
 from densegrpo_fast.compat.flow_grpo.step import step_function
+from densegrpo_fast.compat.hosts import HOSTS, MIXED, ODE, signature_of
+from densegrpo_fast.compat.patch import Build, CompatError, Patch, install_host, uninstall_host
 from densegrpo_fast.compat.pipeline_model import PipelineModel, conditioning_of, plan_from, trajectory_from
+from densegrpo_fast.compat.rng import host_noise, make_noise
+from densegrpo_fast.compat.steps import as_host
 from densegrpo_fast.sampling.lookahead import Lookahead
 
 __all__ = [
@@ -60,21 +60,7 @@ __all__ = [
     "uninstall",
 ]
 
-MIXED, ODE = "pipeline_mixed_sampling_with_intermediate_ode", "pipeline_ode_sampling"
-_ODE_ARGUMENTS = (
-    "prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-    "num_inference_steps",
-    "guidance_scale",
-    "output_type",
-    "height",
-    "width",
-    "generator",
-    "sde_type",
-)
-_SAME = _ODE_ARGUMENTS[:6]
+_SAME = list(signature_of(ODE).parameters)[1:7]
 """What a noise-free call and the mixed call before it must agree in to share the initial noise."""
 
 _step = step_function("V3")
@@ -112,7 +98,8 @@ def make_samplers(
     pipeline = pipeline or (lambda: pipeline_with_logprob_fast)
     last: dict[str, Any] = {}
 
-    def mixed(host: Any, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    @torch.no_grad()
+    def mixed(host: Any, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         run = prepare(host, options, float32=float32)
         num_steps = len(run.timesteps)
         window = first, end = window_of(options, num_steps)
@@ -131,22 +118,23 @@ def make_samplers(
         later = [
             {
                 "sde_steps_count": number,
-                "images": image if taken == steps[-1] else decode(host, clean[taken + 1], form),
-                "specific_sde_start": taken,
+                "images": image if index == steps[-1] else decode(host, clean[index + 1], form),
+                "specific_sde_start": index,
             }
-            for number, taken in enumerate(steps, 1)
+            for number, index in enumerate(steps, 1)
         ]
         host.maybe_free_model_hooks()
         main = {
             "images": image,
-            "latents": [done.latents[taken] for taken in steps],
-            "next_latents": [done.latents[taken + 1] for taken in steps],
-            "log_probs": [done.log_probs[taken] for taken in steps],
-            "timesteps": [run.timesteps[taken] for taken in steps],
+            "latents": [done.latents[index] for index in steps],
+            "next_latents": [done.latents[index + 1] for index in steps],
+            "log_probs": [done.log_probs[index] for index in steps],
+            "timesteps": [run.timesteps[index] for index in steps],
         }
         return main, later
 
-    def ode(host: Any, options: Mapping[str, Any]) -> Any:
+    @torch.no_grad()
+    def ode(host: Any, **options: Any) -> Any:
         if not shared_noise:
             return pipeline()(host, **options, noise_level=0, sde_window_size=0)[0]
         call = last.pop("call", None)
@@ -157,11 +145,7 @@ def make_samplers(
             )
         return last.pop("images")
 
-    empty = dict.fromkeys(_ODE_ARGUMENTS, inspect.Parameter.empty)
-    return (
-        with_signature(mixed, MIXED, signature or signature_of("pipeline", FAST)),
-        with_signature(ode, ODE, signature_of("pipeline", empty)),
-    )
+    return as_host(mixed, MIXED, signature or signature_of(MIXED)), as_host(ode, ODE, signature_of(ODE))
 
 
 def _completions(run: Run, done: Rollout, levels: list[float], start: int, chunk: int | None) -> dict[int, Tensor]:
@@ -195,11 +179,7 @@ def _same(one: Any, other: Any) -> bool:
 pipeline_mixed_sampling_with_intermediate_ode, pipeline_ode_sampling = make_samplers()
 
 
-FIXES = {
-    **flow_grpo.FIXES,
-    "shared_noise": "noise-free sampling starts from the initial noise of the mixed sampling before it, as the paper "
-    "says, and costs its completion only",
-}
+FIXES = HOSTS["turning_point"].fixes
 """Flaws of the host that `install(fixes=...)` takes away, one by one; all are kept unless named."""
 
 
@@ -227,16 +207,16 @@ def install(
         CompatError: the host is not installed, or its step is not one that is known here.
         ValueError: an option is wrong.
     """
-    options = {"version": version, "rng": rng, "seed": seed, "tracker": tracker, "chunk": chunk}
-    return flow_grpo.INSTALLER.install(say, make=_targets, **options, fixes=checked_fixes(fixes, FIXES))
+    options = {"version": version, "tracker": tracker, "chunk": chunk}
+    return install_host("turning_point", _replacements, say, rng=rng, seed=seed, fixes=fixes, **options)
 
 
 def uninstall() -> None:
     """Put the host's own functions back; nothing happens if nothing is replaced."""
-    flow_grpo.uninstall()
+    uninstall_host("turning_point")
 
 
-def _targets(*, rng: str, chunk: int | None, fixes: frozenset[str], **others: Any) -> list[Target]:
+def _replacements(*, rng: str, chunk: int | None, fixes: frozenset[str], **others: Any) -> Mapping[str, Build]:
     shared_noise, float32 = "shared_noise" in fixes, "float32_states" in fixes
     make = partial(make_samplers, rng=rng, shared_noise=shared_noise, chunk=chunk)
     make()
@@ -244,14 +224,11 @@ def _targets(*, rng: str, chunk: int | None, fixes: frozenset[str], **others: An
 
     def replace_mixed(host: Sampler) -> tuple[Sampler, str]:
         signature, step, globals_ = inspect.signature(host), step_of(host), inspect.unwrap(host).__globals__
-        if known_form(tuple(signature.parameters)[1:], (FAST,)) is None:
+        if not has_form(signature, "fast"):
             return host, "left as it is: its arguments are not known; it calls the replaced step"
         # the host also rounds inside the completions, to bfloat16 in this comparison
         kept, reason = states_of(
-            host,
-            lambda keep: make_samplers(step=step, float32=keep, signature=signature)[0],
-            FAST,
-            rounded_tolerance=0.05,
+            host, lambda keep: make_samplers(step=step, float32=keep, signature=signature)[0], rounded_tolerance=0.05
         )
         if kept is None:
             return host, f"left as it is: {reason}; it calls the replaced step"
@@ -264,13 +241,8 @@ def _targets(*, rng: str, chunk: int | None, fixes: frozenset[str], **others: An
         return samplers[0], f"lookahead, rng {rng}{', shared noise' * shared_noise}"
 
     def replace_ode(host: Sampler) -> tuple[Sampler, str]:
-        if not samplers or tuple(inspect.signature(host).parameters)[1:] != _ODE_ARGUMENTS:
+        if not samplers or list(inspect.signature(host).parameters)[1:] != list(signature_of(ODE).parameters)[1:]:
             return host, "left as it is; it calls the replaced pipeline"
         return samplers[1], "shared noise" if shared_noise else "noise of its own, as in the host"
 
-    module = f"{flow_grpo.PACKAGE}.diffusers_patch.sd3_pipeline_with_logprob_fast_my"
-    return [
-        *flow_grpo.targets(rng=rng, fixes=fixes, **others),
-        Target(module, MIXED, replace_mixed),
-        Target(module, ODE, replace_ode),
-    ]
+    return {**flow_grpo.replacements(rng=rng, fixes=fixes, **others), MIXED: replace_mixed, ODE: replace_ode}

@@ -1,4 +1,4 @@
-"""Which form of a host's function is installed: it runs on a few numbers, and ours has to return the same."""
+"""Which form of a host's function is installed: by its parameters, then by its results, which ours has to equal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from densegrpo_fast.compat._patch import CompatError
+from densegrpo_fast.compat.hosts import SIGNATURES, signature_of
+from densegrpo_fast.compat.patch import CompatError
 
 Call = tuple[str, Callable[[Callable[..., Any]], Any]]
 """A few words on a call, and the call itself, which takes the function."""
@@ -28,24 +28,29 @@ def parameters_of(function: Callable[..., Any], name: str) -> tuple[str, ...]:
         raise CompatError(f"{name} of the host has no signature to read: {error}") from error
 
 
-def check_parameters(function: Callable[..., Any], name: str, known: Sequence[tuple[str, ...]]) -> int:
-    """Place among the known signatures of the one that a host's function has.
+def known_version(function: Callable[..., Any], name: str) -> str:
+    """Version of a host's function by its parameters.
 
     Raises:
-        CompatError: it is none of them.
+        CompatError: no version has them.
     """
     found = parameters_of(function, name)
+    known = {tuple(signature_of(name, version).parameters): version for version in SIGNATURES[name]}
     if found not in known:
         listed = " or ".join(f"({', '.join(names)})" for names in known)
         raise CompatError(
             f"{name} of the host takes ({', '.join(found)}), known is {listed}: no version that is known here; "
             "nothing was replaced"
         )
-    return list(known).index(found)
+    return known[found]
 
 
 def first_equal(
-    host: Callable[..., Any], name: str, candidates: Mapping[str, Callable[..., Any]], calls: Sequence[Call]
+    host: Callable[..., Any],
+    name: str,
+    candidates: Mapping[str, Callable[..., Any]],
+    calls: Sequence[Call],
+    parameters: str = "known parameters but other results:",
 ) -> str:
     """Name of the first candidate that returns what the host's function returns.
 
@@ -54,6 +59,7 @@ def first_equal(
         name: what to call it in messages.
         candidates: our forms of it, drawing the host's random numbers.
         calls: what to compare them on.
+        parameters: of the message, what the host's function has.
 
     Raises:
         CompatError: the host's function fails, or none is equal; the message says how the first candidate differs.
@@ -65,18 +71,18 @@ def first_equal(
             return form
         differences.append(difference)
     raise CompatError(
-        f"{name} of the host has known parameters but other results: {differences[0]}. It was changed in this copy of "
-        "the host, so nothing was replaced."
+        f"{name} of the host has {parameters} {differences[0]}. It was changed in this copy of the host, so nothing "
+        "was replaced."
     )
 
 
 def _difference(host: Callable[..., Any], ours: Callable[..., Any], calls: Sequence[Call]) -> str:
     for words, call in calls:
         try:
-            theirs = _results(call, host)
+            theirs = results_of(call, host)
         except Exception as error:
             return f"{words} it raised {error!r}"
-        expected = _results(call, ours)
+        expected = results_of(call, ours)
         if len(theirs) != len(expected):
             return f"{words} it returned {len(theirs)} values, not {len(expected)}"
         for place, (their, our) in enumerate(zip(theirs, expected, strict=True), start=1):
@@ -92,7 +98,7 @@ def _difference(host: Callable[..., Any], ours: Callable[..., Any], calls: Seque
     return ""
 
 
-def _results(call: Callable[[Callable[..., Any]], Any], function: Callable[..., Any]) -> Sequence[Tensor | None]:
+def results_of(call: Callable[[Callable[..., Any]], Any], function: Callable[..., Any]) -> Any:
     """What a call returns; torch's generator starts from one state and is left as it was."""
     state = torch.get_rng_state()
     try:
