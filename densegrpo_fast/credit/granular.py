@@ -37,8 +37,8 @@ def granular_advantages(
     """Sum over granularities of every branch's advantage among those of its state.
 
     Args:
-        branch_rewards: [P, N, C, K, L] float: N trajectories of P prompts, C branches at each of K steps, completed
-            in L granularities; NaN = missing.
+        branch_rewards: [P, N, C, K, L] float: N trajectories of P prompts, C branches at each of K steps, completed in
+            L granularities; NaN = missing.
         granularities: the L step sizes of the completions, only counted here.
         std: divide by the "group" standard deviation, of the C branches, or the "global" one of the step's branches of
             all trajectories, for each granularity.

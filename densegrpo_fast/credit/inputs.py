@@ -28,8 +28,8 @@ class CreditInputs:
             not compare two, so where there are previews the last is not `rewards`. NaN = missing; None where no
             lookahead was run.
         branch_rewards: [P, N, C, K, L] float, of the images that branches end in: N trajectories of each prompt, C
-            branches of each one's state (N*C = G), L ways to complete them, the finest last. Then `rewards` are the
-            finest ones' means over the K steps, and latents and velocities belong to no trajectory. NaN = missing;
+            branches of each trajectory's state (N*C = G), L ways to complete them, the finest last. Then `rewards` are
+            the finest ones' means over the K steps, and latents and velocities are the trajectories'. NaN = missing;
             None without branches.
     """
 
