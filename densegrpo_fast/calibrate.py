@@ -30,8 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule
-from densegrpo_fast.calibration.staircase import Staircase
+from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, Staircase
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config

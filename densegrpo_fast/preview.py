@@ -54,15 +54,17 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     """
     from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors
     from densegrpo_fast.models.sd3 import SD3
+    from densegrpo_fast.training.policy_samples import policy_alone
     from densegrpo_fast.training.preview_training import agreement, train_preview
+    from densegrpo_fast.training.rewarding import build_reward
     from densegrpo_fast.training.schedule import Schedule
-    from densegrpo_fast.training.trainer import Trainer
 
     # whole trajectories are drawn whatever the run draws, as only those end in a picture
     sampler = config.sampler.model_copy(update={"branches": None})
     exact = config.model.model_copy(update={"preview_dtype": "float32"})
-    trainer = Trainer(config.model_copy(update={"model": exact, "sampler": sampler}))
-    model, reward = trainer.model, trainer.reward
+    reward = build_reward(config.reward.terms, config.reward.options)
+    trainer = policy_alone(config.model_copy(update={"model": exact, "sampler": sampler}), reward=reward)
+    model = trainer.model
     if not isinstance(model, SD3) or model.preview_decoder is None:
         raise UsageError(
             "model.preview_decoder: this pipeline brings no preview decoder to start from; name the directory of an "

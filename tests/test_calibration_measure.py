@@ -19,8 +19,8 @@ from densegrpo_fast.flow.dynamics import A, B, C, coefficients
 from densegrpo_fast.models.analytic import AnalyticModel
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW, GainMeter
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
+from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW, GainMeter
 from densegrpo_fast.training.prompts import PromptSet
 
 T = 4
@@ -120,11 +120,11 @@ def test_too_many_missing_scores_end_it(mixture_model: FlowModel) -> None:
     assert gains.isnan().nonzero().tolist() == [[0, 0], [8, 0]]
 
 
-def test_branches_leave_a_trunk_without_noise(mixture_model: FlowModel) -> None:
+def test_branches_leave_an_ode_trajectory(mixture_model: FlowModel) -> None:
     """The first step's gains are a trajectory's; those of later ones know nothing of the noise before them."""
     trajectories = meter(mixture_model, ["0", "12"])
-    trunks = replace(trajectories, branched=True)
-    one, other = trunks.gains([0.7, 0.5, 0.0, 0.7], 0), trunks.gains([0.2, 0.5, 0.7, 0.7], 0)
+    branched = replace(trajectories, branched=True)
+    one, other = branched.gains([0.7, 0.5, 0.0, 0.7], 0), branched.gains([0.2, 0.5, 0.7, 0.7], 0)
     assert one.shape == (12, T) and not one[:, 2].any() and other[:, 2].all()
     torch.testing.assert_close(one[:, [1, 3]], other[:, [1, 3]], rtol=1e-5, atol=1e-6)
     whole = trajectories.gains([0.7, 0.5, 0.0, 0.7], 0)
@@ -168,7 +168,7 @@ def linear_flow(branched: bool) -> tuple[StepConsistency, Tensor, Tensor, Tensor
         own   = (a_(t+1) C_t)^2
         state = (a_(t+1) ((A_t - 1) + (B_t - dt_t) g_t))^2 Var(x_t)
 
-    where Var(x_(t+1)) = (A_t + B_t g_t)^2 Var(x_t) + C_t^2, or (1 + dt_t g_t)^2 Var(x_t) along a noise-free trunk.
+    where Var(x_(t+1)) = (A_t + B_t g_t)^2 Var(x_t) + C_t^2, or (1 + dt_t g_t)^2 Var(x_t) without noise.
     """
     std, levels = 0.5, [0.7, 0.9, 0.5, 0.7]
     mean = torch.tensor([[0.2, -0.1, 0.3, 0.0, -0.2, 0.1]], dtype=torch.float64)

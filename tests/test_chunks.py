@@ -17,7 +17,7 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.models.memory import peak_bytes
 from densegrpo_fast.run_files.metrics import read_metrics
-from densegrpo_fast.training.chunks import GB, Chunks, Linear, lookahead_chunks
+from densegrpo_fast.training.lookahead import GB, Chunks, Linear, lookahead_chunks
 
 
 def configured(memory_gb: float | None, chunk: int = 64) -> Config:

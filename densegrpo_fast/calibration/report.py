@@ -71,7 +71,7 @@ def document(
         **sampler,
         "noise_level": list(rule.result),
         "settled": rule.settled,
-        "hopeless": list(rule.hopeless),
+        "unbalanceable": list(rule.unbalanceable),
         "rule": rule.describe(),
         "settings": dict(settings),
         "before": before,
@@ -144,8 +144,9 @@ def summary(content: Mapping[str, Any]) -> str:
         f"the {content['rule']['name']} rule {ended} after {len(content['rounds'])} rounds; "
         f"steps out of balance: {'; '.join(found)}"
     )
-    if content["hopeless"]:
-        told += f"\nno level balances {', '.join(map(str, content['hopeless']))}: kept where the search began"
+    if content["unbalanceable"]:
+        steps = ", ".join(map(str, content["unbalanceable"]))
+        told += f"\nno level balances {steps}: kept where the search began"
     return told
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from densegrpo_fast.fidelity.measure import Variant, expanded
 from densegrpo_fast.fidelity.report import table
+from densegrpo_fast.fidelity.variants import Variant, expanded
 from densegrpo_fast.models.base import Decoder
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, usual_width
@@ -46,8 +46,8 @@ def cost_records(
 ) -> dict[str, Any]:
     """Costs of T = 10 steps of which 9 are trained, one update per sample, per sample; plain JSON data.
 
-    Each plan is counted for trajectories, for samples of which 8 are branches of one trunk at every trained step, and
-    for trajectories with noise in the window of steps 0..2 alone, which are then all that is trained.
+    Each plan is counted for trajectories, for samples of which 8 are branches of one ODE trajectory at every trained
+    step, and for trajectories with noise in the window of steps 0..2 alone, which are then all that is trained.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
     and the full decoder, comes first. Head, copies and caches are for SD3's transformers, caches not for branches; what
@@ -109,7 +109,7 @@ def cost_text(records: dict[str, Any]) -> str:
     blocks.append(
         "each: operations of one forward of the lookahead over those of the policy's.\n"
         "extra: operations that the dense iteration adds to the sparse one, or saves; KL, no KL: dense / sparse.\n"
-        f"{BRANCHES} branches: so many samples share a trunk, which they leave at every trained step.\n"
+        f"{BRANCHES} branches: so many samples share an ODE trajectory, which they leave at every trained step.\n"
         f"window: noise in these steps alone, which are trained; against a sparse iteration with the same window.\n"
         "Both sides are this package's: first velocities reused, unconditional halves without a backward pass."
     )

@@ -113,7 +113,7 @@ def compare_branches(exact: Tensor, cheap: Tensor, noisy: Sequence[bool]) -> Agr
     sign of a gain is here that of the reward over the branches' mean.
 
     Args:
-        exact: [P, G, M] float, the reference: G branches at each of M steps of P trunks; NaN = missing.
+        exact: [P, G, M] float, the reference: G branches at each of M steps of P ODE trajectories; NaN = missing.
         cheap: [P, G, M] float.
         noisy: of each of the T steps whether branches take it, which M of them do.
 

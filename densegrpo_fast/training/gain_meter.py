@@ -35,9 +35,9 @@ from densegrpo_fast.training.lookahead import lookahead_chunks
 from densegrpo_fast.training.prompts import PromptSet
 
 HELD_OUT_DRAW = 2**31
-"""Draw of the samples that judge a calibration; the rounds count from 0."""
+"""Draw of the samples that a calibration is judged on; the rounds count from 0."""
 _BRANCH_DRAW = 2**32 - 1
-"""Epoch of the branches' noise, whose streams branched rollouts share, in iterations that count from 0."""
+"""Iteration of the branches' noise, whose streams branched rollouts share, in iterations that count from 0."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class GainMeter:
 
     def _batch(self, levels: Sequence[float], draw: int, samples: slice) -> _Batch:
         model, steps = self.model, len(self.sigmas) - 1
-        # prompts go on from draw to draw; the samples that judge come after those of draw 0
+        # prompts go on from draw to draw; those that it is judged on come after those of draw 0
         first = self.count * {0: 0, HELD_OUT_DRAW: 1}.get(draw, draw + 1)
         index = torch.arange(samples.start, samples.stop, device=model.device)
         chosen = [(first + sample) % len(self.prompts) for sample in index.tolist()]

@@ -25,6 +25,7 @@ from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import make_plan
 from densegrpo_fast.training.lookahead import GB, Chunks
+from densegrpo_fast.training.meter import underlying
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def estimate(
     latents = 4 * channels * height * width
     samples, steps = config.data.num_prompts * sampler.group_size, sampler.num_steps
     guided, dense = sampler.guidance_scale != 1.0, config.uses_lookahead or config.uses_branches
-    # with branches micro_batch counts trunks, and evaluation has a row for each branch
+    # with branches micro_batch counts trajectories, and evaluation has a row for each branch
     evaluated = min(sampler.micro_batch * (sampler.branches or 1), held_out.num_prompts * held_out.samples_per_prompt)
     states = (config.window.size or sum(level > 0 for level in config.noise_levels)) if dense else 0
     per_state = 2 + int(dense and guided and config.lookahead.guidance == "reuse")
@@ -324,7 +325,7 @@ def estimate_memory(
     )
     chunks = None if lookahead is None else Chunks(lookahead.rows.rows, lookahead.decode_rows.rows)
     evaluated, head, cache = (
-        None if lookahead is None else getattr(lookahead, name) for name in ("model", "head", "cache")
+        None if lookahead is None else underlying(getattr(lookahead, name)) for name in ("model", "head", "cache")
     )
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     return estimate(

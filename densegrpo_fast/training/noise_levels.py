@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from densegrpo_fast.calibration.rules import Limits, calibrate
-from densegrpo_fast.calibration.staircase import Staircase
+from densegrpo_fast.calibration.rules import Limits, Staircase, calibrate
 from densegrpo_fast.common.errors import CheckpointError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import calibrated_steps
@@ -13,7 +12,7 @@ from densegrpo_fast.training.gain_meter import GainMeter
 from densegrpo_fast.training.prompts import PromptSet
 
 _ITERATIONS = 2**24
-"""More than a run has: a calibration's draws are so many epochs of its noise apart."""
+"""More than a run has: a calibration's draws are so many iterations of its noise apart."""
 
 
 class NoiseLevels:

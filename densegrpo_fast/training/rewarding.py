@@ -23,7 +23,7 @@ from densegrpo_fast.sampling.lookahead import Completions, Lookahead
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import Rollout
 from densegrpo_fast.training.lookahead import lookahead_chunks
-from densegrpo_fast.training.meter import Meter, MeteredReward, underlying
+from densegrpo_fast.training.meter import Meter, MeteredReward
 from densegrpo_fast.training.prompts import PromptBatch
 
 _AHEAD = 2
@@ -81,7 +81,7 @@ class RewardComputer:
         self.model, self.overlap, self.max_missing = model, config.reward.overlap, config.reward.max_missing
         self.reward: Scorer = reward if meter is None else MeteredReward(reward, meter)
         self.decoder: Decoder = "full" if lookahead is None else config.lookahead.decoder
-        chunk = lookahead_chunks(config, underlying(model), "full").decode
+        chunk = lookahead_chunks(config, model, "full").decode
         self.full_decodes = OomBackoff(chunk, "lookahead.chunk, of full decodes", _TILED)
         self.decodes = self.full_decodes if lookahead is None else lookahead.decode_rows
         self.scores_ends = config.uses_lookahead and self.decoder != "full"
