@@ -135,9 +135,9 @@ def collect(trainer: Trainer, exact: Lookahead, samples: int) -> tuple[Examples,
 
     lookahead, parts = trainer.lookahead, (list[Examples](), list[Examples]())
     assert lookahead is not None and lookahead.head is not None
-    for found in policy_samples(trainer, samples):
-        rollout, ends = exactly_completed(exact, lookahead, found.rollout)
-        parts[found.held_out].extend(examples_of(lookahead, lookahead.head, rollout, ends))
+    for sampled in policy_samples(trainer, samples):
+        rollout, ends = exactly_completed(exact, lookahead, sampled.rollout)
+        parts[sampled.held_out].extend(examples_of(lookahead, lookahead.head, rollout, ends))
     return Examples.joined(parts[False]), Examples.joined(parts[True])
 
 

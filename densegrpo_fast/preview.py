@@ -101,18 +101,18 @@ def collect(trainer: Trainer, pictures: int, turns: Sequence[Sequence[int]], chu
     from densegrpo_fast.training.preview_training import Pictures, decoded
 
     parts: tuple[list[Pictures], list[Pictures]] = ([], [])
-    for found in policy_samples(trainer, pictures, turns):
-        latents, batch = found.rollout.latents[-1], found.batch
+    for sampled in policy_samples(trainer, pictures, turns):
+        latents, batch = sampled.rollout.latents[-1], sampled.batch
         images = decoded(trainer.model, latents, "full", chunk)
-        parts[found.held_out].append(Pictures(latents.cpu(), images, batch.prompts, batch.metadata))
+        parts[sampled.held_out].append(Pictures(latents.cpu(), images, batch.prompts, batch.metadata))
     training, held_out = (
         Pictures(
-            torch.cat([part.latents for part in own]),
-            torch.cat([part.images for part in own]),
-            [prompt for part in own for prompt in part.prompts],
-            [item for part in own for item in part.metadata],
+            torch.cat([part.latents for part in chosen]),
+            torch.cat([part.images for part in chosen]),
+            [prompt for part in chosen for prompt in part.prompts],
+            [item for part in chosen for item in part.metadata],
         )
-        for own in (parts[False], parts[True])
+        for chosen in (parts[False], parts[True])
     )
     return training, held_out
 

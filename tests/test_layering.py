@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"sampling", "flow", "models.base"},
     "credit": {"credit", "flow", "common"},
     "objective": {"objective", "flow", "common"},
+    "calibration": {"calibration", "common"},
     "embedded": {"embedded", "rewards.scenes", "common"},
     "models": {"models", "flow.schedule", "flow.analytic", "embedded", "common"},
     "rewards": {"rewards", "common"},
@@ -104,6 +105,17 @@ def test_a_part_imports_only_what_it_may(part: str) -> None:
         and not any(found.target == name or found.target.startswith(f"{name}.") for name in allowed)
     ]
     assert not offences
+
+
+def test_nothing_in_the_library_imports_what_only_commands_use() -> None:
+    commands = {"fidelity", "doctor"}
+    assert not [
+        found
+        for found in IMPORTS
+        if internal(found.target) and part_of(found.target) in commands and part_of(found.importer) not in commands
+    ]
+    of_calibration = {i.target for i in IMPORTS if part_of(i.importer) == "training" and ".calibration." in i.target}
+    assert of_calibration <= {f"{PACKAGE}.calibration.{module}" for module in ("rules", "store")}
 
 
 @pytest.mark.parametrize("part", TORCH_ONLY)

@@ -40,7 +40,7 @@ class Cause:
 
     Attributes:
         name: how reports and JSON call it.
-        cause: what differs between rollout and replay if it is guilty.
+        cause: what differs between rollout and replay if this is the cause.
         remedy: what to do then.
         ablation: gives the loop without this difference.
         applies: whether the loop could suffer from it at all.
@@ -155,10 +155,10 @@ def one_attention(loop: Loop) -> Iterator[Loop]:
                 return func(*args, **(kwargs or {}))
 
     layers = [module for module in loop.model.network.modules() if getattr(module, "processor", None) is not None]
-    kept = {layer: layer.processor for layer in layers}
+    processors = {layer: layer.processor for layer in layers}
 
     def put_back(layer: Any, _: Any) -> None:
-        layer.processor = kept[layer]
+        layer.processor = processors[layer]
 
     with Unfused(), _before_forwards(layers, put_back):
         yield loop
@@ -264,12 +264,12 @@ def tiny_steps(loop: Loop) -> tuple[int, ...]:
 
 @contextmanager
 def _forward_replaced(network: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    before, own = network.forward, "forward" in vars(network)
+    before, replaced = network.forward, "forward" in vars(network)
     network.forward = wrap(before)
     try:
         yield
     finally:
-        if own:
+        if replaced:
             network.forward = before
         else:
             del network.forward

@@ -95,7 +95,7 @@ def diagnose(loop: Loop, tolerance: float) -> Diagnosis:
         usable = [cause for cause in candidates if not alone[cause.name].failure]
         together = _without(loop, usable)
         if together.deviation <= tolerance:
-            all_but = {kept.name: _without(loop, [other for other in usable if other is not kept]) for kept in usable}
+            all_but = {one.name: _without(loop, [other for other in usable if other is not one]) for one in usable}
             causes = tuple(name for name, trial in all_but.items() if not trial.deviation <= tolerance)
     amplified: tuple[int, ...] = ()
     if AMPLIFIER.applies(loop):
@@ -156,26 +156,26 @@ def record(diagnosis: Diagnosis, loop: Loop, clip_range: float) -> dict[str, Any
     }
 
 
-def text(found: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
     """The record as a person reads it."""
-    lines = [f"{found['preset']}: importance ratio of the unchanged policy, clip_range {found['clip_range']:.1e}", ""]
+    lines = [f"{result['preset']}: importance ratio of the unchanged policy, clip_range {result['clip_range']:.1e}", ""]
     lines.append(f"{'step':>6}{'sigma':>8}{'noise std':>11}{'|ratio-1|':>11}{'of clip_range':>15}")
-    for step in found["steps"]:
+    for step in result["steps"]:
         lines.append(
             f"{step['step']:6}{step['sigma']:8.3f}{step['step_std']:11.4f}{step['ratio_deviation']:11.1e}"
             f"{step['share_of_clip_range']:15.1%}"
         )
     lines.append("")
-    if found["status"] == "ok":
-        return "\n".join([*lines, f"ok: it is 1, to {found['tolerance']:.1e} (tolerance)"])
-    lines += [f"problem: it is not 1, to {found['tolerance']:.1e} (tolerance)", "", "what is left without a cause:"]
-    guilty = [cause["name"] for cause in found["causes"]]
-    lines += _trial_lines(found["without"], guilty if found["without_all"] is None else [])
-    if found["without_all"] is not None:
-        lines += _trial_lines({"all of them": found["without_all"]}, [])
-    if found["without_all_but"]:
-        lines += ["", "what is left without all but one:", *_trial_lines(found["without_all_but"], guilty)]
-    return "\n".join([*lines, "", *_verdict(found)])
+    if result["status"] == "ok":
+        return "\n".join([*lines, f"ok: it is 1, to {result['tolerance']:.1e} (tolerance)"])
+    lines += [f"problem: it is not 1, to {result['tolerance']:.1e} (tolerance)", "", "what is left without a cause:"]
+    named = [cause["name"] for cause in result["causes"]]
+    lines += _trial_lines(result["without"], named if result["without_all"] is None else [])
+    if result["without_all"] is not None:
+        lines += _trial_lines({"all of them": result["without_all"]}, [])
+    if result["without_all_but"]:
+        lines += ["", "what is left without all but one:", *_trial_lines(result["without_all_but"], named)]
+    return "\n".join([*lines, "", *_conclusion(result)])
 
 
 def _without(loop: Loop, causes: Sequence[Cause]) -> Trial:
@@ -192,28 +192,28 @@ def _without(loop: Loop, causes: Sequence[Cause]) -> Trial:
     return Trial(max(deviations) if within(deviations, float("inf")) else float("nan"))
 
 
-def _verdict(found: dict[str, Any]) -> list[str]:
+def _conclusion(result: dict[str, Any]) -> list[str]:
     lines = []
-    for cause in found["causes"]:
+    for cause in result["causes"]:
         lines += [f"cause: {cause['name']}: {cause['cause']}", f"   -> {cause['remedy']}"]
-    if not found["causes"]:
+    if not result["causes"]:
         lines.append("cause: none of the causes. The two phases evaluate the network or the step in different ways.")
-        if found["unsteadiness"]:
+        if result["unsteadiness"]:
             lines.append(
-                f"   two replays of one trajectory differ by {found['unsteadiness']:.1e} in log-probability: "
+                f"   two replays of one trajectory differ by {result['unsteadiness']:.1e} in log-probability: "
                 "something in the forward is random or not deterministic"
             )
-    if found["amplified_steps"]:
-        steps, amplifier = ", ".join(map(str, found["amplified_steps"])), BY_NAME["tiny_std"]
+    if result["amplified_steps"]:
+        steps, amplifier = ", ".join(map(str, result["amplified_steps"])), BY_NAME["tiny_std"]
         lines += [f"amplified at step {steps}: {amplifier.cause}", f"   -> {amplifier.remedy}"]
     return lines
 
 
-def _trial_lines(trials: dict[str, dict[str, Any]], guilty: Sequence[str]) -> list[str]:
+def _trial_lines(trials: dict[str, dict[str, Any]], named: Sequence[str]) -> list[str]:
     lines = []
     for name, trial in trials.items():
         left = "-" if trial["ratio_deviation"] is None else f"{trial['ratio_deviation']:.1e}"
-        note = f"  {trial['failure']}" if trial["failure"] else "  <- cause" if name in guilty else ""
+        note = f"  {trial['failure']}" if trial["failure"] else "  <- cause" if name in named else ""
         lines.append(f"  {name:14}{left:>9}{note}")
     return lines
 

@@ -65,7 +65,7 @@ def cost_records(
     """
     chosen = [make(STEPS) for make in make_plans]
     plain = [Variant(plan, guidance, decoder) for plan in chosen for guidance in guidances for decoder in decoders]
-    found = {}
+    records = {}
     for name, architecture in ARCHITECTURES.items():
         built, rank = architecture(), _RANKS.get(name, _RANK)
         # the embedded model's own reward is image analysis: no arithmetic to speak of
@@ -74,8 +74,8 @@ def cost_records(
         corrected = _leaves_out if extras.head is not None else _never
         variants = expanded(plain, head=corrected, copies=extras.copies, caches=extras.caches)
         published = Variant(plans.exact(STEPS), "full", "full")
-        found[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
-    return found
+        records[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
+    return records
 
 
 def cost_text(records: dict[str, Any]) -> str:

@@ -125,10 +125,10 @@ def search(
             }
             lookahead = lookahead_of(target, completing, batch)
             for state, path, clean in completions(lookahead, batch.rollout, max_nodes=max_nodes):
-                for way, found in scored.items():
-                    found[state, path] = _decoded(target, batch, clean, way)
-            for way, found in scored.items():
-                parts[way].append(found)
+                for way, rewards in scored.items():
+                    rewards[state, path] = _decoded(target, batch, clean, way)
+            for way, rewards in scored.items():
+                parts[way].append(rewards)
         done += len(batch.rows) // group_size
         progress(done)
 
@@ -246,14 +246,14 @@ class Chain:
             value, origin = (sums[:, None] + (step - penalty * (step < floor))[..., None]).max(0)
             origins.append(origin)
             sums = _moved(value + brings[:, None], count, budget)
-        found: list[tuple[Path, ...]] = []
+        best: list[tuple[Path, ...]] = []
         highest = -torch.inf
         for evaluations, column in enumerate(sums.T):
             value, last = column.max(0)
             if value > highest + 1e-9:
                 highest = float(value)
-                found.append(self._traced(origins, lengths, int(last), evaluations))
-        return found
+                best.append(self._traced(origins, lengths, int(last), evaluations))
+        return best
 
     def _traced(
         self, origins: Sequence[Tensor], lengths: Sequence[Tensor], last: int, evaluations: int

@@ -90,11 +90,11 @@ def compare(exact: Tensor, cheap: Tensor, noisy: Sequence[bool] | None = None) -
     present = ~(exact.isnan() | cheap.isnan())
     exact, cheap = (values.double().where(present, math.nan) for values in (exact, cheap))
     states = exact.shape[2] - 2
-    own = torch.zeros(states, dtype=torch.bool)
-    own[[state for state in range(states) if noisy is None or state in CompletionDedup(tuple(noisy)).states]] = True
+    counts = torch.zeros(states, dtype=torch.bool)
+    counts[[state for state in range(states) if noisy is None or state in CompletionDedup(tuple(noisy)).states]] = True
 
     def counted(values: Tensor) -> Tensor:
-        return values[..., :states].where(own, math.nan)
+        return values[..., :states].where(counts, math.nan)
 
     pair = (exact, cheap)
     return _agreement(
@@ -102,7 +102,7 @@ def compare(exact: Tensor, cheap: Tensor, noisy: Sequence[bool] | None = None) -
         [counted(reward_gains(values)) for values in pair],
         [counted(dense_advantages(values).values) for values in pair],
         present,
-        own,
+        counts,
     )
 
 
@@ -194,8 +194,8 @@ def pearson(reference: Tensor, other: Tensor) -> Tensor:
     count = present.sum(-1, keepdim=True).clamp(min=1)
     parts = []
     for values in (reference, other):
-        kept = values.double().where(present, 0.0)
-        centred = (kept - kept.sum(-1, keepdim=True) / count).where(present, 0.0)
+        filled = values.double().where(present, 0.0)
+        centred = (filled - filled.sum(-1, keepdim=True) / count).where(present, 0.0)
         highest, lowest = (values.where(present, bound) for bound in (-math.inf, math.inf))
         # rounding of the mean must not make a constant look as if it varied
         constant = highest.amax(-1) <= lowest.amin(-1)

@@ -217,32 +217,34 @@ def free_bytes(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> i
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    found = []
+    sizes = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        sizes += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
     except (OSError, ValueError, IndexError):
         pass
     try:
         limit, used = ((cgroup / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-        found += [] if limit == "max" else [max(0, int(limit) - int(used))]
+        sizes += [] if limit == "max" else [max(0, int(limit) - int(used))]
     except (OSError, ValueError):
         pass
-    return min(found, default=None)
+    return min(sizes, default=None)
 
 
 def held_bytes(objects: Iterable[object], device: torch.device, depth: int = 2) -> int:
     """Bytes on a device of the networks among the attributes of objects, and among their attributes' attributes."""
     networks: dict[int, nn.Module] = {}
-    found = list(objects)
+    level = list(objects)
     for _ in range(depth + 1):
-        networks |= {id(thing): thing for thing in found if isinstance(thing, nn.Module)}
-        own = (getattr(thing, "__dict__", {}) for thing in found if not isinstance(thing, nn.Module))
-        found = [value for attributes in own for value in attributes.values()]
-    tensors = {
-        id(tensor): tensor for each in networks.values() for tensor in (*each.parameters(), *each.buffers())
-    }.values()
-    return tensor_bytes(tensor for tensor in tensors if tensor.device.type == device.type)
+        networks |= {id(thing): thing for thing in level if isinstance(thing, nn.Module)}
+        level = [
+            value
+            for thing in level
+            if not isinstance(thing, nn.Module)
+            for value in getattr(thing, "__dict__", {}).values()
+        ]
+    tensors = {id(x): x for each in networks.values() for x in (*each.parameters(), *each.buffers())}
+    return tensor_bytes(tensor for tensor in tensors.values() if tensor.device.type == device.type)
 
 
 def start_peak(device: torch.device) -> None:

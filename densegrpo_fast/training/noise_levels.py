@@ -60,8 +60,8 @@ class NoiseLevels:
         first = [measured for measured in rounds if measured.levels == tuple(levels)][:1]
         imbalances = [abs(signs.imbalance) for measured in first for signs in measured.signs if signs.decided]
         self.levels = tuple(
-            found if step in self._noisy else old
-            for step, (found, old) in enumerate(zip(rule.result, self.levels, strict=True))
+            new if step in self._noisy else old
+            for step, (new, old) in enumerate(zip(rule.result, self.levels, strict=True))
         )
         return {
             "calibration/rounds": len(rounds),

@@ -97,7 +97,7 @@ class RewardComputer:
         grouped = rollout.group_rewards(scores.values, batch.group_size)
         if self.scores_ends:
             scores = Scores.joined([scores, self._final_scores(rollout, batch)])
-        self.check_missing(scores)
+        check_missing(scores, self.max_missing)
         if grouped.branches is not None:
             finest = grouped.branches[..., -1]
             return RewardBatch(finest.flatten(1), None, grouped.branches, scores)
@@ -113,18 +113,6 @@ class RewardComputer:
         count = len(clean) // len(batch.prompts)
         scores = self.reward(images, batch.prompts * count, batch.metadata * count)
         return scores.values.view(count, -1)
-
-    def check_missing(self, scores: Scores) -> None:
-        """Refuse to go on with too many missing scores.
-
-        Raises:
-            RewardError: there are more than `reward.max_missing` allows.
-        """
-        if scores.missing_share > self.max_missing:
-            raise RewardError(
-                f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows "
-                f"{self.max_missing:.0%}"
-            )
 
     def _decoded(self, clean: Tensor, decoder: Decoder, rows: OomBackoff) -> Iterator[Tensor]:
         """Images of clean latents [m, ...], part after part."""
@@ -221,6 +209,21 @@ class Scoring:
         """Drop what is not scored yet, and wait for what is being scored."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def check_missing(scores: Scores, allowed: float) -> None:
+    """Refuse to go on with too many missing scores.
+
+    Args:
+        allowed: share of the scores, `reward.max_missing`.
+
+    Raises:
+        RewardError: more are missing.
+    """
+    if scores.missing_share > allowed:
+        raise RewardError(
+            f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows {allowed:.0%}"
+        )
 
 
 def build_reward(
