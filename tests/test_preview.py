@@ -58,6 +58,15 @@ def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> No
     assert all(len(set(training.prompts[k : k + 2])) == 1 for k in range(0, 12, 2))
 
 
+def test_a_policy_alone_needs_nothing_that_completions_do(train: Any, tmp_path: Path) -> None:
+    from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.training.policy_samples import policy_alone
+
+    own = {"lookahead.head": tmp_path / "missing.safetensors", "lookahead.plan": "one_step", "lookahead.cache": "text"}
+    lookahead = policy_alone(load_config(train.arguments(tmp_path / "unused", **SMALL, **own))[0]).lookahead
+    assert lookahead is not None and lookahead.head is None and lookahead.cache is None
+
+
 def test_the_command_writes_a_decoder_that_a_model_takes(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

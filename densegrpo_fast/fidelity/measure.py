@@ -35,7 +35,7 @@ def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> Iterat
     }
     if target.branched:
         return branched_iteration(variant.plan, branches=group_size, **options)
-    options["shared"] = group_size if target.shared_noise and not _own(variant, target, group_size) else 1
+    options["shared"] = group_size if target.shared_noise and not _uses_its_rollout(variant, target, group_size) else 1
     return dense_iteration(variant.plan, **options)
 
 
@@ -70,7 +70,7 @@ def lookahead_of(target: FidelityTarget, variant: Variant, batch: Batch) -> Look
     )
 
 
-def completed(variant: Variant) -> Variant:
+def without_decoder(variant: Variant) -> Variant:
     """The variant as far as its completions go: those that differ in the decoder alone share them."""
     return replace(variant, decoder="full", vae=None)
 
@@ -230,9 +230,9 @@ def measure(
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
     done = 0
     for batch in batches(target, groups, group_size=group_size, seed=seed):
-        for way in dict.fromkeys(map(completed, wanted)):
+        for way in dict.fromkeys(map(without_decoder, wanted)):
             lookahead = lookahead_of(target, way, batch)
-            alike = [variant for variant in wanted if completed(variant) == way]
+            alike = [variant for variant in wanted if without_decoder(variant) == way]
             for variant, images in pictures(target, lookahead, batch, alike):
                 parts[variant].append(score(target, batch, images))
         done += len(batch.rows) // group_size
@@ -249,7 +249,7 @@ def pictures(
         yield variant, lookahead.images(batch.rollout, clean, variant.decoder, decoding(target, variant))
 
 
-def _own(variant: Variant, target: FidelityTarget, group_size: int) -> bool:
+def _uses_its_rollout(variant: Variant, target: FidelityTarget, group_size: int) -> bool:
     """Whether each completion takes something over from its own sample's rollout, as `Lookahead.dedup` asks."""
     reused = variant.guidance == "reuse" and target.guided
     return reused or (variant.cache is not None and CacheSpec.parse(variant.cache).alike(group_size) < group_size)

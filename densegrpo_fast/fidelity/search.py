@@ -18,13 +18,13 @@ from densegrpo_fast.fidelity.measure import (
     Batch,
     agreement_of,
     batches,
-    completed,
     cost_of,
     decoding,
     flops_ratio,
     lookahead_of,
     pictures,
     score,
+    without_decoder,
 )
 from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.fidelity.variants import Variant, reference
@@ -119,9 +119,9 @@ def search(
     for batch in batches(target, groups, group_size=group_size, seed=seed):
         lookahead = lookahead_of(target, exactly, batch)
         exact.extend(score(target, batch, images) for _, images in pictures(target, lookahead, batch, [exactly]))
-        for completing in dict.fromkeys(map(completed, ways)):
+        for completing in dict.fromkeys(map(without_decoder, ways)):
             scored: dict[Variant, dict[tuple[int, Path], Tensor]] = {
-                way: {} for way in ways if completed(way) == completing
+                way: {} for way in ways if without_decoder(way) == completing
             }
             lookahead = lookahead_of(target, completing, batch)
             for state, path, clean in completions(lookahead, batch.rollout, max_nodes=max_nodes):
