@@ -299,7 +299,7 @@ def test_hidden_tokens_take_what_was_counted(tiny_policy: Callable[..., SD3], dt
     assert found.to_come - without.to_come >= found.state["hidden tokens"]
 
 
-def test_hidden_tokens_of_branches_take_what_was_counted(tiny_policy: Callable[..., SD3]) -> None:
+def test_hidden_tokens_of_branches_take_no_more_than_was_counted(tiny_policy: Callable[..., SD3]) -> None:
     model, branches = tiny_policy(), ("credit.method=branch", "sampler.branches=2", "lookahead.plan=one_step")
     chosen = of_the_rollout("window.schedule=none", "window.size=null", *branches, "lookahead.head=head.safetensors")
     head = CompletionHead(HeadConfig(5, ((),) * 5, model.latent_shape, 2, 32))
@@ -308,7 +308,9 @@ def test_hidden_tokens_of_branches_take_what_was_counted(tiny_policy: Callable[.
     assert isinstance(branched, BranchedRollout) and trainer.lookahead is not None
     hidden = branched.evaluated(trainer.lookahead).branch_hidden
     assert hidden is not None
-    assert estimate_memory(chosen, model).state["hidden tokens"] == tensor_bytes([hidden]) == 8 * 5 * 16 * 32 * 4
+    # branches of the steps 0..3 lead to four states; the estimate allows for one at every step
+    assert tensor_bytes([hidden]) == 8 * 4 * 16 * 32 * 4
+    assert estimate_memory(chosen, model).state["hidden tokens"] == 8 * 5 * 16 * 32 * 4
 
 
 def test_text_of_every_sample_would_not_fit() -> None:
