@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from densegrpo_fast.training.loading import load_model
+from densegrpo_fast.training.models import load_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from densegrpo_fast.training.loading import load_model, prompt_cache
+from densegrpo_fast.training.models import load_model, prompt_cache
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
