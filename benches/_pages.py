@@ -1,6 +1,6 @@
 """Writes measurements into the pages that quote them: `python benches/_pages.py`.
 
-Those of the drop-ins (`bench_dropin.py`, `bench_turning_point.py`) go into the pages of `densegrpo_fast/compat`, those
+Those of the drop-ins (`bench_dropin.py`, `bench_turning_point.py`) go into the pages of `docs/integrations`, those
 of the step ops on the CPU (`bench_sde_step.py` and its like) into `csrc/README.md`, those of `study.py` into
 the project's own page (dense against sparse), and those of the methods, of fidelity and of calibration into theirs
 (`_page_tables.py`). Tests hold the pages to what was recorded, so that neither changes without the other.
@@ -64,7 +64,7 @@ START, END = "<!-- measured: python benches/_pages.py -->", "<!-- end of what wa
 
 def page_of(host: str) -> Path:
     """A host's page."""
-    return ROOT / "densegrpo_fast" / "compat" / host / "README.md"
+    return ROOT / "docs" / "integrations" / f"{host}.md"
 
 
 def result_of(host: str) -> dict[str, Any]:

@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 
-from densegrpo_fast.compat import flow_grpo
-from densegrpo_fast.compat._patch import Target
+from densegrpo_fast.compat.hosts import HOSTS
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.flow import backends
-from densegrpo_fast.launch import HOSTS
 from densegrpo_fast.sampling import plan as plans
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,16 +34,6 @@ TABLES, METHODS = (importlib.import_module(name) for name in ("_page_tables", "_
 STEPS = {op: PAGES.step_result_of(op) for op in PAGES.STEPS}
 
 
-def targets_of(host: str) -> list[Target]:
-    module = importlib.import_module(f"densegrpo_fast.compat.{host}")
-    common: dict[str, Any] = {"rng": "host", "seed": None, "fixes": frozenset()}
-    if host in ("flow_grpo", "turning_point"):
-        common |= {"version": None, "tracker": True}
-    if host == "turning_point":
-        return module._targets(chunk=None, **common)
-    return list((flow_grpo.targets if host == "flow_grpo" else module._targets)(**common))
-
-
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_page_shows_the_line_to_add_and_what_happens(host: str) -> None:
     page = PAGES.page_of(host).read_text(encoding="utf-8")
@@ -56,12 +44,12 @@ def test_a_page_shows_the_line_to_add_and_what_happens(host: str) -> None:
     assert {"What is replaced", "What changes numerically", "Measured effect"} <= set(headings)
     assert "Verified against formulas and published values" in " ".join(page.split())
     others = PAGES.page_of("flow_grpo").read_text(encoding="utf-8") if host == "turning_point" else ""
-    for target in targets_of(host):
+    for target in HOSTS[host].replaced:
         assert f"`{target.name.rpartition('.')[2]}`" in page + others
         assert target.module.rpartition(".")[2] in page + others or host == "dance_grpo"
     for fix in importlib.import_module(f"densegrpo_fast.compat.{host}").FIXES:
         assert f"`{fix}`" in page or f'"{fix}"' in page
-    assert f"[`{host}`]({host}/README.md)" in (PAGES.page_of(host).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"[`{host}`]({host}.md)" in PAGES.page_of("index").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("host", HOSTS)

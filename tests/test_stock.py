@@ -21,6 +21,7 @@ from _protocol import NAMES, STOCK_PINNED, Protocol, fast_settings, stock_pinned
 from _stock import Stock, StockIteration  # noqa: E402
 from _variants import stock_cost  # noqa: E402
 from bench_iteration import check_work, evaluations  # noqa: E402
+from densegrpo_fast.training.experience import RewardBatch, RewardComputer, sample  # noqa: E402
 
 from densegrpo_fast.common.errors import UserError  # noqa: E402
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of  # noqa: E402
@@ -31,10 +32,11 @@ from densegrpo_fast.models import sd3  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
 from densegrpo_fast.run_files.metrics import PhaseTimer  # noqa: E402
-from densegrpo_fast.sampling.rollout import initial_noise  # noqa: E402
-from densegrpo_fast.sampling.rollout import Trajectory  # noqa: E402
+from densegrpo_fast.sampling.rollout import (
+    Trajectory,  # noqa: E402
+    initial_noise,  # noqa: E402
+)
 from densegrpo_fast.training import builders  # noqa: E402
-from densegrpo_fast.training.experience import RewardBatch, RewardComputer, sample  # noqa: E402
 from densegrpo_fast.training.learner import Learner  # noqa: E402
 
 STEPS, ROWS = 4, ["a cat"] * 3 + ["the moon"] * 3
