@@ -17,7 +17,7 @@ from typing import Any
 import _method_tables
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LINK = "../../benches/results"
+LINK = "../benches/results"
 """Where the results are for a page in a folder of the package."""
 
 _CORRELATIONS = ("spearman_rewards_mean", "spearman_gains_mean", "spearman_gains_worst_step")
@@ -124,7 +124,7 @@ def calibration(stem: str) -> str:
             up, down = state["positive"][step], state["negative"][step]
             mark = "*" if abs(up - down) > 2 * (up + down) ** 0.5 else ""
             cells += [f"{state['noise_level'][step]:.2f}", f"{up} / {down}{mark}"]
-        lines.append([*cells, "no" if step in document["hopeless"] else "yes"])
+        lines.append([*cells, "no" if step in (document.get("unbalanceable") or document.get("hopeless", [])) else "yes"])
     header = ["step", "level before", "gains up / down", "level after", "gains up / down", "a level balances it"]
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 

@@ -44,7 +44,7 @@ STEPS = {
 }
 TABLE_PAGES = (
     ROOT / "benches" / "README.md",
-    *(ROOT / "densegrpo_fast" / part / "README.md" for part in ("fidelity", "calibration")),
+    *(ROOT / "docs" / f"{part}.md" for part in ("fidelity", "calibration")),
 )
 """Pages whose tables `_page_tables` makes."""
 STUDY_PAGE = ROOT / "README.md"

@@ -30,8 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule
-from densegrpo_fast.calibration.staircase import Staircase
+from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, Staircase
 from densegrpo_fast.common.command_line import check_outputs, command_parser
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
@@ -112,20 +111,20 @@ def make_rule(config: Config, options: argparse.Namespace) -> Rule:
     Raises:
         UsageError: its parameters do not agree, or belong to another rule.
     """
-    own = {name: getattr(options, name) for name in _OF_STAIRCASE if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in _OF_STAIRCASE if getattr(options, name) is not None}
     # the samplers' own range, as in the configuration
     range_ = Limits(0.0, 1.0 if config.sampler.dynamics == "cps" else 3.0)
     if options.rule == "printed":
-        if own:
-            raise UsageError(f"--{next(iter(own))}: not an option of the printed rule")
+        if given:
+            raise UsageError(f"--{next(iter(given))}: not an option of the printed rule")
         return PrintedRule(config.calibration_start(), range_)
     try:
-        limits = Limits(own.pop("lowest", 0.1), own.pop("highest", 1.0))
+        limits = Limits(given.pop("lowest", 0.1), given.pop("highest", 1.0))
         if limits.highest > range_.highest:
             raise ValueError(f"--highest must be at most {range_.highest:g} with dynamics {config.sampler.dynamics}")
         if options.samples < Staircase.enough:
             raise ValueError(f"--samples must be at least {Staircase.enough}, fewer signs move no level")
-        return Staircase(config.calibration_start(), limits, **own)
+        return Staircase(config.calibration_start(), limits, **given)
     except ValueError as error:
         raise UsageError(f"--rule staircase: {error}") from None
 
