@@ -12,7 +12,7 @@ from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.sections import ModelOptions
-from densegrpo_fast.models import load
+from densegrpo_fast.models import loading
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.training.models import load_model, prompt_cache
@@ -102,7 +102,7 @@ def options(directory: Path, **changes: object) -> ModelOptions:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each pipeline that is loaded comes with text encoders."""
     found: list[bool] = []
-    original = load._load_pipeline
+    original = loading._load_pipeline
 
     def watched(*arguments: object) -> object:
         pipeline = original(*arguments)

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from densegrpo_fast.calibration.staircase import Staircase
+from densegrpo_fast.calibration.rules import Staircase
 from densegrpo_fast.common.plugins import Registry, is_outside
 from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config.checks import reward_problem

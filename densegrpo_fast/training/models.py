@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from densegrpo_fast.calibration.staircase import Staircase
+from densegrpo_fast.calibration.rules import Staircase
 from densegrpo_fast.calibration.store import read_calibration
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.pretrained import is_hub_id, silence_loading
