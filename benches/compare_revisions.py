@@ -300,7 +300,10 @@ def compare(
         known = set()
         for key, value in content.items():
             place, colon, name = key.rpartition(": ")
-            known.add(renamed := place + colon + RENAMED.get(name, name))
+            renamed = place + colon + RENAMED.get(name, name)
+            # what the old side wrote before a run was resumed keeps its names
+            renamed = renamed if renamed in there else key
+            known.add(renamed)
             if name.startswith(IGNORED):
                 continue
             count += 1
