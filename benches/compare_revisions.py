@@ -243,7 +243,11 @@ def shortened(options: Mapping[str, Any]) -> dict[str, Any]:
     short = {"run.iterations": 2, "data.num_prompts": prompts, "sampler.micro_batch": rows // (2 * updates) or 1}
     short |= {"evaluation.num_prompts": 6, "evaluation.samples_per_prompt": 1, "evaluation.every": 1}
     short |= {"window.every": 1, "calibration.samples": 8, "calibration.rounds": 1, "run.memory_check": "off"}
-    return short | {key: 1 for key in ("calibration.every", "lookahead.guard_every") if options[key]}
+    return short | {
+        key: 1
+        for key in ("calibration.every", "lookahead.guard_every")
+        if options.get(key, options.get(RENAMED.get(key, key)))
+    }
 
 
 def read(directory: Path) -> dict[str, dict[str, Any]]:
