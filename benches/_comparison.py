@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from densegrpo_fast.run_files.intervals import Interval, paired_interval
+from densegrpo_fast.run_files.statistics import Interval, paired_interval
 
 Run = dict[str, Any]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from densegrpo_fast.run_files.intervals import paired_interval
+from densegrpo_fast.run_files.statistics import paired_interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LATE_SEED = 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +9,7 @@ from pathlib import Path, PurePath
 from statistics import median, quantiles
 from typing import Any
 
-from densegrpo_fast.common.files import replace_text
+from densegrpo_fast.common import files
 from densegrpo_fast.run_files.provenance import commit, hardware, provenance
 
 __all__ = ["commit", "hardware", "provenance"]
@@ -45,7 +43,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         OutputError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+    files.write_json(path, document)
 
 
 def interleaved(
@@ -93,11 +91,3 @@ def spread(seconds: Sequence[float]) -> float:
         return 0.0
     low, middle, high = quantiles(seconds, n=4, method="inclusive")
     return (high - low) / middle
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ The hosts' side is restated from their formulas (`_stock.py`, `tests/hosts`); be
 that both sides compute the same.
 
 On the CPU a timing is the fastest of several calls, and with one thread the clock is that of the thread: what other
-processes take of the core is not counted. The pages of `densegrpo_fast/compat` quote the result: `_pages.py`.
+processes take of the core is not counted. The pages of `docs/integrations` quote the result: `_pages.py`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import importlib
 import importlib.util
 import json
 import math
@@ -28,6 +27,7 @@ from _comparison import compare
 from _page_tables import TABLES, correlations, names_of, read
 from _pages import ROOT, pages, updated
 
+from densegrpo_fast.compat.hosts import HOSTS
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.flow import backends
 from densegrpo_fast.sampling import plan as plans
@@ -76,7 +76,12 @@ def hosts(found: Pages) -> Iterator[str]:
         page = "".join(text for text in found.values() if f"dropin_{host}" in names_of(text))
         flag = "" if host == "flow_grpo" else f" --host {host}"
         wanted = [f"-m densegrpo_fast.launch{flag} ", f"import densegrpo_fast.compat.{host} as fast\n\nfast.install()"]
-        wanted += [f"`{fix}`" for fix in importlib.import_module(f"densegrpo_fast.compat.{host}").FIXES]
+        wanted += [f"`{fix}`" for fix in HOSTS[host].fixes]
+        # the pipelines of Flow-GRPO are told of on its own page
+        others = "" if host == "flow_grpo" else "".join(t for t in found.values() if "dropin_flow_grpo" in names_of(t))
+        for name in {replaced.name.rpartition(".")[2] for replaced in HOSTS[host].replaced}:
+            if f"`{name}`" not in page + others:
+                yield f"the page of {host} does not say that {name} is replaced"
         for text in wanted:
             if text not in page and text.replace("`", '"') not in page:
                 yield f"the page of {host} lacks {text!r}"
@@ -86,32 +91,34 @@ def hosts(found: Pages) -> Iterator[str]:
 
 def sentences(found: Pages) -> Iterator[str]:
     """What the pages say in words is what was recorded."""
-    everything = " ".join(" ".join(page.split()) for page in found.values())
+    everything = _plain(" ".join(found.values()))
     for what, text in _quoted():
-        if text not in everything:
+        if _plain(text) not in everything:
             yield f"no page says of {what}: {text}"
+
+
+def _plain(text: str) -> str:
+    """A text in one line, its numbers without the zero before the point, with or without which pages have them."""
+    return re.sub(r"\b0\.", ".", " ".join(text.split()))
 
 
 def _quoted() -> Iterator[tuple[str, str]]:
     """What is quoted, and how."""
     judge = read("judge_branched")
     measures = {each["first"]: each["measures"] for each in judge["comparisons"] if each["second"] == "sparse"}
-    for variant, words in (("embedded_branched", "branches"), ("turning_point", "TP-GRPO"), ("dense", "plain gains")):
+    for variant, words in (("embedded_branched", "branches"), ("turning_point", "TP-GRPO"), ("dense", "gains")):
         graded = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**measures[variant]["judge/graded"])
         yield "the judge", f"{words} minus sparse {graded}"
-    kl = [
-        f"{judge['variants'][name]['kl/flow_grpo']['mean']:.3f}".removeprefix("0")
-        for name in ("embedded_branched", "sparse")
-    ]
-    yield "the judge", f"a KL of {kl[0]} per trajectory for sparse's {kl[1]}"
+    kl = [judge["variants"][name]["kl/flow_grpo"]["mean"] for name in ("embedded_branched", "sparse")]
+    yield "the judge", f"a KL of {kl[0]:.3f} per trajectory, {kl[1]:.3f} for sparse"
 
     mirror = read("response")["before"]["consistency"]["mirror"][:5]
-    opposite = ", ".join(f"{value:+.2f}".replace("0.", ".", 1) for value in mirror)
+    opposite = ", ".join(f"{value:+.2f}" for value in mirror)
     yield "the opposite noise", f"correlations are {opposite} in steps 0 to 4"
 
     fast = _fast_lookahead()
-    _, gains, worst = (f"{value:.2f}".removeprefix("0") for value in correlations(fast, read("fidelity_fast")))
-    yield "the fast lookahead", f"({gains}, worst step {worst}, 64 held-out groups of 16;"
+    _, gains, worst = correlations(fast, read("fidelity_fast"))
+    yield "the fast lookahead", f"({gains:.2f}, worst step {worst:.2f}, 64 held-out groups of 16;"
     yield "the fast lookahead", f"By operations the first line is {fast['iteration_flops_ratio']:.2f} with KL"
 
     seconds = read("iteration_cpu")
@@ -130,12 +137,12 @@ def _quoted() -> Iterator[tuple[str, str]]:
         before, after = (subject["reward"]["mean"] for subject in document["subjects"].values())
         change = next(each for each in document["differences"] if each["reward"] == "reward")
         numbers = f"{before:.3f} | {after:.3f} | {change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
-        yield "the default run", f"| reward, {words} | {numbers.replace('0.', '.')} |"
+        yield "the default run", f"| reward, {words} | {numbers} |"
 
     large = {key: plan["ratio_kl"] for key, plan in read("cost")["models"]["sd35_medium"]["plans"].items()}
     previews, few = (large[f"{plan}/full/preview, 8 branches"] for plan in ("exact_but_last", "nodes{4,7}"))
     yield "the costs", f"takes {previews:.2f} with 8 branches"
-    yield "the costs", f"and {few:.2f}".replace("0.", ".") + " with nodes {4,7}"
+    yield "the costs", f"and {few:.2f} with nodes {{4,7}}"
 
     # of ten steps nine are noisy: states 1 to 8 are completed, with shared noise state 0 too. The host takes all of a
     # state's remaining steps; here the first of them is the rollout's.
@@ -145,8 +152,7 @@ def _quoted() -> Iterator[tuple[str, str]]:
     yield "turning_point's evaluations", f"| noise-free image | 10 | 10 | {completed[0]} |"
     yield "turning_point's evaluations", f"| sum | {20 + host} | {20 + here} | {10 + here + completed[0]} |"
 
-    high, low = (f"{_sparse_change(name):+.3f}".replace("0.", ".", 1) for name in ("high", "low"))
-    yield "sparse's learning rates", f"(seed 0, {high} for {low};"
+    yield "sparse's learning rates", f"(seed 0, {_sparse_change('high'):+.3f} for {_sparse_change('low'):+.3f};"
 
 
 def steps_as_recorded(_: Pages) -> Iterator[str]:

@@ -34,8 +34,8 @@ from _record import provenance, write_json
 
 from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
-from densegrpo_fast.run_files.intervals import mean_interval, paired_interval
 from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
+from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 
 if TYPE_CHECKING:
     from _judge import Judge

@@ -21,6 +21,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Trainer": "training.trainer",
+    "load_config": "config.cli",
+    "Lookahead": "sampling.lookahead",
+    "Rollout": "sampling.rollout",
+    "FlowModel": "models.base",
     "sde_step": "flow.ops",
     "sde_step_outputs": "flow.ops",
     "sde_log_prob": "flow.ops",

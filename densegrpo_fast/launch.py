@@ -22,13 +22,11 @@ from typing import TYPE_CHECKING, Any
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import user_errors_exit
 from densegrpo_fast.common.suggest import did_you_mean
-from densegrpo_fast.launch_script import run
+from densegrpo_fast.compat.hosts import HOSTS
+from densegrpo_fast.compat.run_script import run
 
 if TYPE_CHECKING:
-    from densegrpo_fast.compat._patch import Patch
-
-HOSTS = ("flow_grpo", "turning_point", "dance_grpo", "mix_grpo", "flow_factory")
-"""Names of `densegrpo_fast.compat` modules that can be installed."""
+    from densegrpo_fast.compat.patch import Patch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(argv)
     with user_errors_exit():
-        script = _readable(options.script)
+        script = Path(os.path.abspath(options.script))
+        if not script.exists():
+            raise UsageError(f"can't open file {str(script)!r}: there is no such file")
+        if not script.is_file():
+            raise UsageError(f"{str(script)!r} is not a file; name the Python file to run")
         if options.host not in HOSTS:
             known = ", ".join(HOSTS)
             raise UsageError(
@@ -51,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not getattr(sys.flags, "safe_path", False):
             # python -m has put the working directory there; python script.py puts the script's folder.
             sys.path[0] = str(script.parent)
-        given = _given(options)
-        patch = _install(options.host, given)
+        patch, given = _install(options)
     sys.argv = [options.script, *options.args]
     try:
         run(script, patch, options.host, given)
@@ -88,31 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _readable(script: str) -> Path:
-    path = Path(os.path.abspath(script))
-    if not path.exists():
-        raise UsageError(f"can't open file {str(path)!r}: there is no such file")
-    if not path.is_file():
-        raise UsageError(f"{str(path)!r} is not a file; name the Python file to run")
-    return path
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of the host's `install` that the command line gives."""
+def _install(options: argparse.Namespace) -> tuple[Patch, dict[str, Any]]:
+    """The host's patch, and the arguments of its `install` that the command line gives."""
     host = import_module(f"densegrpo_fast.compat.{options.host}")
+    optional = {"version": "--signature", "tracker": "--tracker", "fixes": "--fix"}
     wanted = {"version": options.signature, "tracker": options.tracker, "fixes": options.fix}
     given = {name: value for name, value in wanted.items() if value}
-    unknown = [name for name in given if name not in inspect.signature(host.install).parameters]
-    if unknown:
-        option = {"version": "--signature", "tracker": "--tracker", "fixes": "--fix"}[unknown[0]]
-        raise UsageError(f"{option} is no option of --host {options.host}")
-    return {"rng": options.rng, "seed": options.seed, **given}
-
-
-def _install(name: str, given: dict[str, Any]) -> Patch:
-    host = import_module(f"densegrpo_fast.compat.{name}")
+    for name in given:
+        if name not in inspect.signature(host.install).parameters:
+            raise UsageError(f"{optional[name]} is no option of --host {options.host}")
+    given |= {"rng": options.rng, "seed": options.seed}
     try:
-        return host.install(say=_say if _is_first_rank() else _say_nothing, **given)
+        return host.install(say=_say if _is_first_rank() else lambda line: None, **given), given
     except ValueError as error:
         raise UsageError(str(error)) from error
     except host.CompatError as error:
@@ -126,10 +114,6 @@ def _is_first_rank() -> bool:
 
 def _say(line: str) -> None:
     print(f"densegrpo_fast: {line}", file=sys.stderr, flush=True)
-
-
-def _say_nothing(line: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -17,27 +17,22 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import json
 import logging
 import re
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.common.files import output_errors, write_json
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, split_overrides
 from densegrpo_fast.config.command_line import command_parser
 from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
 from densegrpo_fast.training.prompts import PromptSet, load_prompts
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from densegrpo_fast.models.base import FlowModel
 
 _SEEDS = re.compile(r"([0-9]{1,10})(?:-([0-9]{1,10}))?")
 _MOST_SEEDS = 10_000
@@ -49,134 +44,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors_exit():
         own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_intermixed_args(own)
-        prompts, subject = _prompts(options), locate(options.adapter)
-        source = settings_source([subject], options.config)
-        config, _ = load_config(["--config", source, *overrides])
-        check_models([subject], config.model.path)
+        prompts, ref = _prompts(options), locate(options.adapter)
+        config, _ = load_config(["--config", settings_source([ref], options.config), *overrides])
+        check_models([ref], config.model.path)
         _check_output(options.output, options.overwrite)
-        return int(sample(config, subject, prompts, options))
+        return int(sample(config, ref, prompts, options))
 
 
-def sample(config: Config, subject: ModelRef, prompts: PromptSet, options: argparse.Namespace) -> ExitCode:
+def sample(config: Config, ref: ModelRef, prompts: PromptSet, options: argparse.Namespace) -> ExitCode:
     """Draw all prompts with all seeds and write the output directory.
 
     Raises:
         UserError: anything the user can act on.
     """
-    from densegrpo_fast.common.files import output_errors, replace_text
     from densegrpo_fast.flow.noise import LAYOUT_VERSION
-    from densegrpo_fast.run_files.images import save_grid, save_picture
-    from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
+    from densegrpo_fast.run_files.images import save_pictures
     from densegrpo_fast.run_files.provenance import provenance
-    from densegrpo_fast.training.models import default_device, load_model
+    from densegrpo_fast.training.pictures import draw, picture_sampler, with_each
 
-    sampler = sampler_settings(config, options)
-    weights = read_weights(subject)
-    model = load_model(config.model, default_device())
+    sampler = picture_sampler(config, options.sampler, options.steps, options.guidance)
     rows = [(prompt, seed) for prompt in prompts.prompts for seed in options.seeds]
-    with with_adapter(model, subject, weights):
-        images = draw(model, rows, sampler, chunk=config.sampler.micro_batch)
-
-    written = []
+    ((weights, images),) = with_each(
+        config, [ref], lambda model: draw(model, rows, sampler, config.sampler.micro_batch)
+    )
     with output_errors(f"cannot write in {options.output}"):
-        (options.output / "images").mkdir(parents=True, exist_ok=True)
-        for index, ((prompt, seed), image) in enumerate(zip(rows, images, strict=True)):
-            name = f"images/{index // len(options.seeds):04d}-seed{seed}.png"
-            save_picture(image, options.output / name, {"prompt": prompt, "seed": str(seed)})
-            written.append({"file": name, "prompt": prompt, "seed": seed})
-        columns, scale = len(options.seeds), max(1, 128 // images.shape[-1])
-        captions = [prompt for prompt, _ in rows]
-        grid = save_grid(images, options.output / "grid.png", columns=columns, scale=scale, captions=captions)
+        files = save_pictures(images, options.output, rows, columns=len(options.seeds))
     settings = {
         "model": config.model.model_dump(mode="json"),
-        "adapter": {"name": subject.name, "origin": weights.origin, "sha256": weights.fingerprint()},
-        "sampler": sampler,
+        "adapter": {"name": ref.name, **weights.about()},
+        "sampler": sampler.settings(),
         "seeds": options.seeds,
-        "images": written,
+        "images": [
+            {"file": file, "prompt": prompt, "seed": seed} for file, (prompt, seed) in zip(files, rows, strict=True)
+        ],
         "size": list(images.shape[-2:]),
         "noise_layout": LAYOUT_VERSION,
-        **provenance(),
     }
-    replace_text(options.output / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-    print(f"{len(rows)} pictures by {subject.name} ({weights.origin}): {grid}")
+    write_json(options.output / "settings.json", settings | provenance())
+    print(f"{len(rows)} pictures by {ref.name} ({weights.origin}): {options.output / 'grid.png'}")
     return ExitCode.OK
-
-
-def sampler_settings(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """The sampler that is asked for, as JSON data: kind, num_steps, guidance_scale; of the SDE dynamics, noise_level.
-
-    The ODE sampler is that of the held-out evaluation, the SDE sampler that of training with noise in every step.
-
-    Raises:
-        UsageError: if the noise levels do not fit the number of steps.
-    """
-    sde = options.sampler == "sde"
-    steps = options.steps or (config.sampler if sde else config.evaluation).num_steps
-    own = config.sampler.guidance_scale if sde else config.evaluation_guidance_scale
-    settings = {
-        "kind": options.sampler,
-        "num_steps": steps,
-        "guidance_scale": own if options.guidance is None else options.guidance,
-    }
-    if sde:
-        levels = config.sampler.noise_level
-        if isinstance(levels, list) and len(levels) != steps:
-            raise UsageError(
-                f"--steps: sampler.noise_level holds {len(levels)} levels, one for each step, so {steps} steps need "
-                "another sampler.noise_level (one number serves any number of steps)",
-            )
-        settings |= {"dynamics": config.sampler.dynamics, "noise_level": levels}
-    return settings
-
-
-def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: dict[str, Any], chunk: int) -> Tensor:
-    """Pictures [N, 3, H, W] float32 on the CPU of N (prompt, seed).
-
-    Args:
-        sampler: as `sampler_settings` returns it.
-        chunk: rows per forward; fewer where the memory runs out.
-
-    Raises:
-        UsageError: if a noise level does not fit the dynamics; 3, if one row is too many for the memory.
-    """
-    import torch
-
-    from densegrpo_fast.flow.dynamics import coefficients
-    from densegrpo_fast.flow.noise import Stream
-    from densegrpo_fast.sampling.oom_backoff import OomBackoff
-    from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
-
-    sigmas, guidance_scale = model.sigmas(sampler["num_steps"]), sampler["guidance_scale"]
-    table = None
-    if sampler["kind"] == "sde":
-        try:
-            table = coefficients(sigmas, sampler["noise_level"], sampler["dynamics"]).to(model.device)
-        except ValueError as error:
-            raise UsageError(f"sampler: {error}") from None
-
-    def drawn(part: slice) -> Tensor:
-        prompts, seeds = zip(*rows[part], strict=True)
-        # the seed takes the place of the sample's number, so rows of different seeds can share a forward
-        index = torch.tensor(seeds, device=model.device)
-        noise = initial_noise(model, index, seed=0, iteration=0, stream=Stream.EVALUATION)
-        conditioning = model.encode(list(prompts))
-        if table is None:
-            latents = sample_ode(model, noise, conditioning, sigmas, guidance_scale=guidance_scale)
-        else:
-            trajectory = rollout(
-                model,
-                noise,
-                conditioning,
-                table,
-                sample_index=index,
-                seed=0,
-                iteration=0,
-                guidance_scale=guidance_scale,
-            )
-            latents = trajectory.latents[-1]
-        return model.decode(latents).cpu()
-
-    return torch.cat(list(OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
 
 
 def _prompts(options: argparse.Namespace) -> PromptSet:

@@ -56,6 +56,7 @@ class MixtureModel(FlowModel):
     def __init__(self) -> None:
         means = torch.tensor([[2.0, 0, 0, 1], [-1, 1.5, 0, -1], [0, -2, 1, 0]], dtype=torch.float64)
         self.flow = GaussianMixtureFlow(means, 0.4)
+        self.bias = torch.nn.Parameter(torch.zeros(1))
         self.calls: list[tuple[int, float, float]] = []
         self.decoded: list[int] = []
 
@@ -88,7 +89,7 @@ class MixtureModel(FlowModel):
         return nullcontext()
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {}
+        return {"bias": self.bias}
 
     def decode(self, latents: Tensor, decoder: Decoder = "full") -> Tensor:
         self.decoded.append(len(latents))

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.run_files import alarms as module
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = load_config(["--objective.clip_range=1e-3", "--reward.max_missing=0.2"])[0]
 HEALTHY = {
     "frac_reward_zero_std": 0.2,
@@ -116,7 +116,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(caplog: pytest.LogCaptur
 
 
 def test_every_alarm_is_documented() -> None:
-    text = (Path(module.__file__).parent / "METRICS.md").read_text()
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     for alarm in alarms_for(CONFIG):
         assert f"| `{alarm.name}` |" in text and f"| {alarm.patience} |" in text
 

@@ -12,7 +12,7 @@ import torch
 from densegrpo_fast.common.aliases import OPTIONS, current_settings
 from densegrpo_fast.config.cli import load_config, split_overrides
 from densegrpo_fast.config.schema import options
-from densegrpo_fast.run_files.checkpoint import CheckpointManager
+from densegrpo_fast.run_files.checkpoint import CheckpointManager, newest_settings
 from densegrpo_fast.run_files.metrics import read_metrics
 
 
@@ -49,6 +49,15 @@ def test_a_checkpoint_with_old_names_is_continued(tmp_path: Path, caplog: pytest
     manager = CheckpointManager(tmp_path, 1, {"lookahead": {"monitor_every": 3, "monitor_alarm": 0.5}})
     assert manager.load_latest().step == 1
     assert not caplog.records
+
+
+def test_an_unfinished_run_with_old_names_can_be_looked_at(tmp_path: Path) -> None:
+    assert newest_settings(tmp_path) is None
+    tensors = {"adapter": {"weight": torch.ones(1)}}
+    CheckpointManager(tmp_path, 1, {"lookahead": {"guard_every": 3}}).save(1, tensors, {})
+    settings = newest_settings(tmp_path)
+    assert settings == {"lookahead": {"monitor_every": 3}}
+    assert CheckpointManager(tmp_path, 1, settings).load_latest().step == 1
 
 
 def test_old_metrics_are_read_under_their_new_names(tmp_path: Path) -> None:

@@ -52,13 +52,15 @@ def grown(
     )
 
 
-def test_trunks_follow_the_flow_as_far_as_they_branch(mixture_model: Any) -> None:
+def test_trajectories_follow_the_flow_as_far_as_they_branch(mixture_model: Any) -> None:
     tree = grown(mixture_model, [1, 3])
-    assert (tree.batch, tree.branches, tree.steps) == (2, K, [1, 3])
+    assert (tree.batch, tree.branches, tree.steps) == (2, K, (1, 3))
     # states 0..3 are evaluated, and then where the branches of steps 1 and 3 lead
     assert [rows for rows, _, _ in mixture_model.calls] == [2] * 4
     lookahead = Lookahead(mixture_model, plans.one_step(T), chunk=4)
-    assert not tree.reached and tree.reach(lookahead).reached
+    assert tree.branch_velocities is None
+    evaluated = tree.evaluated(lookahead)
+    assert evaluated.branch_velocities is not None and evaluated.evaluated(lookahead) is evaluated
     assert [rows for rows, _, _ in mixture_model.calls[4:]] == [4, 2 * K - 4] * 2
     sigmas, latents = mixture_model.sigmas(T), initial_noise(mixture_model, INDEX, seed=3, iteration=1)
     for step in range(4):
@@ -74,7 +76,7 @@ def test_branches_are_the_samplers_step_with_noise_of_their_own(mixture_model: A
     for step in (1, 3):
         row = tree.coefficients.table[step].double()
         mean = row[A] * tree.latents[step].double() + row[VELOCITY] * tree.velocities[step].double()
-        reached = tree.arrivals(step, slice(0, 2)).unflatten(0, (2, K))
+        reached = tree.next_latents(step, slice(0, 2)).unflatten(0, (2, K))
         for branch in range(K):
             words = {"seed": 3, "sample_index": INDEX, "iteration": 1, "step": step}
             noise = gaussian((4,), stream=branch_stream(branch), **words).double()
@@ -90,32 +92,32 @@ def test_branches_share_the_velocity_of_their_state_bit_for_bit(mixture_model: A
     for step in tree.steps:
         for ode_trajectory in range(2):
             alone = [tensor[step, ode_trajectory : ode_trajectory + 1] for tensor in (tree.latents, tree.velocities)]
-            for branch, reached in enumerate(tree.arrivals(step, slice(ode_trajectory, ode_trajectory + 1))):
+            for branch, reached in enumerate(tree.next_latents(step, slice(ode_trajectory, ode_trajectory + 1))):
                 log_prob = ops.sde_log_prob(*alone, reached[None], tree.coefficients.table, step)
                 assert torch.equal(log_prob[0], tree.log_probs[step, ode_trajectory * K + branch])
 
 
-def test_a_trunk_and_its_branches_depend_on_nothing_but_their_numbers(mixture_model: Any) -> None:
-    """Neither on the other trunks, nor on how many branches there are, nor on which other steps branch."""
+def test_branches_depend_on_nothing_but_their_numbers(mixture_model: Any) -> None:
+    """Neither on the other trajectories, nor on how many branches there are, nor on which other steps branch."""
     tree = grown(mixture_model, [1, 3], branches=4, micro_batch=1)
     more = grown(mixture_model, [0, 1, 3], branches=4, prompts=[*PROMPTS, "2"])
     close = {"rtol": 1e-5, "atol": 1e-5}
     for step in (1, 3):
-        torch.testing.assert_close(tree.arrivals(step, slice(0, 2)), more.arrivals(step, slice(0, 2)), **close)
+        torch.testing.assert_close(tree.next_latents(step, slice(0, 2)), more.next_latents(step, slice(0, 2)), **close)
     fewer = grown(mixture_model, [1, 3], branches=2, prompts=PROMPTS[:1])
-    torch.testing.assert_close(fewer.arrivals(3, slice(0, 1)), tree.arrivals(3, slice(0, 1))[:2], **close)
+    torch.testing.assert_close(fewer.next_latents(3, slice(0, 1)), tree.next_latents(3, slice(0, 1))[:2], **close)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_exact_completions_go_on_by_euler(mixture_model: Any, guidance_scale: float) -> None:
     tree = grown(mixture_model, [0, 2, T - 1], guidance_scale=guidance_scale)
-    found = tree.completions(Lookahead(mixture_model, plans.exact(T), chunk=4))
+    found = Lookahead(mixture_model, plans.exact(T), chunk=4).complete(tree)
     assert found.shape == (3, 2 * K, 4)
     for clean, step in zip(found, tree.steps, strict=True):
         alone = sample_ode(
             mixture_model,
-            tree.arrivals(step, slice(0, 2)),
-            tree.twigs.conditioning,
+            tree.next_latents(step, slice(0, 2)),
+            tree.sample_conditioning,
             mixture_model.sigmas(T)[step + 1 :],
             guidance_scale=guidance_scale,
         )
@@ -125,8 +127,8 @@ def test_exact_completions_go_on_by_euler(mixture_model: Any, guidance_scale: fl
 def test_a_stride_takes_every_so_many_of_the_sigmas_behind_the_branch(mixture_model: Any) -> None:
     # of a branch of step 0 the suffix sigmas[1:][::2] of a 5-step grid is those of 1 and 3, then 5, the end
     tree, sigmas = grown(mixture_model, [0]), mixture_model.sigmas(T)
-    found = tree.completions(Lookahead(mixture_model, plans.strided(T, 2)))[0]
-    alone = sample_ode(mixture_model, tree.arrivals(0, slice(0, 2)), tree.twigs.conditioning, sigmas[[1, 3, 5]])
+    found = Lookahead(mixture_model, plans.strided(T, 2)).complete(tree)[0]
+    alone = sample_ode(mixture_model, tree.next_latents(0, slice(0, 2)), tree.sample_conditioning, sigmas[[1, 3, 5]])
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
 
 
@@ -138,10 +140,10 @@ def test_forwards_are_the_closed_form(mixture_model: Any, data: st.DataObject) -
     strides = data.draw(st.sets(st.integers(1, steps_of_all - 1), min_size=1))
     mixture_model.calls.clear()
     tree = grown(mixture_model, steps, num_steps=steps_of_all, branches=branches)
-    # trunk up to its last branching state; each branch's own first velocity, unless it is the image already
+    # a trajectory up to its last branching state; each branch's own first velocity, unless it is the image already
     assert mixture_model.evaluated_rows == 2 * (steps[-1] + 1)
     mixture_model.calls.clear()
-    tree = tree.reach(Lookahead(mixture_model, plans.one_step(steps_of_all), chunk=3))
+    tree = tree.evaluated(Lookahead(mixture_model, plans.one_step(steps_of_all), chunk=3))
     first = branches * sum(step < steps_of_all - 1 for step in steps)
     assert mixture_model.evaluated_rows == 2 * first
     # a stride of g takes ceil((T-1-k)/g) evaluations after step k, of which the first is there
@@ -149,7 +151,7 @@ def test_forwards_are_the_closed_form(mixture_model: Any, data: st.DataObject) -
     for stride in strides:
         mixture_model.calls.clear()
         lookahead = Lookahead(mixture_model, plans.strided(steps_of_all, stride))
-        tree.completions(lookahead)
+        lookahead.complete(tree)
         after = sum(max(math.ceil((steps_of_all - 1 - step) / stride) - 1, 0) for step in steps)
         assert mixture_model.evaluated_rows == 2 * branches * after
         total += branches * after
@@ -201,14 +203,14 @@ def test_a_head_corrects_the_last_jumps_of_branches(
     model = tiny_policy(spread=0.1)
     tree = grown(model, [0, 1, 2, 3], num_steps=4, prompts=["a cat", "the moon"], guidance_scale=guidance_scale)
     plan, spy = plans.nodes(4, [3]), Spy()
-    plain = tree.completions(Lookahead(model, plan, chunk=chunk))
-    helped = tree.completions(Lookahead(model, plan, chunk=chunk, head=spy))
+    plain = Lookahead(model, plan, chunk=chunk).complete(tree)
+    helped = Lookahead(model, plan, chunk=chunk, head=spy).complete(tree)
     added = torch.tensor([1.0, 0.0, 3.0, 0.0]).view(4, 1, 1, 1, 1).expand_as(plain)
     torch.testing.assert_close(helped - plain, added, rtol=1e-5, atol=1e-5)
 
     hidden, latents, estimate, state = (torch.cat(parts) for parts in zip(*spy.seen, strict=True))
     assert state.tolist() == [1] * 2 * K + [3] * 2 * K
-    sigmas, conditioning = tree.coefficients.sigmas, tree.twigs.conditioning
+    sigmas, conditioning = tree.coefficients.sigmas, tree.sample_conditioning
 
     def alone(row: int, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Hidden tokens and velocity of one row, by itself."""
@@ -219,7 +221,7 @@ def test_a_head_corrects_the_last_jumps_of_branches(
     close = {"rtol": 1e-4, "atol": 1e-4}
     with torch.no_grad():
         for place, (step, row) in enumerate((step, row) for step in (0, 2) for row in range(2 * K)):
-            here = tree.twigs.latents[step + 1, row : row + 1]
+            here = tree.state(step + 1).latents[row : row + 1]
             tokens, velocity = alone(row, here, step + 1)
             if step == 0:
                 here = here + (sigmas[3] - sigmas[1]) * velocity
@@ -232,25 +234,24 @@ def test_a_head_corrects_the_last_jumps_of_branches(
 def test_keeping_hidden_tokens_of_branches_changes_nothing_else(tiny_policy: Callable[..., FlowModel]) -> None:
     model = tiny_policy(spread=0.1)
     tree = grown(model, [0, 2], num_steps=4, prompts=["a cat", "the moon"])
-    plain, kept = (tree.reach(Lookahead(model, plans.one_step(4), chunk=4, head=head)) for head in (None, Spy()))
-    assert plain.twigs.hidden is None and kept.twigs.hidden is not None
-    assert torch.equal(plain.twigs.velocities, kept.twigs.velocities)
-    # of the states that branches lead to, by state as the latents are
-    assert kept.twigs.hidden.shape == (4, 2 * K, 16, model.network.inner_dim)
-    assert [bool(tokens.any()) for tokens in kept.twigs.hidden] == [False, True, False, True]
-    assert torch.equal(kept.select(slice(1, 2)).twigs.hidden, kept.twigs.hidden[:, K:])
+    plain, kept = (tree.evaluated(Lookahead(model, plans.one_step(4), chunk=4, head=head)) for head in (None, Spy()))
+    assert plain.branch_hidden is None and kept.branch_hidden is not None
+    assert torch.equal(plain.branch_velocities, kept.branch_velocities)
+    # of the states 1 and 3 that branches lead to
+    assert kept.branch_hidden.shape == (2, 2 * K, 16, model.network.inner_dim)
+    assert torch.equal(kept.select(slice(1, 2)).branch_hidden, kept.branch_hidden[:, K:])
     with pytest.raises(ValueError, match="keep_hidden"):
-        plain.completions(Lookahead(model, plans.one_step(4), head=Spy()))
+        Lookahead(model, plans.one_step(4), head=Spy()).complete(plain)
     # a branch of the last step is the image: there is nothing to reach, or to correct
     last = grown(model, [3], num_steps=4, prompts=["a cat"])
-    clean = last.completions(Lookahead(model, plans.one_step(4), head=Spy()))
-    assert torch.equal(clean[0], last.twigs.latents[4])
+    clean = Lookahead(model, plans.one_step(4), head=Spy()).complete(last)
+    assert torch.equal(clean[0], last.state(4).latents)
 
 
 def test_what_cannot_branch_is_refused(mixture_model: Any) -> None:
     with pytest.raises(ValueError, match="no step injects noise"):
         grown(mixture_model, [])
-    with pytest.raises(ValueError, match="2 trunks with 1 branches each do not make 2 rows"):
+    with pytest.raises(ValueError, match="2 trajectories with 1 branches each do not make 2 rows"):
         grown(mixture_model, [1], branches=1)
 
 
@@ -282,8 +283,8 @@ def test_the_gradient_of_a_shared_state_is_that_of_its_branches_one_by_one(
                 tree.coefficients.sigmas[step].expand(1),
             )
             for branch in range(ode_trajectory * K, ode_trajectory * K + K):
-                found = model.velocity(state, sigma, tree.twigs.conditioning.select(slice(branch, branch + 1)))
-                reached = tree.twigs.latents[step + 1, branch : branch + 1]
+                found = model.velocity(state, sigma, tree.sample_conditioning.select(slice(branch, branch + 1)))
+                reached = tree.state(step + 1).latents[branch : branch + 1]
                 one = ops.sde_log_prob(state, found.combined(), reached, tree.coefficients.table, step)
                 grads = torch.autograd.grad(weights[branch] * one.sum(), parameters)
                 alone = [total + grad for total, grad in zip(alone, grads, strict=True)]

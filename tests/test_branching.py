@@ -15,10 +15,11 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.doctor.loop import configured_loop, randomize_lora_
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.run_files.metrics import PhaseTimer
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.experience import RewardComputer, sample_branches
-from densegrpo_fast.training.learner import Learner
+from densegrpo_fast.sampling.branches import BranchedRollout
+from densegrpo_fast.training.learner import Learner, LearnerOptions
+from densegrpo_fast.training.lookahead import build_lookahead
+from densegrpo_fast.training.prompts import PromptBatch
+from densegrpo_fast.training.trainer import Trainer
 
 Policy = Callable[..., FlowModel]
 Train = Callable[..., int]
@@ -46,48 +47,52 @@ def configured(**options: object) -> Config:
     return load_config([f"{key}={value}" for key, value in {**SETTINGS, **options}.items()])[0]
 
 
-def test_branches_are_judged_within_their_trunk(tiny_policy: Policy) -> None:
+def sampled(config: Config, model: FlowModel) -> tuple[Trainer, PromptBatch, BranchedRollout]:
+    trainer = Trainer(config, model=model, reward=REWARD)
+    batch = PromptBatch(ROWS, [{}] * 12, 6)
+    rollout = trainer.sample(batch, trainer.schedule.at(0), 0)
+    assert isinstance(rollout, BranchedRollout)
+    return trainer, batch, rollout
+
+
+def test_branches_are_compared_within_their_trajectory(tiny_policy: Policy) -> None:
     config, model = configured(), tiny_policy()
-    tree = sample_branches(config, model, ROWS, builders.build_coefficients(config, model), 0)
-    assert (tree.batch, tree.branches, tree.steps) == (4, 3, [0, 1, 2])
-    outcome = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model)).judge(
-        tree, ROWS, [{}] * 12, PhaseTimer()
-    )
+    trainer, batch, tree = sampled(config, model)
+    assert (tree.batch, tree.branches, tree.steps) == (4, 3, (0, 1, 2))
+    outcome = trainer.score(tree, trainer.complete(tree), batch)
     # [P, G, T]: three judged steps, each trunk's branches around their own mean
-    values = outcome.advantages.values.unflatten(1, (2, 3))
+    values = trainer.credit(tree, outcome).values.unflatten(1, (2, 3))
     assert values.shape == (2, 2, 3, 4) and not values[..., 3].any() and values[..., :3].all()
     torch.testing.assert_close(values.sum(2), torch.zeros(2, 2, 4), rtol=0, atol=1e-5)
     # the pictures of all branches of all steps
     assert outcome.rewards.shape == (2, 6 * 3) and outcome.scores.values.numel() == 36
     # a picture of the third branch of prompt 1's second trunk, scored by itself
-    lookahead = builders.build_lookahead(config, model)
+    lookahead = build_lookahead(config, model)
     assert lookahead is not None
-    image = model.decode(tree.completions(lookahead)[1, 11:12])
+    image = model.decode(lookahead.complete(tree)[1, 11:12])
     expected = 1 + image.mean().item()
     assert outcome.rewards.unflatten(1, (6, 3))[1, 5, 1].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_granular_rewards_are_of_both_completions_the_finest_last(tiny_policy: Policy) -> None:
     config, model = configured(**{"credit.method": "granular", "credit.granularities": "[1, 3]"}), tiny_policy()
-    tree = sample_branches(config, model, ROWS, builders.build_coefficients(config, model), 0)
-    judge = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model))
-    outcome = judge.judge(tree, ROWS, [{}] * 12, PhaseTimer())
+    trainer, batch, tree = sampled(config, model)
+    outcome = trainer.score(tree, trainer.complete(tree), batch)
     # by hand, for T = 4 and 3 branches: states 1, 2, 3 are evaluated, then a stride of 1 visits 2 + 1 + 0 later points,
     # a stride of 3 none
-    cost = judge.cost(tree, 3)
-    assert 3 * cost.lookahead.total == 3 * 3 + 3 * 3
-    assert cost.rewards == cost.full_decodes == 2 * 3
+    assert trainer.meter.counts["lookahead"].forwards == 12 * (3 + 3)
+    assert trainer.meter.counts["reward"].scored == trainer.meter.counts["reward"].full_decodes == 12 * 2 * 3
     assert outcome.scores.values.numel() == 2 * 36
-    exact = RewardComputer(configured(), model, REWARD, builders.build_lookahead(config, model))
-    alone = exact.judge(tree, ROWS, [{}] * 12, PhaseTimer()).rewards
+    exact = Trainer(configured(), model=model, reward=REWARD)
+    alone = exact.score(tree, exact.complete(tree), batch).rewards
     torch.testing.assert_close(alone, outcome.rewards, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_a_state_is_trained_once_for_all_its_branches(tiny_policy: Policy, kl_coef: float) -> None:
     config, model = configured(**{"objective.kl_coef": kl_coef, "optimizer.lr": 1e-4}), tiny_policy(spread=0.05)
-    tree = sample_branches(config, model, ROWS, builders.build_coefficients(config, model), 0)
-    learner = Learner(model, builders.learner_options(config))
+    _, _, tree = sampled(config, model)
+    learner = Learner(model, LearnerOptions.of(config))
     judged = torch.randn(12, 4)
     update = learner.update(tree, judged, tree.steps)
     assert update["ratio_deviation"] <= 1e-6 and update["grad_norm"] > 0
@@ -102,20 +107,20 @@ def test_bad_branches_that_point_where_good_ones_do_can_be_held_back(tiny_policy
     found = []
     for options in ({}, held):
         config, model = configured(**options), tiny_policy()
-        tree = sample_branches(config, model, ROWS, builders.build_coefficients(config, model), 0)
+        _, _, tree = sampled(config, model)
         judged = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
         if not options:
             # the same by hand: of each state's branches, and by the cosines of what their steps added
             for step in tree.steps:
                 mean = tree.latents[step] * tree.coefficients.table[step, 0]
                 mean = mean + tree.velocities[step] * tree.coefficients.table[step, 1]
-                noise = tree.arrivals(step, slice(0, 4)) - mean.repeat_interleave(3, dim=0)
+                noise = tree.next_latents(step, slice(0, 4)) - mean.repeat_interleave(3, dim=0)
                 for first in range(0, 12, 3):
                     own, good = slice(first, first + 3), judged[first : first + 3, step] > 0
                     unit = noise[own].flatten(1) / noise[own].flatten(1).norm(dim=1, keepdim=True)
                     aligned = (unit @ unit[good].T).sum(1) > 0
                     judged[own, step] *= torch.where(aligned & ~good, 0.25, 1.0)
-        learner = Learner(model, builders.learner_options(config))
+        learner = Learner(model, LearnerOptions.of(config))
         update = learner.update(tree, judged, tree.steps)
         assert ("held_back" in update) == bool(options)
         found.append((update, {name: value.detach().clone() for name, value in learner.parameters.items()}))
@@ -130,7 +135,7 @@ def test_bad_branches_that_point_where_good_ones_do_can_be_held_back(tiny_policy
 def test_the_ratio_check_knows_branches(tiny_policy: Policy) -> None:
     config, model = configured(**{"sampler.micro_batch": 1}), tiny_policy()
     randomize_lora_(model.network)
-    loop = configured_loop(config, model)
+    loop = configured_loop(Trainer(config, model=model, reward=REWARD))
     assert loop.steps == (0, 1, 2) and max(loop.deviations()) <= 1e-6 and loop.unsteadiness() == 0
 
 

@@ -15,10 +15,10 @@ from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import read_metrics
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.costs import CostLog
+from densegrpo_fast.training.meter import CostReport, Meter, MeteredModel, MeteredReward
 from densegrpo_fast.training.noise_levels import NoiseLevels
 from densegrpo_fast.training.prompts import PromptSet
+from densegrpo_fast.training.schedule import Schedule
 
 OPTIONS = {
     "sampler.num_steps": 4,
@@ -41,16 +41,21 @@ def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]
     return images.flatten(1).mean(1)
 
 
-def levels(config: Config, model: Any, monkeypatch: pytest.MonkeyPatch) -> NoiseLevels:
+def levels(config: Config, model: Any) -> NoiseLevels:
+    """Noise levels on two prompts, with a model and a reward that count."""
+    meter, reward = Meter(), RewardMixture({"brightness": (brightness, 1.0)})
     prompts = PromptSet(("0", "12"), ({}, {}))
-    monkeypatch.setattr(builders.prompts, "_prompt_set", lambda source, held_out: prompts)
-    return NoiseLevels(config, model, RewardMixture({"brightness": (brightness, 1.0)}))
+    return NoiseLevels(config, MeteredModel(model, meter), MeteredReward(reward, meter), prompts)
 
 
 def calibrate(found: NoiseLevels, iteration: int) -> dict[str, float]:
     """A calibration's metrics with what it asked of the model."""
-    costs = CostLog(found.config, found.model, None)
-    return found.calibrate(iteration, costs) | costs.metrics()
+    assert isinstance(found.model, MeteredModel)
+    meter = found.model.meter
+    meter.reset()
+    with meter("calibration"):
+        metrics = found.calibrate(iteration)
+    return metrics | CostReport(found.config, found.model, None, meter).metrics(4, 3, 1)
 
 
 def measured(record: dict[str, Any]) -> dict[str, Any]:
@@ -59,15 +64,15 @@ def measured(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_when() -> None:
-    found = NoiseLevels(configured(), None, None)  # type: ignore[arg-type]
+    found = NoiseLevels(configured(), None, None, None)  # type: ignore[arg-type]
     assert [iteration for iteration in range(8) if found.due(iteration)] == [0, 3, 6]
     assert found.metrics() == {f"noise_level/step_{step}": 0.7 for step in range(4)}
-    never = NoiseLevels(configured(**{"calibration.every": 0}), None, None)  # type: ignore[arg-type]
+    never = NoiseLevels(configured(**{"calibration.every": 0}), None, None, None)  # type: ignore[arg-type]
     assert not any(never.due(iteration) for iteration in range(8)) and never.metrics() == {}
 
 
-def test_a_calibration_moves_the_levels_by_the_rule(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = levels(configured(), mixture_model, monkeypatch)
+def test_a_calibration_moves_the_levels_by_the_rule(mixture_model: Any) -> None:
+    found = levels(configured(), mixture_model)
     before, decoded = len(mixture_model.calls), len(mixture_model.decoded)
     metrics = calibrate(found, 3)
     # two rounds at the lowest level, a first move of .16 up or down, and perhaps a second one; the result is a level
@@ -81,22 +86,22 @@ def test_a_calibration_moves_the_levels_by_the_rule(mixture_model: Any, monkeypa
     assert sum(rows for rows, _, _ in mixture_model.calls[before:]) == 4 * 16 * (4 + 6)
 
 
-def test_samples_depend_on_the_iteration_alone(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two, other = (levels(configured(), mixture_model, monkeypatch) for _ in range(3))
+def test_samples_depend_on_the_iteration_alone(mixture_model: Any) -> None:
+    one, two, other = (levels(configured(), mixture_model) for _ in range(3))
     found = [calibrate(one, 3), calibrate(two, 3), calibrate(other, 6)]
     assert found[0] == found[1] and one.levels == two.levels
     assert found[2] != found[0] or other.levels != one.levels
     # a second calibration starts from the first one's levels, and from a checkpoint's likewise
-    three = levels(configured(), mixture_model, monkeypatch)
+    three = levels(configured(), mixture_model)
     three.restore(json.loads(json.dumps(one.state())))
     calibrate(one, 6)
     calibrate(three, 6)
     assert one.levels == three.levels
 
 
-def test_only_steps_that_may_be_noisy_are_calibrated(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_steps_that_may_be_noisy_are_calibrated(mixture_model: Any) -> None:
     window = {"window.schedule": "fixed", "window.size": 2, "sampler.noise_level": "[0.7, 0.0, 0.7, 0.7]"}
-    found = levels(configured(**window), mixture_model, monkeypatch)
+    found = levels(configured(**window), mixture_model)
     metrics = calibrate(found, 0)
     # step 1 is an ODE step of the window, 2 and 3 lie outside
     assert found.levels[0] != 0.7 and found.levels[1:] == (0.0, 0.7, 0.7)
@@ -104,9 +109,9 @@ def test_only_steps_that_may_be_noisy_are_calibrated(mixture_model: Any, monkeyp
     assert metrics["nfe/calibration"] == metrics["calibration/rounds"] * 16 * (4 + 3)
 
 
-def test_branches_are_calibrated_as_branches(mixture_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_are_calibrated_as_branches(mixture_model: Any) -> None:
     tree = {"sampler.branches": 4, "sampler.micro_batch": 12, "credit.method": "branch"}
-    found = levels(configured(**tree), mixture_model, monkeypatch)
+    found = levels(configured(**tree), mixture_model)
     before, metrics = len(mixture_model.calls), calibrate(found, 0)
     # the last step is not trained, and so has no branches
     assert found.levels[3] == 0.7 and 0.7 not in found.levels[:3]
@@ -117,7 +122,7 @@ def test_branches_are_calibrated_as_branches(mixture_model: Any, monkeypatch: py
 
 
 def test_a_checkpoint_of_another_sampler_is_refused() -> None:
-    found = NoiseLevels(configured(), None, None)  # type: ignore[arg-type]
+    found = NoiseLevels(configured(), None, None, None)  # type: ignore[arg-type]
     found.restore(None)
     assert found.levels == (0.7,) * 4
     with pytest.raises(UserError, match="noise levels for another number of steps"):
@@ -126,9 +131,9 @@ def test_a_checkpoint_of_another_sampler_is_refused() -> None:
 
 def test_the_table_takes_the_levels(mixture_model: Any) -> None:
     config = configured()
-    table = builders.build_coefficients(config, mixture_model, range(4), [0.5, 0.6, 0.7, 0.8])
+    table = Schedule(config, mixture_model).coefficients(range(4), [0.5, 0.6, 0.7, 0.8])
     assert table.noise_level == (0.5, 0.6, 0.7, 0.8)
-    assert builders.build_coefficients(config, mixture_model, range(4)).noise_level == (0.7,) * 4
+    assert Schedule(config, mixture_model).coefficients(range(4)).noise_level == (0.7,) * 4
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from densegrpo_fast.flow.dynamics import A, B, C, coefficients
 from densegrpo_fast.models.analytic import AnalyticModel
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW, GainMeter
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
+from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW, GainMeter
 from densegrpo_fast.training.prompts import PromptSet
 
 T = 4

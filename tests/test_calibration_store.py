@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from densegrpo_fast.training.builders import build_coefficients, check_calibration, shrink
 
 from densegrpo_fast.calibration.store import FORMAT, read_calibration
 from densegrpo_fast.common.errors import UserError
@@ -17,7 +18,6 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.training.builders import build_coefficients, check_calibration, shrink
 
 LEVELS = [0.5, 0.75, 0.3, 0.7]
 WHOLE = {"format": FORMAT, "dynamics": "cps", "sigmas": [1, 0.5, 0], "noise_level": [0.5, 0.5]}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from densegrpo_fast.training.chunks import GB, Chunks, Linear, lookahead_chunks
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
@@ -17,7 +18,6 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.models.memory import peak_bytes
 from densegrpo_fast.run_files.metrics import read_metrics
-from densegrpo_fast.training.chunks import GB, Chunks, Linear, lookahead_chunks
 
 
 def configured(memory_gb: float | None, chunk: int = 64) -> Config:

@@ -135,7 +135,7 @@ def test_it_is_the_packages_own_lookahead(model: SD3, text: dict[str, Any]) -> N
     )
     for guidance in ("cond_only", "reuse"):
         lookahead = Lookahead(model, plans.nodes(N, [2]), guidance=guidance)
-        images = lookahead.images(lookahead.complete(trajectory), noise_free.noisy, "full")
+        images = lookahead.images(trajectory, lookahead.complete(trajectory), "full")
         expected = torch.stack([torch.tensor(reward_fn(state, PROMPTS, ROWS)[0]["avg"]) for state in images], dim=1)
         dense = dense_rewards(
             model.pipeline,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.compat import flow_grpo
-from densegrpo_fast.compat._patch import CompatError
-from densegrpo_fast.compat.flow_grpo.detect import SIGNATURES, detect_version, replacement_of
+from densegrpo_fast.compat.flow_grpo.step import detect_version, step_replacement
+from densegrpo_fast.compat.hosts import SIGNATURES
+from densegrpo_fast.compat.patch import CompatError
 from densegrpo_fast.flow.schedule import sd3_sigmas
 
 
@@ -143,12 +144,12 @@ def test_a_generation_is_recognised_and_equalled(version: str) -> None:
     host = host_step(version)
     assert detect_version(host) == version
     state = torch.get_rng_state()
-    replacement, note = replacement_of(host)
+    replacement, note = step_replacement(host)
     assert torch.equal(torch.get_rng_state(), state)
     assert note.startswith(version)
     theirs, ours = (list(inspect.signature(step).parameters.values()) for step in (host, replacement))
     assert [(p.name, p.default, p.kind) for p in theirs] == [(p.name, p.default, p.kind) for p in ours]
-    assert replacement_of(host, version=version)[1] == note
+    assert step_replacement(host, version=version)[1] == note
 
 
 def test_what_a_signature_does_not_tell_is_found_by_running_it() -> None:
@@ -160,7 +161,7 @@ def test_what_a_signature_does_not_tell_is_found_by_running_it() -> None:
         (host_step("V1", level=0.9), "V1, noise_level 0.9"),
         (host_step("V3", kind="cps", level=0.4), "V3"),
     ]:
-        replacement, note = replacement_of(host)
+        replacement, note = step_replacement(host)
         assert note.startswith(says)
         for found, expected in zip(
             replacement(*arguments, prev_sample=prev), host(*arguments, prev_sample=prev), strict=True
@@ -170,9 +171,9 @@ def test_what_a_signature_does_not_tell_is_found_by_running_it() -> None:
 
 def test_a_host_that_computes_something_else_is_refused() -> None:
     with pytest.raises(CompatError, match="scoring with its defaults value 3 differs by 0.0"):
-        replacement_of(host_step("V3", scale=1.01))
+        step_replacement(host_step("V3", scale=1.01))
     with pytest.raises(CompatError, match="version V2 was asked for, .* has the parameters of V3"):
-        replacement_of(host_step("V3"), version="V2")
+        step_replacement(host_step("V3"), version="V2")
 
     def strange(self, model_output, timestep, sample, eta): ...
 
@@ -183,5 +184,5 @@ def test_a_host_that_computes_something_else_is_refused() -> None:
         raise RuntimeError("no")
 
     with pytest.raises(CompatError, match="it raised RuntimeError"):
-        replacement_of(broken)
-    assert set(SIGNATURES.values()) == set(flow_grpo.VERSIONS)
+        step_replacement(broken)
+    assert {key.split()[0] for key in SIGNATURES["sde_step_with_logprob"]} == set(flow_grpo.VERSIONS)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "hosts"))
 import host_sd3  # noqa: E402
 
 from densegrpo_fast.compat import flow_grpo  # noqa: E402
-from densegrpo_fast.compat.flow_grpo.probe import pipeline_replacement  # noqa: E402
+from densegrpo_fast.compat.flow_grpo.pipelines import pipeline_replacement  # noqa: E402
 
 FOLDER = "flow_grpo.diffusers_patch"
 Host = Callable[..., dict[str, ModuleType]]

@@ -25,7 +25,7 @@ from densegrpo_fast.compat.flow_grpo import (  # noqa: E402
     sde_step_with_logprob,
     step_function,
 )
-from densegrpo_fast.compat.flow_grpo.pipelines import PLAIN, make_pipeline, window_of  # noqa: E402
+from densegrpo_fast.compat.flow_grpo.pipelines import make_pipeline, window_of  # noqa: E402
 from densegrpo_fast.models.tiny import tiny_sd3  # noqa: E402
 
 PROMPTS = ["a photo of a cat", "the moon"]
@@ -168,7 +168,7 @@ def test_an_interrupt_stops_stepping(pipeline: Any, arguments: dict[str, Any], m
 
 def test_philox_noise_does_not_depend_on_the_batch(pipeline: Any, arguments: dict[str, Any]) -> None:
     step = step_function("V3", rng="philox", seed=3)
-    sampler = make_pipeline(PLAIN, lambda: step)
+    sampler = make_pipeline("plain", lambda: step)
     noise = torch.randn(2, 16, 8, 8)
     before = torch.get_rng_state()
     with philox_samples(torch.tensor([5, 9]), epoch=1):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from densegrpo_fast.compat.flow_grpo import step_function
-from densegrpo_fast.compat.flow_grpo.rng import host_noise
+from densegrpo_fast.compat.rng import host_noise
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat._host_table import HostTable
 from densegrpo_fast.compat.flow_grpo import sde_step_with_logprob, step_function
 from densegrpo_fast.compat.flow_grpo.schedule import Schedule, schedule_of
+from densegrpo_fast.compat.steps import HostTable
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from densegrpo_fast.compat._patch import CompatError
 from densegrpo_fast.compat.flow_grpo import PerPromptStatTracker
-from densegrpo_fast.compat.flow_grpo.detect import tracker_replacement
+from densegrpo_fast.compat.flow_grpo.tracker import tracker_replacement
+from densegrpo_fast.compat.patch import CompatError
 
 np = pytest.importorskip("numpy")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from densegrpo_fast.compat._host_values import HostReader, host_values
+from densegrpo_fast.compat.host_values import HostReader, host_values
 
 
 def test_views_of_one_tensor_are_read_once() -> None:

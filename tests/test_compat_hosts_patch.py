@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from densegrpo_fast.compat import dance_grpo, flow_factory, mix_grpo
-from densegrpo_fast.compat._patch import CompatError
+from densegrpo_fast.compat.patch import CompatError
 from densegrpo_fast.flow.schedule import dance_sigmas
 
 HOSTS = Path(__file__).parent / "hosts"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from densegrpo_fast.compat import flow_grpo
-from densegrpo_fast.compat._patch import CompatError, Patch, Target
+from densegrpo_fast.compat.patch import CompatError, Patch, Target
 
 STEP = """
 import torch

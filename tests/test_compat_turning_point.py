@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "hosts"))
 import host_sd3  # noqa: E402
 
 from densegrpo_fast.compat import flow_grpo, turning_point  # noqa: E402
+from densegrpo_fast.compat.hosts import MIXED, ODE  # noqa: E402
 from densegrpo_fast.compat.turning_point import (  # noqa: E402
     make_samplers,
     pipeline_mixed_sampling_with_intermediate_ode,
@@ -28,7 +29,6 @@ from densegrpo_fast.models.tiny import tiny_sd3  # noqa: E402
 
 N = 5
 WINDOW = {"sde_window_size": 3, "sde_window_range": (1, 5), "sde_type": "cps"}
-MIXED, ODE = turning_point.MIXED, turning_point.ODE
 
 
 def tiny_pipeline(dtype: torch.dtype = torch.float32) -> Any:

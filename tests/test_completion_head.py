@@ -32,8 +32,7 @@ from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 from densegrpo_fast.training import builders
 
 T = 4

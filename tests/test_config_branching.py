@@ -10,7 +10,10 @@ from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.training import builders
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.training.evaluation import HeldOut
+from densegrpo_fast.training.models import tiny_config
+from densegrpo_fast.training.schedule import Schedule
 
 # 8 steps of flow_sde without windows, 6 prompts x 8 samples: 12 trunks of 4 branches
 BASE = [f"--config={Path(__file__).parent / 'data' / 'base.yaml'}", "window.schedule=none", "window.size=null"]
@@ -118,25 +121,26 @@ def test_branches_may_be_completed_with_a_head() -> None:
     assert (lookahead.head, lookahead.head_refresh) == ("head.st", 5)
 
 
-def test_trunks_branch_at_the_steps_that_are_trained() -> None:
-    assert builders.noisy_steps(config(*BRANCHES), 0) == [0, 1, 2, 3, 4, 5, 6]
-    assert builders.noisy_steps(config(*BRANCHES, "objective.trained_steps=[0, 7]"), 0) == [0, 7]
+def test_trajectories_branch_at_the_steps_that_are_trained(mixture_model: FlowModel) -> None:
+    def schedule(*options: str) -> Schedule:
+        return Schedule(config(*options), mixture_model)
+
+    assert schedule(*BRANCHES).noisy_steps(0) == [0, 1, 2, 3, 4, 5, 6]
+    assert schedule(*BRANCHES, "objective.trained_steps=[0, 7]").noisy_steps(0) == [0, 7]
     window = ["window.schedule=random", "window.size=3", "window.last=5"]
-    drawn = config(*BRANCHES, *window, "objective.trained_steps=1")
-    steps = {tuple(builders.noisy_steps(drawn, iteration)) for iteration in range(100)}
+    drawn = schedule(*BRANCHES, *window, "objective.trained_steps=1")
+    steps = {tuple(drawn.noisy_steps(iteration)) for iteration in range(100)}
     assert steps == {(step,) for step in range(6)}
-    assert [builders.noisy_steps(drawn, i) for i in range(9)] == [builders.trained_steps(drawn, i) for i in range(9)]
+    assert [drawn.noisy_steps(i) for i in range(9)] == [drawn.trained_steps(i) for i in range(9)]
     # without branches all of a window is noisy, whatever part of it is trained
-    plain = config(*window, "objective.trained_steps=1")
-    assert [builders.noisy_steps(plain, i) for i in range(9)] == [
-        builders.build_windows(plain).steps(i) for i in range(9)
-    ]
+    plain = schedule(*window, "objective.trained_steps=1")
+    assert [plain.noisy_steps(i) for i in range(9)] == [plain.windows.steps(i) for i in range(9)]
 
 
-def test_a_dry_run_has_one_trunk_of_two_branches() -> None:
-    small = builders.shrink(config(*GRANULAR)).sampler
+def test_a_dry_run_has_one_trajectory_of_two_branches() -> None:
+    small = tiny_config(config(*GRANULAR)).sampler
     assert (small.group_size, small.branches, small.micro_batch) == (2, 2, 1)
 
 
 def test_evaluation_draws_as_many_pictures_at_a_time_as_there_are_branches() -> None:
-    assert builders.build_held_out(config(*BRANCHES)).rows.rows == 24
+    assert HeldOut.of(config(*BRANCHES)).rows.rows == 24

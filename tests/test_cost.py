@@ -266,7 +266,7 @@ def test_a_real_iteration_asks_for_what_is_counted(
     rollout_rows = evaluations(model.rows, "sampling", batch)
     model.rows.clear()
     lookahead = Lookahead(model, plan, guidance=guidance, chunk=3)
-    images = lookahead.different_images(lookahead.complete(trajectory), table.noisy, "preview")
+    images = lookahead.images(trajectory, lookahead.complete(trajectory), "preview")
     lookahead_rows, decodes = evaluations(model.rows, "sampling", batch), model.rows["preview"]
     model.rows.clear()
     options = LearnerOptions(
@@ -309,4 +309,4 @@ def test_a_real_iteration_asks_for_what_is_counted(
     assert model.rows["backward"] == cost.backwards * batch
     assert decodes == cost.preview_decodes * batch
     # the gains' pictures, and the final one's reward
-    assert len(images) == cost.rewards - cost.full_decodes == cost.preview_decodes
+    assert len(images.unique(dim=0)) == cost.rewards - cost.full_decodes == cost.preview_decodes

@@ -15,8 +15,12 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.smoothing import smooth_rewards
-from densegrpo_fast.flow.dynamics import C, coefficients
-from densegrpo_fast.training.experience import RewardComputer
+from densegrpo_fast.flow.dynamics import C
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.rewards.base import RewardMixture, Scores
+from densegrpo_fast.training.prompts import PromptBatch
+from densegrpo_fast.training.rewarding import RewardBatch
+from densegrpo_fast.training.trainer import Trainer
 
 NAN = math.nan
 
@@ -166,12 +170,31 @@ def test_smoothing_that_means_nothing_is_refused() -> None:
         assert expected in str(caught.value)
 
 
-def test_the_judge_smooths_by_the_injected_noise(mixture_model) -> None:
-    config = load_config(
-        ["--config=embedded_dense", "credit.smoothing=0.5", "window.schedule=none", "window.size=null"]
-    )[0]
-    judge = RewardComputer(config, mixture_model, None, None)
-    table = coefficients(mixture_model.sigmas(4), [0.7, 0.0, 0.4, 0.7], "flow_sde")
-    rewards = torch.randn(2, 3, 4)
-    expected = smooth_rewards(rewards, table.table[[0, 2, 3], C], 0.5)
-    assert torch.equal(judge._smoothed(rewards, table), expected) and not torch.equal(expected, rewards)
+def test_credit_sees_rewards_smoothed_by_the_injected_noise(mixture_model: FlowModel) -> None:
+    options = [
+        "window.schedule=none",
+        "window.size=null",
+        "sampler.num_steps=4",
+        "sampler.guidance_scale=1",
+        "sampler.micro_batch=12",
+    ]
+    options += ["data.num_prompts=2", "sampler.group_size=6"]
+    options += ["sampler.noise_level=[0.7,0,0.4,0.7]", "sampler.dynamics=flow_sde"]
+    config = load_config(["--config=embedded_dense", "credit.smoothing=0.5", *options])[0]
+    trainer = Trainer(config, model=mixture_model, reward=RewardMixture({"none": (lambda *_: [], 1.0)}))
+    batch = PromptBatch(["0"] * 12, [{}] * 12, 6)
+    rollout = trainer.sample(batch, trainer.schedule.at(0), 0)
+    rewards = torch.randn(2, 6, 4)
+    table = rollout.coefficients.table[[0, 2, 3], C]
+    scores = Scores(torch.zeros(12), {})
+
+    def credit(trainer: Trainer, different: Tensor) -> Tensor:
+        # states 1 and 2 share a completion, as no noise is injected between them
+        return trainer.credit(
+            rollout, RewardBatch(torch.zeros(2, 6), different[..., [0, 1, 1, 2, 3]], None, scores)
+        ).values
+
+    plain = Trainer(load_config(["--config=embedded_dense", *options])[0], model=mixture_model, reward=trainer.reward)
+    found = credit(trainer, rewards)
+    assert torch.equal(found, credit(plain, smooth_rewards(rewards, table, 0.5)))
+    assert not torch.equal(found, credit(plain, rewards))

@@ -19,8 +19,7 @@ from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations
 from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 
 T, G = 4, 3
 PROMPTS = ["0"] * G + ["12"] * G
@@ -63,7 +62,7 @@ def test_a_window_by_hand() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(noisy=st.lists(st.booleans(), min_size=1, max_size=6), group=st.integers(1, 4), blocks=st.integers(1, 3))
-def test_everyone_gets_their_own(noisy: list[bool], group: int, blocks: int) -> None:
+def test_every_sample_gets_its_own_back(noisy: list[bool], group: int, blocks: int) -> None:
     sharing, batch = CompletionDedup(tuple(noisy), group), group * blocks
     # what each row has at a state is the state's, and until a noisy step the block's
     blind = torch.arange(batch) // group
@@ -114,9 +113,9 @@ def test_the_cost_by_hand() -> None:
 def test_what_is_taken_over_from_each_rollout_is_not_shared(mixture_model: Any) -> None:
     trajectory = replace(sampled(mixture_model, scale=2.0, keep_guidance=True), shared=G)
     reused = Lookahead(mixture_model, plans.exact(T), guidance="reuse")
-    assert reused.sharing(trajectory).group == 1
+    assert reused.dedup(trajectory).group == 1
     assert torch.equal(reused.complete(trajectory), reused.complete(replace(trajectory, shared=1)))
-    assert Lookahead(mixture_model, plans.exact(T)).sharing(trajectory).group == G
+    assert Lookahead(mixture_model, plans.exact(T)).dedup(trajectory).group == G
 
 
 def test_a_head_and_a_cache(tiny_policy: Callable[..., FlowModel]) -> None:
@@ -143,7 +142,7 @@ def test_a_head_and_a_cache(tiny_policy: Callable[..., FlowModel]) -> None:
     torch.testing.assert_close(found[1:], expected[1:], rtol=1e-5, atol=1e-5)
     assert head.rows == (2 * T - 1) * len(PROMPTS) + len(PROMPTS) // G
     cache = FeatureCache(model.network, CacheSpec(text=True), nodes=plan.nodes(), rows=len(PROMPTS))
-    assert Lookahead(model, plan, cache=cache).sharing(replace(trajectory, shared=G)).group == 1
+    assert Lookahead(model, plan, cache=cache).dedup(replace(trajectory, shared=G)).group == 1
 
 
 @pytest.mark.parametrize(("text", "shared"), [("text", G), ("text:own", 1), ("text+reuse:0-1", 1), ("skip:0", G)])
@@ -159,7 +158,7 @@ def test_a_prompt_s_features_leave_its_samples_alike(
     trajectory = sampled(model, cache=cache)
     apart, together = (replace(trajectory, shared=group) for group in (1, G))
     lookahead = Lookahead(model, plan, cache=cache, chunk=4)
-    assert lookahead.sharing(together).group == shared and lookahead.sharing(apart).group == 1
+    assert lookahead.dedup(together).group == shared and lookahead.dedup(apart).group == 1
     found = lookahead.complete(together)
     assert torch.equal(lookahead.complete(together), found)
     torch.testing.assert_close(found, lookahead.complete(apart), rtol=1e-5, atol=1e-5)
@@ -180,7 +179,7 @@ def test_training_from_one_noise_costs_less_and_scores_the_same(
 ) -> None:
     options = {"run.iterations": 1, "sampler.shared_noise": "true", "sampler.group_size": 4, "data.num_prompts": 1}
     assert train(tmp_path / "shared", **options) == 0
-    monkeypatch.setattr(Lookahead, "sharing", lambda _, trajectory: CompletionDedup(trajectory.coefficients.noisy))
+    monkeypatch.setattr(Lookahead, "dedup", lambda _, rollout: CompletionDedup(rollout.coefficients.noisy))
     assert train(tmp_path / "apart", **options) == 0
     shared, apart = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("shared", "apart"))
     # T = 3, exact: state 0 takes 2 evaluations for the group of 4, state 1 takes 1 for each sample
@@ -202,7 +201,7 @@ def test_an_iteration_encodes_each_of_its_prompts_once(
         return original(self, prompt=prompt, **options)
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", counting)
-    # rollout, lookahead, guard, replay and reference, all of them guided, on 2 prompts of 2 samples
+    # rollout, lookahead, monitor, replay and reference, all of them guided, on 2 prompts of 2 samples
     options = {"sampler.guidance_scale": 2.0, "lookahead.monitor_every": 1, "objective.kl_coef": 0.1}
     calls = []
     for iterations in (1, 2):

@@ -25,8 +25,7 @@ from densegrpo_fast.doctor.loop import Loop, configured_loop, lora_layers, rando
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.sampling import replay as replaying
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 
 T, ROWS, MICRO_BATCH = 3, 4, 2
 PROMPTS = ["a photo of a cat", "a photo of a cat", "the moon", "the moon"]

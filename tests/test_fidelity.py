@@ -20,9 +20,8 @@ from densegrpo_fast.sampling import path_tree
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 from densegrpo_fast.sampling.step_runner import StepInput, StepOutput, StepRunner
-from densegrpo_fast.sampling.rollout import Trajectory
 
 
 @pytest.fixture(scope="module")

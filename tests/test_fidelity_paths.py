@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from densegrpo_fast.fidelity import statistics
-from densegrpo_fast.fidelity.paths import Chain, chain_of
 from densegrpo_fast.fidelity.path_tree import Path
+from densegrpo_fast.fidelity.paths import Chain, chain_of
 
 STEPS = 4
 PATHS: dict[int, list[Path]] = {0: [(), (1,), (3,), (1, 2)], 1: [(), (2,), (2, 3)], 2: [(), (3,)], 3: [()], 4: [()]}

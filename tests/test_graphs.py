@@ -1,4 +1,4 @@
-"""Graphed visits against those computed as they are.
+"""Graphed runner against those computed as they are.
 
 Every test of `GraphedStepRunner` runs on the CPU with a tape that has a CUDA graph's semantics (the operations are
 recorded once; a replay repeats them on the same memory, and no Python runs), and with `-m gpu` with real CUDA graphs.
@@ -27,8 +27,7 @@ from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import BranchedRollout, branch_rollout
 from densegrpo_fast.sampling.graphs import Capturer, CudaCapturer, GraphedStepRunner, Graphs
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 
 T = 4
 PROMPTS = ["a cat", "a cat", "a photo of the moon"]
@@ -149,21 +148,21 @@ def move(model: Any, name: str = ".lora_") -> None:
 @pytest.mark.parametrize(("scale", "guidance"), [(1.0, "full"), (3.0, "full"), (3.0, "reuse")])
 def test_a_replay_is_the_computation(setting: Setting, scale: float, guidance: Any) -> None:
     model, plan = setting.policy(), plans.exact(T)
-    visits = GraphedStepRunner(setting.capturer)
+    runner = GraphedStepRunner(setting.capturer)
     # node 1 has 3 rows, node 2 has 6, node 3 has 9: chunks of 4 make graphs of 3, 4, 2 and 1 rows
-    graphed = Lookahead(model, plan, guidance=guidance, chunk=4, visits=visits)
+    graphed = Lookahead(model, plan, guidance=guidance, chunk=4, step_runner=runner)
     eager = Lookahead(model, plan, guidance=guidance, chunk=4)
     for iteration, prompts in enumerate((PROMPTS, PROMPTS[::-1], ["the moon", "a cat", "a cat"])):
         trajectory = sampled(model, iteration, prompts, scale, keep_guidance=True)
         setting.close(graphed.complete(trajectory), eager.complete(trajectory))
-        assert len(visits.graphs) == 4
+        assert len(runner.graphs) == 4
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_branches_are_completed_by_the_same_graphs(setting: Setting, scale: float) -> None:
     model = setting.policy()
-    visits = Counted(setting.capturer)
-    graphed = Lookahead(model, plans.exact(T), chunk=4, visits=visits)
+    runner = Counted(setting.capturer)
+    graphed = Lookahead(model, plans.exact(T), chunk=4, step_runner=runner)
     eager = Lookahead(model, plans.exact(T), chunk=4)
     forwards, velocity = [], model.velocity
     model.velocity = lambda *arguments: forwards.append(len(arguments[0])) or velocity(*arguments)
@@ -171,18 +170,18 @@ def test_branches_are_completed_by_the_same_graphs(setting: Setting, scale: floa
         tree = grown(model, iteration, scale)
         # two trunks, as far as state 2
         assert forwards == [2] * 3
-        visits.rows.clear()
-        found = tree.completions(graphed)
+        runner.rows.clear()
+        found = graphed.complete(tree)
         # the 6 branches of step 0 and the 6 of step 2 arrive at the states 1 and 3; the former go on by 2 and 3
-        assert visits.rows == [4, 2] * 4
-        setting.close(found, tree.completions(eager))
-        # whether they arrive or go on is all the same to a graph: one for each number of rows
-        assert len(visits.graphs) == 2
+        assert runner.rows == [4, 2] * 4
+        setting.close(found, eager.complete(tree))
+        # one graph for each number of rows, with a jump and without
+        assert len(runner.graphs) == 4
         forwards.clear()
 
 
 class Counted(GraphedStepRunner):
-    """Graphed visits that note how many rows each had."""
+    """Graphed runner that note how many rows each had."""
 
     def __init__(self, capturer: Capturer):
         super().__init__(capturer)
@@ -195,70 +194,70 @@ class Counted(GraphedStepRunner):
 
 def test_weights_that_change_in_place_are_seen(setting: Setting) -> None:
     model = setting.policy()
-    visits = GraphedStepRunner(setting.capturer)
-    graphed, eager = Lookahead(model, plans.nodes(T, [2]), visits=visits), Lookahead(model, plans.nodes(T, [2]))
+    runner = GraphedStepRunner(setting.capturer)
+    graphed, eager = Lookahead(model, plans.nodes(T, [2]), step_runner=runner), Lookahead(model, plans.nodes(T, [2]))
     trajectory = sampled(model)
     before = graphed.complete(trajectory)
     move(model)
     after = graphed.complete(trajectory)
     assert (after - before)[:2].abs().max() > 1e-3
     setting.close(after, eager.complete(trajectory))
-    assert len(visits.graphs) == 1
+    assert len(runner.graphs) == 1
 
 
 def test_weights_that_move_to_another_address_are_seen(setting: Setting) -> None:
     model = setting.policy()
-    visits = GraphedStepRunner(setting.capturer)
-    graphed, eager = Lookahead(model, plans.nodes(T, [2]), visits=visits), Lookahead(model, plans.nodes(T, [2]))
+    runner = GraphedStepRunner(setting.capturer)
+    graphed, eager = Lookahead(model, plans.nodes(T, [2]), step_runner=runner), Lookahead(model, plans.nodes(T, [2]))
     trajectory = sampled(model)
     before = graphed.complete(trajectory)
     for parameter in model.trainable_parameters().values():
         parameter.data = parameter.data + 0.2
     if setting.device.type == "cpu":
         # the tape is as faithful to addresses as a graph: without the check of `begin` the replay would be stale
-        visits._addresses.clear()
+        runner._addresses.clear()
         assert torch.equal(graphed.complete(trajectory), before)
-        visits._addresses[model] = ()
+        runner._addresses[model] = ()
     after = graphed.complete(trajectory)
     assert (after - before)[:2].abs().max() > 1e-3
     setting.close(after, eager.complete(trajectory))
-    assert len(visits.graphs) == 1
+    assert len(runner.graphs) == 1
 
 
 def test_policy_and_reference_have_graphs_of_their_own(setting: Setting) -> None:
     model = setting.policy()
-    visits = GraphedStepRunner(setting.capturer)
-    graphed, eager = Lookahead(model, plans.nodes(T, [2]), visits=visits), Lookahead(model, plans.nodes(T, [2]))
+    runner = GraphedStepRunner(setting.capturer)
+    graphed, eager = Lookahead(model, plans.nodes(T, [2]), step_runner=runner), Lookahead(model, plans.nodes(T, [2]))
     trajectory = sampled(model)
     policy = graphed.complete(trajectory)
     with model.reference():
         reference = graphed.complete(trajectory)
         setting.close(reference, eager.complete(trajectory))
-        assert len(visits.graphs) == 2
+        assert len(runner.graphs) == 2
     assert (reference - policy)[:2].abs().max() > 1e-3
     setting.close(graphed.complete(trajectory), policy)
-    assert len(visits.graphs) == 2
+    assert len(runner.graphs) == 2
 
 
 def test_a_copy_is_followed(setting: Setting) -> None:
     model = setting.policy()
     copy = LookaheadCopy(model)
-    visits = GraphedStepRunner(setting.capturer)
-    graphed, policy = Lookahead(copy, plans.nodes(T, [2]), visits=visits), Lookahead(model, plans.nodes(T, [2]))
+    runner = GraphedStepRunner(setting.capturer)
+    graphed, policy = Lookahead(copy, plans.nodes(T, [2]), step_runner=runner), Lookahead(model, plans.nodes(T, [2]))
     trajectory = sampled(model)
     for _ in range(2):
         copy.refresh()
         torch.testing.assert_close(graphed.complete(trajectory), policy.complete(trajectory), rtol=1e-4, atol=1e-4)
         move(model)
-    assert len(visits.graphs) == 1 and copy.mode == "copy" and model.mode == "policy"
+    assert len(runner.graphs) == 1 and copy.mode == "copy" and model.mode == "policy"
 
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_features_of_the_latest_rollout_are_taken_over(setting: Setting, group: int) -> None:
     model, plan = setting.policy(), plans.nodes(T, [2, 3])
     cache = FeatureCache(model.network, CacheSpec.parse("text"), nodes=plan.nodes(), rows=len(PROMPTS), group=group)
-    visits = GraphedStepRunner(setting.capturer)
-    graphed = Lookahead(model, plan, chunk=4, cache=cache, visits=visits)
+    runner = GraphedStepRunner(setting.capturer)
+    graphed = Lookahead(model, plan, chunk=4, cache=cache, step_runner=runner)
     eager = Lookahead(model, plan, chunk=4, cache=cache)
     found = []
     for iteration in range(2):
@@ -268,7 +267,7 @@ def test_features_of_the_latest_rollout_are_taken_over(setting: Setting, group: 
         plain = Lookahead(model, plan).complete(trajectory)
         assert (found[-1] - plain)[:2].abs().max() > 1e-5
     # node 2: 4 + 2 rows; node 3: 4 + 4 + 1 rows; each node reads features of its own
-    assert len(visits.graphs) == 4
+    assert len(runner.graphs) == 4
 
 
 def test_hidden_tokens_for_a_head(setting: Setting) -> None:
@@ -281,7 +280,7 @@ def test_hidden_tokens_for_a_head(setting: Setting) -> None:
 
     model = setting.policy()
     options: dict[str, Any] = {"chunk": 2, "head": Head()}
-    graphed = Lookahead(model, plans.nodes(T, [2]), **options, visits=GraphedStepRunner(setting.capturer))
+    graphed = Lookahead(model, plans.nodes(T, [2]), **options, step_runner=GraphedStepRunner(setting.capturer))
     eager = Lookahead(model, plans.nodes(T, [2]), **options)
     for iteration in range(2):
         trajectory = sampled(model, iteration, scale=2.0, keep_hidden=True)
@@ -290,7 +289,7 @@ def test_hidden_tokens_for_a_head(setting: Setting) -> None:
 
 def test_gradients_are_refused(setting: Setting) -> None:
     model = setting.policy()
-    lookahead = Lookahead(model, plans.nodes(T, [2]), visits=GraphedStepRunner(setting.capturer))
+    lookahead = Lookahead(model, plans.nodes(T, [2]), step_runner=GraphedStepRunner(setting.capturer))
     trajectory = sampled(model)
     standing = lookahead.evaluate(trajectory)
     with pytest.raises(RuntimeError, match="captured without gradients"):
@@ -301,18 +300,18 @@ def test_a_model_that_asks_the_device_runs_without_graphs(setting: Setting, capl
     model = setting.policy()
     forward = model._forward
     model._forward = lambda latents, *rest: forward(latents, *rest) * (1.0 if latents.sum().item() > 0 else 2.0)
-    graphed = Lookahead(model, plans.exact(T), visits=GraphedStepRunner(setting.capturer))
+    graphed = Lookahead(model, plans.exact(T), step_runner=GraphedStepRunner(setting.capturer))
     trajectory = sampled(model)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             setting.close(graphed.complete(trajectory), Lookahead(model, plans.exact(T)).complete(trajectory))
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "lookahead.graphs: the visit cannot be captured" in message and "runs without graphs" in message
+    assert "lookahead.graphs: the evaluation cannot be captured" in message and "runs without graphs" in message
 
 
 def test_without_a_gpu_the_lookahead_runs_as_it_is(mixture_model: FlowModel, caplog: pytest.LogCaptureFixture) -> None:
     trajectory = sampled(mixture_model, prompts=["0", "12"])
-    graphed = Lookahead(mixture_model, plans.exact(T), visits=GraphedStepRunner())
+    graphed = Lookahead(mixture_model, plans.exact(T), step_runner=GraphedStepRunner())
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found = graphed.complete(trajectory)
@@ -378,7 +377,7 @@ def test_nothing_waits_for_the_gpu(tiny_policy: Callable[..., FlowModel]) -> Non
     options = {"guidance_scale": 3.0, "sample_index": torch.arange(3, device="cuda"), "seed": 0, "iteration": 0}
     noise = initial_noise(model, options["sample_index"], seed=0, iteration=0)
     conditioning, table = model.encode(PROMPTS), coefficients(model.sigmas(T), 0.7, "flow_sde").to("cuda")
-    graphed = Lookahead(model, plans.exact(T), chunk=4, visits=GraphedStepRunner(setting.capturer))
+    graphed = Lookahead(model, plans.exact(T), chunk=4, step_runner=GraphedStepRunner(setting.capturer))
 
     def along() -> Tensor:
         trajectory = rollout(model, noise, conditioning, table, **options)
@@ -389,8 +388,8 @@ def test_nothing_waits_for_the_gpu(tiny_policy: Callable[..., FlowModel]) -> Non
         tree = branch_rollout(
             model, noise[:1], conditioning, table.only((0, 2)), branches=3, **options | {"sample_index": first}
         )
-        graphed.complete(tree.reach(graphed).twigs)
-        return tree.completions(graphed)
+        graphed.complete(tree.evaluated(graphed).twigs)
+        return graphed.complete(tree)
 
     first = options["sample_index"][:1]
     for run in (along, branching):

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from densegrpo_fast.sampling.monitor_cost import monitor_check
+from densegrpo_fast.training.head_examples import Examples, exactly_completed, examples_of, showing
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
@@ -22,10 +24,8 @@ from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.monitor_cost import monitor_check
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.training import head_training
-from densegrpo_fast.training.head_examples import Examples, exactly_completed, examples_of, showing
 from densegrpo_fast.training.head_training import BATCH, HeadRefresher, explained
 
 SHAPE = HeadConfig(3, ((1,), (), ()), (4, 4, 4), patch=2, hidden=8, width=16, depth=1)

@@ -17,8 +17,7 @@ from densegrpo_fast.flow.dynamics import C, coefficients
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling.replay import replay
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 
 T, B = 3, 4

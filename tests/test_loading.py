@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from densegrpo_fast.training.loading import load_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.sampling.replay import replay
 from densegrpo_fast.sampling.rollout import rollout
-from densegrpo_fast.training.loading import load_model
 
 CPU = torch.device("cpu")
 Policy = Callable[..., SD3]

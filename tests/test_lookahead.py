@@ -12,9 +12,9 @@ from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 
 T = 5
 PROMPTS = ["0", "0", "12", "1", "2"]
@@ -131,8 +131,7 @@ def test_chunks_change_nothing(mixture_model: FlowModel, chunk: int) -> None:
     mixture_model.calls.clear()
     torch.testing.assert_close(parts.complete(trajectory), clean, rtol=1e-6, atol=1e-6)
     assert max(rows for rows, _, _ in mixture_model.calls) == chunk
-    noisy = trajectory.coefficients.noisy
-    torch.testing.assert_close(parts.images(clean, noisy, "full"), whole.images(clean, noisy, "full"))
+    torch.testing.assert_close(parts.images(trajectory, clean, "full"), whole.images(trajectory, clean, "full"))
 
 
 @pytest.mark.parametrize("plan", [plans.exact(T), plans.exact_but_last(T), plans.nodes(T, [2, 3]), plans.n_step(T, 2)])
@@ -150,7 +149,7 @@ def test_a_noise_free_step_gains_nothing_and_costs_nothing(mixture_model: FlowMo
     noisy = trajectory.coefficients.noisy
     assert noisy == (True, False, False, True, False)
     # States 1 and 2 lie on the ODE path of state 3, state 4 on that of the end.
-    assert lookahead.representatives(noisy) == [0, 3, 3, 3, 5, 5]
+    assert CompletionDedup(noisy).representatives == [0, 3, 3, 3, 5, 5]
     clean = lookahead.complete(trajectory)
     # state 0 evaluates at 1, 2, 3, 4 and state 3 at 4
     assert mixture_model.evaluated_rows == 5 * len(PROMPTS)
@@ -160,7 +159,7 @@ def test_a_noise_free_step_gains_nothing_and_costs_nothing(mixture_model: FlowMo
     alone = serial_completion(mixture_model, trajectory, 1, 1.0)
     torch.testing.assert_close(clean[1], alone, rtol=2e-6, atol=2e-6)
 
-    images = lookahead.images(clean, noisy, "full")
+    images = lookahead.images(trajectory, clean, "full")
     # the completions of states 0, 3 and 5 are decoded, the others are theirs
     assert mixture_model.decoded == [3 * len(PROMPTS)]
     rewards = images.mean(dim=(2, 3, 4)).T[None]
@@ -181,7 +180,7 @@ def test_images_belong_to_their_states(mixture_model: FlowModel) -> None:
     trajectory = sampled(mixture_model)
     lookahead = Lookahead(mixture_model, plans.exact(T))
     clean = lookahead.complete(trajectory)
-    images = lookahead.images(clean, trajectory.coefficients.noisy, "full")
+    images = lookahead.images(trajectory, clean, "full")
     assert images.shape == (T + 1, len(PROMPTS), 3, 2, 2)
     torch.testing.assert_close(images[..., 0, :, :].flatten(2), clean.sigmoid())
 
@@ -189,7 +188,7 @@ def test_images_belong_to_their_states(mixture_model: FlowModel) -> None:
 def test_gains_telescope(mixture_model: FlowModel) -> None:
     trajectory = sampled(mixture_model)
     lookahead = Lookahead(mixture_model, plans.exact(T))
-    images = lookahead.images(lookahead.complete(trajectory), trajectory.coefficients.noisy, "full")
+    images = lookahead.images(trajectory, lookahead.complete(trajectory), "full")
     rewards = images.double().square().mean(dim=(2, 3, 4)).T[None]
     torch.testing.assert_close(reward_gains(rewards).sum(-1), rewards[..., -1] - rewards[..., 0])
 

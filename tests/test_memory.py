@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from densegrpo_fast.training.builders import build_coefficients, build_lookahead
+from densegrpo_fast.training.experience import sample, sample_branches
+from densegrpo_fast.training.preparation import estimate_memory
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,8 +31,6 @@ from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.rewards.pickscore import PickScore
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.training.builders import build_coefficients, build_lookahead
-from densegrpo_fast.training.experience import sample, sample_branches
 from densegrpo_fast.training.memory import (
     GIB,
     MemoryEstimate,
@@ -41,7 +42,6 @@ from densegrpo_fast.training.memory import (
     readable,
     refuse,
 )
-from densegrpo_fast.training.preparation import estimate_memory
 
 TARGETS = flops.ATTENTION_TARGETS
 ROWS = 3

@@ -20,11 +20,13 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.guard import guard_table
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.run_files.metrics import PhaseTimer, read_metrics
-from densegrpo_fast.sampling.branches import Sampled
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.experience import RewardBatch, RewardComputer, draw
-from densegrpo_fast.training.learner import Learner
+from densegrpo_fast.run_files.metrics import read_metrics
+from densegrpo_fast.sampling.rollout import Rollout
+from densegrpo_fast.training.learner import Learner, LearnerOptions
+from densegrpo_fast.training.prompts import PromptBatch
+from densegrpo_fast.training.rewarding import RewardBatch
+from densegrpo_fast.training.schedule import Schedule
+from densegrpo_fast.training.trainer import Trainer
 
 Policy = Callable[..., FlowModel]
 Train = Callable[..., int]
@@ -64,24 +66,25 @@ def configured(method: str, **options: object) -> Config:
 
 def experience(
     config: Config, model: FlowModel, iteration: int = 0, prompts: tuple[str, str] = ("a cat", "the moon")
-) -> tuple[Sampled, RewardBatch]:
-    rows = [prompt for prompt in prompts for _ in range(3)]
-    judge = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model))
-    noisy = builders.noisy_steps(config, iteration)
-    trajectory = draw(config, model, rows, builders.build_coefficients(config, model, noisy), iteration)
-    return trajectory, judge.judge(trajectory, rows, [{}] * 6, PhaseTimer())
+) -> tuple[Rollout, RewardBatch, Tensor]:
+    """A rollout with its rewards and its advantages [P, G, T]."""
+    trainer = Trainer(config, model=model, reward=REWARD)
+    batch = PromptBatch([prompt for prompt in prompts for _ in range(3)], [{}] * 6, 3)
+    rollout = trainer.sample(batch, trainer.schedule.at(iteration), iteration)
+    rewards = trainer.score(rollout, trainer.complete(rollout), batch)
+    return rollout, rewards, trainer.credit(rollout, rewards).values
 
 
 @pytest.mark.parametrize("policy", ["clip", "guard", "dppo"])
 @pytest.mark.parametrize("method", registry.names())
 def test_one_iteration(tiny_policy: Policy, method: str, policy: str) -> None:
     config, model = configured(method, **{"objective.policy": policy}), tiny_policy()
-    trajectory, outcome = experience(config, model)
+    trajectory, outcome, values = experience(config, model)
     assert (outcome.gains is not None) == config.uses_lookahead
-    advantages, steps = outcome.advantages.values.flatten(0, 1), builders.trained_steps(config, 0)
+    advantages, steps = values.flatten(0, 1), Schedule(config, model).trained_steps(0)
     assert list(advantages.shape) == [6, 4] and advantages.isfinite().all() and advantages[:, steps].any()
 
-    options = builders.learner_options(config)
+    options = LearnerOptions.of(config)
     learner = Learner(model, options)
     before = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
     update = learner.update(trajectory, advantages, steps)
@@ -103,23 +106,23 @@ def test_a_step_trained_alone_weighs_what_it_does_among_all(tiny_policy: Policy,
     drawn = {"window.schedule": "random", "window.size": 1, "window.first": 0}
     method = {**drawn, "objective.step_weight": "flash", "objective.trained_steps": trained}
     config, model = configured("sparse", **method), tiny_policy()
-    weights = builders.build_step_weights(config, model)
+    weights = Schedule(config, model).step_weights()
     assert weights[:3].mean().item() == pytest.approx(1.0, rel=1e-5)
     # as the source has it: c = sqrt(|dt|) / std + std sqrt(|dt|) (1 - sigma) / (2 sigma), the weight (1/c) / mean(1/c)
     sigmas = model.sigmas(4).double()
-    root, noise = sigmas.diff().abs().sqrt()[:3], builders.build_coefficients(config, model, [0, 1, 2]).table[:3, C]
+    root, noise = sigmas.diff().abs().sqrt()[:3], Schedule(config, model).coefficients([0, 1, 2]).table[:3, C]
     std = noise.double() / root
     gain = root / std + std * root * (1 - sigmas[:3]) / (2 * sigmas[:3])
     torch.testing.assert_close(weights[:3].double(), (1 / gain) / (1 / gain).mean(), rtol=1e-4, atol=0)
 
     seen = set()
     for iteration in range(6):
-        trajectory, outcome = experience(config, model, iteration)
-        (step,) = builders.trained_steps(config, iteration)
-        judged = outcome.advantages.values.flatten(0, 1)
+        trajectory, outcome, values = experience(config, model, iteration)
+        (step,) = Schedule(config, model).trained_steps(iteration)
+        judged = values.flatten(0, 1)
         # advantages of a group add up to 0: ones in their place
-        update = Learner(model, builders.learner_options(config)).update(
-            trajectory, torch.ones_like(judged), [step], builders.build_step_weights(config, model)
+        update = Learner(model, LearnerOptions.of(config)).update(
+            trajectory, torch.ones_like(judged), [step], Schedule(config, model).step_weights()
         )
         assert update["policy_loss"] == pytest.approx(-weights[step].item(), rel=1e-4)
         seen.add(step)
@@ -130,14 +133,13 @@ def test_a_step_trained_alone_weighs_what_it_does_among_all(tiny_policy: Policy,
 def test_a_window_is_all_that_is_judged(tiny_policy: Policy, method: str) -> None:
     window = {"window.schedule": "fixed", "window.size": 2, "window.first": 1}
     config, model = configured(method, **window), tiny_policy()
-    trajectory, outcome = experience(config, model)
+    trajectory, outcome, values = experience(config, model)
     assert trajectory.coefficients.noisy == (False, True, True, False)
-    values = outcome.advantages.values
     assert not values[..., [0, 3]].any() and values[..., 1:3].any()
     if outcome.lookahead_rewards is not None:
         # the completions that noise-free steps join are one: their gain is exactly 0
         assert outcome.gains is not None and not outcome.gains[..., [0, 3]].any()
-    learner = Learner(model, builders.learner_options(config))
+    learner = Learner(model, LearnerOptions.of(config))
     assert learner.update(trajectory, values.flatten(0, 1), [1, 2])["grad_norm"] > 0
 
 
@@ -146,7 +148,7 @@ def test_instant_rewards_of_vgpo(mixture_model: FlowModel, window: bool) -> None
     """Those of the next latents in one step (Eq 9), but with a window the last noisy step's: the real image's own."""
     options = {"window.schedule": "fixed", "window.size": 2} if window else {}
     config, model = configured("vgpo", **options), mixture_model
-    trajectory, outcome = experience(config, model, prompts=("01", "2"))
+    trajectory, outcome, values = experience(config, model, prompts=("01", "2"))
 
     def reward(clean: Tensor) -> Tensor:
         return brightness(model.decode(clean, "full"), [], []).view(2, 3)
@@ -177,13 +179,15 @@ def test_other_steps_after_the_window_are_judged_or_refused(tiny_policy: Policy,
         assert exit_code_of(caught.value) == ExitCode.USAGE
         return
     config, model = configured(method, **window, **share, **solver), tiny_policy()
-    learner, lengths = Learner(model, builders.learner_options(config)), []
+    learner, lengths = Learner(model, LearnerOptions.of(config)), []
     for iteration in range(2):
-        trajectory, outcome = experience(config, model, iteration)
-        steps, values = builders.trained_steps(config, iteration), outcome.advantages.values.flatten(0, 1)
-        assert values.shape[1] == trajectory.num_steps and values[:, steps].any() and values.isfinite().all()
+        trajectory, outcome, values = experience(config, model, iteration)
+        steps, values = Schedule(config, model).trained_steps(iteration), values.flatten(0, 1)
+        assert (
+            values.shape[1] == trajectory.coefficients.num_steps and values[:, steps].any() and values.isfinite().all()
+        )
         assert learner.update(trajectory, values, steps)["grad_norm"] > 0
-        lengths.append(trajectory.num_steps)
+        lengths.append(trajectory.coefficients.num_steps)
     # windows 0..1 and 2..3: of the 5 and 3 steps after them floor(6 * .8) - 1 and floor(4 * .8) - 1 are kept
     assert lengths == ([2 + 3, 4 + 2] if share else [7, 7])
     assert config.lengths() == sorted({*lengths}, reverse=True)
@@ -195,14 +199,14 @@ def test_one_noisy_step_of_a_shared_start_is_branching(tiny_policy: Policy) -> N
     found = {}
     for method in ("sparse", "dense"):
         config, model = configured(method, **branching), tiny_policy()
-        (step,) = builders.trained_steps(config, 1)
-        trajectory, outcome = experience(config, model, iteration=1)
+        (step,) = Schedule(config, model).trained_steps(1)
+        trajectory, outcome, values = experience(config, model, iteration=1)
         states = trajectory.latents.unflatten(1, (2, 3))
         # the same state up to rounding, which may depend on a row's place in the batch
         shared = states[: step + 1]
         torch.testing.assert_close(shared, shared[:, :, :1].expand_as(shared), rtol=0, atol=1e-5)
         assert not torch.equal(states[step + 1, :, 0], states[step + 1, :, 1])
-        found[method] = outcome.advantages.values
+        found[method] = values
         assert found[method].abs().sum((0, 1)).nonzero().flatten().tolist() == [step]
     # the completion of the common state is the same number for all, and drops out
     torch.testing.assert_close(found["dense"], found["sparse"], rtol=1e-3, atol=1e-4)
@@ -215,8 +219,8 @@ def test_two_updates_of_one_iteration_see_the_policy_move(tiny_policy: Policy) -
         options = {"objective.policy": policy, "objective.dppo_threshold": 0, "optimizer.lr": 0.05}
         options |= {"objective.clip_range": 1e-4, "objective.guard_weight": "none"}
         config, model = configured("sparse", **options), tiny_policy()
-        trajectory, outcome = experience(config, model)
-        learner, judged = Learner(model, builders.learner_options(config)), outcome.advantages.values.flatten(0, 1)
+        trajectory, outcome, values = experience(config, model)
+        learner, judged = Learner(model, LearnerOptions.of(config)), values.flatten(0, 1)
         learner.update(trajectory, judged, [0, 1])
         found[policy] = learner.update(trajectory, judged, [0, 1])
     deviation = {policy: update["ratio_deviation"] for policy, update in found.items()}

@@ -15,10 +15,10 @@ import yaml
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.models.lora import save_lora
-from densegrpo_fast.run_files.intervals import Interval
-from densegrpo_fast.run_files.model_card import BaseFacts, usage, write_model_card
+from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
+from densegrpo_fast.run_files.statistics import Interval
 from densegrpo_fast.sampling.rollout import sample_ode
-from densegrpo_fast.training import builders
+from densegrpo_fast.training.models import build_model
 
 PROMPT = "a red circle to the left of a blue square"
 CPU = BaseFacts(has_t5=False, dtype="float32", device="cpu")
@@ -29,7 +29,7 @@ def config(*options: str) -> Config:
     return load_config(["--evaluation.num_steps=2", "--evaluation.guidance_scale=2", *options])[0]
 
 
-def card(directory: Path, settings: Config, base: BaseFacts = CPU, **changes: Any) -> str:
+def card(directory: Path, settings: Config, base: BaseFacts = CPU, prompt: str = PROMPT, **changes: Any) -> str:
     """The text of a card in `directory/adapter`."""
     measured = {
         "before": {"reward": Interval(0.4, 0.35, 0.45), "jpeg": Interval(-2.0, NAN, NAN)},
@@ -39,7 +39,7 @@ def card(directory: Path, settings: Config, base: BaseFacts = CPU, **changes: An
     }
     (directory / "adapter").mkdir(exist_ok=True)
     return write_model_card(
-        directory / "adapter", settings, base=base, prompt=PROMPT, **{**measured, **changes}
+        directory / "adapter", settings, base=base, prompt=prompt, **{**measured, **changes}
     ).read_text()
 
 
@@ -54,7 +54,7 @@ def code(text: str) -> str:
 
 def test_the_example_runs_and_is_the_evaluated_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config("--lora.rank=2", "--lora.alpha=4", "--lora.targets=[attn.to_q, attn.to_out.0]")
-    model = builders.build_model(settings, torch.device("cpu"))
+    model = build_model(settings, torch.device("cpu"))
     for name, parameter in model.trainable_parameters().items():
         if ".lora_B." in name:
             parameter.data = 0.1 * torch.randn_like(parameter)
@@ -83,7 +83,7 @@ def test_the_example_runs_and_is_the_evaluated_model(tmp_path: Path, monkeypatch
     assert np.abs(drawn - model.decode(latents)[0].permute(1, 2, 0).numpy()).max() > 4 / 255
 
 
-def test_the_example_names_what_a_large_model_needs() -> None:
+def test_the_example_names_what_a_large_model_needs(tmp_path: Path) -> None:
     settings = config(
         "--model.path=stabilityai/stable-diffusion-3.5-medium",
         "--model.revision=main",
@@ -91,7 +91,8 @@ def test_the_example_names_what_a_large_model_needs() -> None:
         "--model.height=512",
         "--model.width=768",
     )
-    text = usage(settings, BaseFacts(has_t5=True, dtype="bfloat16", device="cuda"), 'it\'s "so"')
+    base = BaseFacts(has_t5=True, dtype="bfloat16", device="cuda")
+    text = code(card(tmp_path, settings, base, prompt='it\'s "so"'))
     calls = {ast.unparse(node.func): node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
     loading = calls["StableDiffusion3Pipeline.from_pretrained"]
     assert ast.literal_eval(loading.args[0]) == settings.model.path
@@ -109,6 +110,12 @@ def test_the_example_names_what_a_large_model_needs() -> None:
     }
     assert ast.literal_eval(calls["pipe"].args[0]) == 'it\'s "so"'
     assert "pipe.to('cuda')" in {ast.unparse(call) for call in calls.values()}
+
+
+def test_a_prompt_with_a_fence_stays_in_the_example(tmp_path: Path) -> None:
+    example = code(card(tmp_path, config(), prompt="a ```\nred``` circle"))
+    words = [node.value for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Constant)]
+    assert "a ` ` `\nred` ` ` circle" in words
 
 
 def test_the_numbers(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_lookahead_below_the_alarm_is_named(train: Train, tmp_path: Path, capl
 
 
 @pytest.mark.parametrize("branches", [6, 3])
-def test_branches_are_guarded_among_those_of_their_state(
+def test_branches_are_monitored_among_those_of_their_state(
     train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, branches: int
 ) -> None:
     options = {
@@ -80,7 +80,7 @@ def test_branches_are_guarded_among_those_of_their_state(
 
 
 @pytest.mark.parametrize("options", [{"lookahead.monitor_every": 0}, {"credit.method": "sparse"}])
-def test_no_guard_where_there_is_nothing_to_guard(train: Train, tmp_path: Path, options: dict[str, object]) -> None:
+def test_nothing_is_monitored_without_a_lookahead(train: Train, tmp_path: Path, options: dict[str, object]) -> None:
     assert train(tmp_path / "run", **{**GROUPS, "run.iterations": 1}, **options) == 0
     (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert not KEYS & record.keys()
@@ -91,6 +91,6 @@ def test_watching_does_not_touch(train: Train, tmp_path: Path) -> None:
         assert train(tmp_path / str(every), **GROUPS, **{"lookahead.monitor_every": every}) == 0
     watched, alone = (read_metrics(tmp_path / str(every) / "metrics.jsonl") for every in (1, 0))
     for one, other in zip(watched, alone, strict=True):
-        assert {k: v for k, v in one.items() if not k.startswith(("guard/", *OTHERS, *MEASURED))} == {
+        assert {k: v for k, v in one.items() if not k.startswith(("monitor/", *OTHERS, *MEASURED))} == {
             k: v for k, v in other.items() if not k.startswith((*OTHERS, *MEASURED))
         }

@@ -18,10 +18,9 @@ from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.objective.policy import ObjectiveSettings
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
-from densegrpo_fast.training.learner import Learner, LearnerOptions
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
+from densegrpo_fast.training.learner import Learner, LearnerOptions
 
 Policy = Callable[..., SD3]
 T, B = 2, 4
@@ -208,7 +207,7 @@ def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
     assert (1, True) in rows and (2, True) not in rows and (1, False) in rows
 
 
-def test_the_guard_and_its_decodes_go_on_with_fewer_rows(
+def test_the_monitor_and_its_decodes_go_on_with_fewer_rows(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from densegrpo_fast.run_files.metrics import read_metrics
@@ -223,7 +222,7 @@ def test_the_guard_and_its_decodes_go_on_with_fewer_rows(
 
         return limited
 
-    # rollout and update have 2 rows per forward, the guard at first 6: one group of 2 in each of three states
+    # rollout and update have 2 rows per forward, the monitor at first 6: one group of 2 in each of three states
     settings = {"sampler.num_steps": 4, "lookahead.chunk": 6, "lookahead.monitor_every": 1, "run.memory_check": "off"}
     settings |= {"lookahead.plan": "one_step", "run.iterations": 1, "evaluation.every": 0}
     assert train(tmp_path / "plain", **settings) == 0
@@ -231,6 +230,6 @@ def test_the_guard_and_its_decodes_go_on_with_fewer_rows(
     monkeypatch.setattr(SD3, "decode", narrow(decode, 3))
     assert train(tmp_path / "small", **settings) == 0
     (plain,), (small,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "small"))
-    assert "of the lookahead monitor)" in caplog.text and "of the lookahead monitor's decodes)" in caplog.text
+    assert "of the lookahead monitor)" in caplog.text and "of full decodes)" in caplog.text
     agreement = "monitor/spearman_rewards"
     assert small[agreement] == plain[agreement]

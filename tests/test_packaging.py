@@ -64,7 +64,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
     expected = {
         f"densegrpo_fast/{path.relative_to(ROOT / 'densegrpo_fast').as_posix()}"
-        for pattern in ("*.py", "py.typed", "*.yaml")
+        for pattern in ("*.py", "py.typed", "*.yaml", "templates/*")
         for path in (ROOT / "densegrpo_fast").rglob(pattern)
         if "kernels" not in path.parts[len(ROOT.parts) :]
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import densegrpo_fast
@@ -16,12 +17,8 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import preset_names
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.run_files.metrics import PhaseTimer
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.costs import CostLog
-from densegrpo_fast.training.experience import RewardComputer, draw
-from densegrpo_fast.training.learner import Learner
-from densegrpo_fast.training.noise_levels import NoiseLevels
+from densegrpo_fast.training.schedule import Schedule
+from densegrpo_fast.training.trainer import Trainer
 
 EMBEDDED = [name for name in preset_names() if name.startswith("embedded_")]
 METHODS = {
@@ -69,19 +66,11 @@ def preset(name: str) -> Config:
 def test_an_iteration(name: str, tiny_policy: Callable[..., FlowModel]) -> None:
     """What `train` does in an iteration, with a tiny model and eight samples."""
     config = load_config(["--config", name, *(f"{key}={value}" for key, value in SMALL.items())])[0]
-    model, rows = tiny_policy(), ["a red circle"] * config.sampler.group_size
-    levels, learner = NoiseLevels(config, model, REWARD), Learner(model, builders.learner_options(config))
-    assert levels.due(0) == (name == "embedded_calibrated")
-    if levels.due(0):
-        assert levels.calibrate(0, CostLog(config, model, None))["calibration/rounds"] == 1
-    table = builders.build_coefficients(config, model, builders.noisy_steps(config, 0), levels.levels)
-    trajectory = draw(config, model, rows, table, 0)
-    outcome = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model)).judge(
-        trajectory, rows, [{}] * len(rows), PhaseTimer()
-    )
-    advantages, steps = outcome.advantages.values.flatten(0, 1), builders.trained_steps(config, 0)
-    assert advantages[:, steps].any() and advantages.isfinite().all()
-    update = learner.update(trajectory, advantages, steps)
+    model = tiny_policy()
+    before = {name: parameter.detach().clone() for name, parameter in model.trainable_parameters().items()}
+    update = Trainer(config, model=model, reward=REWARD).step(0)
+    assert ("calibration/rounds" in update) == (name == "embedded_calibrated")
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.trainable_parameters().items())
     assert update["grad_norm"] > 0 and update["skipped_updates"] == 0 and update["first_ratio_deviation"] <= 1e-5
     # with two updates the second one's ratios have left 1
     assert (update["ratio_deviation"] > update["first_ratio_deviation"]) == (config.optimizer.updates_per_iteration > 1)
@@ -187,7 +176,7 @@ def test_the_fast_engine_is_the_base_with_branches_and_cheaper_exact_completions
         ("lookahead", "copy_dtype"),
         ("credit", "method"),
     }
-    # as many samples in an iteration, and all of a prompt's from one trunk
+    # as many samples in an iteration, and all of a prompt's from one trajectory
     samples = [one.data.num_prompts * one.sampler.group_size for one in (plain, fast)]
     assert samples[0] == samples[1] and fast.sampler.branches == fast.sampler.group_size
     assert (fast.lookahead.plan, fast.lookahead.guidance, fast.lookahead.decoder) == ("exact_but_last", "full", "full")
@@ -196,10 +185,10 @@ def test_the_fast_engine_is_the_base_with_branches_and_cheaper_exact_completions
     assert fast.lookahead.copy_dtype == ("bfloat16" if fast.model.dtype == "auto" else fast.model.dtype)
 
 
-def test_flash_draws_one_step_for_all_samples_of_an_iteration() -> None:
-    config = preset("embedded_flash")
-    drawn = [list(builders.noisy_steps(config, iteration)) for iteration in range(40)]
+def test_flash_draws_one_step_for_all_samples_of_an_iteration(mixture_model: FlowModel) -> None:
+    schedule = Schedule(preset("embedded_flash"), mixture_model)
+    drawn = [list(schedule.noisy_steps(iteration)) for iteration in range(40)]
     assert all(len(steps) == 1 for steps in drawn)
     # any but the last of six
     assert {steps[0] for steps in drawn} == set(range(5))
-    assert all(builders.trained_steps(config, iteration) == drawn[iteration] for iteration in range(40))
+    assert all(schedule.trained_steps(iteration) == drawn[iteration] for iteration in range(40))

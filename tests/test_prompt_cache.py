@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from densegrpo_fast.training.loading import load_model, prompt_cache
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
@@ -15,7 +16,6 @@ from densegrpo_fast.config.sampling import ModelOptions
 from densegrpo_fast.models import load
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.training.loading import load_model, prompt_cache
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a red circle"]

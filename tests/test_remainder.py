@@ -22,10 +22,9 @@ from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import dense_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 from densegrpo_fast.sampling.windows import remaining_steps
-from densegrpo_fast.training import builders
+from densegrpo_fast.training.schedule import Schedule
 
 T, PROMPTS = 8, ["0", "0", "12", "1"]
 
@@ -237,16 +236,16 @@ def test_remainders_that_mean_nothing_are_refused(options: dict[str, object], ex
 
 def test_the_tables_of_a_run(mixture_model: Any) -> None:
     config = configured()
-    windows, whole = builders.build_windows(config), coefficients(mixture_model.sigmas(8), 0.3, "cps")
+    windows, whole = config.schedule(), coefficients(mixture_model.sigmas(8), 0.3, "cps")
     # windows 0-1 .. 5-6 leave 6..1 steps, of which int((n + 1) * .6) - 1 are taken
     for iteration, steps in enumerate([3, 2, 2, 1, 1, 1]):
-        table = builders.build_coefficients(config, mixture_model, windows.steps(iteration))
+        table = Schedule(config, mixture_model).coefficients(windows.steps(iteration))
         assert table.num_steps == iteration + 2 + steps
         # what is trained is the sampler's own row, to the bit
-        assert builders.trained_steps(config, iteration) == [iteration, iteration + 1]
+        assert Schedule(config, mixture_model).trained_steps(iteration) == [iteration, iteration + 1]
         assert torch.equal(table.table[iteration : iteration + 2], whole.table[iteration : iteration + 2])
     plain = configured(**{"window.remainder": "euler", "window.remainder_share": 1})
-    assert builders.build_coefficients(plain, mixture_model).remainder is None
+    assert Schedule(plain, mixture_model).coefficients().remainder is None
 
 
 def test_a_run_with_the_solver_goes_on_bit_for_bit(train: Any, tmp_path: Path) -> None:

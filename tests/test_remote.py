@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 
+from densegrpo_fast.common.pictures import decode_png, encode_png, to_bytes
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.rewards.jpeg import JpegIncompressibility
-from densegrpo_fast.rewards.pictures import decode_png, encode_png, to_bytes
 from densegrpo_fast.rewards.registry import create
 from densegrpo_fast.rewards.server import RewardServer
 

@@ -12,8 +12,7 @@ from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.kl import gaussian_kl
 from densegrpo_fast.sampling.replay import reference_velocity, replay, replay_kl, replay_velocity
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 
 T, MICRO_BATCH = 3, 2
 PROMPTS = ["a photo of a cat", "a photo of a cat", "the moon", "the moon"]

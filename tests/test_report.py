@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from jinja2 import UndefinedError
 
-from densegrpo_fast.run_files.curves import line_chart, nice_ticks, smooth
 from densegrpo_fast.run_files.images import save_grid
-from densegrpo_fast.run_files.report import write_report
+from densegrpo_fast.run_files.rendering import render
+from densegrpo_fast.run_files.report import line_chart, nice_ticks, smooth, write_report
 
 VOID = {"meta", "img", "br", "line", "circle"}
 CONFIG = """preset: embedded_dense
@@ -191,11 +192,14 @@ def test_an_empty_run_still_gives_a_page(tmp_path):
     assert page.texts("h2") == ["Settings"] and page.all("svg") == []
 
 
-def test_a_flat_or_single_point_series_has_a_chart():
+def test_a_flat_or_single_point_series_has_a_chart(tmp_path):
     for points in ([(0, 0.25)], [(0, 0.0), (1, 0.0)], [(0, 1e-12), (1, 3e-12)]):
-        (svg,) = Page(line_chart("flat", {"a": points})).all("svg")
-        assert svg["aria-label"] == "flat"
-    assert line_chart("none", {"a": [(0, math.nan), (1, math.inf)], "b": []}) == ""
+        metrics = [{"iteration": x, "reward": y} for x, y in points]
+        options = {"config_yaml": "seed: 1\n", "before": {}, "after": {}, "images": {}, "phases": {}}
+        page = Page(write_report(tmp_path, metrics=metrics, **options).read_text(encoding="utf-8"))
+        (svg,) = page.all("svg")
+        assert svg["aria-label"] == "Training reward" and len(page.all("circle")) == len(points)
+    assert line_chart("none", {"a": [(0, math.nan), (1, math.inf)], "b": []}) is None
 
 
 @pytest.mark.parametrize(
@@ -226,3 +230,8 @@ def test_alarms_are_listed_with_advice(tmp_path):
     page = Page(path.read_text(encoding="utf-8"))
     assert "Alarms" in page.texts("h2") and page.texts("b")[0] == "zero_spread"
     assert page.texts("li") == [": 2 of 5 iterations, first in iteration 3. no <spread>"]
+
+
+def test_a_value_that_nobody_gave_is_an_error():
+    with pytest.raises(UndefinedError):
+        render("report.html.j2", name="run")

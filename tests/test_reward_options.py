@@ -14,7 +14,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.rewards.options import OptionError
 from densegrpo_fast.rewards.registry import create
-from densegrpo_fast.training import builders
+from densegrpo_fast.training.rewarding import build_observer, build_reward
 
 OWN = """\
 class Level:
@@ -99,7 +99,7 @@ def test_names_of_ones_own_stand_for_rewards_with_options(own: str) -> None:
         "reward.terms={bright: 1.0, jpeg: -0.5}",
         f"reward.options={{bright: {{use: '{own}:Level', gain: 2.0}}, jpeg: {{use: jpeg_incompressibility}}}}",
     )
-    mixture = builders.build_reward(settings.reward.terms, settings.reward.options)
+    mixture = build_reward(settings.reward.terms, settings.reward.options)
     scores = mixture(torch.full((1, 3, 8, 8), 0.25), ["p"])
     assert scores.per_reward["bright"].item() == pytest.approx(0.5)
     expected = 0.5 - 0.5 * scores.per_reward["jpeg"].item()
@@ -109,8 +109,8 @@ def test_names_of_ones_own_stand_for_rewards_with_options(own: str) -> None:
 def test_the_held_out_evaluation_shares_the_rewards_of_the_training(own: str) -> None:
     name = f"{own}:Level"
     settings = config(f"reward.terms={{'{name}': 2.0}}", f"reward.observed=['{name}', scenes]")
-    training = builders.build_reward(settings.reward.terms, settings.reward.options)
-    observer = builders.build_observer(settings, training)
+    training = build_reward(settings.reward.terms, settings.reward.options)
+    observer = build_observer(settings, training)
     assert observer.terms[name] == training.terms[name] and observer.terms[name][1] == 2.0
     assert observer.terms["scenes"][1] == 0.0
 
@@ -143,14 +143,14 @@ def test_a_configuration_with_wrong_rewards_is_refused(arguments: list[str], pro
 
 def test_wrong_options_and_absent_weights_end_a_run_differently(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no option 'x'") as caught:
-        builders.build_reward({"scenes": 1.0}, {"scenes": {"x": 1}})
+        build_reward({"scenes": 1.0}, {"scenes": {"x": 1}})
     assert exit_code_of(caught.value) == ExitCode.USAGE
     with pytest.raises(UserError, match="url: expected an address that starts with http:// or https://") as caught:
-        builders.build_reward({"remote": 1.0}, {"remote": {"url": "file:///etc/passwd"}})
+        build_reward({"remote": 1.0}, {"remote": {"url": "file:///etc/passwd"}})
     assert exit_code_of(caught.value) == ExitCode.USAGE
     absent = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"pickscore: cannot load its processor from .*absent") as caught:
-        builders.build_reward({"pickscore": 1.0}, {"pickscore": {"model": absent, "processor": absent}})
+        build_reward({"pickscore": 1.0}, {"pickscore": {"model": absent, "processor": absent}})
     assert exit_code_of(caught.value) == ExitCode.REWARD
 
 

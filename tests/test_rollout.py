@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel, Velocity
-from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
-from densegrpo_fast.sampling.rollout import Trajectory
-from densegrpo_fast.training.experience import sample
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout, sample_ode
+from densegrpo_fast.training.prompts import PromptBatch
+from densegrpo_fast.training.trainer import Trainer
 
 T = 4
 PROMPTS = ["0", "0", "12", "12", "1", "2"]
@@ -174,8 +176,11 @@ def test_samples_of_a_prompt_can_share_their_first_noise(mixture_model: FlowMode
             "sampler.micro_batch": "2",
         }
         config, _ = load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])
-        table = coefficients(mixture_model.sigmas(T), 0.7, "flow_sde")
-        return sample(config, mixture_model, rows, table, iteration=5)
+        trainer = Trainer(config, model=mixture_model, reward=RewardMixture({"none": (lambda *_: [], 1.0)}))
+        steps = replace(trainer.schedule.at(0), coefficients=coefficients(mixture_model.sigmas(T), 0.7, "flow_sde"))
+        trajectory = trainer.sample(PromptBatch(rows, [{}] * 4, 2), steps, 5)
+        assert isinstance(trajectory, Trajectory)
+        return trajectory
 
     own, shared = draw("false"), draw("true")
     assert (own.latents[0, 0] != own.latents[0, 1]).all()

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from densegrpo_fast.common import files
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.common.files import replace_text
-from densegrpo_fast.run_files import files, run_directory
+from densegrpo_fast.run_files import run_directory
 from densegrpo_fast.run_files.run_directory import RunLock, open_run_directory
 
 

@@ -16,8 +16,9 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import save_lora
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.run_files.images import read_captions, read_picture
-from densegrpo_fast.sample import draw, main
+from densegrpo_fast.sample import main
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
+from densegrpo_fast.training.pictures import PictureSampler, draw
 
 FAST = ["--steps", "2", "--seeds", "0,7"]
 PROMPTS = ("a red circle", "two blue squares")
@@ -106,10 +107,10 @@ def test_the_sde_sampler_is_that_of_training(command: Callable[..., int], tmp_pa
 
 def test_without_noise_both_samplers_agree() -> None:
     model, rows = tiny_sd3(), [(PROMPTS[0], 1), (PROMPTS[1], 2)]
-    ode = {"kind": "ode", "num_steps": 3, "guidance_scale": 2.0}
-    sde = {**ode, "kind": "sde", "dynamics": "flow_sde"}
-    still, noisy = (draw(model, rows, {**sde, "noise_level": level}, chunk=2) for level in ([0.0] * 3, 0.7))
-    expected = draw(model, rows, ode, chunk=2)
+    still, noisy = (
+        draw(model, rows, PictureSampler("sde", 3, 2.0, "flow_sde", level), chunk=2) for level in ([0.0] * 3, 0.7)
+    )
+    expected = draw(model, rows, PictureSampler("ode", 3, 2.0), chunk=2)
     torch.testing.assert_close(still, expected, atol=1e-5, rtol=1e-5)
     assert (noisy - expected).abs().max() > 0.01
 
@@ -118,7 +119,7 @@ def test_fewer_rows_are_drawn_together_when_the_memory_runs_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, rows = tiny_sd3(), [(prompt, seed) for prompt in PROMPTS for seed in (1, 2)]
-    sampler = {"kind": "ode", "num_steps": 2, "guidance_scale": 2.0}
+    sampler = PictureSampler("ode", num_steps=2, guidance_scale=2.0)
     expected, decode = draw(model, rows, sampler, chunk=1), model.decode
 
     def small(latents: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ def test_an_adapter_is_worn(command: Callable[..., int], tiny_policy: Callable[.
         assert command(PROMPTS[0], *FAST, "--adapter", adapter, "--guidance=1", "--output", tmp_path / name) == 0
     base, tuned = (pictures(tmp_path / name)[PROMPTS[0], 7] for name in ("base", "tuned"))
     policy.max_sequence_length = 0
-    sampler = {"kind": "ode", "num_steps": 2, "guidance_scale": 1.0}
+    sampler = PictureSampler("ode", num_steps=2, guidance_scale=1.0)
     expected = draw(policy, [(PROMPTS[0], 7)], sampler, chunk=1)[0]
     assert (tuned - expected).abs().max() <= ROUNDING
     assert (base - tuned).abs().max() > ROUNDING

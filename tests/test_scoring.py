@@ -15,7 +15,7 @@ from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.rewards.base import RewardMixture, Scores
 from densegrpo_fast.run_files.metrics import read_metrics
-from densegrpo_fast.training.scoring import Scoring, chosen, joined
+from densegrpo_fast.training.rewarding import Scoring
 
 SECONDS = 60.0
 """After which a wait for the other thread has failed; nothing here takes that long."""
@@ -158,8 +158,8 @@ def test_nothing_to_score() -> None:
 
 def test_scores_put_together_and_picked() -> None:
     one, two = (Scores(torch.tensor(v), {"r": torch.tensor(v)}) for v in ([1.0, 2.0], [3.0]))
-    assert joined([one, two]).values.tolist() == [1.0, 2.0, 3.0]
-    picked = chosen(joined([one, two]), torch.tensor([2, 0, 0]))
+    assert Scores.joined([one, two]).values.tolist() == [1.0, 2.0, 3.0]
+    picked = Scores.joined([one, two]).select(torch.tensor([2, 0, 0]))
     assert picked.values.tolist() == picked.per_reward["r"].tolist() == [3.0, 1.0, 1.0]
 
 

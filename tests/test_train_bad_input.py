@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from densegrpo_fast.train import main
-from densegrpo_fast.training import experience
+from densegrpo_fast.training.trainer import Trainer
 
 Train = Callable[..., int]
 
@@ -119,7 +119,7 @@ def test_what_the_model_or_the_device_cannot_do_is_refused_before_anything_is_dr
     def drawn(*arguments: object, **options: object) -> None:
         raise AssertionError("a trajectory is drawn")
 
-    monkeypatch.setattr(experience, "draw", drawn)
+    monkeypatch.setattr(Trainer, "sample", drawn)
     assert dry_run(*arguments.split()) == 2
     assert f"error: {expected}" in capsys.readouterr().err
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from densegrpo_fast.common.pictures import decode_png
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.rewards.pictures import decode_png
 from densegrpo_fast.rewards.registry import create
 from densegrpo_fast.rewards.vlm_judge import VlmJudge
 

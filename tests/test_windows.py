@@ -21,10 +21,9 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 from densegrpo_fast.sampling.windows import Windows
-from densegrpo_fast.training import builders
+from densegrpo_fast.training.schedule import Schedule
 
 T, PROMPTS = 6, ["0", "0", "12", "1"]
 
@@ -131,7 +130,7 @@ def sampled(model: Any, table: StepCoefficients, guidance_scale: float) -> Traje
 
 def lookahead_rewards(lookahead: Lookahead, trajectory: Trajectory) -> Tensor:
     """[1, B, T+1] of a nonlinear reward."""
-    images = lookahead.images(lookahead.complete(trajectory), trajectory.coefficients.noisy, "full")
+    images = lookahead.images(trajectory, lookahead.complete(trajectory), "full")
     return images.double().square().mean(dim=(2, 3, 4)).T[None]
 
 
@@ -181,24 +180,24 @@ def windowed(*overrides: str) -> Config:
 FAST = ("window.schedule=random", "window.size=2", "window.last=3")
 
 
-def test_only_the_windows_steps_are_trained() -> None:
+def test_only_the_windows_steps_are_trained(mixture_model: Any) -> None:
     config = windowed(*FAST)
-    schedule = builders.build_windows(config)
-    trained = [builders.trained_steps(config, iteration) for iteration in range(40)]
+    schedule = config.schedule()
+    trained = [Schedule(config, mixture_model).trained_steps(iteration) for iteration in range(40)]
     assert trained == [list(schedule.steps(iteration)) for iteration in range(40)]
     assert {tuple(steps) for steps in trained} == {(0, 1), (1, 2), (2, 3)}
     drawn = windowed("window.schedule=fixed", "window.size=4", "window.first=2", "objective.trained_steps=2")
-    picked = {tuple(builders.trained_steps(drawn, iteration)) for iteration in range(100)}
+    picked = {tuple(Schedule(drawn, mixture_model).trained_steps(iteration)) for iteration in range(100)}
     # all 6 pairs of the steps 2..5
     assert picked == {(a, b) for a in range(2, 6) for b in range(a + 1, 6)}
 
 
-def test_without_windows_training_draws_what_it_always_drew() -> None:
-    assert builders.trained_steps(windowed(), 3) == [0, 1, 2, 3, 4, 5, 6]
+def test_without_windows_training_draws_what_it_always_drew(mixture_model: Any) -> None:
+    assert Schedule(windowed(), mixture_model).trained_steps(3) == [0, 1, 2, 3, 4, 5, 6]
     generator = torch.Generator().manual_seed(3)
     expected = sorted(torch.randperm(7, generator=generator)[:3].tolist())
-    assert builders.trained_steps(windowed("objective.trained_steps=3"), 3) == expected
-    assert builders.trained_steps(windowed("objective.trained_steps=[0, 7]"), 3) == [0, 7]
+    assert Schedule(windowed("objective.trained_steps=3"), mixture_model).trained_steps(3) == expected
+    assert Schedule(windowed("objective.trained_steps=[0, 7]"), mixture_model).trained_steps(3) == [0, 7]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from densegrpo_fast.common.errors import OutputError
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""Name of the file in an adapter directory, as diffusers has it."""
 
 STAGE_SUFFIX = ".stage"
 """End of the name of a file that is being written; one left by a crash is safe to delete."""
@@ -49,6 +55,32 @@ def replace_text(path: Path, text: str) -> None:
         except OSError:
             staged.unlink(missing_ok=True)
             raise
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write JSON data as a whole, as `replace_text` does; NaN and infinities become null.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    replace_text(path, json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """JSON data with None in place of NaN and infinities, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def unused_name(path: Path, word: str) -> Path:
+    """The first of `NAME.word-1`, `NAME.word-2`, ... beside a path that nothing has yet."""
+    number = 1
+    while (unused := path.with_name(f"{path.name}.{word}-{number}")).exists():
+        number += 1
+    return unused
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def dense_rewards(
             states[:, index],
             conditioning.select(index),
             plan_from(start, schedule.num_steps, plan, nodes, n),
-            None if kept is None else _rows(kept, index),
+            kept and Kept(kept.velocities[:, index], kept.guidance_terms[:, index], kept.clean[index]),
             needs_end=images is None,
         )
         evaluations += used * len(rows)
@@ -190,26 +190,24 @@ class _Completion:
         """Guided velocity at every state [T, B, ...]."""
         sigma = torch.tensor(self.grid[start : start + len(states)], device=states.device)
         sigma = sigma.repeat_interleave(states.shape[1])
-        repeated = conditioning.repeat(len(states))
-        rows = states.flatten(0, 1).float()
-        parts = []
-        for first in range(0, len(rows), self.chunk):
-            part = slice(first, first + self.chunk)
-            parts.append(self.model.velocity(rows[part], sigma[part], repeated.select(part), self.scale).combined())
-        return torch.cat(parts).unflatten(0, states.shape[:2])
+        velocity = self._velocity(states.flatten(0, 1).float(), sigma, conditioning.repeat(len(states)))
+        return velocity.unflatten(0, states.shape[:2])
 
     def _to_the_end(self, state: Tensor, index: int, conditioning: Conditioning) -> Tensor:
         """Euler's method over all steps that are left."""
         latents = state.float()
         for here in range(index, len(self.grid) - 1):
             sigma, after = (latents.new_full((len(latents),), self.grid[place]) for place in (here, here + 1))
-            parts = []
-            for rows in torch.arange(len(latents), device=latents.device).split(self.chunk):
-                parts.append(
-                    self.model.velocity(latents[rows], sigma[rows], conditioning.select(rows), self.scale).combined()
-                )
-            latents = ops.euler_jump(latents, torch.cat(parts), sigma, after)
+            latents = ops.euler_jump(latents, self._velocity(latents, sigma, conditioning), sigma, after)
         return latents.to(state.dtype)
+
+    def _velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Guided velocity of rows [n, ...], some at a time."""
+        parts = []
+        for rows in torch.arange(len(latents), device=latents.device).split(self.chunk):
+            part = self.model.velocity(latents[rows], sigma[rows], conditioning.select(rows), self.scale)
+            parts.append(part.combined())
+        return torch.cat(parts)
 
 
 def _starts(timesteps: Any, steps: int, batch: int, schedule: Schedule) -> list[int]:
@@ -234,10 +232,6 @@ def _starts(timesteps: Any, steps: int, batch: int, schedule: Schedule) -> list[
                 "scheduler is set to another grid"
             )
     return starts
-
-
-def _rows(kept: Kept, index: Tensor) -> Kept:
-    return Kept(kept.velocities[:, index], kept.guidance_terms[:, index], kept.clean[index])
 
 
 def _check(

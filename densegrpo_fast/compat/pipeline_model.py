@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
-from densegrpo_fast.compat.flow_grpo.sd3 import Prompts, decode
+from densegrpo_fast.compat.flow_grpo.sd3 import Prompts, decode, forward
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
 from densegrpo_fast.sampling.plan import Plan, make_plan
@@ -30,8 +30,7 @@ class PipelineModel(FlowModel):
     def __init__(
         self, pipeline: Any, *, dtype: torch.dtype | None = None, decoder: Callable[[Tensor], Tensor] | None = None
     ):
-        self.pipeline, self.network = pipeline, pipeline.transformer
-        self.dtype, self.decoder = dtype, decoder
+        self.pipeline, self.dtype, self.decoder = pipeline, dtype, decoder
 
     def velocity(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
@@ -42,19 +41,11 @@ class PipelineModel(FlowModel):
             embeds = torch.cat([conditioning.negative_embeds[rows], embeds])
             pooled = torch.cat([conditioning.negative_pooled[rows], pooled])
             latents, sigma = torch.cat([latents, latents]), torch.cat([sigma, sigma])
-        dtype = self.dtype or latents.dtype
         time = sigma * getattr(self.pipeline.scheduler.config, "num_train_timesteps", 1000)
-        (output, *_) = self.network(
-            hidden_states=latents.to(dtype),
-            timestep=time if dtype == torch.float32 else time.to(dtype),
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            joint_attention_kwargs=self.pipeline.joint_attention_kwargs,
-            return_dict=False,
-        )
+        output = forward(self.pipeline, latents.to(self.dtype or latents.dtype), time, embeds, pooled).float()
         if not guided:
-            return Velocity(output.float(), None, 1.0)
-        uncond, cond = output.float().chunk(2)
+            return Velocity(output, None, 1.0)
+        uncond, cond = output.chunk(2)
         return Velocity(cond, uncond, guidance_scale)
 
     @torch.no_grad()
@@ -81,7 +72,7 @@ class PipelineModel(FlowModel):
         return nullcontext()
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.pipeline.transformer.named_parameters() if p.requires_grad}
 
 
 def conditioning_of(prompts: Prompts) -> Conditioning:

@@ -25,6 +25,7 @@ from typing import Any
 
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.common.files import write_json
 from densegrpo_fast.config.command_line import check_outputs, command_parser
 
 
@@ -92,22 +93,9 @@ def ratio(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
 def _write(path: Path | None, document: dict[str, Any]) -> None:
     if path is None:
         return
-    import json
-
-    from densegrpo_fast.common.files import replace_text
     from densegrpo_fast.run_files.provenance import commit, versions
 
-    document = document | {"commit": commit(), "versions": versions()}
-    replace_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities, which JSON has not, become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json(path, document | {"commit": commit(), "versions": versions()})
 
 
 def _parser() -> argparse.ArgumentParser:

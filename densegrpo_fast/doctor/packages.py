@@ -26,6 +26,7 @@ TRAINING: dict[str, str] = {
     "scipy": "",
     "tqdm": "",
     "matplotlib": "",
+    "jinja2": "",
 }
 """What the commands need besides."""
 

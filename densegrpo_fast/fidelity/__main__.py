@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.common.files import write_json
 from densegrpo_fast.config.command_line import check_outputs, configuration
 from densegrpo_fast.fidelity.options import parse, plans_of
 
@@ -78,7 +79,6 @@ def costs(options: argparse.Namespace) -> ExitCode:
             raise UsageError(f"--cache {spec}: fits none of {', '.join(records)}")
     print(cost_text(records))
     if options.json:
-        from densegrpo_fast.fidelity.report import write_json
         from densegrpo_fast.run_files.provenance import provenance
 
         write_json(options.json, {"models": records, **provenance()})
@@ -136,7 +136,7 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     _show(settings, records, searched, kept)
     if options.json:
         document = {"plans": records, "search": searched, "persistence": kept, "settings": settings}
-        report.write_json(options.json, document | provenance())
+        write_json(options.json, document | provenance())
     if options.plot:
         save_plot(options.plot, records, searched, asdict(thresholds))
     return ExitCode.OK

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from densegrpo_fast.common.files import replace_text
 from densegrpo_fast.fidelity.measure import Variant, cost_of, flops_ratio, reference
 from densegrpo_fast.fidelity.search import Candidate, Thresholds
 from densegrpo_fast.fidelity.target import FidelityTarget
@@ -123,24 +120,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a document; NaN and infinities become null.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    replace_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
-
-
 def _cell(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

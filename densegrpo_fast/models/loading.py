@@ -13,6 +13,7 @@ import torch
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
 from densegrpo_fast.common.pretrained import (
     files_problem,
+    is_hub_id,
     load_network,
     load_tokenizer,
     read_settings,
@@ -46,11 +47,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return _DTYPES[name]
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether `model.path` names a repository of the hub: OWNER/NAME, and no directory here."""
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
 
 
 def pipeline_directory(path: str, revision: str | None = None) -> Path:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-"""Name of the file in an adapter directory."""
+from densegrpo_fast.common.files import ADAPTER_FILE
 
 _LAYER = re.compile(r"(transformer\.)?\w+(\.\w+)*\.lora_[AB]\.weight")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from densegrpo_fast.rewards.pictures import to_bytes
+from densegrpo_fast.common.pictures import to_bytes
 
 
 def jpeg_kilobytes(images: Tensor, quality: int = 95) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from densegrpo_fast.rewards.pictures import to_bytes
+from densegrpo_fast.common.pictures import to_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from densegrpo_fast.common.pictures import encode_png, to_bytes
 from densegrpo_fast.rewards.http import Endpoint, HttpFailure
-from densegrpo_fast.rewards.pictures import encode_png, to_bytes
 
 logger = logging.getLogger(__name__)
 

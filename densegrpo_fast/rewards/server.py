@@ -7,7 +7,7 @@ A reward whose package wants versions of its own gets an environment of its own,
 ImageReward, say, `image_reward.py` is
 
     from PIL import Image
-    from densegrpo_fast.rewards.pictures import to_bytes
+    from densegrpo_fast.common.pictures import to_bytes
 
     class Judge:
         def __init__(self, name: str = "ImageReward-v1.0"):
@@ -42,8 +42,8 @@ import numpy as np
 import torch
 
 from densegrpo_fast.common.errors import RewardError
+from densegrpo_fast.common.pictures import decode_png
 from densegrpo_fast.rewards.base import Reward, RewardMixture
-from densegrpo_fast.rewards.pictures import decode_png
 from densegrpo_fast.rewards.registry import create
 
 logger = logging.getLogger(__name__)

@@ -108,6 +108,15 @@ def alarms_for(config: Config) -> tuple[Alarm, ...]:
     return alarms
 
 
+def iterations_by_alarm(records: Iterable[Record]) -> dict[str, list[int]]:
+    """The iterations in which each alarm was on, in the order of their first ones."""
+    found: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        for name in record.get("alarms", ()):
+            found.setdefault(name, []).append(record.get("iteration", index))
+    return found
+
+
 class Alarms:
     """Watches the records of a run.
 

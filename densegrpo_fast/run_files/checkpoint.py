@@ -17,16 +17,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.aliases import current_settings
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
-from densegrpo_fast.common.files import output_errors, sync_directory, write_durably
+from densegrpo_fast.common.files import output_errors, sync_directory, unused_name, write_durably
 from densegrpo_fast.common.fingerprint import canonical_json, differences, fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +115,14 @@ class CheckpointManager:
         stage = self.directory / f"{_STAGE_PREFIX}{target.name}"
         with output_errors(f"cannot save checkpoint {target}"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_stages()
+            for entry in self.directory.iterdir():
+                if entry.name.startswith(_STAGE_PREFIX):
+                    shutil.rmtree(entry)
             try:
                 self._write(stage, step, files)
                 if target.exists():
-                    _move_aside(target)
+                    # a corrupt one, which is not deleted
+                    target.rename(unused_name(target, "corrupt"))
                 os.replace(stage, target)
                 sync_directory(self.directory)
             except BaseException:
@@ -181,20 +183,10 @@ class CheckpointManager:
             raise OSError(f"what was read back differs from what was written ({error})") from error
 
     def _refuse_other_settings(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: checkpoint format {version}, this program reads {FORMAT_VERSION}",
-            )
         stored = current_settings(manifest["settings"])
         if fingerprint(stored) != fingerprint(self.settings):
             differing = "\n  ".join(differences(stored, self.settings))
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  {differing}")
-
-    def _remove_stages(self) -> None:
-        for entry in self.directory.iterdir():
-            if entry.name.startswith(_STAGE_PREFIX):
-                shutil.rmtree(entry)
 
     def _remove_old(self, newest: int) -> None:
         # A corrupt checkpoint may stand ahead of the one just saved; it must not push good ones out.
@@ -206,7 +198,26 @@ class CheckpointManager:
                 logger.warning("cannot delete old checkpoint %s: %s", self._path(step), error)
 
 
+def newest_settings(directory: Path) -> dict[str, Any] | None:
+    """The settings in the newest readable manifest of a run's checkpoints, unverified, by the names of today.
+
+    Returns:
+        None without any.
+    """
+    for path in sorted(directory.glob(f"step-*/{_MANIFEST}"), reverse=True):
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(settings, dict):
+            return current_settings(settings)
+    return None
+
+
 def _serialise(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> dict[str, bytes]:
+    import safetensors.torch
+    import torch
+
     files: dict[str, bytes] = {}
     for group, members in tensors.items():
         if not _GROUP.fullmatch(group):
@@ -222,6 +233,8 @@ def _serialise(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, 
 
 
 def _deserialise(contents: Mapping[str, bytes]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    import safetensors.torch
+
     tensors = {
         name.removesuffix(".safetensors"): safetensors.torch.load(data)
         for name, data in contents.items()
@@ -272,14 +285,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CorruptCheckpoint(f"{path.name}: {error.strerror}") from error
-
-
-def _move_aside(target: Path) -> None:
-    """Make room for a checkpoint where a corrupt one stands, without deleting that one."""
-    number = 1
-    while (aside := target.with_name(f"{target.name}.corrupt-{number}")).exists():
-        number += 1
-    target.rename(aside)
 
 
 def _sha256(data: bytes) -> str:

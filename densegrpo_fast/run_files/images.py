@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from densegrpo_fast.common.pictures import to_bytes
+
 PROMPTS_KEY = "prompts"
 """PNG text field that holds the captions as a JSON list, in reading order."""
 _GAP = 6
@@ -46,7 +48,7 @@ def save_grid(
         raise ValueError(f"save_grid: columns and scale must be at least 1, got {columns} and {scale}")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"save_grid: captions must hold {len(images)} texts, one per image, got {len(captions)}")
-    pixels = _pixels(images)
+    pixels = to_bytes(images)
     width, height = images.shape[3] * scale, images.shape[2] * scale
     columns = min(columns, len(images))
 
@@ -71,6 +73,28 @@ def save_grid(
     return path
 
 
+def save_pictures(images: Tensor, directory: Path, rows: Sequence[tuple[str, int]], columns: int) -> list[str]:
+    """Save pictures of prompts and seeds, each as `images/NNNN-seedS.png`, and all together as `grid.png`.
+
+    Args:
+        images: [N, 3, H, W] float; values outside [0, 1] are clamped.
+        directory: where; made if absent. Files of the same name are replaced.
+        rows: prompt and seed of each picture, prompt after prompt; both are stored in its file.
+        columns: seeds per prompt; NNNN counts the prompts.
+
+    Returns:
+        The pictures' files, as names relative to the directory.
+    """
+    (directory / "images").mkdir(parents=True, exist_ok=True)
+    names = [f"images/{index // columns:04d}-seed{seed}.png" for index, (_, seed) in enumerate(rows)]
+    for name, (prompt, seed), image in zip(names, rows, images, strict=True):
+        save_picture(image, directory / name, {"prompt": prompt, "seed": str(seed)})
+    captions = [prompt for prompt, _ in rows]
+    scale = max(1, 128 // images.shape[-1])
+    save_grid(images, directory / "grid.png", columns=columns, scale=scale, captions=captions)
+    return names
+
+
 def read_captions(path: str | Path) -> list[str]:
     """Captions that `save_grid` stored in a PNG file, in reading order; empty if it stored none."""
     with Image.open(path) as image:
@@ -82,7 +106,7 @@ def save_picture(image: Tensor, path: str | Path, texts: Mapping[str, str]) -> N
     information = PngInfo()
     for name, text in texts.items():
         information.add_itxt(name, text)
-    Image.fromarray(_pixels(image[None])[0]).save(path, format="PNG", pnginfo=information)
+    Image.fromarray(to_bytes(image[None])[0]).save(path, format="PNG", pnginfo=information)
 
 
 def read_picture(path: str | Path) -> tuple[Tensor, dict[str, str]]:
@@ -99,11 +123,6 @@ def read_picture(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     opaque = Image.alpha_composite(Image.new("RGBA", colour.size, (255, 255, 255, 255)), colour).convert("RGB")
     pixels = torch.from_numpy(np.array(opaque))
     return pixels.permute(2, 0, 1).float() / 255, texts
-
-
-def _pixels(images: Tensor) -> np.ndarray:
-    """[N, H, W, 3] uint8 of pictures [N, 3, H, W]."""
-    return images.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from densegrpo_fast.common.aliases import current_metric
 from densegrpo_fast.common.errors import OutputError
-from densegrpo_fast.common.files import output_errors
+from densegrpo_fast.common.files import finite, output_errors
 from densegrpo_fast.run_files.loggers import Loggers
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class MetricsLog:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and show it. Values are JSON data; a NaN or infinity becomes null."""
-        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        line = json.dumps(finite(record), allow_nan=False)
         with output_errors(f"cannot write {self.path}"):
             self._file.write(line.encode("ascii") + b"\n")
             self._file.flush()
@@ -111,12 +110,6 @@ class MetricsLog:
         self._file.seek(0)
         whole = self._file.read(size).rfind(b"\n") + 1
         self._file.truncate(whole)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:

@@ -1,21 +1,23 @@
 """What `sample` and `evaluate` can be pointed at: the base model, an adapter, or a run directory.
 
-A subject is named on the command line and located before torch is imported; its weights are read later.
+A model is named on the command line and located before torch is imported; its weights are read later.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from densegrpo_fast.common.errors import SetupError, UsageError
+from densegrpo_fast.common.files import ADAPTER_FILE
 from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
+from densegrpo_fast.run_files.checkpoint import CheckpointManager, newest_settings
+from densegrpo_fast.run_files.run_directory import ADAPTER, CHECKPOINTS, CONFIG_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +29,10 @@ logger = logging.getLogger(__name__)
 BASE = "base"
 """The name of the model as it comes, without an adapter."""
 
-# models/lora.py has it too, and imports torch
-_ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-
 
 @dataclass(frozen=True)
 class ModelRef:
-    """One thing to look at.
+    """A model that a command is pointed at.
 
     Attributes:
         name: as it was written on the command line.
@@ -70,6 +69,10 @@ class Weights:
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def about(self) -> dict[str, str | None]:
+        """What a document says about them, as JSON data: origin and sha256."""
+        return {"origin": self.origin, "sha256": self.fingerprint()}
+
 
 def locate(name: str) -> ModelRef:
     """Find what a name on the command line stands for.
@@ -83,80 +86,85 @@ def locate(name: str) -> ModelRef:
     if name == BASE:
         return ModelRef(name)
     path = Path(name).expanduser()
-    file = path if path.is_file() else path / _ADAPTER_FILE
+    file = path if path.is_file() else path / ADAPTER_FILE
     if file.is_file():
         above = file.parent.parent
-        return ModelRef(name, above if (above / "config.yaml").is_file() else None, file)
-    if not (path / "config.yaml").is_file():
-        problem = "there is no such file or directory" if not path.exists() else f"it holds no {_ADAPTER_FILE}"
+        return ModelRef(name, above if (above / CONFIG_FILE).is_file() else None, file)
+    if not (path / CONFIG_FILE).is_file():
+        problem = "there is no such file or directory" if not path.exists() else f"it holds no {ADAPTER_FILE}"
         raise SetupError(f"{name}: {problem}; expected {BASE}, a run directory or an adapter directory")
-    exported = path / "adapter" / _ADAPTER_FILE
-    if not exported.is_file() and _newest_manifest(path) is None:
+    exported = path / ADAPTER / ADAPTER_FILE
+    if not exported.is_file() and newest_settings(path / CHECKPOINTS) is None:
         raise SetupError(f"{name}: this run has no adapter and no checkpoint yet")
     return ModelRef(name, path, exported if exported.is_file() else None)
 
 
-def settings_source(subjects: Sequence[ModelRef], config: str | None) -> str:
-    """The configuration that describes the model of several subjects.
+def settings_source(refs: Sequence[ModelRef], config: str | None) -> str:
+    """The configuration that describes the model of several references.
 
     Args:
-        config: what the user asked for; None = the settings of the first subject that belongs to a run, else the
-            base preset.
+        config: what the user asked for; None = the settings of the first one that belongs to a run, else the base
+            preset.
 
     Returns:
         A preset's name or the path of a file.
     """
     if config is not None:
         return config
-    runs = [subject.run for subject in subjects if subject.run is not None]
-    return str(runs[0] / "config.yaml") if runs else BASE_PRESET
+    return next((str(ref.run / CONFIG_FILE) for ref in refs if ref.run is not None), BASE_PRESET)
 
 
-def check_models(subjects: Sequence[ModelRef], model: str) -> None:
+def check_models(refs: Sequence[ModelRef], model: str) -> None:
     """Refuse runs of another model.
 
     Args:
-        model: `model.path` of the configuration that all subjects are looked at with.
+        model: `model.path` of the configuration that all of them are looked at with.
 
     Raises:
         UsageError: naming the run and both models.
     """
-    for subject in subjects:
-        if subject.run is None:
+    for ref in refs:
+        if ref.run is None:
             continue
-        trained = read_settings(str(subject.run / "config.yaml")).get("model", {}).get("path")
+        trained = read_settings(str(ref.run / CONFIG_FILE)).get("model", {}).get("path")
         if trained != model:
             raise UsageError(
-                f"{subject.name}: this run trained the model {trained}, model.path is {model}; "
+                f"{ref.name}: this run trained the model {trained}, model.path is {model}; "
                 "look at runs of different models one at a time",
             )
 
 
-def read_weights(subject: ModelRef) -> Weights:
-    """Read a subject's adapter: the exported one, which is the running average if the run keeps one.
+def read_weights(ref: ModelRef) -> Weights:
+    """Read the adapter: the exported one, which is the running average if the run keeps one.
 
     Of a run that is not finished, the newest intact checkpoint is taken.
 
     Raises:
         SetupError: if the file is no adapter; CheckpointError: if no checkpoint is intact.
     """
-    from densegrpo_fast.models.lora import read_lora
+    from densegrpo_fast.models.lora import lora_layers, read_lora
 
-    if subject.adapter is not None:
+    settings = None if ref.run is None else newest_settings(ref.run / CHECKPOINTS)
+    base = None if settings is None else settings.get("base_weights")
+    if ref.adapter is not None:
         try:
-            layers = read_lora(subject.adapter)
+            return Weights(read_lora(ref.adapter), "exported adapter", base)
         except ValueError as error:
             raise SetupError(str(error)) from None
-        manifest = None if subject.run is None else _newest_manifest(subject.run)
-        return Weights(layers, "exported adapter", _base_of(manifest))
-    if subject.run is None:
+    if ref.run is None:
         return Weights(None, "the model as it comes")
-    return _checkpoint_weights(subject.run)
+    assert settings is not None  # `locate` has looked
+    # by its own settings: what is asked is whether the files are whole, not whether a run may go on
+    checkpoint = CheckpointManager(ref.run / CHECKPOINTS, 1, settings).load_latest()
+    kind, words = ("ema", "running average") if "ema" in checkpoint.tensors else ("adapter", "adapter")
+    lora = settings["lora"]
+    layers = lora_layers(checkpoint.tensors[kind], rank=lora["rank"], alpha=lora["alpha"])
+    return Weights(layers, f"{words} at iteration {checkpoint.step}", base)
 
 
 @contextmanager
-def with_adapter(model: FlowModel, subject: ModelRef, weights: Weights) -> Iterator[None]:
-    """Within the context, the model has the subject's adapter.
+def with_adapter(model: FlowModel, ref: ModelRef, weights: Weights) -> Iterator[None]:
+    """Within the context, the model has the adapter of `ref`, as `read_weights` read it.
 
     Raises:
         SetupError: if the adapter does not fit the model.
@@ -170,41 +178,9 @@ def with_adapter(model: FlowModel, subject: ModelRef, weights: Weights) -> Itera
         try:
             stack.enter_context(attached_lora(model.network, weights.layers))
         except ValueError as error:
-            raise SetupError(f"{subject.name}: {error}") from None
+            raise SetupError(f"{ref.name}: {error}") from None
         if weights.base is not None and weights.base != base_fingerprint(model.network):
             logger.warning(
-                "%s: the loaded model is not the one that this run trained, or is in another precision", subject.name
+                "%s: the loaded model is not the one that this run trained, or is in another precision", ref.name
             )
         yield
-
-
-def _checkpoint_weights(run: Path) -> Weights:
-    from densegrpo_fast.models.lora import lora_layers
-    from densegrpo_fast.run_files.checkpoint import CheckpointManager
-
-    manifest = _newest_manifest(run)
-    assert manifest is not None  # `locate` has looked
-    settings = manifest["settings"]
-    # by its own settings: what is asked is whether the files are whole, not whether a run may go on
-    checkpoint = CheckpointManager(run / "checkpoints", 1, settings).load_latest()
-    kind = "ema" if "ema" in checkpoint.tensors else "adapter"
-    names = {"ema": "running average", "adapter": "adapter"}
-    lora = settings["lora"]
-    layers = lora_layers(checkpoint.tensors[kind], rank=lora["rank"], alpha=lora["alpha"])
-    return Weights(layers, f"{names[kind]} at iteration {checkpoint.step}", _base_of(manifest))
-
-
-def _base_of(manifest: Mapping[str, Any] | None) -> str | None:
-    return None if manifest is None else manifest["settings"].get("base_weights")
-
-
-def _newest_manifest(run: Path) -> dict[str, Any] | None:
-    """The newest readable manifest of a run's checkpoints; None without any."""
-    for path in sorted((run / "checkpoints").glob("step-*/manifest.json"), reverse=True):
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(manifest, dict) and isinstance(manifest.get("settings"), dict):
-            return manifest
-    return None

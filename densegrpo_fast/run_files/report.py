@@ -1,31 +1,39 @@
 """The run's report: one HTML file with everything inside, to be opened anywhere, offline, years later.
 
-It reads a run's numbers and pictures and shows: what was run, the held-out reward before and after, curves,
-where time and network evaluations went, pictures before and after, and the settings. No script and no
-request: a content security policy in the page forbids both.
+It reads a run's numbers and pictures and shows: what was run, the held-out reward before and after, curves, where time
+and network evaluations went, pictures before and after, and the settings. No script and no request: a content security
+policy in the page forbids both. This file makes the numbers of the page, `templates/report.html.j2` shows them.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from densegrpo_fast.run_files.curves import line_chart
+from densegrpo_fast.common.files import replace_text
+from densegrpo_fast.run_files.alarms import iterations_by_alarm
 from densegrpo_fast.run_files.images import read_captions
-from densegrpo_fast.run_files.report_style import PAGE, STYLE
+from densegrpo_fast.run_files.rendering import number, render
+from densegrpo_fast.run_files.statistics import Interval
 
 Record = Mapping[str, Any]
+Points = Sequence[tuple[float, float]]
 
+_GAIN = "gain/step_"
 _CURVES = (
     ("Training reward", ("reward",), "mean over the iteration's samples, drawn with exploration noise"),
     ("Held-out reward", ("eval/reward", "eval/strict"), "prompts never trained on, noise-free sampler"),
+    (
+        "Reward gain per step",
+        (_GAIN,),
+        "what each denoising step adds to the reward of the lookahead image; step 0 starts from pure noise",
+    ),
     ("Reward spread", ("reward_std",), "standard deviation within a group, mean over groups; 0 teaches nothing"),
     (
         "Clip fraction",
@@ -52,7 +60,7 @@ _CURVES = (
     ),
     ("Missing scores", ("reward_missing",), "share of the scores that the reward could not give"),
 )
-_COST_COLUMNS = ("Phase", "Seconds", "Share", "Seconds per iteration", "NFE per iteration")
+"""Title, metrics and note of each chart, in the order of the page; `gain/step_` stands for all steps."""
 _WORK = (
     ("decodes/full", "{} full decodes"),
     ("decodes/preview", "{} preview decodes"),
@@ -60,19 +68,7 @@ _WORK = (
     ("flops/iteration", "{} GFLOP"),
     ("flops/over_sparse", "{} times the operations of one with a single reward per image"),
 )
-_FACTS = (
-    ("Preset", "preset"),
-    ("Model", "model.path"),
-    ("Prompts per iteration", "data.num_prompts"),
-    ("Group size", "sampler.group_size"),
-    ("Steps", "sampler.num_steps"),
-    ("Dynamics", "sampler.dynamics"),
-    ("Noise level", "sampler.noise_level"),
-    ("Guidance scale", "sampler.guidance_scale"),
-    ("Credit", "credit.method"),
-    ("Lookahead plan", "lookahead.plan"),
-    ("Seed", "seed"),
-)
+_SMOOTHING_ABOVE = 20
 
 
 def write_report(
@@ -93,7 +89,7 @@ def write_report(
         run_dir: the run directory; its name is the title.
         config_yaml: the resolved settings as YAML text.
         metrics: one record per iteration, as in metrics.jsonl; absent keys leave their curve or cell out.
-            METRICS.md has their meaning.
+            docs/metrics.md has their meaning.
         before: held-out metric -> (mean, low, high) as `mean_interval` gives them, or a plain mean.
         after: the same metrics after training.
         images: title -> PNG file of `save_grid`, shown in this order with the prompts stored in it.
@@ -104,112 +100,202 @@ def write_report(
 
     Returns:
         Path of the file, which replaces an older one atomically.
+
+    Raises:
+        OutputError: if it cannot be written.
     """
-    run_dir = Path(run_dir)
-    name = escape(run_dir.resolve().name)
-    body = "".join(
-        (
-            f"<header><h1>{name}</h1>{_summary(config_yaml, metrics, phases)}</header>",
-            _headline(before, after, change or {}),
-            _section("Alarms", _alarms(metrics, advice or {})),
-            _section("Curves", f'<div class="charts">{"".join(_charts(metrics))}</div>' if metrics else ""),
-            _section("Cost", _costs(metrics, phases)),
-            _section("Pictures", "".join(_picture(title, Path(path)) for title, path in images.items())),
-            _section(
-                "Settings",
-                f"<details><summary>All settings</summary><pre>{escape(config_yaml)}</pre></details>",
-            ),
-        )
+    run_dir, change = Path(run_dir), change or {}
+    total = sum(phases.values())
+    page = render(
+        "report.html.j2",
+        name=run_dir.resolve().name,
+        # records of an evaluation alone, as before the first iteration, have no training reward
+        iterations=sum("reward" in record for record in metrics),
+        time=_duration(total),
+        settings=yaml.safe_load(config_yaml),
+        results=[
+            (
+                name,
+                _interval(before.get(name)),
+                _interval(after.get(name)),
+                _interval(change[name]) if name in change else None,
+            )
+            for name in dict.fromkeys([*before, *after])
+        ],
+        alarms=iterations_by_alarm(metrics),
+        advice=advice or {},
+        charts=_charts(metrics),
+        total=total,
+        phases=[
+            {"name": phase, "seconds": seconds, "nfe": _mean(metrics, f"nfe/{phase}")}
+            for phase, seconds in phases.items()
+        ],
+        work=[words.format(number(mean)) for key, words in _WORK if (mean := _mean(metrics, key))],
+        pictures=[
+            {
+                "title": title,
+                "png": base64.b64encode(Path(path).read_bytes()).decode("ascii"),
+                "prompts": read_captions(path),
+            }
+            for title, path in images.items()
+        ],
+        config_yaml=config_yaml,
     )
     path = run_dir / "report.html"
-    unfinished = path.with_suffix(".html.part")
-    unfinished.write_text(PAGE.format(title=name, style=STYLE, body=body), encoding="utf-8")
-    os.replace(unfinished, path)
+    replace_text(path, page)
     return path
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+@dataclass(frozen=True)
+class Line:
+    """One series of a chart.
+
+    Attributes:
+        label: what it is.
+        colour: as CSS.
+        first, last: its values at both ends.
+        points: of the line, as SVG has them.
+        raw: the same of the pale line of a smoothed series, else empty.
+        dots: places (x, y) of single points, of a short series.
+    """
+
+    label: str
+    colour: str
+    first: float
+    last: float
+    points: str
+    raw: str
+    dots: list[tuple[str, str]]
 
 
-def _summary(config_yaml: str, metrics: Sequence[Record], phases: Mapping[str, float]) -> str:
-    settings = yaml.safe_load(config_yaml)
-    facts = [(label, _lookup(settings, key)) for label, key in _FACTS]
-    facts = [("Iterations", _iterations(metrics)), ("Time", _duration(sum(phases.values()))), *facts]
-    items = "".join(
-        f"<div><dt>{label}</dt><dd>{escape(_plain(value))}</dd></div>" for label, value in facts if value is not None
+@dataclass(frozen=True)
+class Chart:
+    """Series over a common axis, ready to be drawn: places are in units of the picture, y downwards.
+
+    Attributes:
+        title: heading.
+        note: one line below it: what is healthy, what the unit is.
+        grid: height and label of each horizontal line.
+        axis: place, label and SVG anchor of each text below the axis.
+        lines: the series.
+    """
+
+    width: ClassVar[int] = 560
+    height: ClassVar[int] = 250
+    left: ClassVar[int] = 58
+    right: ClassVar[int] = 548
+    top: ClassVar[int] = 14
+    bottom: ClassVar[int] = 220
+
+    title: str
+    note: str
+    grid: list[tuple[float, str]]
+    axis: list[tuple[str, str, str]]
+    lines: list[Line]
+
+
+def line_chart(title: str, series: Mapping[str, Points], note: str = "", *, ordered: bool = False) -> Chart | None:
+    """A chart with one line per series.
+
+    A series of more than 20 points gets a smoothed line (see `smooth`) over its pale raw one.
+
+    Args:
+        title: heading of the figure.
+        series: label -> points (x, y), x increasing; points with a y that is not finite are left out.
+        note: one line below the heading.
+        ordered: the series are steps of one sequence: colours run through a scale, and the raw lines are left
+            out.
+
+    Returns:
+        The chart; None where no series has a point.
+    """
+    lines = {label: [(float(x), float(y)) for x, y in points if math.isfinite(y)] for label, points in series.items()}
+    lines = {label: points for label, points in lines.items() if points}
+    if not lines:
+        return None
+    smoothed = {label: smooth(points) if len(points) > _SMOOTHING_ABOVE else points for label, points in lines.items()}
+    # the axis fits what is drawn: of ordered series, only the smoothed lines
+    drawn = [point for points in (smoothed if ordered else lines).values() for point in points]
+    x_low, x_high = min(x for x, _ in drawn), max(x for x, _ in drawn)
+    ticks = nice_ticks(min(y for _, y in drawn), max(y for _, y in drawn))
+    y_low, y_high = ticks[0], ticks[-1]
+
+    def place_x(x: float) -> str:
+        return f"{Chart.left + (x - x_low) / ((x_high - x_low) or 1.0) * (Chart.right - Chart.left):.1f}"
+
+    def place_y(y: float) -> str:
+        return f"{Chart.top + (y_high - y) / (y_high - y_low) * (Chart.bottom - Chart.top):.1f}"
+
+    def path(points: Points) -> str:
+        return " ".join(f"{place_x(x)},{place_y(y)}" for x, y in points)
+
+    def colour(index: int) -> str:
+        if not ordered:
+            return f"var(--line-{index % 4})"
+        # violet to orange through blue and green: ordered to the eye, and legible on light and on dark paper
+        return f"hsl({265 - 235 * index / max(len(lines) - 1, 1):.0f} 62% 52%)"
+
+    ends = [(x_low, "start"), (x_high, "end")] if x_high > x_low else [(x_low, "start")]
+    return Chart(
+        title,
+        note,
+        grid=[(float(place_y(tick)), f"{tick:.6g}") for tick in ticks],
+        axis=[*((place_x(x), f"{x:g}", anchor) for x, anchor in ends), (f"{Chart.width // 2}", "iteration", "middle")],
+        lines=[
+            Line(
+                label,
+                colour(index),
+                points[0][1],
+                points[-1][1],
+                points=path(smoothed[label]),
+                raw="" if ordered or smoothed[label] is points else path(points),
+                dots=[(place_x(x), place_y(y)) for x, y in points] if smoothed[label] is points else [],
+            )
+            for index, (label, points) in enumerate(lines.items())
+        ],
     )
-    return f"<p>Reinforcement learning of a flow-matching model from rewards.</p><dl>{items}</dl>"
 
 
-def _lookup(settings: Any, key: str) -> Any:
-    for part in key.split("."):
-        settings = settings.get(part) if isinstance(settings, dict) else None
-    return settings
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round, evenly spaced numbers, at least two, that enclose [low, high]; steps are 1, 2 or 5 * 10^k."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        margin = abs(low) * 0.1 or 1.0
+        low, high = low - margin, high + margin
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
 
 
-def _headline(before: Mapping[str, Any], after: Mapping[str, Any], change: Mapping[str, Any]) -> str:
-    cards = []
-    for name in dict.fromkeys([*before, *after]):
-        moved = f'<p class="change">change {_with_interval(change[name], sign=True)}</p>' if name in change else ""
-        cards.append(
-            f'<div class="card"><h3>Held-out {escape(name)}</h3><div class="pair">'
-            f"<div><span>before</span>{_figure_of(before.get(name))}</div><b>→</b>"
-            f"<div><span>after</span>{_figure_of(after.get(name))}</div></div>{moved}</div>"
-        )
-    return _section("Result", f'<div class="cards">{"".join(cards)}</div>') if cards else ""
+def smooth(points: Points) -> list[tuple[float, float]]:
+    """Each point moved onto the straight line that fits its neighbourhood, about a tenth of all points, best.
+
+    A straight line stays as it is, up to both ends: no lag, and the last value is not one noisy point.
+    """
+    reach = max(len(points) // 20, 1)
+    moved = []
+    for index, (x, _) in enumerate(points):
+        window = points[max(index - reach, 0) : index + reach + 1]
+        x_mean = sum(near_x for near_x, _ in window) / len(window)
+        y_mean = sum(near_y for _, near_y in window) / len(window)
+        spread = sum((near_x - x_mean) ** 2 for near_x, _ in window)
+        together = sum((near_x - x_mean) * (near_y - y_mean) for near_x, near_y in window)
+        moved.append((x, y_mean + (x - x_mean) * (together / spread if spread else 0.0)))
+    return moved
 
 
-def _alarms(metrics: Sequence[Record], advice: Mapping[str, str]) -> str:
-    found: dict[str, list[Any]] = {}
-    for index, record in enumerate(metrics):
-        for name in record.get("alarms", ()):
-            found.setdefault(name, []).append(record.get("iteration", index))
-    items = "".join(
-        f"<li><b>{escape(name)}</b>: {len(when)} of {_iterations(metrics)} iterations, first in iteration {when[0]}. "
-        f"{escape(advice.get(name, ''))}</li>"
-        for name, when in found.items()
-    )
-    return f'<ul class="alarms">{items}</ul>' if items else ""
-
-
-def _figure_of(value: Any) -> str:
-    mean, interval = _split(value)
-    return f"<strong>{_number(mean)}</strong><small>{_range(interval) or '&nbsp;'}</small>"
-
-
-def _with_interval(value: Any, *, sign: bool) -> str:
-    mean, interval = _split(value)
-    return f"<strong>{_number(mean, sign=sign)}</strong> {_range(interval)}"
-
-
-def _split(value: Any) -> tuple[float, tuple[float, float]]:
-    if value is None:
-        return math.nan, (math.nan, math.nan)
-    if isinstance(value, Iterable):
-        mean, low, high = value
-        return float(mean), (float(low), float(high))
-    return float(value), (math.nan, math.nan)
-
-
-def _range(interval: tuple[float, float]) -> str:
-    return f"95% {_number(interval[0])} to {_number(interval[1])}" if all(map(math.isfinite, interval)) else ""
-
-
-def _charts(metrics: Sequence[Record]) -> list[str]:
-    charts = [line_chart(title, {key: _points(metrics, key) for key in keys}, note) for title, keys, note in _CURVES]
-    steps = sorted({key for record in metrics for key in record if key.startswith("gain/step_")}, key=_step_number)
-    gains = line_chart(
-        "Reward gain per step",
-        {f"step {_step_number(key)}": _points(metrics, key) for key in steps},
-        "what each denoising step adds to the reward of the lookahead image; step 0 starts from pure noise",
-        ordered=True,
-    )
-    return [chart for chart in (*charts[:2], gains, *charts[2:]) if chart]
-
-
-def _step_number(key: str) -> int:
-    return int(key.removeprefix("gain/step_"))
+def _charts(metrics: Sequence[Record]) -> list[Chart]:
+    charts = []
+    for title, keys, note in _CURVES:
+        if keys == (_GAIN,):
+            names = {key for record in metrics for key in record if key.startswith(_GAIN)}
+            steps = sorted(int(name.removeprefix(_GAIN)) for name in names)
+            series = {f"step {step}": _points(metrics, f"{_GAIN}{step}") for step in steps}
+        else:
+            series = {key: _points(metrics, key) for key in keys}
+        charts.append(line_chart(title, series, note, ordered=keys == (_GAIN,)))
+    return [chart for chart in charts if chart is not None]
 
 
 def _points(metrics: Sequence[Record], key: str) -> list[tuple[float, float]]:
@@ -220,67 +306,16 @@ def _points(metrics: Sequence[Record], key: str) -> list[tuple[float, float]]:
     ]
 
 
-def _iterations(metrics: Sequence[Record]) -> int:
-    # records of an evaluation alone, as before the first iteration, have no training reward
-    return sum("reward" in record for record in metrics)
+def _mean(metrics: Sequence[Record], key: str) -> float | None:
+    """Mean over the records that have a number; None without any."""
+    values = [y for _, y in _points(metrics, key)]
+    return sum(values) / len(values) if values else None
 
 
-def _costs(metrics: Sequence[Record], phases: Mapping[str, float]) -> str:
-    total = sum(phases.values())
-    if not total > 0:
-        return ""
-    iterations = max(_iterations(metrics), 1)
-    rows, bars = [], []
-    for index, (phase, seconds) in enumerate(phases.items()):
-        evaluations = [y for _, y in _points(metrics, f"nfe/{phase}")]
-        nfe = f"{sum(evaluations) / len(evaluations):,.1f}".removesuffix(".0") if evaluations else "–"
-        share, colour = seconds / total, f"var(--phase-{index % 6})"
-        rows.append(
-            f'<tr><th scope="row"><i style="background:{colour}"></i>{escape(phase)}</th>'
-            f"<td>{seconds:.1f}</td><td>{share:.1%}</td><td>{seconds / iterations:.3f}</td>"
-            f"<td>{nfe}</td></tr>"
-        )
-        hint = f"{escape(phase)} {share:.1%}"
-        bars.append(f'<i style="width:{100 * share:.2f}%;background:{colour}" title="{hint}"></i>')
-    head = "".join(f'<th scope="col">{column}</th>' for column in _COST_COLUMNS)
-    return (
-        f'<div class="bar">{"".join(bars)}</div>'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        "<p><small>NFE: network evaluations as the run counted them. "
-        f"Phases that run only in some iterations are spread over all of them.{_work(metrics)}</small></p>"
-    )
-
-
-def _work(metrics: Sequence[Record]) -> str:
-    """A sentence on what an iteration decodes, scores and computes on average; empty if no record says."""
-    found = []
-    for key, words in _WORK:
-        values = [y for _, y in _points(metrics, key)]
-        if values and any(values):
-            found.append(words.format(_number(sum(values) / len(values))))
-    return f" An iteration has on average {', '.join(found)}." if found else ""
-
-
-def _picture(title: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    prompts = read_captions(path)
-    listed = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
-    details = f"<details><summary>Prompts, in reading order</summary><ol>{listed}</ol></details>"
-    return (
-        f'<figure class="picture"><figcaption><b>{escape(title)}</b></figcaption>'
-        f'<img alt="{escape(title)}: grid of pictures" src="data:image/png;base64,{data}">'
-        f"{details if listed else ''}</figure>"
-    )
-
-
-def _number(value: float, *, sign: bool = False) -> str:
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:+.4g}" if sign else f"{value:.4g}"
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _interval(value: Any) -> Interval:
+    if isinstance(value, Iterable):
+        return Interval(*map(float, value))
+    return Interval(math.nan if value is None else float(value), math.nan, math.nan)
 
 
 def _duration(seconds: float) -> str:

@@ -18,12 +18,15 @@ from pathlib import Path
 from types import TracebackType
 
 from densegrpo_fast.common.errors import CheckpointError, OutputError, UsageError, UserError
-from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors
+from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, unused_name
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
+"""Names of what a run writes in its directory: files, and directories."""
+
 _LOCK_NAME = "run.lock"
-_RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
 class RunLock:
@@ -121,7 +124,7 @@ def _write_holder(descriptor: int, text: str) -> None:
 
 def holds_run(directory: Path) -> bool:
     """Whether a run has written its configuration, metrics or checkpoints in a directory."""
-    return any((directory / name).exists() for name in _RUN_FILES)
+    return any((directory / name).exists() for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS))
 
 
 @contextmanager
@@ -139,8 +142,8 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
 
     Raises:
         CheckpointError: if there is no run to resume; OutputError: if the directory holds something
-            else, holds a run and neither option is set, is used by a live run, or cannot be written; exit
-            code 2, if both options are set.
+            else, holds a run and neither option is set, is used by a live run, or cannot be written;
+            UsageError: if both options are set.
     """
     if resume and overwrite:
         raise UsageError("--resume and run.overwrite contradict each other: choose one")
@@ -150,36 +153,26 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
         path.mkdir(parents=True, exist_ok=True)
     lock = RunLock(path).acquire()
     try:
-        if not resume and _occupied(path):
-            _refuse_unless(overwrite, path)
+        # a crash may leave the lock and a half-written file behind; neither is worth keeping
+        if not resume and any(file.name != _LOCK_NAME and file.suffix != STAGE_SUFFIX for file in path.iterdir()):
+            if not holds_run(path):
+                raise OutputError(
+                    f"{path} is not empty and holds no run of this program; choose another run.output_dir",
+                )
+            if not overwrite:
+                raise OutputError(
+                    f"{path} already holds a run; continue it with --resume, move it aside with --run.overwrite, "
+                    "or choose another run.output_dir",
+                )
             lock = _move_aside(path, lock)
         yield path
     finally:
         lock.release()
 
 
-def _occupied(path: Path) -> bool:
-    # A crash may leave the lock and a half-written file behind; neither is worth keeping.
-    return any(entry.name != _LOCK_NAME and entry.suffix != STAGE_SUFFIX for entry in path.iterdir())
-
-
-def _refuse_unless(overwrite: bool, path: Path) -> None:
-    if not holds_run(path):
-        raise OutputError(
-            f"{path} is not empty and holds no run of this program; choose another run.output_dir",
-        )
-    if not overwrite:
-        raise OutputError(
-            f"{path} already holds a run; continue it with --resume, move it aside with --run.overwrite, "
-            "or choose another run.output_dir",
-        )
-
-
 def _move_aside(path: Path, lock: RunLock) -> RunLock:
     """Rename a run that we hold the lock of, and put a new, locked directory in its place."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
+    aside = unused_name(path, "old")
     with output_errors(f"cannot move {path} to {aside}"):
         path.rename(aside)
         path.mkdir()

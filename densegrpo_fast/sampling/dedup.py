@@ -68,8 +68,8 @@ class CompletionDedup:
 
     def different(self, values: Tensor) -> Tensor:
         """The different completions [m, ...] of all J states' [J, B, ...]."""
-        first = [self.representatives.index(state) for state in self.states]
-        return torch.cat([self.rows(state, values[j]) for state, j in zip(self.states, first, strict=True)])
+        places = self.states if self.completed is None else [self.completed.index(state) for state in self.states]
+        return torch.cat([self.rows(state, values[j]) for state, j in zip(self.states, places, strict=True)])
 
     def broadcast(self, values: Tensor, batch: int) -> Tensor:
         """What the different completions have [m, ...], for each of `states` and B rows: [K, B, ...]."""

@@ -232,6 +232,7 @@ class Lookahead:
             # no completion is shared then
             output.velocity.unflatten(0, (len(states), -1)).add_(rollout.guidance_terms[step_index])
         parts = [None] * len(states) if output.hidden is None else output.hidden.split(sizes)
+        assert output.latents is not None
         split = zip(output.latents.split(sizes), output.velocity.split(sizes), parts, strict=True)
         return {
             state: CompletionState(step_index, latents, velocity, hidden, at.remembered(remainder))
@@ -265,7 +266,8 @@ class Lookahead:
             model: whose decoder; None = the lookahead's own.
         """
         dedup = rollout.dedup(own=True)
-        decoded = torch.cat(list(self.decoded(dedup.different(clean), decoder, model))).unflatten(0, (-1, clean.shape[1]))
+        parts = list(self.decoded(dedup.different(clean), decoder, model))
+        decoded = torch.cat(parts).unflatten(0, (-1, clean.shape[1]))
         return torch.stack([decoded[position] for position in dedup.positions])
 
     @torch.no_grad()
@@ -338,7 +340,9 @@ class Lookahead:
 
     def _run(self, rows: StepInput, step_index: int, scale: float, cache: Cache | None) -> StepOutput:
         """Take rows to a step index and evaluate the model there, at most `chunk` rows at a time."""
-        latents, velocity = torch.empty_like(rows.latents), torch.empty_like(rows.latents)
+        latents, velocity = rows.latents, torch.empty_like(rows.latents)
+        if rows.velocity is not None:
+            latents = torch.empty_like(latents)
         hidden = None
 
         def run(part: slice) -> tuple[slice, StepOutput]:
@@ -346,7 +350,9 @@ class Lookahead:
             return part, self.step_runner(self.model, rows.select(part), step_index, scale, tap=tap, cache=cache)
 
         for part, output in self.rows.each(slice(0, len(rows)), run):
-            latents[part], velocity[part] = output.latents, output.velocity
+            velocity[part] = output.velocity
+            if output.latents is not None:
+                latents[part] = output.latents
             if output.hidden is not None:
                 if hidden is None:
                     hidden = output.hidden.new_empty(len(rows), *output.hidden.shape[1:])

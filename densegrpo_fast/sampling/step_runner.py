@@ -46,12 +46,12 @@ class StepOutput(NamedTuple):
     """What an evaluation gives.
 
     Attributes:
-        latents: [m, ...] float32 at the step index.
+        latents: [m, ...] float32 at the step index; None without a jump, as they were there already.
         velocity: [m, ...] float32 there, guided if that was asked for.
         hidden: [m, N, D] the network's last hidden tokens, of the conditional forward; None if they were not asked for.
     """
 
-    latents: Tensor
+    latents: Tensor | None
     velocity: Tensor
     hidden: Tensor | None
 
@@ -75,13 +75,14 @@ class StepRunner:
             tap: whether the hidden tokens are wanted.
             cache: features of the rollout to reuse, or None.
         """
-        latents = rows.latents
+        arrived = None
         if rows.velocity is not None and rows.sigma is not None:
-            latents = ops.euler_jump(latents, rows.velocity, rows.sigma, rows.next_sigma)
+            arrived = ops.euler_jump(rows.latents, rows.velocity, rows.sigma, rows.next_sigma)
+        latents = rows.latents if arrived is None else arrived
         reusing: AbstractContextManager[None] = nullcontext()
         if cache is not None:
             assert rows.samples is not None
             reusing = cache.reuse(step_index, rows.samples)
         with model.tap() if tap else nullcontext([]) as tokens, reusing:
             velocity = model.velocity(latents, rows.next_sigma, rows.conditioning, scale).combined()
-        return StepOutput(latents, velocity, tokens[0] if tap else None)
+        return StepOutput(arrived, velocity, tokens[0] if tap else None)

@@ -10,13 +10,13 @@ import torch
 
 from densegrpo_fast.calibration.store import read_calibration
 from densegrpo_fast.common.errors import SetupError, UsageError
-from densegrpo_fast.common.pretrained import silence_loading
+from densegrpo_fast.common.pretrained import is_hub_id, silence_loading
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.calibration import SIGNS, calibrated_steps
 from densegrpo_fast.config.sampling import ModelOptions
 from densegrpo_fast.models.attention import check_attention
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.loading import is_hub_id, load_sd3, pipeline_directory, resolve_dtype, text_files
+from densegrpo_fast.models.loading import load_sd3, pipeline_directory, resolve_dtype, text_files
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.sd3 import SD3

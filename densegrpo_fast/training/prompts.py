@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config import Config
-from densegrpo_fast.embedded import scenes
 
 _DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
 BUILT_IN = ("general", "geneval", "ocr")
@@ -254,6 +253,8 @@ def prompt_set(source: str, held_out: bool) -> PromptSet:
         UsageError: the file cannot be read or holds something else than prompts.
     """
     if source == "scenes":
+        from densegrpo_fast.embedded import scenes  # brings numpy, which reading a file does not need
+
         sentences = scenes.prompts(held_out=held_out, count=_SENTENCES)
         return PromptSet(tuple(sentences), tuple({} for _ in sentences))
     if source in BUILT_IN:

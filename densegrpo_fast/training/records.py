@@ -21,10 +21,10 @@ from densegrpo_fast.models.lora import base_fingerprint, save_lora
 from densegrpo_fast.run_files.alarms import alarms_for
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
 from densegrpo_fast.run_files.images import save_grid
-from densegrpo_fast.run_files.intervals import mean_interval, paired_interval
 from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
+from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.rewarding import RewardBatch
 

@@ -4,27 +4,26 @@
     fast.install()          # before or after the script's own imports
 
 or, without a change, `python -m densegrpo_fast.launch scripts/train_sd3.py ...`. The functions can also be imported
-and called by their own names. See `step` and `pipelines` for signatures and numerics.
+and called by their own names. See `step` and `pipelines` for their numerics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
-from densegrpo_fast.compat._install import Installer, checked_fixes
-from densegrpo_fast.compat._patch import CompatError, Patch, Target
-from densegrpo_fast.compat.flow_grpo.detect import detect_version, replacement_of, tracker_replacement
 from densegrpo_fast.compat.flow_grpo.pipelines import (
     Kept,
     keep_velocities,
+    pipeline_replacement,
     pipeline_with_logprob,
     pipeline_with_logprob_fast,
 )
-from densegrpo_fast.compat.flow_grpo.probe import pipeline_replacement
-from densegrpo_fast.compat.flow_grpo.rng import make_noise, philox_samples
-from densegrpo_fast.compat.flow_grpo.step import VERSIONS, step_function
-from densegrpo_fast.compat.flow_grpo.tracker import PerPromptStatTracker
+from densegrpo_fast.compat.flow_grpo.step import VERSIONS, detect_version, step_function, step_replacement
+from densegrpo_fast.compat.flow_grpo.tracker import PerPromptStatTracker, tracker_replacement
+from densegrpo_fast.compat.hosts import HOSTS
+from densegrpo_fast.compat.patch import Build, CompatError, Patch, install_host, uninstall_host
+from densegrpo_fast.compat.rng import philox_samples
 
 __all__ = [
     "FIXES",
@@ -43,15 +42,10 @@ __all__ = [
     "uninstall",
 ]
 
-PACKAGE = "flow_grpo"
-
 sde_step_with_logprob = step_function("V3g")
 """The newest generation, whose arguments contain those of V2 and V3, with the host's random numbers."""
 
-FIXES = {
-    "float32_states": "the states of SD3's trajectories stay float32 in a copy of the host that rounds each of them to "
-    "the prompts' dtype after scoring it; the importance ratio of an unchanged policy is then 1",
-}
+FIXES = HOSTS["flow_grpo"].fixes
 """Flaws of the host that `install(fixes=...)` takes away, one by one; all are kept unless named."""
 
 
@@ -86,19 +80,20 @@ def install(
         CompatError: the host is not installed, or its step or tracker are not those that are known here.
         ValueError: an option is wrong.
     """
-    return INSTALLER.install(
+    return install_host(
+        "flow_grpo",
+        replacements,
         say,
-        make=targets,
         version=version,
         rng=rng,
         seed=seed,
         tracker=tracker,
         pipelines=pipelines,
-        fixes=checked_fixes(fixes, FIXES),
+        fixes=fixes,
     )
 
 
-def targets(
+def replacements(
     *,
     version: str | None,
     rng: str,
@@ -106,42 +101,25 @@ def targets(
     tracker: bool,
     fixes: Collection[str],
     pipelines: bool = True,
-) -> list[Target]:
-    """What `install` replaces, also in the other hosts that carry this one's package.
+) -> Mapping[str, Build]:
+    """What replaces each name, also in the other hosts that carry this one's package.
 
     Raises:
-        ValueError: an option is wrong.
+        ValueError: an unknown version.
     """
     if version is not None and (version not in VERSIONS or version == "Wan"):
         known = ", ".join(name for name in VERSIONS if name != "Wan")
         raise ValueError(f"version must be one of {known}, or None to detect it, got {version!r}")
-    make_noise(rng, seed)
-    folder = f"{PACKAGE}.diffusers_patch"
-    found = [
-        Target(
-            f"{folder}.sd3_sde_with_logprob",
-            "sde_step_with_logprob",
-            lambda host: replacement_of(host, version=version, rng=rng, seed=seed),
-        ),
-        Target(
-            f"{folder}.wan_pipeline_with_logprob",
-            "sde_step_with_logprob",
-            lambda host: replacement_of(host, version="Wan", rng=rng, seed=seed),
-        ),
-    ]
+    builds: dict[str, Build] = {
+        "sde_step_with_logprob": partial(step_replacement, version=version, rng=rng, seed=seed),
+    }
     if pipelines:
-        build = partial(pipeline_replacement, float32="float32_states" in fixes)
-        for name in ("sd3_pipeline_with_logprob", "sd3_pipeline_with_logprob_fast"):
-            found.append(Target(f"{folder}.{name}", "pipeline_with_logprob", build, required=False))
+        builds["pipeline_with_logprob"] = partial(pipeline_replacement, float32="float32_states" in fixes)
     if tracker:
-        found.append(Target(f"{PACKAGE}.stat_tracking", "PerPromptStatTracker", tracker_replacement))
-    return found
-
-
-INSTALLER = Installer(PACKAGE, lambda make, **options: make(**options))
-"""The one patch of the package; of two hosts that carry it, the one installed last is in force."""
+        builds["PerPromptStatTracker"] = tracker_replacement
+    return builds
 
 
 def uninstall() -> None:
     """Put the host's own functions back; nothing happens if nothing is replaced."""
-    INSTALLER.uninstall()
+    uninstall_host("flow_grpo")

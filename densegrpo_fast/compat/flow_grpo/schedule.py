@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat._host_table import HostTable
+from densegrpo_fast.compat.steps import HostTable, second_places
 from densegrpo_fast.flow.dynamics import LOG_PROB_SCALE, C, Family, coefficients
 
 _read: WeakKeyDictionary[Any, Schedule] = WeakKeyDictionary()
@@ -48,6 +48,7 @@ class Schedule:
 
     Attributes:
         num_steps: T.
+        sigmas: the T+1 noise levels, as numbers.
         timesteps: the scheduler's own tensor, [T].
     """
 
@@ -68,20 +69,11 @@ class Schedule:
         device, wide = sigmas.device, torch.promote_types(torch.float32, timesteps.dtype)
         beside = timesteps.to(device, wide, non_blocking=device.type != "cpu")
         read = torch.cat([sigmas.detach().float().to(wide), beside]).tolist()
-        self._grid, values = read[: len(sigmas)], read[len(sigmas) :]
-        self._values = values
-        places: dict[float, list[int]] = {}
-        for place, value in enumerate(values):
-            places.setdefault(value, []).append(place)
-        self._step = {value: found[min(1, len(found) - 1)] for value, found in places.items()}
-        self._step_at = [self._step[value] for value in values]
+        self.sigmas, self._values = tuple(read[: len(sigmas)]), tuple(read[len(sigmas) :])
+        self._step = second_places(self._values)
+        self._step_at = [self._step[value] for value in self._values]
         self._tables: dict[tuple[str, float, torch.device], HostTable] = {}
         self._on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """The T+1 noise levels, known on the host."""
-        return tuple(self._grid)
 
     def is_of(self, scheduler: Any) -> bool:
         """Whether the scheduler still holds the very tensors that were read, unchanged."""
@@ -146,7 +138,7 @@ class Schedule:
         if key not in self._tables:
             # Kept for later calls, which may need gradients even if this one may not.
             with torch.inference_mode(False):
-                table = coefficients(torch.tensor(self._grid, dtype=torch.float32), noise_level, family).table
+                table = coefficients(torch.tensor(self.sigmas, dtype=torch.float32), noise_level, family).table
                 silent = table[:, C] == 0
                 table[silent, LOG_PROB_SCALE] = 1.0 if family == "cps" else math.nan
                 self._tables[key] = HostTable.of(table, device, nowhere=device.type != "cpu")
@@ -171,7 +163,7 @@ class Schedule:
     def _device_tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._on_device:
             with torch.inference_mode(False):
-                grid = torch.tensor([*self._grid, math.nan], dtype=torch.float32)
+                grid = torch.tensor([*self.sigmas, math.nan], dtype=torch.float32)
                 dt = grid[1:] - grid[:-1]
                 values = torch.tensor(self._values, dtype=self.timesteps.dtype)
                 tensors = (values, torch.tensor(self._step_at), dt)

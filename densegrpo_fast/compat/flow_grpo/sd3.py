@@ -24,38 +24,22 @@ from torch import Tensor
 Step = Callable[..., tuple[Tensor, ...]]
 """A `sde_step_with_logprob` of generation V2 or later."""
 
-ARGUMENTS: dict[str, Any] = {
-    "prompt": None,
-    "prompt_2": None,
-    "prompt_3": None,
-    "height": None,
-    "width": None,
-    "num_inference_steps": 28,
-    "sigmas": None,
-    "guidance_scale": 7.0,
-    "negative_prompt": None,
-    "negative_prompt_2": None,
-    "negative_prompt_3": None,
-    "num_images_per_prompt": 1,
-    "generator": None,
-    "latents": None,
-    "prompt_embeds": None,
-    "negative_prompt_embeds": None,
-    "pooled_prompt_embeds": None,
-    "negative_pooled_prompt_embeds": None,
-    "output_type": "pil",
-    "joint_attention_kwargs": None,
-    "clip_skip": None,
-    "callback_on_step_end_tensor_inputs": ["latents"],
-    "max_sequence_length": 256,
-    "skip_layer_guidance_scale": 2.8,
-    "noise_level": 0.7,
-}
-"""Arguments that every SD3 pipeline of the hosts takes after the pipeline itself, in order, with their defaults."""
-
 _PROMPTS = ("prompt", "prompt_2", "prompt_3")
 _NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def forward(pipeline: Any, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+    """Output of the transformer for rows [n, ...] at timesteps [n], which it sees in the dtype of the states."""
+    (output, *_) = pipeline.transformer(
+        hidden_states=latents,
+        timestep=timestep if latents.dtype == torch.float32 else timestep.to(latents.dtype),
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        joint_attention_kwargs=pipeline.joint_attention_kwargs,
+        return_dict=False,
+    )
+    return output
 
 
 @dataclass(frozen=True)
@@ -102,18 +86,9 @@ class Run:
 
     def velocity(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
         """Guided velocity [B, ...] at a state, and the conditional one if there is guidance; the network's dtype."""
-        embeds, pooled = self._inputs
         guided = self.guidance_scale != 1.0
         rows = torch.cat([latents, latents]) if guided else latents
-        time = timestep.expand(len(rows))
-        (output, *_) = self.pipeline.transformer(
-            hidden_states=rows,
-            timestep=time if rows.dtype == torch.float32 else time.to(rows.dtype),
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            joint_attention_kwargs=self.pipeline.joint_attention_kwargs,
-            return_dict=False,
-        )
+        output = forward(self.pipeline, rows, timestep.expand(len(rows)), *self._inputs)
         if not guided:
             return output, None
         uncond, cond = output.chunk(2)
@@ -144,10 +119,9 @@ def prepare(pipeline: Any, options: Mapping[str, Any], *, float32: bool = True) 
 
     Args:
         pipeline: the SD3 pipeline.
-        options: the arguments of the call, by the names of `ARGUMENTS`.
+        options: the arguments of the call by name, at least those that all SD3 pipelines in `hosts.SIGNATURES` take.
         float32: keep the states in float32; otherwise in the prompts' dtype.
     """
-    options = {**ARGUMENTS, **options}
     size = pipeline.default_sample_size * pipeline.vae_scale_factor
     height, width = options["height"] or size, options["width"] or size
     pipeline.check_inputs(
@@ -175,8 +149,9 @@ def prepare(pipeline: Any, options: Mapping[str, Any], *, float32: bool = True) 
         max_sequence_length=options["max_sequence_length"],
         lora_scale=(options["joint_attention_kwargs"] or {}).get("scale"),
     )
+    prompts = options["prompt"] if options["prompt"] is not None else options["prompt_embeds"]
     latents = pipeline.prepare_latents(
-        _batch(options) * options["num_images_per_prompt"],
+        (1 if isinstance(prompts, str) else len(prompts)) * options["num_images_per_prompt"],
         pipeline.transformer.config.in_channels,
         height,
         width,
@@ -191,9 +166,9 @@ def prepare(pipeline: Any, options: Mapping[str, Any], *, float32: bool = True) 
         pipeline.scheduler.set_timesteps(sigmas=options["sigmas"], device=device)
     timesteps = pipeline.scheduler.timesteps
     pipeline._num_timesteps = len(timesteps)
-    prompts = Prompts(embeds, pooled, *((negative_embeds, negative_pooled) if guided else ()))
+    encoded = Prompts(embeds, pooled, *((negative_embeds, negative_pooled) if guided else ()))
     scale = float(options["guidance_scale"]) if guided else 1.0
-    return Run(pipeline, latents.float() if float32 else latents, timesteps, prompts, scale)
+    return Run(pipeline, latents.float() if float32 else latents, timesteps, encoded, scale)
 
 
 def roll_out(
@@ -245,9 +220,3 @@ def decode(pipeline: Any, latents: Tensor, output_type: str = "pt") -> Any:
     scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     decoded = vae.decode(scaled.to(dtype=vae.dtype), return_dict=False)[0]
     return pipeline.image_processor.postprocess(decoded, output_type=output_type)
-
-
-def _batch(options: Mapping[str, Any]) -> int:
-    if isinstance(options["prompt"], str):
-        return 1
-    return len(options["prompt"] if options["prompt"] is not None else options["prompt_embeds"])

@@ -1,18 +1,17 @@
 """Flow-GRPO's `sde_step_with_logprob` in every signature generation, on this package's ops.
 
-The positional order and the fourth value changed over time; `detect` tells which one a host has.
+The positional order and the fourth value changed over time (`hosts.SIGNATURES`); `detect_version` tells which one a
+host has.
 
-    generation  arguments after (scheduler, model_output, timestep, sample)             fourth value
-    V1          prev_sample, generator, determistic, noise_level                         std_dev * sqrt(-dt)
-    V2          noise_level, prev_sample, generator                                      std_dev
-    V3          V2, sde_type                                                             std_dev
-    V3g         V3, return_sqrt_dt: sqrt(-dt) as a fifth value                           std_dev
-    Wan         prev_sample, generator, determistic, return_pixel_log_prob,              std_dev * sqrt(-dt);
-                return_dt_and_std_dev_t: std_dev and a fifth value sqrt(-dt) instead     see left
+    generation   fourth value
+    V1           std_dev * sqrt(-dt)
+    V2, V3       std_dev
+    V3g          std_dev; with return_sqrt_dt, sqrt(-dt) as a fifth value
+    Wan          std_dev * sqrt(-dt); with return_dt_and_std_dev_t, std_dev and a fifth value sqrt(-dt) instead
 
 A penalty computed as (mean difference)^2 / (2 fourth^2) is the KL divergence in V1 and Wan, and also for 'cps', whose
 std_dev is that of the injected noise; for 'sde' in the others it is (-dt) times that. So the fourth value decides what
-a script's beta means. "determistic" is the hosts' spelling.
+a script's beta means.
 
 Arguments and results, all generations:
     model_output    velocity, noise minus data, [B, ...]
@@ -30,15 +29,21 @@ is differentiable in `model_output`, not in `sample`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat.flow_grpo.rng import PhiloxNoise, host_noise, make_noise
+from densegrpo_fast.compat.compare import first_equal, parameters_of, results_of
 from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
+from densegrpo_fast.compat.hosts import SIGNATURES, signature_of
+from densegrpo_fast.compat.patch import CompatError
+from densegrpo_fast.compat.probes import sde_calls
+from densegrpo_fast.compat.rng import host_noise, make_noise
+from densegrpo_fast.compat.steps import as_host
 from densegrpo_fast.flow import reference
 from densegrpo_fast.flow.dynamics import STD_DEV, A, B, C, Family
 
@@ -48,15 +53,7 @@ VERSIONS: tuple[str, ...] = get_args(Version)
 FAMILY_OF: dict[str, Family] = {"sde": "flow_sde", "cps": "cps"}
 """Family behind each of the hosts' `sde_type`s."""
 
-
-@dataclass(frozen=True)
-class _Transition:
-    prev_sample: Tensor
-    log_prob: Tensor
-    mean: Tensor
-    std_dev: Tensor
-    step_std: Tensor
-    sqrt_dt: Tensor
+NAME = "sde_step_with_logprob"
 
 
 def step_function(
@@ -66,6 +63,7 @@ def step_function(
     seed: int | None = None,
     sde_type: str = "sde",
     noise_level: float = 0.7,
+    signature: inspect.Signature | None = None,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Make a `sde_step_with_logprob` of one signature generation.
 
@@ -76,176 +74,135 @@ def step_function(
         seed: of "philox"; None takes `torch.initial_seed()`.
         sde_type: default of V3 and V3g; the formula of V1 and V2, which have no such argument (FlowCPS's V2 is "cps").
         noise_level: default of the argument; in the V1 scripts that have none, the constant in their source.
+        signature: of the result, with defaults of its own; default: that of the generation.
 
     Raises:
         ValueError: an unknown version, rng or sde_type.
     """
     if version not in VERSIONS:
         raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
-    _family(sde_type)
+    _check_type(sde_type)
     noise = make_noise(rng, seed)
-    made = _MAKERS[version](noise, sde_type, noise_level)
-    made.__name__ = made.__qualname__ = "sde_step_with_logprob"
-    made.__doc__ = f"Flow-GRPO's SDE step, signature generation {version}; see the module's docstring."
-    return made
+    level = 1.0 if version == "Wan" else noise_level
+    if signature is None:
+        defaults = {"sde_type": sde_type, "noise_level": level}
+        newest = signature_of(NAME, "V1 with noise_level" if version == "V1" else version)
+        parameters = [own.replace(default=defaults.get(key, own.default)) for key, own in newest.parameters.items()]
+        signature = newest.replace(parameters=parameters)
 
-
-def _make_v1(noise: PhiloxNoise | None, sde_type: str, level: float) -> Callable[..., tuple[Tensor, ...]]:
     def step(
-        self: Any,
+        scheduler: Any,
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
         prev_sample: Tensor | None = None,
         generator: torch.Generator | None = None,
+        noise_level: float = level,
+        sde_type: str = sde_type,
         determistic: bool = False,
-        noise_level: float = level,
-    ) -> tuple[Tensor, ...]:
-        _not_both(prev_sample, generator)
-        family = _family(sde_type)
-        done = _transition(
-            self, model_output, timestep, sample, prev_sample, generator, noise, family, noise_level, determistic
-        )
-        given = prev_sample if prev_sample is not None and not determistic else done.prev_sample
-        return given, done.log_prob, done.mean, done.step_std
-
-    return step
-
-
-def _make_v2(noise: PhiloxNoise | None, sde_type: str, level: float) -> Callable[..., tuple[Tensor, ...]]:
-    v3g = _make_v3g(noise, sde_type, level)
-
-    def step(
-        self: Any,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        noise_level: float = level,
-        prev_sample: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, ...]:
-        return v3g(self, model_output, timestep, sample, noise_level, prev_sample, generator)
-
-    return step
-
-
-def _make_v3(noise: PhiloxNoise | None, default: str, level: float) -> Callable[..., tuple[Tensor, ...]]:
-    v3g = _make_v3g(noise, default, level)
-
-    def step(
-        self: Any,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        noise_level: float = level,
-        prev_sample: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        sde_type: str | None = default,
-    ) -> tuple[Tensor, ...]:
-        return v3g(self, model_output, timestep, sample, noise_level, prev_sample, generator, sde_type)
-
-    return step
-
-
-def _make_v3g(noise: PhiloxNoise | None, default: str, level: float) -> Callable[..., tuple[Tensor, ...]]:
-    def step(
-        self: Any,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        noise_level: float = level,
-        prev_sample: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        sde_type: str | None = default,
-        return_sqrt_dt: bool | None = False,
-    ) -> tuple[Tensor, ...]:
-        prev_sample = prev_sample if prev_sample is None else prev_sample.float()
-        family = _family(sde_type)
-        done = _transition(
-            self, model_output.float(), timestep, sample.float(), prev_sample, generator, noise, family, noise_level
-        )
-        fifth = (done.sqrt_dt,) if return_sqrt_dt else ()
-        return done.prev_sample, done.log_prob, done.mean, done.std_dev, *fifth
-
-    return step
-
-
-def _make_wan(noise: PhiloxNoise | None, sde_type: str, level: float) -> Callable[..., tuple[Tensor, ...]]:
-    def step(
-        self: Any,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        prev_sample: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        determistic: bool = False,
+        return_sqrt_dt: bool = False,
         return_pixel_log_prob: bool = False,
         return_dt_and_std_dev_t: bool = False,
     ) -> tuple[Tensor, ...]:
-        _not_both(prev_sample, generator)
-        prev_sample = prev_sample if prev_sample is None else prev_sample.float()
-        done = _transition(
-            self, model_output.float(), timestep, sample.float(), prev_sample, generator, noise, "wan", 1.0, determistic
-        )
-        last = (done.std_dev, done.sqrt_dt) if return_dt_and_std_dev_t else (done.step_std,)
-        return done.prev_sample, done.log_prob, done.mean, *last
+        # Nothing is read from the device once the schedule has been.
+        if version in ("V1", "Wan") and prev_sample is not None and generator is not None:
+            raise ValueError("give prev_sample, to score a transition, or generator, to sample one; not both")
+        _check_type(sde_type)
+        if version != "V1":
+            model_output, sample = model_output.float(), sample.float()
+            prev_sample = prev_sample if prev_sample is None else prev_sample.float()
+        schedule = schedule_of(scheduler)
+        index, length = schedule.find(timestep)
+        if length not in (1, len(sample)):
+            raise ValueError(f"timestep must have 1 entry or one per row ({len(sample)}), got {length}")
+        device = sample.device
+        table = schedule.table("wan" if version == "Wan" else FAMILY_OF[sde_type], float(noise_level), device)
+        if isinstance(index, Tensor):
+            index = index.to(device)
+            rows, dt = table.rows.index_select(0, index), schedule.dt(device).index_select(0, index)
+            index = index.expand(len(sample))
+        else:
+            rows, dt = table.rows[index].expand(length, -1), schedule.dt(device)[index].expand(length)
+        columns = [column.reshape(length, *[1] * (sample.ndim - 1)) for column in (*rows.unbind(1), dt)]
+        dt = columns[-1]
 
-    return step
+        dtype = reference.compute_dtype(sample, model_output)
+        latents, velocity = sample.to(dtype), model_output.to(dtype)
+        mean = columns[A] * latents + columns[B] * velocity
+        log_prob = None
+        if prev_sample is None and noise is None:
+            prev_sample = mean + columns[C] * host_noise(model_output, generator)
+        elif prev_sample is None and noise is not None and not determistic:
+            prev_sample, log_prob = table.draw(noise, latents, velocity, index)
+        if determistic or prev_sample is None:
+            prev_sample = latents + dt * velocity
+        if log_prob is None or (torch.is_grad_enabled() and velocity.requires_grad):
+            log_prob = table.log_prob(latents, velocity, prev_sample.to(dtype), index)
+        injected = version in ("V1", "Wan") and not return_dt_and_std_dev_t
+        fifth = ((-dt).sqrt(),) if return_sqrt_dt or return_dt_and_std_dev_t else ()
+        return prev_sample, log_prob, mean, columns[C if injected else STD_DEV], *fifth
 
-
-_MAKERS = {"V1": _make_v1, "V2": _make_v2, "V3": _make_v3, "V3g": _make_v3g, "Wan": _make_wan}
-
-
-def _transition(
-    scheduler: Any,
-    velocity: Tensor,
-    timestep: float | Tensor,
-    sample: Tensor,
-    prev_sample: Tensor | None,
-    generator: torch.Generator | None,
-    noise: PhiloxNoise | None,
-    family: Family,
-    noise_level: float,
-    determistic: bool = False,
-) -> _Transition:
-    """One step: sampled, or given and scored. Nothing is read from the device once the schedule has been."""
-    schedule = schedule_of(scheduler)
-    index, length = schedule.find(timestep)
-    if length not in (1, len(sample)):
-        raise ValueError(f"timestep must have 1 entry or one per row ({len(sample)}), got {length}")
-    device = sample.device
-    table = schedule.table(family, float(noise_level), device)
-    if isinstance(index, Tensor):
-        index = index.to(device)
-        rows, dt = table.rows.index_select(0, index), schedule.dt(device).index_select(0, index)
-        index = index.expand(len(sample))
-    else:
-        rows, dt = table.rows[index].expand(length, -1), schedule.dt(device)[index].expand(length)
-    per_row = [column.reshape(length, *[1] * (sample.ndim - 1)) for column in (*rows.unbind(1), dt)]
-    dt = per_row[-1]
-
-    drawn = velocity
-    dtype = reference.compute_dtype(sample, velocity)
-    sample, velocity = sample.to(dtype), velocity.to(dtype)
-    mean = per_row[A] * sample + per_row[B] * velocity
-    log_prob = None
-    if prev_sample is None and noise is None:
-        prev_sample = mean + per_row[C] * host_noise(drawn, generator)
-    elif prev_sample is None and noise is not None and not determistic:
-        prev_sample, log_prob = table.draw(noise, sample, velocity, index)
-    if determistic or prev_sample is None:
-        prev_sample = sample + dt * velocity
-    if log_prob is None or (torch.is_grad_enabled() and velocity.requires_grad):
-        log_prob = table.log_prob(sample, velocity, prev_sample.to(dtype), index)
-    return _Transition(prev_sample, log_prob, mean, per_row[STD_DEV], per_row[C], (-dt).sqrt())
+    return as_host(step, NAME, signature)
 
 
-def _family(sde_type: str | None) -> Family:
+def _check_type(sde_type: str | None) -> None:
     if sde_type not in FAMILY_OF:
         raise ValueError(f"sde_type must be one of {', '.join(FAMILY_OF)}, got {sde_type!r}")
-    return FAMILY_OF[sde_type]
 
 
-def _not_both(prev_sample: Tensor | None, generator: torch.Generator | None) -> None:
-    if prev_sample is not None and generator is not None:
-        raise ValueError("give prev_sample, to score a transition, or generator, to sample one; not both")
+def detect_version(step: Callable[..., Any]) -> str:
+    """Generation of a host's `sde_step_with_logprob` by its parameter names.
+
+    Raises:
+        CompatError: no generation has these parameters.
+    """
+    names = parameters_of(step, NAME)
+    known = {tuple(signature_of(NAME, version).parameters)[1:]: version.split()[0] for version in SIGNATURES[NAME]}
+    if names[1:] not in known:
+        listed = "; ".join(f"{version}: {', '.join(rest[3:])}" for rest, version in known.items())
+        raise CompatError(
+            f"{NAME} of the host takes ({', '.join(names)}), which is no known generation (after sample, {listed}). "
+            "Nothing was replaced."
+        )
+    return known[names[1:]]
+
+
+def step_replacement(
+    host: Callable[..., Any], *, version: str | None = None, rng: str = "host", seed: int | None = None
+) -> tuple[Callable[..., tuple[Tensor, ...]], str]:
+    """Our step in place of a host's, after comparing the two.
+
+    Parameters alone do not tell: forks keep a signature and change the formula, the noise level or a default.
+
+    Args:
+        host: the host's own function.
+        version: one of `VERSIONS`; None detects it.
+        rng, seed: as in `step_function`.
+
+    Returns:
+        the replacement and a few words on it.
+
+    Raises:
+        CompatError: an unknown signature, another one than `version`, or different results.
+    """
+    found = detect_version(host)
+    if version is not None and version != found:
+        raise CompatError(
+            f"version {version} was asked for, but the host's {NAME} has the parameters of {found}; leave version out "
+            "to take that"
+        )
+    calls = sde_calls(found)
+    forms: dict[str, dict[str, Any]] = {f"{found}, ": {}}
+    if found == "V1":
+        level = 0.7
+        with suppress(Exception):  # the comparison below says what is wrong
+            # the fourth value is proportional to the level
+            theirs, ours = (results_of(calls[0][1], step)[3] for step in (host, step_function("V1")))
+            level = round((level * theirs / ours).mean().item(), 4)
+        forms = {f"V1, noise_level {level}, ": {"noise_level": level}}
+    elif found == "V2":
+        forms = {f"V2, sde_type {kind}, ": {"sde_type": kind} for kind in FAMILY_OF}
+    signature = inspect.signature(host)
+    candidates = {words: step_function(found, signature=signature, **form) for words, form in forms.items()}
+    words = first_equal(host, NAME, candidates, calls, f"the parameters of {found} but not its results:")
+    return step_function(found, rng=rng, seed=seed, signature=signature, **forms[words]), f"{words}rng {rng}"

@@ -4,23 +4,23 @@
     fast.install()          # before or after the script's own imports
 
 or, without a change, `python -m densegrpo_fast.launch --host mix_grpo fastvideo/train_grpo_flux.py ...`. The functions
-can also be imported and called by their own names. See README.md here; `step`, `dpm` and `sampling` for signatures and
-numerics.
+can also be imported and called by their own names. See `step`, `dpm` and `sampling` for their numerics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
-from densegrpo_fast.compat._compare import check_parameters, first_equal
-from densegrpo_fast.compat._install import Installer, checked_fixes
-from densegrpo_fast.compat._patch import CompatError, Patch, Target
-from densegrpo_fast.compat.flow_grpo.rng import make_noise, philox_samples
-from densegrpo_fast.compat.mix_grpo import dpm, probe, sampling, step
+from densegrpo_fast.compat import probes
+from densegrpo_fast.compat.compare import Call, first_equal, known_version
+from densegrpo_fast.compat.hosts import HOSTS
 from densegrpo_fast.compat.mix_grpo.dpm import DPMState, dpm_step_function
 from densegrpo_fast.compat.mix_grpo.sampling import sampling_function
 from densegrpo_fast.compat.mix_grpo.step import VERSIONS, dance_step_function, flow_step_function
+from densegrpo_fast.compat.patch import Build, CompatError, Patch, install_host, uninstall_host
+from densegrpo_fast.compat.rng import philox_samples
 
 __all__ = [
     "FIXES",
@@ -40,16 +40,15 @@ __all__ = [
     "uninstall",
 ]
 
-PACKAGE = "fastvideo"
-MODULE = f"{PACKAGE}.utils.sampling_utils"
-
-FIXES = {
-    "constants": "log_prob of dance_grpo_step has the constants that the host loses",
-    "independent_noise": 'dpm_apply_strategy "all" draws new noise at every step, not the same numbers each time',
-    "reach_zero": 'dpm_apply_strategy "post" ends at sigma 0 also when the compressed part has one point',
-    "upcast": "products with a 16-bit velocity are not rounded to 16 bits",
-}
+FIXES = HOSTS["mix_grpo"].fixes
 """Flaws of the host that `install(fixes=...)` takes away, one by one; all are kept unless named."""
+
+_CALLS: Mapping[str, Callable[[str], list[Call]]] = {
+    "flow_grpo_step": probes.flow_grpo_step_calls,
+    "dance_grpo_step": probes.dance_grpo_step_calls,
+    "dpm_step": probes.dpm_step_calls,
+    "run_sample_step": probes.run_sample_step_calls,
+}
 
 
 def _functions(
@@ -108,53 +107,25 @@ def install(
         CompatError: the host is not installed, or its functions are not those that are known here.
         ValueError: an option is wrong.
     """
-    make_noise(rng, seed)
-    return _installer.install(say, rng=rng, seed=seed, fixes=checked_fixes(fixes, FIXES))
+    return install_host("mix_grpo", _replacements, say, rng=rng, seed=seed, fixes=fixes)
 
 
 def uninstall() -> None:
     """Put the host's own functions back; nothing happens if nothing is replaced."""
-    _installer.uninstall()
+    uninstall_host("mix_grpo")
 
 
-_PARAMETERS: Mapping[str, Sequence[tuple[str, ...]]] = {
-    "flow_grpo_step": list(step.FLOW_PARAMETERS.values()),
-    "dance_grpo_step": list(step.DANCE_PARAMETERS.values()),
-    "dpm_step": [dpm.PARAMETERS],
-    "run_sample_step": [sampling.PARAMETERS],
-}
+def _replacements(rng: str, seed: int | None, fixes: frozenset[str]) -> Mapping[str, Build]:
+    def build(name: str, host: Any) -> tuple[Any, str]:
+        version = known_version(host, name)
+        # Parameters that are those of every version: the newest first, which is what is said of a function that does
+        # not depend on the version.
+        candidates = {known: _functions(known)[name] for known in ([version] if version else reversed(VERSIONS))}
+        found = first_equal(host, name, candidates, _CALLS[name](version or VERSIONS[-1]))
+        # While modules are patched, the host's own steps are still in place there.
+        own = host if name == "dpm_step" else getattr(host, "__globals__", {}).get("dpm_step")
+        ours = _functions(found, rng=rng, seed=seed, fixes=fixes, host_dpm_step=own)[name]
+        words = [*([] if name == "dpm_step" else [found]), f"rng {rng}", *(f"fix {fix}" for fix in sorted(fixes))]
+        return ours, ", ".join(words)
 
-
-def _targets(rng: str, seed: int | None, fixes: frozenset[str]) -> Sequence[Target]:
-    def target(name: str) -> Target:
-        def build(host: Any) -> tuple[Any, str]:
-            version = detect_version(host, name)
-            # While modules are patched, the host's own steps are still in place there.
-            own = getattr(host, "__globals__", {}).get("dpm_step") if name != "dpm_step" else host
-            ours = _functions(version, rng=rng, seed=seed, fixes=fixes, host_dpm_step=own)[name]
-            words = [*([] if name == "dpm_step" else [version]), f"rng {rng}", *(f"fix {fix}" for fix in sorted(fixes))]
-            return ours, ", ".join(words)
-
-        return Target(MODULE, name, build)
-
-    return [target(name) for name in _PARAMETERS]
-
-
-_installer = Installer(PACKAGE, _targets)
-
-
-def detect_version(host: Callable[..., Any], name: str) -> str:
-    """Version of one of a host's functions, by its parameters and by what it computes.
-
-    Args:
-        host: the function.
-        name: which one it is.
-
-    Raises:
-        CompatError: its parameters or its results are none that are known.
-    """
-    place = check_parameters(host, name, _PARAMETERS[name])
-    versions = VERSIONS if len(_PARAMETERS[name]) == 1 else VERSIONS[place : place + 1]
-    # The newest first: what does not depend on the version is said to be of the newest.
-    forms = {version: _functions(version)[name] for version in reversed(versions)}
-    return first_equal(host, name, forms, probe.CALLS[name](versions[-1]))
+    return {name: partial(build, name) for name in _CALLS}

@@ -27,24 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat._steps import Row, Step, is_narrower, score, unit_grid
-from densegrpo_fast.compat._steps import sample as draw_sample
-from densegrpo_fast.compat.flow_grpo.rng import host_noise, make_noise
+from densegrpo_fast.compat.hosts import signature_of
+from densegrpo_fast.compat.rng import host_noise, make_noise
+from densegrpo_fast.compat.steps import Row, Step, as_host, is_narrower, score, unit_grid
+from densegrpo_fast.compat.steps import sample as draw_sample
 from densegrpo_fast.flow.dpm_solver import ORDERS, SolverStep, combine, solver_step
 from densegrpo_fast.flow.dynamics import LOG_PROB_CONST, LOG_PROB_SCALE
-
-PARAMETERS = (
-    "args",
-    "model_output",
-    "sample",
-    "step_index",
-    "timesteps",
-    "sigmas",
-    "dpm_state",
-    "generator",
-    "variance_noise",
-    "sde_solver",
-)
 
 
 class DPMState:
@@ -68,11 +56,6 @@ class DPMState:
     def update_lower_order(self) -> None:
         """Count a step."""
         self.lower_order_nums = min(self.lower_order_nums + 1, self.order)
-
-
-def covers(args: Any) -> bool:
-    """Whether `dpm_step` offers the solver that a host's arguments name."""
-    return args.dpm_algorithm_type == "dpmsolver++" and args.dpm_solver_order in ORDERS
 
 
 def dpm_step_function(
@@ -107,7 +90,7 @@ def dpm_step_function(
         variance_noise: Tensor | None = None,
         sde_solver: bool = False,
     ) -> tuple[Tensor, ...]:
-        if not covers(args):
+        if args.dpm_algorithm_type != "dpmsolver++" or args.dpm_solver_order not in ORDERS:
             if host is None:
                 raise ValueError(
                     "dpm_step takes dpm_algorithm_type dpmsolver++ with dpm_solver_order 1 or 2, got "
@@ -159,7 +142,7 @@ def dpm_step_function(
             dpm_state.update_lower_order()
         return next_latents.to(data.dtype), data, log_prob
 
-    return dpm_step
+    return as_host(dpm_step, "dpm_step", signature_of("dpm_step"))
 
 
 @lru_cache(maxsize=256)

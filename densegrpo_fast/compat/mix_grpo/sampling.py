@@ -20,30 +20,19 @@ once; no step waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat._host_values import host_tensor
+from densegrpo_fast.compat.host_values import host_tensor
+from densegrpo_fast.compat.hosts import signature_of
 from densegrpo_fast.compat.mix_grpo.dpm import DPMState
 from densegrpo_fast.compat.mix_grpo.step import StepFunction, check_version
+from densegrpo_fast.compat.steps import as_host
 from densegrpo_fast.flow.schedule import shift_sigmas
 
-PARAMETERS = (
-    "args",
-    "z",
-    "progress_bar",
-    "sigma_schedule",
-    "transformer",
-    "encoder_hidden_states",
-    "pooled_prompt_embeds",
-    "text_ids",
-    "image_ids",
-    "grpo_sample",
-    "determistic",
-)
 GUIDANCE = 3.5
 """Guidance that the host embeds into FLUX."""
 
@@ -96,12 +85,16 @@ def sampling_function(
         if solver and args.dpm_apply_strategy == "post":
             grid, last_noisy = _compressed(args, grid, determistic, reach_zero)
             progress_bar = _progress(len(grid) - 1)
-        extra = _cps_options(args) if version == "V2" else {}
+        extra: dict[str, Any] = {}
+        if version == "V2":
+            extra = {"sde_type": getattr(args, "sde_type", "sde"), "noise_level": getattr(args, "noise_level", None)}
         state = DPMState(order=args.dpm_solver_order) if solver else None
         times = [int(value) for value in (host_tensor(grid) * 1000).tolist()]
         rows = len(encoder_hidden_states)
         guidance = torch.full((1,), GUIDANCE, device=z.device, dtype=torch.bfloat16)
         txt_ids = text_ids.repeat(encoder_hidden_states.shape[1], 1)
+        # Without a GPU the host's autocast is off, and warns at every step.
+        autocast = torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else nullcontext()
         transformer.eval()
 
         def step(latents: Tensor, velocity: Tensor, index: int) -> tuple[Tensor, ...]:
@@ -125,7 +118,7 @@ def sampling_function(
         states, log_probs = [z], []
         for index in progress_bar:
             timestep = torch.full((rows,), times[index], device=z.device, dtype=torch.long) / 1000
-            with _autocast():
+            with autocast:
                 velocity = transformer(
                     hidden_states=z,
                     encoder_hidden_states=encoder_hidden_states,
@@ -143,7 +136,7 @@ def sampling_function(
         latents = data if args.drop_last_sample else z.to(data.dtype)
         return z, latents, torch.stack(states, dim=1), torch.stack(log_probs, dim=1)
 
-    return run_sample_step
+    return as_host(run_sample_step, "run_sample_step", signature_of("run_sample_step"))
 
 
 def _compressed(args: Any, grid: Tensor, determistic: Sequence[bool], reach_zero: bool) -> tuple[Tensor, int]:
@@ -160,15 +153,6 @@ def _compressed(args: Any, grid: Tensor, determistic: Sequence[bool], reach_zero
     start = torch.linspace(1, 0, len(grid))[last + 1].item()
     rest = shift_sigmas(torch.linspace(start, 0, count).to(grid.device), args.shift)
     return torch.cat([grid[: last + 1], rest]), last
-
-
-def _cps_options(args: Any) -> dict[str, Any]:
-    return {"sde_type": getattr(args, "sde_type", "sde"), "noise_level": getattr(args, "noise_level", None)}
-
-
-def _autocast() -> AbstractContextManager[Any]:
-    # Without a GPU the host's autocast is off, and warns at every step.
-    return torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else nullcontext()
 
 
 def _progress(num_steps: int) -> Iterable[int]:

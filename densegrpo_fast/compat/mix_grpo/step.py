@@ -21,8 +21,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat._steps import (
+from densegrpo_fast.compat.dance_grpo import as_rounded as dance_as_rounded
+from densegrpo_fast.compat.hosts import signature_of
+from densegrpo_fast.compat.rng import host_noise, make_noise
+from densegrpo_fast.compat.steps import (
     Step,
+    as_host,
     equivalent_velocity,
     grid_step,
     is_narrower,
@@ -30,20 +34,10 @@ from densegrpo_fast.compat._steps import (
     sample,
     score,
 )
-from densegrpo_fast.compat.dance_grpo.step import as_rounded as dance_as_rounded
-from densegrpo_fast.compat.flow_grpo.rng import host_noise, make_noise
 from densegrpo_fast.flow.dynamics import A, B, C
 
 Version = Literal["V1", "V2"]
 VERSIONS: tuple[str, ...] = get_args(Version)
-
-_V2 = ("sde_type", "noise_level")
-_COMMON = ("model_output", "latents", "eta", "sigmas", "index", "prev_sample")
-FLOW_PARAMETERS = {
-    "V1": (*_COMMON, "generator", "determistic"),
-    "V2": (*_COMMON, "generator", "determistic", *_V2),
-}
-DANCE_PARAMETERS = {"V1": (*_COMMON, "grpo", "sde_solver"), "V2": (*_COMMON, "grpo", "sde_solver", *_V2)}
 
 CPS_NOISE_LEVEL = 0.8
 """Of "cps" where no noise_level is given; eta is not used there."""
@@ -92,8 +86,11 @@ def flow_step_function(
     ) -> tuple[Tensor, ...]:
         if prev_sample is not None and generator is not None:
             raise ValueError("give prev_sample, to score a transition, or generator, to sample one; not both")
-        step = _flow_step(sigmas, index, sde_type, eta, noise_level)
-        drawn = model_output
+        if sde_type == "sde":
+            step = grid_step(sigmas, index, "flow_sde", eta if noise_level is None else noise_level)
+        else:
+            step = _cps_step(sigmas, index, sde_type, noise_level)
+        noise_like = model_output  # in its own dtype, as the host draws
         if upcast:
             model_output = model_output.to(latents.dtype)
         sigmas = _beside(sigmas, model_output, latents)
@@ -102,12 +99,12 @@ def flow_step_function(
         log_prob = None
         if determistic:
             if prev_sample is None and noise is None:
-                host_noise(drawn, generator)
+                host_noise(noise_like, generator)
             change = sigmas[index + 1] - sigmas[index] if is_narrower(model_output, latents) else step.dt
             prev_sample = latents + change * model_output
         elif prev_sample is None:
             prev_sample, log_prob = sample(
-                latents, velocity, step, noise, lambda mean: host_noise(drawn, generator), mean
+                latents, velocity, step, noise, lambda mean: host_noise(noise_like, generator), mean
             )
             prev_sample = prev_sample.to(data.dtype)
         if log_prob is None:
@@ -115,23 +112,7 @@ def flow_step_function(
         std = step.table(model_output.device).rows[index, C].clone()
         return prev_sample, data, log_prob.to(data.dtype), mean.to(data.dtype), std
 
-    if version == "V2":
-        return flow_grpo_step
-
-    def flow_grpo_step_v1(
-        model_output: Tensor,
-        latents: Tensor,
-        eta: float,
-        sigmas: Tensor,
-        index: int,
-        prev_sample: Tensor | None,
-        generator: torch.Generator | None = None,
-        determistic: bool = False,
-    ) -> tuple[Tensor, ...]:
-        return flow_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, generator, determistic)
-
-    flow_grpo_step_v1.__name__ = flow_grpo_step_v1.__qualname__ = "flow_grpo_step"
-    return flow_grpo_step_v1
+    return as_host(flow_grpo_step, "flow_grpo_step", signature_of("flow_grpo_step", version))
 
 
 def dance_step_function(
@@ -189,29 +170,7 @@ def dance_step_function(
             return prev_sample, data
         return prev_sample, data, score(latents, velocity, prev_sample, step).float()
 
-    if version == "V2":
-        return dance_grpo_step
-
-    def dance_grpo_step_v1(
-        model_output: Tensor,
-        latents: Tensor,
-        eta: float,
-        sigmas: Tensor,
-        index: int,
-        prev_sample: Tensor | None,
-        grpo: bool,
-        sde_solver: bool,
-    ) -> tuple[Tensor, ...]:
-        return dance_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver)
-
-    dance_grpo_step_v1.__name__ = dance_grpo_step_v1.__qualname__ = "dance_grpo_step"
-    return dance_grpo_step_v1
-
-
-def _flow_step(sigmas: Tensor, index: int, sde_type: str, eta: float, noise_level: float | None) -> Step:
-    if sde_type == "sde":
-        return grid_step(sigmas, index, "flow_sde", eta if noise_level is None else noise_level)
-    return _cps_step(sigmas, index, sde_type, noise_level)
+    return as_host(dance_grpo_step, "dance_grpo_step", signature_of("dance_grpo_step", version))
 
 
 def _cps_step(sigmas: Tensor, index: int, sde_type: str, noise_level: float | None) -> Step:

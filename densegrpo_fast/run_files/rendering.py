@@ -1,0 +1,58 @@
+"""What the pages of a run are made with: jinja2 templates, and the values that several of them show alike."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of `templates/` with its values.
+
+    Text is escaped in pages whose name ends in .html.j2. A name that the template uses and nobody gave is an error.
+
+    Raises:
+        jinja2.UndefinedError: a value is missing.
+    """
+    return _environment().get_template(template).render(values)
+
+
+def lookup(settings: Any, key: str) -> Any:
+    """The setting under a dotted key of nested mappings; None where there is none."""
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
+
+
+def number(value: float, form: str = ".4g") -> str:
+    """A number as text, a dash for NaN."""
+    return format(value, form) if math.isfinite(value) else "–"
+
+
+def _cell(text: str) -> str:
+    """Text that a cell of a Markdown table can hold."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _literal(text: str) -> str:
+    """A Python string that ends no block of Markdown code."""
+    return repr(text).replace("```", "` ` `")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": number, "isfinite": math.isfinite, "cell": _cell, "literal": _literal}
+    environment.globals |= {"lookup": lookup}
+    return environment
