@@ -1,9 +1,10 @@
 """Branch credit: the images that branches of one state end in are compared with each other, and with nothing else.
 
-Source: TempFlow-GRPO (arXiv 2508.04324). A noise-free trunk branches at a step, every branch goes on without noise, and
-the reward of its image is that step's return. Statistics are taken over the branches that share prompt and initial
-noise ("seed-group"): luck of the noise that a trunk started from is in all of its branches and drops out. As the trunk
-is the branches' common past, a gain over its own completion (`dense.py`) would give the same advantages.
+Source: TempFlow-GRPO (arXiv 2508.04324). A noise-free trajectory branches at a step, every branch goes on without
+noise, and the reward of its image is that step's return. Statistics are taken over the branches that share prompt and
+initial noise ("seed-group"): the effect of the noise that a trajectory started from is in all of its branches and drops
+out. As the trajectory is the branches' common past, a gain over its own completion (`dense.py`) would give the same
+advantages.
 
 The other part of the source, weighting a step's loss by its injected noise, is objective.step_weight noise_aware.
 """
@@ -26,16 +27,16 @@ def branch_advantages(
     """Advantage of every branch among those of its state.
 
     Args:
-        branch_rewards: [P, N, C, K, L] float: N trunks of P prompts, C branches at each of K steps, L completions of
-            which the last, the finest, counts; NaN = missing.
+        branch_rewards: [P, N, C, K, L] float: N trajectories of P prompts, C branches at each of K steps, L completions
+            of which the last, the finest, counts; NaN = missing.
         std: divide by the "group" standard deviation, of the C branches, or the "global" one of the step's branches of
-            all trunks.
+            all trajectories.
         spread_floor: groups of branches with a smaller standard deviation get advantage 0.
         clip: bound on the magnitude of an advantage; None = none.
         epsilon: added to the standard deviation.
 
     Returns:
-        values [P, G, K] float32 with G = N*C: branch c of trunk n is sample n*C + c.
+        values [P, G, K] float32 with G = N*C: branch c of trajectory n is sample n*C + c.
 
     Raises:
         ValueError: the shape of branch_rewards, or an option is out of range.
@@ -49,7 +50,7 @@ def branch_advantages(
 
 
 def by_state(branch_rewards: Tensor) -> Tensor:
-    """Rewards [P*N, C, K, L] with one group for each trunk.
+    """Rewards [P*N, C, K, L] with one group for each trajectory.
 
     Raises:
         ValueError: the shape is not [P, N, C, K, L].

@@ -1,6 +1,6 @@
 """Granular credit: branches of one state, judged by completions of several step sizes together.
 
-Source: Granular-GRPO (G2RPO, arXiv 2510.01982; formulas from the authors' code). From one noise-free trunk, each
+Source: Granular-GRPO (G2RPO, arXiv 2510.01982; formulas from the authors' code). From one noise-free trajectory, each
 trained step is taken with noise in as many directions as the group has samples ("singular stochastic sampling"), and
 every branch is completed on grids of several granularities g: the sigmas behind it, every g-th of them. Each
 granularity's rewards are normalised over the branches, and the advantage is their sum, clamped after summing:
@@ -37,18 +37,18 @@ def granular_advantages(
     """Sum over granularities of every branch's advantage among those of its state.
 
     Args:
-        branch_rewards: [P, N, C, K, L] float: N trunks of P prompts, C branches at each of K steps, completed in L
-            granularities; NaN = missing.
+        branch_rewards: [P, N, C, K, L] float: N trajectories of P prompts, C branches at each of K steps, completed in
+            L granularities; NaN = missing.
         granularities: the L step sizes of the completions, only counted here.
         std: divide by the "group" standard deviation, of the C branches, or the "global" one of the step's branches of
-            all trunks, for each granularity.
+            all trajectories, for each granularity.
         spread_floor: groups of branches with a smaller standard deviation add nothing.
         clip: bound on the magnitude of the sum; None = none.
         epsilon: added to the standard deviation.
 
     Returns:
-        values [P, G, K] float32 with G = N*C: branch c of trunk n is sample n*C + c. A branch that lacks a reward in
-        one granularity is missing in all. zero_spread is the mean over the granularities.
+        values [P, G, K] float32 with G = N*C: branch c of trajectory n is sample n*C + c. A branch that lacks a reward
+        in one granularity is missing in all. zero_spread is the mean over the granularities.
 
     Raises:
         ValueError: the shape of branch_rewards does not go with the granularities, or an option is out of range.

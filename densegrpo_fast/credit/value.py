@@ -1,8 +1,8 @@
 """Value credit: each step is judged by the completion of the state it leads to, not by what it added to it.
 
-The variant "Dense Reward (Baseline)" in DenseGRPO's ablation (arXiv 2601.20218, Figure 6a): it beats one reward for
-all steps and loses to the gains of `dense.py`. Luck of an early step stays in the values of all later ones, which the
-difference of two neighbours removes.
+The variant "Dense Reward (Baseline)" in DenseGRPO's ablation (arXiv 2601.20218, Figure 6a): it beats one reward for all
+steps and loses to the gains of `dense.py`. What an early step happened to gain stays in the values of all later ones,
+which the difference of two neighbours removes.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class FeatureCache:
     def record(self, step_index: int, rows: slice) -> Iterator[None]:
         """Within the context, a velocity of either network leaves its features in the rows `rows` of `step_index`.
 
-        At a node that the lookahead does not visit, nothing happens.
+        At a step index that the lookahead does not evaluate, nothing happens.
 
         Raises:
             ValueError: (by the forward) the batch is not that of `rows`, or the number of tokens has changed.

@@ -113,7 +113,7 @@ def compare_branches(exact: Tensor, cheap: Tensor, noisy: Sequence[bool]) -> Agr
     sign of a gain is here that of the reward over the branches' mean.
 
     Args:
-        exact: [P, G, M] float, the reference: G branches at each of M steps of P trunks; NaN = missing.
+        exact: [P, G, M] float, the reference: G branches at each of M steps of P trajectories; NaN = missing.
         cheap: [P, G, M] float.
         noisy: of each of the T steps whether branches take it, which M of them do.
 
@@ -136,7 +136,7 @@ def compare_branches(exact: Tensor, cheap: Tensor, noisy: Sequence[bool]) -> Agr
 def persistence(exact: Tensor) -> tuple[float, ...]:
     """Correlation of each state's reward with the next state's inside a group, samples of all groups pooled.
 
-    What a step leaves standing of the reward. With equal spreads a gain has 2 (1 - correlation) times a reward's
+    How much of the reward a step keeps. With equal spreads a gain has 2 (1 - correlation) times a reward's
     variance: below 1/2, the difference is noisier than either of the two, and taking it costs more than it removes.
 
     Args:

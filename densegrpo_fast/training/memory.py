@@ -116,7 +116,7 @@ def estimate(
     latents = 4 * channels * height * width
     samples, steps = config.data.num_prompts * sampler.group_size, sampler.num_steps
     guided, dense = sampler.guidance_scale != 1.0, config.uses_lookahead or config.uses_branches
-    # with branches micro_batch counts trunks, and evaluation has a row for each branch
+    # with branches micro_batch counts trajectories, and evaluation has a row for each branch
     evaluated = min(sampler.micro_batch * (sampler.branches or 1), held_out.num_prompts * held_out.samples_per_prompt)
     states = (config.window.size or sum(level > 0 for level in config.noise_levels)) if dense else 0
     per_state = 2 + int(dense and guided and config.lookahead.guidance == "reuse")
