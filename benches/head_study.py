@@ -104,7 +104,9 @@ def conduct(study: Study, work: Path, output: Path, commands: Commands) -> dict[
     document = {"settings": settings, "data": [], "run": []}
     if output.exists():
         document = json.loads(output.read_text(encoding="utf-8"))
-        if document["settings"] != settings:
+        # older studies have another name for the monitor
+        known = {name.replace("guard_", "monitor_"): value for name, value in document["settings"].items()}
+        if known != settings:
             raise OutputError(f"{output} holds a study of other settings; give another --output")
     work.mkdir(parents=True, exist_ok=True)
 

@@ -21,8 +21,11 @@ from densegrpo_fast.config.cli import load_config  # noqa: E402
 from densegrpo_fast.config.yaml_files import preset_names  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
-COMMANDS = sorted(set(re.findall(r"python -m (densegrpo_fast\..+)", BLOCKS)))
+SHOWN = "\n".join(
+    re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    + re.findall(r"`(python -m \S+ --[^`]+)`", README)
+)
+COMMANDS = sorted(set(re.findall(r"python -m (densegrpo_fast\..+)", SHOWN)))
 END = "<!-- end of table -->"
 
 
@@ -68,8 +71,9 @@ def test_a_command_of_the_readme_is_understood(line: str, only_parsing: None) ->
             command.main(arguments)
 
 
-def test_the_presets_of_the_readme_exist() -> None:
-    named = set(re.findall(r"`((?:embedded|sd35)_\w+)`", README))
+def test_the_presets_that_users_are_told_of_exist() -> None:
+    pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))]
+    named = set(re.findall(r"(?:--config |`)((?:embedded|sd35)_\w+)", "\n".join(pages)))
     assert named and named <= set(preset_names())
 
 
