@@ -12,8 +12,7 @@ from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.kl import KlScale, gaussian_kl
-from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
-from densegrpo_fast.sampling.rollout import Trajectory
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout, sample_ode
 from densegrpo_fast.training.evaluation import HeldOut
 
 _WINDOW, _SIGMA = 11, 1.5

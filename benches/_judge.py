@@ -55,7 +55,7 @@ class Seen(NamedTuple):
     cell_colours: Tensor
 
 
-class RewardComputer(nn.Module):
+class Judge(nn.Module):
     """The network: 0.35M parameters. Pictures [N, 3, 64, 64] in [0, 1].
 
     Convolutions find what has its centre in each of 8x8 cells. A number of objects is read from the sum of the cells'
@@ -69,7 +69,7 @@ class RewardComputer(nn.Module):
         for entering, leaving, size, stride in widths:
             layers += [nn.Conv2d(entering, leaving, size, stride, size // 2, bias=False)]
             layers += [nn.GroupNorm(8, leaving), nn.ReLU()]
-        self.ode_trajectory = nn.Sequential(*layers)
+        self.trunk = nn.Sequential(*layers)
         self.cell_shapes = nn.Conv2d(widths[-1][1], len(SHAPES) + 1, 1)
         self.cell_colours = nn.Conv2d(widths[-1][1], len(COLOURS), 1)
         self.kind_number, self.shape_number = Number(), Number()
@@ -79,7 +79,7 @@ class RewardComputer(nn.Module):
             self.cell_shapes.bias[-1] += 4.0
 
     def forward(self, images: Tensor) -> Seen:
-        maps = self.ode_trajectory(images.sub(0.5).mul(4.0))
+        maps = self.trunk(images.sub(0.5).mul(4.0))
         shapes = self.cell_shapes(maps).flatten(2).transpose(1, 2).log_softmax(-1)
         colours = self.cell_colours(maps).flatten(2).transpose(1, 2).log_softmax(-1)
         of_shapes = shapes[..., : len(SHAPES)].exp()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _judge import KINDS, MOST, PAIRS, SIDE, RewardComputer, Seen, probability
+from _judge import KINDS, MOST, PAIRS, SIDE, Judge, Seen, probability
 from torch import Tensor
 
 from densegrpo_fast.embedded import scenes
@@ -66,7 +66,7 @@ class Truth(NamedTuple):
         return Truth(*(part[rows] for part in self))
 
 
-def trained(file: Path, vae: Any, recipe: Recipe) -> tuple[RewardComputer, dict[str, Any]]:
+def trained(file: Path, vae: Any, recipe: Recipe) -> tuple[Judge, dict[str, Any]]:
     """The judge from its file, or a new one that is then stored there; and what is known of it, as JSON data.
 
     Args:
@@ -77,7 +77,7 @@ def trained(file: Path, vae: Any, recipe: Recipe) -> tuple[RewardComputer, dict[
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    judge, wanted = RewardComputer(), asdict(recipe)
+    judge, wanted = Judge(), asdict(recipe)
     if file.is_file():
         with safe_open(file, "pt") as stored:
             about = json.loads((stored.metadata() or {}).get("about", "{}"))
@@ -91,7 +91,7 @@ def trained(file: Path, vae: Any, recipe: Recipe) -> tuple[RewardComputer, dict[
     return judge, about
 
 
-def weights_fingerprint(judge: RewardComputer) -> str:
+def weights_fingerprint(judge: Judge) -> str:
     """SHA-256 over the names and values of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted(judge.state_dict().items()):
@@ -100,12 +100,12 @@ def weights_fingerprint(judge: RewardComputer) -> str:
     return digest.hexdigest()
 
 
-def train(judge: RewardComputer, vae: Any, recipe: Recipe) -> None:
+def train(judge: Judge, vae: Any, recipe: Recipe) -> None:
     """Initialise the judge anew and train it; it is in evaluation mode afterwards."""
     drawn, generator = np.random.default_rng([recipe.seed, 0]), torch.Generator().manual_seed(recipe.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        judge.load_state_dict(RewardComputer().state_dict())
+        judge.load_state_dict(Judge().state_dict())
     images, truth = render(draw_scenes(recipe.decoded, drawn), drawn)
     pool = through(vae, images, recipe.latent_noise, generator)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=recipe.lr, weight_decay=1e-3)
@@ -244,7 +244,7 @@ def _blurred(images: Tensor, sigma: float) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(judge: RewardComputer, vae: Any, recipe: Recipe) -> dict[str, float]:
+def accuracy(judge: Judge, vae: Any, recipe: Recipe) -> dict[str, float]:
     """How the judge does on renders of held-out sentences that went through the autoencoder.
 
     Returns:
@@ -268,7 +268,7 @@ def accuracy(judge: RewardComputer, vae: Any, recipe: Recipe) -> dict[str, float
     }
 
 
-def look(judge: RewardComputer, images: Tensor, chunk: int = 64) -> Seen:
+def look(judge: Judge, images: Tensor, chunk: int = 64) -> Seen:
     """What the judge sees in many pictures."""
     with torch.no_grad():
         parts = [judge(part) for part in images.split(chunk)]

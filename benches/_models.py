@@ -15,7 +15,7 @@ from densegrpo_fast.models.flops import CLIP_H, LARGE_VAE, SD35_MEDIUM
 from densegrpo_fast.models.loading import resolve_dtype
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.sd3 import SD3
-from densegrpo_fast.training import builders
+from densegrpo_fast.training.models import build_model
 
 EMBEDDED_RANDOM, SD35_RANDOM = "embedded_random", "sd35_medium_random"
 
@@ -50,7 +50,7 @@ def load(config: Config, device: torch.device) -> SD3:
     """
     options, lora = config.model, config.lora
     if options.path not in (EMBEDDED_RANDOM, SD35_RANDOM):
-        model = builders.build_model(config, device)
+        model = build_model(config, device)
         assert isinstance(model, SD3)
         return model
     if options.path == EMBEDDED_RANDOM:

@@ -11,15 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from densegrpo_fast.common.aliases import current_settings
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
 from densegrpo_fast.credit import registry
 
+if TYPE_CHECKING:
+    from densegrpo_fast.training.schedule import Schedule
+
 TERA = 1e12
+CHECKS = ("calibration", "monitor", "guard")
+"""Phases that not every iteration has; "guard" is the name that older records have for the monitor."""
 
 
 def operations(settings: Mapping[str, Any], run: Mapping[str, Any]) -> list[float] | None:
@@ -43,7 +50,7 @@ def operations(settings: Mapping[str, Any], run: Mapping[str, Any]) -> list[floa
         while done < point["iteration"]:
             spent += counted.iteration(done)
             done += 1
-        extra = sum(point["nfe"].get(phase, 0.0) * counted.per_forward(phase) for phase in ("calibration", "guard"))
+        extra = sum(point["nfe"].get(phase, 0.0) * counted.per_forward(phase) for phase in CHECKS)
         found.append((spent + extra) / TERA)
     return found
 
@@ -55,7 +62,7 @@ def config_of(settings: Mapping[str, Any], seed: int) -> Config:
         pydantic.ValidationError: they have options that are not known any more.
     """
     complete = read_settings(BASE_PRESET)
-    for key, value in settings.items():
+    for key, value in current_settings(settings).items():
         complete[key] = complete[key] | value if isinstance(value, Mapping) else value
     return Config.model_validate(complete | {"seed": seed})
 
@@ -67,6 +74,7 @@ class IterationOperations:
         from densegrpo_fast.models.flops import cached_forward, embedded
 
         self.config, self.samples = config, config.data.num_prompts * config.sampler.group_size
+        self.schedule = schedule_of(config)
         method = registry.find(config.credit.method)
         self.completes, self.branches = method.uses_lookahead or method.uses_branches, config.sampler.branches
         self.several = "granularities" in method.options
@@ -83,19 +91,15 @@ class IterationOperations:
         self._known: dict[tuple[tuple[bool, ...], int], float] = {}
 
     def iteration(self, iteration: int) -> float:
-        """Operations of an iteration (from 0), without calibration and guard."""
-        from densegrpo_fast.training import builders
-
-        noisy, trained = self._noisy(iteration), len(builders.trained_steps(self.config, iteration))
+        """Operations of an iteration (from 0), without calibration and monitor."""
+        noisy, trained = self._noisy(iteration), len(self.schedule.trained_steps(iteration))
         if (noisy, trained) not in self._known:
             self._known[noisy, trained] = self.samples * self.cost(noisy, trained).flops(self.unit, self.ahead)
         return self._known[noisy, trained]
 
     def forwards(self, iteration: int) -> float:
         """Network forwards of an iteration (NFE), likewise."""
-        from densegrpo_fast.training import builders
-
-        trained = len(builders.trained_steps(self.config, iteration))
+        trained = len(self.schedule.trained_steps(iteration))
         return self.samples * self.cost(self._noisy(iteration), trained).forwards
 
     def cost(self, noisy: tuple[bool, ...], trained: int) -> Any:
@@ -120,19 +124,17 @@ class IterationOperations:
         return branched_iteration(plan, branches=self.branches, **kept)
 
     def per_forward(self, phase: str) -> float:
-        """Operations per forward of "calibration" or "guard" with its share of decodes, by the first iteration's noise.
+        """Operations per forward of one of `CHECKS` with its share of decodes, by the first iteration's noise.
 
         Both complete states by every step, with full guidance and the full decoder.
         """
         from densegrpo_fast.sampling import plan as plans
-        from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration
-        from densegrpo_fast.sampling.monitor_cost import monitor_check
-        from densegrpo_fast.training import builders
+        from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration, lookahead_evaluations
 
         config = self.config
         guided = config.sampler.guidance_scale != 1.0
         if phase == "calibration":
-            reached = {step for window in builders.build_windows(config).reached() for step in window}
+            reached = {step for window in config.schedule().reached() for step in window}
             noisy = tuple(level > 0 and step in reached for step, level in enumerate(config.noise_levels))
             cost = dense_iteration(plans.exact(len(noisy)), trained_steps=0, guided=guided, kl=False, noisy=noisy)
             return cost.flops(self.unit) / cost.forwards
@@ -145,20 +147,32 @@ class IterationOperations:
             decodes = tree.full_decodes * self.unit.full_decode / tree.lookahead.forwards
             return self.unit.forward + decodes
         shared = config.sampler.group_size if config.sampler.shared_noise else 1
-        check = monitor_check(exact, guided=guided, noisy=noisy, shared=shared)
-        return check.flops(self.unit) / check.forwards if check.forwards else 0.0
+        forwards = lookahead_evaluations(exact, guided=guided, noisy=noisy, shared=shared).forwards
+        # one picture for each noisy step's state, and the image
+        decodes = (sum(noisy) + 1) * self.unit.full_decode
+        return self.unit.forward + decodes / forwards if forwards else 0.0
 
     def _noisy(self, iteration: int) -> tuple[bool, ...]:
         """[T] whether each step that an iteration takes injects noise."""
         from densegrpo_fast.sampling.windows import remaining_steps
-        from densegrpo_fast.training import builders
 
         config, levels = self.config, self.config.noise_levels
-        window, steps = builders.noisy_steps(config, iteration), config.sampler.num_steps
+        window, steps = self.schedule.noisy_steps(iteration), config.sampler.num_steps
         if config.window.size is not None:
             after = window[-1] + 1
             steps = after + remaining_steps(steps - after, config.window.remainder_share)
         return tuple(step in window and levels[step] > 0 for step in range(steps))
+
+
+def schedule_of(config: Config) -> Schedule:
+    """Which steps a configuration's iterations take; that does not depend on the model, so there need not be one."""
+    import torch
+
+    from densegrpo_fast.flow.schedule import sd3_sigmas
+    from densegrpo_fast.training.schedule import Schedule
+
+    grid: Any = SimpleNamespace(device=torch.device("cpu"), sigmas=lambda steps: sd3_sigmas(steps, shift=3.0))
+    return Schedule(config, grid)
 
 
 @lru_cache

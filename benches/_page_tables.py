@@ -1,7 +1,6 @@
 """Recorded measurements as Markdown: of lookaheads (fidelity, `head_study.py`, `chunk_gains.py`) and calibrations.
 
-A page names the tables it wants between two marks, `<!-- table: NAME -->` and `<!-- end of table -->`; what stands
-there is written anew by `python benches/_pages.py`, and a test holds it to the records.
+`TABLES` has all tables that a page may name (`_pages.py`), those of `_measured_tables.py` and `_method_tables.py` too.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import _measured_tables
 import _method_tables
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LINK = "../benches/results"
-"""Where the results are for a page in a folder of the package."""
+_LINK = "@results"
+"""Stands in a table for where the results are, seen from the page."""
 
 _CORRELATIONS = ("spearman_rewards_mean", "spearman_gains_mean", "spearman_gains_worst_step")
 _MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -124,12 +124,15 @@ def calibration(stem: str) -> str:
             up, down = state["positive"][step], state["negative"][step]
             mark = "*" if abs(up - down) > 2 * (up + down) ** 0.5 else ""
             cells += [f"{state['noise_level'][step]:.2f}", f"{up} / {down}{mark}"]
-        lines.append([*cells, "no" if step in (document.get("unbalanceable") or document.get("hopeless", [])) else "yes"])
+        lines.append([*cells, "no" if step in document["hopeless"] else "yes"])
     header = ["step", "level before", "gains up / down", "level after", "gains up / down", "a level balances it"]
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "study": _measured_tables.study,
+    "steps": _measured_tables.steps,
+    **{f"dropin_{host}": partial(_measured_tables.dropin, host) for host in _measured_tables.KINDS},
     "methods_late": _method_tables.late,
     "methods_early": _method_tables.early,
     **{
@@ -145,13 +148,21 @@ TABLES: dict[str, Callable[[], str]] = {
 """What a page may name."""
 
 
-def with_tables(page: str) -> str:
+def with_tables(page: str, link: str) -> str:
     """A page with all its tables as they were recorded.
+
+    Args:
+        link: of the page to the folder of results.
 
     Raises:
         KeyError: it names a table that is not known.
     """
-    return _MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n\n{found[3]}", page)
+
+    def written(found: re.Match[str]) -> str:
+        text = TABLES[found["name"]]().replace(f"({_LINK}/", f"({link}/")
+        return f"{found[1]}\n{text}\n\n{found[3]}"
+
+    return _MARKED.sub(written, page)
 
 
 def names_of(page: str) -> list[str]:
@@ -169,7 +180,7 @@ def source(stem: str, document: Mapping[str, Any]) -> str:
     groups = ""
     if "groups_measured" in document["settings"]:
         groups = f"{document['settings']['groups_measured']} groups of {document['settings']['group_size']}, "
-    return f"[{stem}.json]({LINK}/{stem}.json), {groups}{document['hardware']['cpu']}:\n`{document['command']}`"
+    return f"[{stem}.json]({_LINK}/{stem}.json), {groups}{document['hardware']['cpu']}:\n`{document['command']}`"
 
 
 def correlations(record: Mapping[str, Any], document: Mapping[str, Any]) -> tuple[float, ...]:

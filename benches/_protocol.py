@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from _models import EMBEDDED_RANDOM, SD35_RANDOM, model_options
+from _operations import schedule_of
 from _record import RESULTS, pairwise_ratio
 
 from densegrpo_fast.common.errors import SetupError, UsageError
@@ -19,7 +20,6 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.fidelity.options import _plan as read_plan
 from densegrpo_fast.sampling.plan import make_plan
-from densegrpo_fast.training.builders import trained_steps
 
 SPARSE, DENSE_FAST, DENSE_TRAJECTORIES, DENSE_EXACT = "sparse", "dense_fast", "dense_trajectories", "dense_exact"
 STOCK = STOCK_SPARSE, STOCK_DENSE = "stock_sparse", "stock_dense"
@@ -96,6 +96,8 @@ class Protocol:
             # the policy stays what it was, so that every round scores pictures of the same kind
             "optimizer.lr": 1e-6,
             "ema.every": 0,
+            # now and then an iteration checks its lookahead by an exact one; what is timed is all the others
+            "lookahead.monitor_every": 0,
         }
         chosen = model_options(self.model) | {"sampler.micro_batch": self.prompts * self.group_size}
         for text in self.overrides:
@@ -126,7 +128,7 @@ def pinned(config: Config) -> dict[str, Any]:
         "sampler.num_steps": config.sampler.num_steps,
         "sampler.guidance_scale": config.sampler.guidance_scale,
         "sampler.dynamics": config.sampler.dynamics,
-        "trained_steps": len(trained_steps(config, 0)),
+        "trained_steps": len(schedule_of(config).trained_steps(0)),
         "optimizer.updates_per_iteration": config.optimizer.updates_per_iteration,
         "model.prompt_cache": config.model.prompt_cache,
         "objective.kl_coef": config.objective.kl_coef,
@@ -145,7 +147,8 @@ def fast_settings(config: Config) -> dict[str, Any]:
     """
     ahead, model = config.lookahead, config.model
     preset = load_config(["--config", FAST_PRESET])[0]
-    same = (ahead, model.vae_dtype) == (preset.lookahead, preset.model.vae_dtype)
+    asked, wanted = (one.model_dump(exclude={"monitor_every"}) for one in (ahead, preset.lookahead))
+    same = (asked, model.vae_dtype) == (wanted, preset.model.vae_dtype)
     return {
         "preset": FAST_PRESET if same else None,
         "branches": config.sampler.branches,

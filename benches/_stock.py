@@ -41,7 +41,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import PhaseTimer
-from densegrpo_fast.training.builders import trained_steps
+from densegrpo_fast.training.schedule import Schedule
 
 
 class EagerStep(NamedTuple):
@@ -163,6 +163,7 @@ class Stock:
                 f"got {vae.dtype}, sliced {vae.use_slicing}, tiled {vae.use_tiling}"
             )
         self.model, self.config, self.reward = model, config, reward
+        self.trained = Schedule(config, model).trained_steps(0)
         self.scheduler = model.pipeline.scheduler
         self.guidance_scale, self.noise_level = config.sampler.guidance_scale, levels.pop()
         self.parameters = list(model.trainable_parameters().values())
@@ -330,12 +331,11 @@ class Stock:
     def _update(
         self, texts: list[Text], latents: list[Tensor], log_probs: list[Tensor], advantages: Sequence[Tensor]
     ) -> float:
-        steps = trained_steps(self.config, 0)
-        share = 1.0 / (len(texts) * len(steps))
+        share = 1.0 / (len(texts) * len(self.trained))
         total = torch.zeros((), device=self.model.device)
         self.optimizer.zero_grad(set_to_none=True)
         for text, states, old_log_probs, judged in zip(texts, latents, log_probs, advantages, strict=True):
-            for step in steps:
+            for step in self.trained:
                 loss = self._loss(text, states[step : step + 2], old_log_probs[step], judged[:, step], step)
                 (loss * share).backward()
                 total += loss.detach() * share

@@ -16,6 +16,7 @@ from _comparison import Run, compare, pairs, seconds_of
 from _operations import operations
 from _record import NOISY_SPREAD, hardware, load_average, provenance, spread, write_json
 
+from densegrpo_fast.common.aliases import current_settings
 from densegrpo_fast.common.errors import OutputError, UsageError
 
 CPU_BUDGET = 600.0
@@ -61,6 +62,7 @@ class StudyDocument:
             list(document["runs"])
         except (OSError, ValueError, KeyError, TypeError):
             raise OutputError(f"{self.path} is no readable study; move it away or give another --output") from None
+        known = {name: current_settings(own) for name, own in known.items()}
         both = known.keys() & self.settings.keys()
         others = [f"{name}.{key}" for name in both for key in differing(known[name], self.settings[name])]
         fixed = {key: value for key, value in hardware().items() if key != "load_average"}

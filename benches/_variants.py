@@ -25,34 +25,44 @@ from densegrpo_fast.sampling.cost import (
 )
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import make_plan
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.experience import RewardComputer, draw
-from densegrpo_fast.training.learner import Learner
+from densegrpo_fast.training.meter import underlying
+from densegrpo_fast.training.models import synchronizer
+from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
+from densegrpo_fast.training.rewarding import build_reward
+from densegrpo_fast.training.schedule import IterationSteps, Schedule
+from densegrpo_fast.training.trainer import Trainer
 
 
 class Variant:
     """One way to run an iteration; calling it runs the next one.
 
+    What is timed of ours are the phases of `Trainer.step`, without its record, as the baseline writes none either.
+
     Attributes:
         config: its resolved configuration.
+        steps: of every iteration.
+        trainer: of ours; None of the baseline's.
         cost: what it asks of the model per trajectory, by the closed forms.
         phases: seconds by phase of every call so far.
         models: the policy, and what its lookahead evaluates instead.
     """
 
     def __init__(self, name: str, config: Config, model: SD3, reward: RewardMixture):
-        self.name, self.config, self.cost = name, config, _cost(name, config)
+        self.name, self.config = name, config
+        self.steps = Schedule(config, model).at(0)
+        self.cost = _cost(name, config, self.steps)
         self.phases: list[dict[str, float]] = []
-        self._iterations = 0
-        self._prompts = builders.build_prompts(config)
-        self._timer = PhaseTimer(builders.synchronizer(model.device))
         self.models: tuple[SD3, ...] = (model,)
+        self.trainer: Trainer | None = None
+        self._iterations, self._prompts = 0, TrainingPrompts.of(config)
         if name in STOCK:
-            self._step = _stock(name, config, model, reward)
+            self._timer = PhaseTimer(synchronizer(model.device))
+            self._step = _stock(name, config, model, reward, self._timer)
         else:
-            lookahead = builders.build_lookahead(config, model)
-            self.models += copies(lookahead, model)
-            self._step = _ours(config, model, reward, lookahead)
+            self.trainer = trainer = Trainer(config, model=model, reward=reward)
+            self._timer = trainer.timer
+            self._step = lambda batch, iteration: trainer.strategy.run(trainer, batch, self.steps, iteration)
+            self.models += copies(trainer.lookahead, model)
 
     @property
     def rows(self) -> int:
@@ -60,49 +70,34 @@ class Variant:
         return self.config.data.num_prompts * self.config.sampler.group_size
 
     def __call__(self) -> None:
-        rows, metadata = self._prompts.rows(self._iterations, self.config.sampler.group_size)
+        batch = self._prompts.batch(self._iterations)
         self._timer.reset()
-        self._step(rows, metadata, self._timer, self._iterations)
+        self._step(batch, self._iterations)
         self.phases.append(self._timer.seconds())
         self._iterations += 1
 
 
 def copies(lookahead: Lookahead | None, model: SD3) -> tuple[SD3, ...]:
     """What a lookahead evaluates instead of the model, if it does."""
-    own = None if lookahead is None else lookahead.model
+    own = None if lookahead is None else underlying(lookahead.model)
     return (own,) if isinstance(own, SD3) and own is not model else ()
 
 
-_Step = Callable[[list[str], list[dict[str, Any]], PhaseTimer, int], None]
+_Step = Callable[[PromptBatch, int], object]
 
 
-def _ours(config: Config, model: SD3, reward: RewardMixture, lookahead: Lookahead | None) -> _Step:
-    learner = Learner(model, builders.learner_options(config))
-    judge = RewardComputer(config, model, reward, lookahead)
-    coefficients, steps = builders.build_coefficients(config, model), builders.trained_steps(config, 0)
-
-    def step(rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer, iteration: int) -> None:
-        with timer("rollout"):
-            trajectory = draw(config, model, rows, coefficients, iteration, cache=judge.cache)
-        outcome = judge.judge(trajectory, rows, metadata, timer)
-        with timer("update"):
-            learner.update(trajectory, outcome.advantages.values.flatten(0, 1).to(model.device), steps)
-
-    return step
-
-
-def _stock(name: str, config: Config, model: SD3, reward: RewardMixture) -> _Step:
+def _stock(name: str, config: Config, model: SD3, reward: RewardMixture, timer: PhaseTimer) -> _Step:
     stock = Stock(model, config, reward)
 
-    def step(rows: list[str], metadata: list[dict[str, Any]], timer: PhaseTimer, iteration: int) -> None:
-        stock.iteration(rows, metadata, timer, dense=name == STOCK_DENSE)
+    def step(batch: PromptBatch, iteration: int) -> None:
+        stock.iteration(batch.prompts, batch.metadata, timer, dense=name == STOCK_DENSE)
 
     return step
 
 
-def _cost(name: str, config: Config) -> IterationCost:
+def _cost(name: str, config: Config, iteration: IterationSteps) -> IterationCost:
     options: dict[str, Any] = {
-        "trained_steps": len(builders.trained_steps(config, 0)),
+        "trained_steps": len(iteration.trained),
         "guided": config.sampler.guidance_scale != 1.0,
         "kl": config.objective.kl_coef > 0,
     }
@@ -113,11 +108,8 @@ def _cost(name: str, config: Config) -> IterationCost:
         return sparse_iteration(steps, **options)
     plan = make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1, ahead.paths)
     if config.sampler.branches is not None:
-        branching = builders.noisy_steps(config, 0)
-        noisy = tuple(step in branching for step in range(steps))
-        branches = config.sampler.branches
-        options |= {"guidance": ahead.guidance, "decoder": ahead.decoder}
-        return branched_iteration(plan, branches=branches, noisy=noisy, **options)
+        options |= {"guidance": ahead.guidance, "decoder": ahead.decoder, "noisy": iteration.coefficients.noisy}
+        return branched_iteration(plan, branches=config.sampler.branches, **options)
     return dense_iteration(plan, guidance=ahead.guidance, decoder=ahead.decoder, **options)
 
 
@@ -175,7 +167,7 @@ class Tally:
 
 def reward_with_tally(config: Config) -> tuple[RewardMixture, Tally]:
     """The rewards of a configuration, and a counter of the pictures that they score."""
-    tally, reward = Tally(), builders.build_reward(config.reward.terms, config.reward.options)
+    tally, reward = Tally(), build_reward(config.reward.terms, config.reward.options)
     return RewardMixture(reward.terms | {"tally": (tally, 0.0)}), tally
 
 

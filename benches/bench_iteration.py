@@ -74,8 +74,8 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.flow.noise import Stream, gaussian
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import IterationCost
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.experience import sample
+from densegrpo_fast.training.models import default_device
+from densegrpo_fast.training.rewarding import build_reward
 
 RATIOS = (
     "dense_fast/sparse",
@@ -117,7 +117,7 @@ def prepare(protocol: Protocol, *, kl: bool, model: SD3 | None = None) -> Bench:
         AssertionError: a variant's work is not its closed form's, or ours and the baseline's states differ.
     """
     configs = {name: protocol.config(name, kl=kl) for name in NAMES}
-    model = load(configs[STOCK_SPARSE], builders.default_device()) if model is None else model
+    model = load(configs[STOCK_SPARSE], default_device()) if model is None else model
     reward, tally = reward_with_tally(configs[SPARSE])
     # variants that decode alike share a decoder
     kinds = {_decoding(config): config for config in configs.values()}
@@ -137,20 +137,21 @@ def check_states(bench: Bench) -> None:
 
     A narrower base rounds with the batch shape, which the two do not share, so there is nothing to compare there.
     """
-    model, config = bench.model, bench.variants[SPARSE].config
+    model, sparse = bench.model, bench.variants[SPARSE]
     if model.transformer.dtype != torch.float32:
         return
-    rows, _ = builders.build_prompts(config).rows(0, config.sampler.group_size)
-    size = config.sampler.micro_batch
-    ours = sample(config, model, rows, builders.build_coefficients(config, model), iteration=0).latents[:, :size]
+    trainer, config = sparse.trainer, sparse.config
+    assert trainer is not None
+    batch, size = trainer.prompts.batch(0), config.sampler.micro_batch
+    ours = trainer.sample(batch, sparse.steps, iteration=0).latents[:, :size]
     index = torch.arange(size, device=model.device)
     steps = [
         gaussian(model.latent_shape, seed=config.seed, sample_index=index, step=step, stream=Stream.STEP)
         for step in range(len(ours) - 1)
     ]
-    reward = builders.build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options)
     stock = Stock(model, bench.variants[STOCK_SPARSE].config, reward)
-    theirs, _ = stock.rollout(stock.encode(rows[:size]), size, ours[0], torch.stack(steps))
+    theirs, _ = stock.rollout(stock.encode(batch.prompts[:size]), size, ours[0], torch.stack(steps))
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item())
 
 

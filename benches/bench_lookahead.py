@@ -56,9 +56,11 @@ from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import one_step
-from densegrpo_fast.sampling.rollout import Trajectory
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.experience import sample
+from densegrpo_fast.sampling.rollout import Rollout
+from densegrpo_fast.training.models import default_device, synchronizer
+from densegrpo_fast.training.prompts import TrainingPrompts
+from densegrpo_fast.training.rewarding import build_reward
+from densegrpo_fast.training.trainer import Trainer
 
 NAMES = ("serial", "exact", "nodes", "one_step", "copy", "cached")
 RATIOS = tuple(f"{name}/{other}" for other in ("exact", "serial") for name in NAMES if name != other)
@@ -92,28 +94,29 @@ def ways(protocol: Protocol) -> dict[str, Way]:
     """
     configs, baseline = configurations(protocol), protocol.config(STOCK_DENSE, kl=True)
     exact = configs["exact"]
-    model = load(baseline, builders.default_device())
-    rows, _ = builders.build_prompts(exact).rows(0, exact.sampler.group_size)
-    synchronize = builders.synchronizer(model.device)
+    model = load(baseline, default_device())
+    reward = build_reward(exact.reward.terms, exact.reward.options)
+    synchronize = synchronizer(model.device)
 
-    def ours(config: Config, lookahead: Lookahead | None = None) -> tuple[Trajectory, Way]:
-        lookahead = lookahead or builders.build_lookahead(config, model)
+    def ours(config: Config, lookahead: Lookahead | None = None) -> tuple[Rollout, Way]:
+        trainer = Trainer(config, model=model, reward=reward)
+        lookahead = lookahead or trainer.lookahead
         assert lookahead is not None
         # the same trajectories for all, each with what its way needs to be kept
-        drawn = sample(config, model, rows, builders.build_coefficients(config, model), 0, cache=lookahead.cache)
+        trajectory = trainer.sample(trainer.prompts.batch(0), trainer.schedule.at(0), iteration=0)
 
         def complete() -> Tensor:
-            clean = lookahead.complete(drawn)
+            clean = lookahead.complete(trajectory)
             synchronize()
             return clean
 
         evaluations = lookahead_evaluations(lookahead.plan, guided=True, guidance=lookahead.guidance)
-        return drawn, Way(complete, evaluations, (model, *copies(lookahead, model)))
+        return trajectory, Way(complete, evaluations, (model, *copies(lookahead, model)))
 
     trajectory, batched = ours(exact)
 
-    stock = Stock(model, baseline, builders.build_reward(exact.reward.terms, exact.reward.options))
-    text, steps = stock.encode(rows), trajectory.num_steps
+    stock, prompts = Stock(model, baseline, reward), TrainingPrompts.of(exact).batch(0).prompts
+    text, steps = stock.encode(prompts), trajectory.coefficients.num_steps
     stock.set_timesteps()
 
     def serial() -> Tensor:
@@ -130,7 +133,7 @@ def ways(protocol: Protocol) -> dict[str, Way]:
         "copy": ours(configs["copy"])[1],
         "cached": ours(configs["cached"])[1],
     }
-    check(found, len(rows))
+    check(found, len(prompts))
     return found
 
 

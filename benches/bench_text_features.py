@@ -46,8 +46,7 @@ from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.cached_blocks import recording
 from densegrpo_fast.models.features import Features, Layout
 from densegrpo_fast.sampling.rollout import Trajectory
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.experience import sample
+from densegrpo_fast.training.trainer import Trainer
 
 COMPARED = ("same_prompt", "completion", "next_sigma", "other_prompt")
 KINDS = ("keys", "values")
@@ -132,18 +131,19 @@ def summary(found: Sums) -> dict[str, Any]:
     return document
 
 
-def measure(config: Config, model: FlowModel) -> dict[str, Any]:
+def measure(config: Config) -> dict[str, Any]:
     """The whole document, from one rollout of the configuration's prompts."""
-    rows, _ = builders.build_prompts(config).rows(0, config.sampler.group_size)
-    assert len(set(rows)) == config.data.num_prompts > 1, "different prompts are needed to compare them"
-    trajectory = sample(config, model, rows, builders.build_coefficients(config, model), 0)
+    trainer = Trainer(config)
+    batch = trainer.prompts.batch(0)
+    assert len(set(batch.prompts)) == config.data.num_prompts > 1, "different prompts are needed to compare them"
+    trajectory = trainer.sample(batch, trainer.schedule.at(0), iteration=0)
     settings = {
         "model": config.model.path,
         "prompts": config.data.num_prompts,
         "sampler": config.sampler.model_dump(mode="json"),
         "jump": _JUMP,
     }
-    found = summary(compare(model, trajectory, config.sampler.group_size))
+    found = summary(compare(trainer.model, trajectory, config.sampler.group_size))
     return provenance() | portable({"settings": settings}) | found
 
 
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "sampler.micro_batch": options.group_size,
         }
         config = load_config(["--config", "embedded_paper", *(f"{key}={value}" for key, value in settings.items())])[0]
-        document = measure(config, builders.build_model(config, builders.default_device()))
+        document = measure(config)
         write_json(options.output, document)
     print(table(document))
     return int(ExitCode.OK)

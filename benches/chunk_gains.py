@@ -32,7 +32,7 @@ from torch import Tensor
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.fidelity.measure import measure, reference
-from densegrpo_fast.fidelity.target import pipeline_subject
+from densegrpo_fast.fidelity.target import pipeline_target
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.training.agreement import compare
 
@@ -91,11 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=RESULTS / "chunk_gains.json", metavar="FILE")
     options = parser.parse_args(arguments)
     with user_errors_exit():
-        subject = pipeline_subject(load_config(["--config", options.config])[0], None, options.groups)
-        variant = reference(subject.coefficients.num_steps)
+        target = pipeline_target(load_config(["--config", options.config])[0], None, options.groups)
+        variant = reference(target.coefficients.num_steps)
         sampling = {"group_size": options.group_size, "seed": 0}
-        rewards = measure(subject, [variant], range(options.groups), **sampling)[variant]
-        settings = subject.settings | sampling | {"groups_measured": options.groups}
+        rewards = measure(target, [variant], range(options.groups), **sampling)[variant]
+        settings = target.settings | sampling | {"groups_measured": options.groups}
         document = provenance() | {"settings": settings, "chunks": study(rewards, options.sizes)}
         write_json(options.output, document)
     for size, found in document["chunks"].items():

@@ -41,9 +41,9 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.models.flops import ModelFlops, architecture_of, clip_h_image, count
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import IterationCost
-from densegrpo_fast.training import builders
-from densegrpo_fast.training.memory import peak_bytes, start_peak
-from densegrpo_fast.training.preparation import estimate_memory
+from densegrpo_fast.training.memory import estimate_memory, peak_bytes, start_peak
+from densegrpo_fast.training.models import default_device, synchronizer
+from densegrpo_fast.training.rewarding import build_reward
 
 BAR = 0.45
 """Share of the matrix products' rate that rollout and update shall reach on a GPU."""
@@ -72,7 +72,7 @@ def operations(cost: IterationCost, unit: ModelFlops, *, checkpointing: bool) ->
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
     """Operations per second of large square matrix products, after a warm-up of the same length."""
-    size, finish = _MATRIX[device.type], builders.synchronizer(device)
+    size, finish = _MATRIX[device.type], synchronizer(device)
     one, two = torch.randn(2, size, size, device=device, dtype=dtype)
     for _ in range(2):
         finish()
@@ -96,8 +96,8 @@ def rehearse(protocol: Protocol, *, rounds: int, warmup: int, model: SD3 | None 
         UserError: an option is wrong.
     """
     started, config = load_average(), protocol.config(DENSE_FAST, kl=True)
-    model = load(config, builders.default_device()) if model is None else model
-    reward = builders.build_reward(config.reward.terms, config.reward.options)
+    model = load(config, default_device()) if model is None else model
+    reward = build_reward(config.reward.terms, config.reward.options)
     variant, device = Variant(DENSE_FAST, config, model, reward), model.device
     for _ in range(warmup):
         variant()

@@ -104,7 +104,9 @@ def conduct(study: Study, work: Path, output: Path, commands: Commands) -> dict[
     document = {"settings": settings, "data": [], "run": []}
     if output.exists():
         document = json.loads(output.read_text(encoding="utf-8"))
-        if document["settings"] != settings:
+        # older studies have another name for the monitor
+        known = {name.replace("guard_", "monitor_"): value for name, value in document["settings"].items()}
+        if known != settings:
             raise OutputError(f"{output} holds a study of other settings; give another --output")
     work.mkdir(parents=True, exist_ok=True)
 
@@ -220,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=3000, help="optimiser steps of a head")
     add("--iterations", type=int, default=60, help="of the run with the last plan and its best-taught head; 0 = none")
     add("--every", type=int, default=10, help="iterations between two measurements of the run")
-    add("--guard-every", type=int, default=5, help="of the run: iterations between two looks at exact completions")
+    add("--monitor-every", type=int, default=5, help="of the run: iterations between two looks at exact completions")
     add("--refresh", type=int, default=50, help="of the run: optimiser steps of the head after each look")
     add("--groups", type=int, default=64, help="held-out groups")
     add("--group-size", type=int, default=16, help="trajectories of a group")

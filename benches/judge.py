@@ -38,7 +38,7 @@ from densegrpo_fast.run_files.model_refs import read_weights, with_adapter
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 
 if TYPE_CHECKING:
-    from _judge import RewardComputer
+    from _judge import Judge
     from torch import Tensor
 
     from densegrpo_fast.config import Config
@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     options = _parser().parse_args(arguments)
     with user_errors_exit():
-        from densegrpo_fast.training import builders
+        from densegrpo_fast.training.evaluation import HeldOut
+        from densegrpo_fast.training.models import default_device, load_model
 
         study = read_study(options.study)
         runs = finished(study, options.work)
@@ -78,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"prompt, got {options.samples}",
             )
         walk = next(found.config for found in runs if found.run["variant"] == options.against)
-        held_out = builders.build_held_out(runs[0].config.model_copy(update={"evaluation": evaluation}))
-        model = builders.load_base(runs[0].config, builders.default_device())
+        held_out = HeldOut.of(runs[0].config.model_copy(update={"evaluation": evaluation}))
+        model = load_model(runs[0].config.model, default_device())
         judge, about = _judge(options.judge or options.work[0] / "judge.safetensors", model)
         print(f"judge: {about['held_out_renders']}", file=sys.stderr)
         settings = {
@@ -111,7 +112,7 @@ class Bench:
 
     model: SD3
     held_out: HeldOut
-    judge: RewardComputer
+    judge: Judge
     walk: Config
     settings: dict[str, Any]
 
@@ -145,10 +146,10 @@ class Bench:
         """
         from _drift import divergence_record, stochastic_trajectories
 
-        from densegrpo_fast.training import builders
+        from densegrpo_fast.training.schedule import Schedule
 
         start, weights = process_time(), read_weights(found.subject)
-        coefficients = builders.build_coefficients(self.walk, self.model, self.settings["kl"]["noisy_steps"])
+        coefficients = Schedule(self.walk, self.model).coefficients(self.settings["kl"]["noisy_steps"])
         with with_adapter(self.model, found.subject, weights):
             pictures = self.pictures()
             walked = stochastic_trajectories(
@@ -310,7 +311,7 @@ def _opened(output: Path, settings: Mapping[str, Any], about: Mapping[str, Any])
     return fresh | {"runs": document["runs"]}
 
 
-def _judge(file: Path, model: SD3) -> tuple[RewardComputer, dict[str, Any]]:
+def _judge(file: Path, model: SD3) -> tuple[Judge, dict[str, Any]]:
     from _judge_training import Recipe, trained
 
     return trained(file, model.pipeline.vae, Recipe())

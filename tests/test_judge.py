@@ -21,7 +21,7 @@ import _judge_training  # noqa: E402
 import judge as command  # noqa: E402
 import study  # noqa: E402
 from _drift import dissimilarity, divergence, held_out_pictures, pixel_distance  # noqa: E402
-from _judge import KINDS, PAIRS, RewardComputer, Seen, centres, graded, probability, scene_of  # noqa: E402
+from _judge import KINDS, PAIRS, Judge, Seen, centres, graded, probability, scene_of  # noqa: E402
 from _judge_training import (  # noqa: E402
     NO_RELATION,
     UNKNOWN,
@@ -175,7 +175,7 @@ def test_a_judge_is_a_function_of_its_recipe_and_kept_in_its_file(tmp_path):
 
 
 def test_training_makes_the_judge_better():
-    vae, judge = architecture.build_vae().eval(), RewardComputer()
+    vae, judge = architecture.build_vae().eval(), Judge()
     pictures, truth = render(draw_scenes(32, np.random.default_rng(9)), np.random.default_rng(9))
     train(judge, vae, replace(SMALL, steps=1))
     start = float(loss(judge(pictures), truth).detach())

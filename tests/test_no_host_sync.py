@@ -105,7 +105,7 @@ def test_nothing_is_read_back(
         shared = lookahead.complete(replace(trajectory, shared=3))
         assert shared.device.type == "meta" and shared.shape == clean.shape
         for decoder in ("full", "preview"):
-            assert lookahead.images(clean, trajectory.coefficients.noisy, decoder).shape == (T + 1, B, 3, 64, 64)
+            assert lookahead.images(trajectory, clean, decoder).shape == (T + 1, B, 3, 64, 64)
     assert sample_ode(model, noise, conditioning, grid).shape == noise.shape
 
 
@@ -113,7 +113,7 @@ def test_nothing_is_read_back(
 def test_nothing_of_branches_is_read_back(
     model: FlowModel, conditioning: Conditioning, nothing_sent: Callable[[], None], guidance_scale: float
 ) -> None:
-    """Two trunks with three branches each at the steps 0, 2 and 3, the last of which leads to the image."""
+    """Two trajectories with three branches each at the steps 0, 2 and 3, the last of which leads to the image."""
     index = torch.arange(0, B, 3, device="meta")
     noise = initial_noise(model, index, seed=0, iteration=0)
     table = coefficients(model.sigmas(T), [0.7, 0.0, 0.7, 0.7], "flow_sde").to(torch.device("meta"))
@@ -121,13 +121,13 @@ def test_nothing_of_branches_is_read_back(
     with torch.device("meta"):
         head = CompletionHead(HeadConfig(T, plan.paths, model.latent_shape, 2, model.network.inner_dim, width=16))
     nothing_sent()
-    tree = branch_rollout(
+    branched = branch_rollout(
         model, noise, conditioning, table, branches=3, **counters, guidance_scale=guidance_scale, micro_batch=1
     )
     ways = [Lookahead(model, plans.exact(T), guidance=guidance, chunk=4) for guidance in ("full", "cond_only")]
     for lookahead in (*ways, Lookahead(model, plan, chunk=4, head=head)):
-        for drawn in (tree, tree.reach(lookahead), tree.select(slice(0, 2))):
-            clean = drawn.completions(lookahead)
+        for each in (branched, branched.evaluated(lookahead), branched.select(slice(0, 2))):
+            clean = lookahead.complete(each)
             assert clean.device.type == "meta" and clean.shape == (3, B, *model.latent_shape)
 
 

@@ -57,15 +57,16 @@ def test_the_operations_of_a_sparse_run_by_hand():
     assert 1.0 < unit.backward / unit.forward < 1.25
 
 
-def test_calibrations_and_the_guard_come_on_top_with_their_decodes():
+@pytest.mark.parametrize("monitor", ["monitor", "guard"])
+def test_calibrations_and_the_monitor_come_on_top_with_their_decodes(monitor):
     overrides = ("sampler.branches=null", "sampler.micro_batch=48", "credit.method=dense")
     settings = settings_of("embedded_branched", *overrides)
     unit = IterationOperations(config_of(settings, 0)).unit
     plain = operations(settings, run_of(5))
-    more = operations(settings, run_of(5, calibration=1200.0, guard=60.0))
+    more = operations(settings, run_of(5, calibration=1200.0, **{monitor: 60.0}))
     assert plain is not None and more is not None
     # noise in steps 2, 3 and 4 of 6: a calibration sample takes 6 forwards of the rollout and 3 + 2 + 1 of its exact
-    # completions, and 4 decodes: 1200 / 12 = 100 samples. The guard has only the completions: 60 / 6 = 10.
+    # completions, and 4 decodes: 1200 / 12 = 100 samples. The monitor has only the completions: 60 / 6 = 10.
     extra = 1200 * unit.forward + 400 * unit.full_decode + 60 * unit.forward + 40 * unit.full_decode
     assert more[1] - plain[1] == pytest.approx(extra / TERA)
 

@@ -21,7 +21,6 @@ from _protocol import NAMES, STOCK_PINNED, Protocol, fast_settings, stock_pinned
 from _stock import Stock, StockIteration  # noqa: E402
 from _variants import stock_cost  # noqa: E402
 from bench_iteration import check_work, evaluations  # noqa: E402
-from densegrpo_fast.training.experience import RewardBatch, RewardComputer, sample  # noqa: E402
 
 from densegrpo_fast.common.errors import UserError  # noqa: E402
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of  # noqa: E402
@@ -32,15 +31,13 @@ from densegrpo_fast.models import sd3  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
 from densegrpo_fast.run_files.metrics import PhaseTimer  # noqa: E402
-from densegrpo_fast.sampling.rollout import (
-    Trajectory,  # noqa: E402
-    initial_noise,  # noqa: E402
-)
-from densegrpo_fast.training import builders  # noqa: E402
-from densegrpo_fast.training.learner import Learner  # noqa: E402
+from densegrpo_fast.sampling.rollout import initial_noise  # noqa: E402
+from densegrpo_fast.training.prompts import PromptBatch  # noqa: E402
+from densegrpo_fast.training.trainer import Experience, Trainer  # noqa: E402
 
 STEPS, ROWS = 4, ["a cat"] * 3 + ["the moon"] * 3
 METADATA: list[dict[str, Any]] = [{} for _ in ROWS]
+BATCH = PromptBatch(ROWS, METADATA, 3)
 Policy = Callable[..., FlowModel]
 
 
@@ -66,6 +63,7 @@ def settings(method: str, **options: object) -> Config:
         # a norm that nothing reaches: gradients are compared unclipped
         "optimizer.max_grad_norm": 1e6,
         "ema.every": 0,
+        "lookahead.monitor_every": 0,
         **options,
     }
     return load_config(["--config", "embedded_paper", *(f"{key}={value}" for key, value in chosen.items())])[0]
@@ -76,9 +74,8 @@ class Both:
     """One iteration done twice from the same start, and the adapter gradients that each left."""
 
     config: Config
-    trajectory: Trajectory
-    outcome: RewardBatch
-    loss: float
+    trained: list[int]
+    ours: Experience
     gradients: dict[str, Tensor]
     stock: StockIteration
     stock_gradients: dict[str, Tensor]
@@ -86,13 +83,9 @@ class Both:
 
 def run_both(policy: Policy, config: Config) -> Both:
     model = policy(spread=0.2)
-    coefficients = builders.build_coefficients(config, model)
-    trajectory = sample(config, model, ROWS, coefficients, iteration=3)
-    judge = RewardComputer(config, model, REWARD, builders.build_lookahead(config, model))
-    outcome = judge.judge(trajectory, ROWS, METADATA, PhaseTimer())
-    learner = Learner(model, builders.learner_options(config))
-    steps = builders.trained_steps(config, 0)
-    update = learner.update(trajectory, outcome.advantages.values.flatten(0, 1), steps)
+    trainer = Trainer(config, model=model, reward=REWARD)
+    steps = trainer.schedule.at(3)
+    ours = trainer.strategy.run(trainer, BATCH, steps, iteration=3)
 
     index = torch.arange(len(ROWS))
     draws = [
@@ -108,7 +101,7 @@ def run_both(policy: Policy, config: Config) -> Both:
         noise=initial_noise(again, index, seed=config.seed, iteration=3),
         step_noise=torch.stack(draws),
     )
-    return Both(config, trajectory, outcome, update["loss"], gradients(model), result, gradients(again))
+    return Both(config, steps.trained, ours, gradients(model), result, gradients(again))
 
 
 def gradients(model: FlowModel) -> dict[str, Tensor]:
@@ -130,18 +123,18 @@ def both(request: pytest.FixtureRequest, tiny_policy: Policy) -> Both:
 
 
 def check_equal(both: Both) -> None:
-    close(both.stock.latents, both.trajectory.latents)
-    close(both.stock.log_probs, both.trajectory.log_probs)
-    close(both.stock.rewards[:, -1], both.outcome.rewards.flatten())
-    if both.outcome.gains is not None:
-        close(both.stock.rewards.diff(dim=1), both.outcome.gains.flatten(0, 1))
-    advantages = both.outcome.advantages.values.flatten(0, 1)
-    trained = builders.trained_steps(both.config, 0)
-    close(both.stock.advantages[:, trained], advantages[:, trained])
+    rollout, rewards = both.ours.rollout, both.ours.rewards
+    close(both.stock.latents, rollout.latents)
+    close(both.stock.log_probs, rollout.log_probs)
+    close(both.stock.rewards[:, -1], rewards.rewards.flatten())
+    if rewards.gains is not None:
+        close(both.stock.rewards.diff(dim=1), rewards.gains.flatten(0, 1))
+    advantages = both.ours.advantages.values.flatten(0, 1)
+    close(both.stock.advantages[:, both.trained], advantages[:, both.trained])
     # the last step, which is not trained, gains so little that the rewards' rounding shows in it
     torch.testing.assert_close(both.stock.advantages[:, -1], advantages[:, -1], rtol=0, atol=1e-2)
     assert advantages.abs().max() > 0.5
-    assert both.stock.loss == pytest.approx(both.loss, rel=1e-4, abs=1e-6)
+    assert both.stock.loss == pytest.approx(both.ours.update["loss"], rel=1e-4, abs=1e-6)
     largest = max(gradient.abs().max().item() for gradient in both.gradients.values())
     assert largest > 0
     for name, gradient in both.gradients.items():
@@ -171,13 +164,13 @@ def test_the_kl_term_counts(tiny_policy: Policy) -> None:
 
 def test_a_serial_completion_is_the_exact_plan(tiny_policy: Policy) -> None:
     config, model = settings("dense"), tiny_policy(spread=0.2)
-    trajectory = sample(config, model, ROWS, builders.build_coefficients(config, model), iteration=0)
-    lookahead = builders.build_lookahead(config, model)
-    assert lookahead is not None
+    trainer = Trainer(config, model=model, reward=REWARD)
+    trajectory = trainer.sample(BATCH, trainer.schedule.at(0), iteration=0)
+    assert trainer.lookahead is not None
     stock = Stock(model, config, REWARD)
     stock.set_timesteps()
     text = stock.encode(ROWS)
-    for state, expected in enumerate(lookahead.complete(trajectory)[:-1]):
+    for state, expected in enumerate(trainer.lookahead.complete(trajectory)[:-1]):
         close(stock.complete(trajectory.latents[state], state, text), expected)
 
 
@@ -334,8 +327,8 @@ def test_each_variant_has_the_decoder_of_its_configuration(tiny_policy: Policy) 
 
 def test_what_is_timed_without_options_is_the_fast_preset() -> None:
     config, preset = Protocol().config("dense_fast", kl=True), load_config(["--config", "embedded_paper_fast"])[0]
-    # but for its rate, which would change the policy that is timed, and the running average
-    apart = {"preset": True, "optimizer": {"lr"}, "ema": True}
+    # but for its rate, which would change the policy that is timed, the running average and the lookahead's checks
+    apart = {"preset": True, "optimizer": {"lr"}, "ema": True, "lookahead": {"monitor_every"}}
     assert config.model_dump(exclude=apart) == preset.model_dump(exclude=apart)
     expected = {
         "preset": "embedded_paper_fast",

@@ -266,8 +266,9 @@ class Lookahead:
             model: whose decoder; None = the lookahead's own.
         """
         dedup = rollout.dedup(own=True)
-        decoded = torch.cat(list(self.decoded(dedup.different(clean), decoder, model)))
-        return decoded.unflatten(0, (-1, clean.shape[1]))[dedup.positions]
+        parts = list(self.decoded(dedup.different(clean), decoder, model))
+        decoded = torch.cat(parts).unflatten(0, (-1, clean.shape[1]))
+        return torch.stack([decoded[position] for position in dedup.positions])
 
     @torch.no_grad()
     def decoded(self, clean: Tensor, decoder: Decoder, model: FlowModel | None = None) -> Iterator[Tensor]:
