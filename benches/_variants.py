@@ -15,7 +15,7 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.run_files.metrics import PhaseTimer
+from densegrpo_fast.training.meter import PhaseTimer
 from densegrpo_fast.sampling.cost import (
     Evaluations,
     IterationCost,

@@ -11,7 +11,8 @@ import pytest
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.run_files import metrics
-from densegrpo_fast.run_files.metrics import MetricsLog, PhaseTimer, Progress, read_metrics
+from densegrpo_fast.run_files.metrics import MetricsLog, Progress, read_metrics
+from densegrpo_fast.training.meter import PhaseTimer
 
 ROOT = Path(__file__).resolve().parent.parent
 

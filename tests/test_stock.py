@@ -30,8 +30,8 @@ from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
 from densegrpo_fast.models import sd3  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
-from densegrpo_fast.run_files.metrics import PhaseTimer  # noqa: E402
 from densegrpo_fast.sampling.rollout import initial_noise  # noqa: E402
+from densegrpo_fast.training.meter import PhaseTimer  # noqa: E402
 from densegrpo_fast.training.prompts import PromptBatch  # noqa: E402
 from densegrpo_fast.training.trainer import Experience, Trainer  # noqa: E402
 

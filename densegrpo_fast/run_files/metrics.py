@@ -1,4 +1,4 @@
-"""What a run measures: the metrics file, seconds per phase, and the progress line."""
+"""What a run shows and keeps of its iterations: the metrics file and the progress line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -129,68 +128,6 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
         records.append({current_metric(name): value for name, value in record.items()})
     return records
-
-
-class PhaseTimer:
-    """Seconds spent in each named phase.
-
-        with timer("rollout"):
-            ...
-
-    A phase inside another counts for itself alone, so the seconds of all phases add up to time that passed
-    once.
-
-    Args:
-        synchronize: called at the beginning and the end of a phase, such as `torch.cuda.synchronize`: a GPU
-            works on after the call that started it has returned.
-        clock: seconds that only grow.
-        cpu_clock: the same of the CPU: by default what all threads of this process have spent.
-    """
-
-    def __init__(
-        self,
-        synchronize: Callable[[], object] = lambda: None,
-        clock: Callable[[], float] = time.perf_counter,
-        cpu_clock: Callable[[], float] = time.process_time,
-    ) -> None:
-        self._synchronize = synchronize
-        self._clock, self._cpu_clock = clock, cpu_clock
-        self._seconds: dict[str, float] = {}
-        self._open: list[str] = []
-        self._since = self._cpu_since = self._cpu_seconds = 0.0
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time inside for `phase`."""
-        self._charge()
-        self._open.append(phase)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._open.pop()
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase since the last `reset`, in the order the phases first ended."""
-        return dict(self._seconds)
-
-    def cpu_seconds(self) -> float:
-        """CPU seconds since the last `reset`, of all phases together."""
-        return self._cpu_seconds
-
-    def reset(self) -> None:
-        """Start again from zero."""
-        self._seconds.clear()
-        self._cpu_seconds = 0.0
-
-    def _charge(self) -> None:
-        self._synchronize()
-        now, cpu_now = self._clock(), self._cpu_clock()
-        if self._open:
-            phase = self._open[-1]
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._since
-            self._cpu_seconds += cpu_now - self._cpu_since
-        self._since, self._cpu_since = now, cpu_now
 
 
 class Progress:

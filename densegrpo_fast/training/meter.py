@@ -1,4 +1,4 @@
-"""What the phases of an iteration ask of the model, counted while they run: evaluations, decodes, pictures, operations.
+"""What an iteration's phases ask of the models, counted while they run: seconds, evaluations, decodes, operations.
 
 `MeteredModel` stands in for a model and counts what goes through it under the phase that is open. Operations are the
 counts times those of one row through each part, which `models/flops.py` counts once, on the meta device.
@@ -7,7 +7,8 @@ counts times those of one row through each part, which `models/flops.py` counts 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -141,6 +142,68 @@ class Meter:
         return sum((self.counts.get(phase, Counts()) for phase in phases), Counts())
 
 
+class PhaseTimer:
+    """Seconds spent in each named phase.
+
+        with timer("rollout"):
+            ...
+
+    A phase inside another counts for itself alone, so the seconds of all phases add up to time that passed
+    once.
+
+    Args:
+        synchronize: called at the beginning and the end of a phase, such as `torch.cuda.synchronize`: a GPU
+            works on after the call that started it has returned.
+        clock: seconds that only grow.
+        cpu_clock: the same of the CPU: by default what all threads of this process have spent.
+    """
+
+    def __init__(
+        self,
+        synchronize: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.process_time,
+    ) -> None:
+        self._synchronize = synchronize
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = self._cpu_since = self._cpu_seconds = 0.0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time inside for `phase`."""
+        self._charge()
+        self._open.append(phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last `reset`, in the order the phases first ended."""
+        return dict(self._seconds)
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds since the last `reset`, of all phases together."""
+        return self._cpu_seconds
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self._seconds.clear()
+        self._cpu_seconds = 0.0
+
+    def _charge(self) -> None:
+        self._synchronize()
+        now, cpu_now = self._clock(), self._cpu_clock()
+        if self._open:
+            phase = self._open[-1]
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._since
+            self._cpu_seconds += cpu_now - self._cpu_since
+        self._since, self._cpu_since = now, cpu_now
+
+
 class MeteredModel(FlowModel):
     """A model that counts its velocities and decodes; in all else it is the one it stands for.
 
@@ -180,9 +243,10 @@ class MeteredModel(FlowModel):
     def count(self, rows: int, guidance_scale: float) -> None:
         if not self._counting:
             return
-        counts, forwards = self.meter.now, self.model.forwards(guidance_scale) * rows
+        counts, forwards = self.meter.now, rows
         if guidance_scale != 1.0:
             counts.guided += rows
+            forwards = 2 * rows
         else:
             counts.unguided += rows
         if self.lookahead:

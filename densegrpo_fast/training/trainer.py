@@ -34,7 +34,7 @@ from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 from densegrpo_fast.run_files.loggers import Loggers, RunFacts
-from densegrpo_fast.run_files.metrics import MetricsLog, PhaseTimer, Progress
+from densegrpo_fast.run_files.metrics import MetricsLog, Progress
 from densegrpo_fast.run_files.run_directory import open_run_directory
 from densegrpo_fast.run_files.signals import GracefulStop
 from densegrpo_fast.sampling.branches import branch_rollout
@@ -44,7 +44,7 @@ from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 from densegrpo_fast.training.lookahead import build_lookahead, completion_ways
 from densegrpo_fast.training.memory import peak_metrics, prepare, start_peak
-from densegrpo_fast.training.meter import CostReport, Meter, MeteredHead, MeteredModel, MeteredReward
+from densegrpo_fast.training.meter import CostReport, Meter, MeteredHead, MeteredModel, MeteredReward, PhaseTimer
 from densegrpo_fast.training.models import build_model, default_device, synchronizer
 from densegrpo_fast.training.monitor import LookaheadMonitor
 from densegrpo_fast.training.noise_levels import NoiseLevels
