@@ -44,7 +44,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PROBE = ROOT / "benches" / "_op_outputs.py"
 KINDS = ("configs", "presets", "ops", "resume")
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "lookahead.guard_every": "lookahead.monitor_every",
+    "lookahead.guard_alarm": "lookahead.monitor_alarm",
+    **{
+        f"guard/{name}": f"monitor/{name}"
+        for name in ("spearman_rewards", "spearman_gains", "spearman_gains_worst_step", "sign_agreement")
+    },
+    **{f"{kind}/guard": f"{kind}/monitor" for kind in ("nfe", "nfe_guided", "nfe_unguided", "flops")},
+}
 """Old name -> new name of an option, a metric, a tensor, or a file of a run directory."""
 
 IGNORED = ("time/", "memory/", "cpu_seconds", "metrics_position", "run.output_dir")
@@ -235,7 +243,11 @@ def shortened(options: Mapping[str, Any]) -> dict[str, Any]:
     short = {"run.iterations": 2, "data.num_prompts": prompts, "sampler.micro_batch": rows // (2 * updates) or 1}
     short |= {"evaluation.num_prompts": 6, "evaluation.samples_per_prompt": 1, "evaluation.every": 1}
     short |= {"window.every": 1, "calibration.samples": 8, "calibration.rounds": 1, "run.memory_check": "off"}
-    return short | {key: 1 for key in ("calibration.every", "lookahead.guard_every") if options[key]}
+    return short | {
+        key: 1
+        for key in ("calibration.every", "lookahead.guard_every")
+        if options.get(key, options.get(RENAMED.get(key, key)))
+    }
 
 
 def read(directory: Path) -> dict[str, dict[str, Any]]:
@@ -292,7 +304,10 @@ def compare(
         known = set()
         for key, value in content.items():
             place, colon, name = key.rpartition(": ")
-            known.add(renamed := place + colon + RENAMED.get(name, name))
+            renamed = place + colon + RENAMED.get(name, name)
+            # what the old side wrote before a run was resumed keeps its names
+            renamed = renamed if renamed in there else key
+            known.add(renamed)
             if name.startswith(IGNORED):
                 continue
             count += 1

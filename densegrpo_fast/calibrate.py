@@ -30,13 +30,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule
-from densegrpo_fast.calibration.staircase import Staircase
+from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, Staircase
+from densegrpo_fast.common.command_line import check_outputs, command_parser
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import calibrated_steps, circumstances, start_levels
-from densegrpo_fast.config.command_line import check_outputs, command_parser, configuration
+from densegrpo_fast.config.cli import configuration
 
 if TYPE_CHECKING:
     from densegrpo_fast.training.gain_meter import GainMeter
@@ -58,7 +57,7 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
     """Calibrate, judge the result on other samples, show and write it.
 
     Raises:
-        UserError: anything the user can act on, with its exit code.
+        UserError: anything the user can act on.
     """
     rule = make_rule(config, options)
     from tqdm import tqdm
@@ -94,7 +93,7 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
     sampler = {
         "dynamics": config.sampler.dynamics,
         "num_steps": config.sampler.num_steps,
-        "steps": calibrated_steps(config),
+        "steps": config.calibrated_steps(),
         "sigmas": meter.sigmas.tolist(),
     }
     content = report.document(rule, sampler, rounds, before, after, _settings(config, options))
@@ -112,20 +111,20 @@ def make_rule(config: Config, options: argparse.Namespace) -> Rule:
     Raises:
         UsageError: its parameters do not agree, or belong to another rule.
     """
-    own = {name: getattr(options, name) for name in _OF_STAIRCASE if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in _OF_STAIRCASE if getattr(options, name) is not None}
     # the samplers' own range, as in the configuration
     range_ = Limits(0.0, 1.0 if config.sampler.dynamics == "cps" else 3.0)
     if options.rule == "printed":
-        if own:
-            raise UsageError(f"--{next(iter(own))}: not an option of the printed rule")
-        return PrintedRule(start_levels(config), range_)
+        if given:
+            raise UsageError(f"--{next(iter(given))}: not an option of the printed rule")
+        return PrintedRule(config.calibration_start(), range_)
     try:
-        limits = Limits(own.pop("lowest", 0.1), own.pop("highest", 1.0))
+        limits = Limits(given.pop("lowest", 0.1), given.pop("highest", 1.0))
         if limits.highest > range_.highest:
             raise ValueError(f"--highest must be at most {range_.highest:g} with dynamics {config.sampler.dynamics}")
         if options.samples < Staircase.enough:
             raise ValueError(f"--samples must be at least {Staircase.enough}, fewer signs move no level")
-        return Staircase(start_levels(config), limits, **own)
+        return Staircase(config.calibration_start(), limits, **given)
     except ValueError as error:
         raise UsageError(f"--rule staircase: {error}") from None
 
@@ -145,7 +144,7 @@ def _meter(config: Config, samples: int) -> GainMeter:
 def _settings(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "preset": config.preset,
-        **circumstances(config),
+        **config.calibration_settings(),
         "samples": options.samples,
         "rounds": options.rounds,
         "branches": options.branches,

@@ -30,10 +30,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from densegrpo_fast.common.command_line import check_outputs, command_parser, positive
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.command_line import check_outputs, command_parser, configuration, positive
+from densegrpo_fast.config.cli import configuration
 
 if TYPE_CHECKING:
     from densegrpo_fast.sampling.lookahead import Lookahead
@@ -71,6 +72,7 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
     from densegrpo_fast.training.lookahead import build_plan
     from densegrpo_fast.training.meter import Counts
     from densegrpo_fast.training.models import build_model, default_device
+    from densegrpo_fast.training.policy_samples import no_reward
     from densegrpo_fast.training.trainer import Trainer
 
     if options.width and options.width % HeadConfig.heads:
@@ -93,13 +95,13 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
             depth=options.depth,
         )
     ).to(model.device)
-    trainer = Trainer(config, model=model, head=head)
+    trainer = Trainer(config, model=model, head=head, reward=no_reward())
     if not any(head.applies(state) for state in _completed(trainer)):
         raise UsageError(f"lookahead.plan: {plan.name} leaves no step out, so there is nothing to predict")
     assert trainer.lookahead is not None
     start = perf_counter()
     exact = Lookahead(trainer.policy, plans.exact(steps), chunk=trainer.lookahead.rows.rows)
-    training, held_out = collect(trainer, exact, trainer.lookahead, options.trajectories)
+    training, held_out = collect(trainer, exact, options.trajectories)
     train_head(head, training, options.steps, config.seed)
     shares = explained(head, held_out)
     learned, judged = options.steps * BATCH, len(held_out)
@@ -121,22 +123,22 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
-def collect(trainer: Trainer, exact: Lookahead, lookahead: Lookahead, samples: int) -> tuple[Examples, Examples]:
+def collect(trainer: Trainer, exact: Lookahead, samples: int) -> tuple[Examples, Examples]:
     """Examples of `samples` trajectories, or branches, rounded up to whole batches, for training; and more, held out.
 
     Args:
-        trainer: of a run with the head.
-        exact, lookahead: that completes by the policy itself, and that the head is for, and has.
+        trainer: of a run whose lookahead has the head.
+        exact: completes by the policy itself.
         samples: for training.
     """
     from densegrpo_fast.training.head_training import Examples, exactly_completed, examples_of
     from densegrpo_fast.training.policy_samples import policy_samples
 
-    parts: tuple[list[Examples], list[Examples]] = ([], [])
-    for found in policy_samples(trainer, samples):
-        rollout, ends = exactly_completed(exact, lookahead, found.rollout)
-        assert lookahead.head is not None
-        parts[found.held_out].extend(examples_of(lookahead, lookahead.head, rollout, ends))
+    lookahead, parts = trainer.lookahead, (list[Examples](), list[Examples]())
+    assert lookahead is not None and lookahead.head is not None
+    for sampled in policy_samples(trainer, samples):
+        rollout, ends = exactly_completed(exact, lookahead, sampled.rollout)
+        parts[sampled.held_out].extend(examples_of(lookahead, lookahead.head, rollout, ends))
     return Examples.joined(parts[False]), Examples.joined(parts[True])
 
 

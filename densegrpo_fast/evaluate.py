@@ -25,12 +25,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from densegrpo_fast.common.command_line import check_outputs, command_parser
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import write_json
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, split_overrides
-from densegrpo_fast.config.command_line import check_outputs, command_parser
 from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
 from densegrpo_fast.training.prompts import PromptSet, load_prompts
 

@@ -24,10 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from densegrpo_fast.common.command_line import check_outputs, command_parser, positive
 from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.command_line import check_outputs, command_parser, configuration, positive
+from densegrpo_fast.config.cli import configuration
 
 if TYPE_CHECKING:
     from densegrpo_fast.training.preview_training import Pictures
@@ -54,15 +55,17 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     """
     from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors
     from densegrpo_fast.models.sd3 import SD3
+    from densegrpo_fast.training.policy_samples import policy_alone
     from densegrpo_fast.training.preview_training import agreement, train_preview
+    from densegrpo_fast.training.rewarding import build_reward
     from densegrpo_fast.training.schedule import Schedule
-    from densegrpo_fast.training.trainer import Trainer
 
     # whole trajectories are drawn whatever the run draws, as only those end in a picture
     sampler = config.sampler.model_copy(update={"branches": None})
     exact = config.model.model_copy(update={"preview_dtype": "float32"})
-    trainer = Trainer(config.model_copy(update={"model": exact, "sampler": sampler}))
-    model, reward = trainer.model, trainer.reward
+    reward = build_reward(config.reward.terms, config.reward.options)
+    trainer = policy_alone(config.model_copy(update={"model": exact, "sampler": sampler}), reward=reward)
+    model = trainer.model
     if not isinstance(model, SD3) or model.preview_decoder is None:
         raise UsageError(
             "model.preview_decoder: this pipeline brings no preview decoder to start from; name the directory of an "
@@ -99,18 +102,18 @@ def collect(trainer: Trainer, pictures: int, turns: Sequence[Sequence[int]], chu
     from densegrpo_fast.training.preview_training import Pictures, decoded
 
     parts: tuple[list[Pictures], list[Pictures]] = ([], [])
-    for found in policy_samples(trainer, pictures, turns):
-        latents, batch = found.rollout.latents[-1], found.batch
+    for sampled in policy_samples(trainer, pictures, turns):
+        latents, batch = sampled.rollout.latents[-1], sampled.batch
         images = decoded(trainer.model, latents, "full", chunk)
-        parts[found.held_out].append(Pictures(latents.cpu(), images, batch.prompts, batch.metadata))
+        parts[sampled.held_out].append(Pictures(latents.cpu(), images, batch.prompts, batch.metadata))
     training, held_out = (
         Pictures(
-            torch.cat([part.latents for part in own]),
-            torch.cat([part.images for part in own]),
-            [prompt for part in own for prompt in part.prompts],
-            [item for part in own for item in part.metadata],
+            torch.cat([part.latents for part in chosen]),
+            torch.cat([part.images for part in chosen]),
+            [prompt for part in chosen for prompt in part.prompts],
+            [item for part in chosen for item in part.metadata],
         )
-        for own in (parts[False], parts[True])
+        for chosen in (parts[False], parts[True])
     )
     return training, held_out
 

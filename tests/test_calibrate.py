@@ -83,7 +83,7 @@ def test_the_same_command_finds_the_same(calibrated: Path, pipeline_directory: P
 
 @pytest.mark.parametrize("branches", [False, True])
 def test_noise_is_where_training_has_it(pipeline_directory: Path, tmp_path: Path, capsys: Any, branches: bool) -> None:
-    """In the windows' steps alone, from trajectories or from noise-free trunks; the file says which."""
+    """In the windows' steps alone, from trajectories or from noise-free ones; the file says which."""
     window = {"window__schedule": "random", "window__size": 1, "window__first": 1, "sampler__num_steps": 4}
     if branches:
         window |= {"sampler__branches": 2, "sampler__micro_batch": 2, "credit__method": "branch"}

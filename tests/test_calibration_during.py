@@ -11,7 +11,6 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import read_metrics
@@ -41,11 +40,13 @@ def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]
     return images.flatten(1).mean(1)
 
 
+PROMPTS = PromptSet(("0", "12"), ({}, {}))
+
+
 def levels(config: Config, model: Any) -> NoiseLevels:
-    """Noise levels on two prompts, with a model and a reward that count."""
-    meter, reward = Meter(), RewardMixture({"brightness": (brightness, 1.0)})
-    prompts = PromptSet(("0", "12"), ({}, {}))
-    return NoiseLevels(config, MeteredModel(model, meter), MeteredReward(reward, meter), prompts)
+    meter = Meter()
+    reward = MeteredReward(RewardMixture({"brightness": (brightness, 1.0)}), meter)
+    return NoiseLevels(config, MeteredModel(model, meter), reward, PROMPTS)
 
 
 def calibrate(found: NoiseLevels, iteration: int) -> dict[str, float]:
@@ -55,7 +56,7 @@ def calibrate(found: NoiseLevels, iteration: int) -> dict[str, float]:
     meter.reset()
     with meter("calibration"):
         metrics = found.calibrate(iteration)
-    return metrics | CostReport(found.config, found.model, None, meter).metrics(4, 3, 1)
+    return metrics | CostReport(found.config, found.model, None, meter).metrics(4, 3, 16)
 
 
 def measured(record: dict[str, Any]) -> dict[str, Any]:
@@ -64,10 +65,10 @@ def measured(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_when() -> None:
-    found = NoiseLevels(configured(), None, None, None)  # type: ignore[arg-type]
+    found = NoiseLevels(configured(), None, None, PROMPTS)  # type: ignore[arg-type]
     assert [iteration for iteration in range(8) if found.due(iteration)] == [0, 3, 6]
     assert found.metrics() == {f"noise_level/step_{step}": 0.7 for step in range(4)}
-    never = NoiseLevels(configured(**{"calibration.every": 0}), None, None, None)  # type: ignore[arg-type]
+    never = NoiseLevels(configured(**{"calibration.every": 0}), None, None, PROMPTS)  # type: ignore[arg-type]
     assert not any(never.due(iteration) for iteration in range(8)) and never.metrics() == {}
 
 
@@ -115,14 +116,14 @@ def test_branches_are_calibrated_as_branches(mixture_model: Any) -> None:
     before, metrics = len(mixture_model.calls), calibrate(found, 0)
     # the last step is not trained, and so has no branches
     assert found.levels[3] == 0.7 and 0.7 not in found.levels[:3]
-    # closed form: 4 steps of a trunk, and 3 + 2 + 1 of what the branches lead to
+    # closed form: 4 steps of an ODE trajectory, and 3 + 2 + 1 of what the branches lead to
     assert metrics["nfe/calibration"] == metrics["calibration/rounds"] * 16 * (4 + 6)
     assert sum(rows for rows, _, _ in mixture_model.calls[before:]) == metrics["nfe/calibration"]
-    assert calibrated_steps(configured(**tree, **{"objective.trained_steps": "[1, 3]"})) == [1, 3]
+    assert configured(**tree, **{"objective.trained_steps": "[1, 3]"}).calibrated_steps() == [1, 3]
 
 
 def test_a_checkpoint_of_another_sampler_is_refused() -> None:
-    found = NoiseLevels(configured(), None, None, None)  # type: ignore[arg-type]
+    found = NoiseLevels(configured(), None, None, PROMPTS)  # type: ignore[arg-type]
     found.restore(None)
     assert found.levels == (0.7,) * 4
     with pytest.raises(UserError, match="noise levels for another number of steps"):
@@ -130,10 +131,9 @@ def test_a_checkpoint_of_another_sampler_is_refused() -> None:
 
 
 def test_the_table_takes_the_levels(mixture_model: Any) -> None:
-    config = configured()
-    table = Schedule(config, mixture_model).coefficients(range(4), [0.5, 0.6, 0.7, 0.8])
-    assert table.noise_level == (0.5, 0.6, 0.7, 0.8)
-    assert Schedule(config, mixture_model).coefficients(range(4)).noise_level == (0.7,) * 4
+    schedule = Schedule(configured(), mixture_model)
+    assert schedule.coefficients(range(4), [0.5, 0.6, 0.7, 0.8]).noise_level == (0.5, 0.6, 0.7, 0.8)
+    assert schedule.coefficients(range(4)).noise_level == (0.7,) * 4
 
 
 @pytest.mark.parametrize(

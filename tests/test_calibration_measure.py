@@ -21,6 +21,7 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW, GainMeter
+from densegrpo_fast.training.meter import Meter, MeteredModel
 from densegrpo_fast.training.prompts import PromptSet
 
 T = 4
@@ -120,11 +121,11 @@ def test_too_many_missing_scores_end_it(mixture_model: FlowModel) -> None:
     assert gains.isnan().nonzero().tolist() == [[0, 0], [8, 0]]
 
 
-def test_branches_leave_a_trunk_without_noise(mixture_model: FlowModel) -> None:
+def test_branches_leave_an_ode_trajectory(mixture_model: FlowModel) -> None:
     """The first step's gains are a trajectory's; those of later ones know nothing of the noise before them."""
     trajectories = meter(mixture_model, ["0", "12"])
-    trunks = replace(trajectories, branched=True)
-    one, other = trunks.gains([0.7, 0.5, 0.0, 0.7], 0), trunks.gains([0.2, 0.5, 0.7, 0.7], 0)
+    branched = replace(trajectories, branched=True)
+    one, other = branched.gains([0.7, 0.5, 0.0, 0.7], 0), branched.gains([0.2, 0.5, 0.7, 0.7], 0)
     assert one.shape == (12, T) and not one[:, 2].any() and other[:, 2].all()
     torch.testing.assert_close(one[:, [1, 3]], other[:, [1, 3]], rtol=1e-5, atol=1e-6)
     whole = trajectories.gains([0.7, 0.5, 0.0, 0.7], 0)
@@ -135,11 +136,9 @@ def test_branches_leave_a_trunk_without_noise(mixture_model: FlowModel) -> None:
 @pytest.mark.parametrize("branched", [False, True])
 def test_forwards_in_closed_form(mixture_model: FlowModel, branched: bool) -> None:
     """T = 4 steps, and the completions after the noisy steps 0 and 2: 3 + 1 evaluations."""
-    found = meter(mixture_model, ["0", "12"], branched=branched)
-    levels = [0.7, 0.0, 0.5, 0.0]
-    found.gains(levels, 0)
-    ((cost, samples),) = found.costs(levels)
-    assert sum(rows for rows, _, _ in mixture_model.calls) == samples * cost.forwards == 12 * (4 + 3 + 1)
+    counted = Meter()
+    meter(MeteredModel(mixture_model, counted), ["0", "12"], branched=branched).gains([0.7, 0.0, 0.5, 0.0], 0)
+    assert sum(rows for rows, _, _ in mixture_model.calls) == counted.now.forwards == 12 * (4 + 3 + 1)
 
 
 def test_samples_are_shared_out_among_windows(mixture_model: FlowModel) -> None:
@@ -151,7 +150,6 @@ def test_samples_are_shared_out_among_windows(mixture_model: FlowModel) -> None:
     assert ((gains != 0) == noisy).all()
     # 3 + 2 evaluations complete the states before steps 0 and 1, 2 + 1 those before 1 and 2
     assert sum(rows for rows, _, _ in mixture_model.calls) == 2 * (4 + 3 + 2) + 3 * (4 + 2 + 1)
-    assert [samples * cost.forwards for cost, samples in found.costs(levels)] == [2 * 9, 3 * 7]
     alone = meter(mixture_model, ["0", "12"], count=5).gains([0.0, 0.5, 0.6, 0.0], 0)
     torch.testing.assert_close(gains[2:], alone[2:], rtol=1e-5, atol=1e-6)
     # of four states two have noise in a step of either window, and all in the one that both have
@@ -168,7 +166,7 @@ def linear_flow(branched: bool) -> tuple[StepConsistency, Tensor, Tensor, Tensor
         own   = (a_(t+1) C_t)^2
         state = (a_(t+1) ((A_t - 1) + (B_t - dt_t) g_t))^2 Var(x_t)
 
-    where Var(x_(t+1)) = (A_t + B_t g_t)^2 Var(x_t) + C_t^2, or (1 + dt_t g_t)^2 Var(x_t) along a noise-free trunk.
+    where Var(x_(t+1)) = (A_t + B_t g_t)^2 Var(x_t) + C_t^2, or (1 + dt_t g_t)^2 Var(x_t) without noise.
     """
     std, levels = 0.5, [0.7, 0.9, 0.5, 0.7]
     mean = torch.tensor([[0.2, -0.1, 0.3, 0.0, -0.2, 0.1]], dtype=torch.float64)

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegrpo_fast.calibration.rules import Limits, PrintedRule, Signs, calibrate
-from densegrpo_fast.calibration.staircase import Staircase
+from densegrpo_fast.calibration.rules import Limits, PrintedRule, Signs, Staircase, calibrate
 
 NORMAL = NormalDist()
 Gains = Callable[[tuple[float, ...], int], list[list[float]]]
@@ -42,7 +41,7 @@ def climbing(*arguments: Any, **options: Any) -> Staircase:
     for _ in range(2):
         assert set(rule.levels) <= {0.0, rule.limits.lowest}
         rule.update([Signs(50, 50)] * len(rule.levels))
-    assert rule.draw == 0 and not rule.hopeless
+    assert rule.draw == 0 and not rule.unbalanceable
     return rule
 
 
@@ -129,7 +128,7 @@ def test_levels_stop_at_the_limits() -> None:
 
     rule = Staircase([0.7, 0.7], Limits(0.2, 0.9), resolution=0.16)
     rounds = calibrate(rule, measure, 30)
-    assert rule.settled and rule.result == (0.9, 0.2) and rule.hopeless == ()
+    assert rule.settled and rule.result == (0.9, 0.2) and rule.unbalanceable == ()
     assert [measured.levels for measured in rounds] == [
         (0.2, 0.2), (0.2, 0.2), (0.7, 0.7), (0.86, 0.54), (0.9, 0.38), (0.9, 0.22), (0.9, 0.2), (0.9, 0.2)
     ]  # fmt: skip
@@ -138,18 +137,18 @@ def test_levels_stop_at_the_limits() -> None:
 def test_a_step_that_no_level_balances_keeps_its_start() -> None:
     rule = Staircase([0.7, 0.7], Limits(0.2, 0.7))
     rounds = calibrate(rule, lambda levels, draw: [[1.0, -1.0] * 20, [-1.0] * 40], 30)
-    assert rule.settled and rule.result == (0.7, 0.7) and rule.hopeless == (1,)
+    assert rule.settled and rule.result == (0.7, 0.7) and rule.unbalanceable == (1,)
     # two draws at the lowest level; the first step is held by the highest; and the confirmation
     assert [measured.levels for measured in rounds] == [(0.2, 0.2)] * 2 + [(0.7, 0.7)] * 2
 
 
-def test_a_step_is_hopeless_by_two_draws_together() -> None:
+def test_a_step_is_unbalanceable_by_two_draws_together() -> None:
     rule = Staircase([0.5, 0.5], Limits(0.1, 1.0), share=0.1, deviations=1.0)
     # of 200 signs an excess of 20 does not matter: 24 - 6 = 18, but 12 + 12 = 24
     rule.update([Signs(62, 38), Signs(56, 44)])
     assert rule.draw == 1
     rule.update([Signs(47, 53), Signs(56, 44)])
-    assert rule.hopeless == (1,) and rule.draw == 0 and rule.levels == (0.5, 0.5)
+    assert rule.unbalanceable == (1,) and rule.draw == 0 and rule.levels == (0.5, 0.5)
 
 
 def test_a_level_that_was_lucky_is_refuted_by_the_next_draw() -> None:
@@ -167,7 +166,7 @@ def test_a_level_that_was_lucky_is_refuted_by_the_next_draw() -> None:
     # 32: on with the lower half, up to .35. That is balanced and held there, and the third draw confirms it, 4 + 4.
     assert [measured.levels[0] for measured in rounds] == [0.1, 0.1, 0.5, 0.6, 0.6, 0.35, 0.35]
     assert draws == [0, 1, 0, 0, 1, 1, 2]
-    assert rule.settled and rule.result == (0.35,) and rule.hopeless == ()
+    assert rule.settled and rule.result == (0.35,) and rule.unbalanceable == ()
 
 
 def test_the_tolerance_follows_the_number_of_samples() -> None:
@@ -181,7 +180,7 @@ def test_ties_move_nothing() -> None:
     rule = Staircase([0.7, 0.6, 0.5], Limits(0.1, 1.0))
     for _ in range(3):
         rule.update([only_ties, none, few])
-    assert rule.levels == rule.result == (0.7, 0.6, 0.5) and rule.settled and not rule.hopeless
+    assert rule.levels == rule.result == (0.7, 0.6, 0.5) and rule.settled and not rule.unbalanceable
 
 
 @given(

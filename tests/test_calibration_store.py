@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from densegrpo_fast.training.builders import build_coefficients, check_calibration, shrink
 
 from densegrpo_fast.calibration.store import FORMAT, read_calibration
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import circumstances
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.training.models import check_calibration, tiny_config
+from densegrpo_fast.training.schedule import Schedule
 
 LEVELS = [0.5, 0.75, 0.3, 0.7]
 WHOLE = {"format": FORMAT, "dynamics": "cps", "sigmas": [1, 0.5, 0], "noise_level": [0.5, 0.5]}
@@ -60,7 +60,7 @@ def test_the_levels_replace_the_noise_level(tmp_path: Path, mixture_model: FlowM
     loaded = config(write(tmp_path / "levels.json"), "--sampler.noise_level=0.9")
     assert loaded.noise_levels == tuple(LEVELS)
     check_calibration(loaded, mixture_model)
-    assert build_coefficients(loaded, mixture_model).noise_level == tuple(LEVELS)
+    assert Schedule(loaded, mixture_model).coefficients().noise_level == tuple(LEVELS)
 
 
 def test_a_run_remembers_the_levels_and_not_the_file(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_steps_that_may_be_noisy_must_have_been_calibrated(
 def test_a_file_that_was_made_otherwise_is_taken_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = circumstances(config(write(tmp_path / "levels.json")))
+    own = config(write(tmp_path / "levels.json")).calibration_settings()
     assert own == {
         "model": "embedded",
         "prompts": "scenes",
@@ -193,5 +193,5 @@ def test_levels_out_of_range_are_refused(tmp_path: Path) -> None:
 
 def test_a_dry_run_of_a_model_elsewhere_keeps_the_levels_alone(tmp_path: Path) -> None:
     loaded = config(write(tmp_path / "levels.json"), "--model.path=some/model")
-    small = shrink(loaded)
+    small = tiny_config(loaded)
     assert small.sampler.calibration is None and small.noise_levels == tuple(LEVELS)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from densegrpo_fast.training.chunks import GB, Chunks, Linear, lookahead_chunks
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
@@ -18,6 +17,8 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.models.memory import peak_bytes
 from densegrpo_fast.run_files.metrics import read_metrics
+from densegrpo_fast.training.lookahead import GB, Chunks, Linear, lookahead_chunks
+from densegrpo_fast.training.meter import Meter, MeteredModel
 
 
 def configured(memory_gb: float | None, chunk: int = 64) -> Config:
@@ -46,7 +47,8 @@ def test_the_rows_fill_the_budget_and_no_more(tiny_policy: Callable[..., FlowMod
 
 def test_a_chunk_is_never_more_than_asked_for(tiny_policy: Callable[..., FlowModel]) -> None:
     model = tiny_policy()
-    assert lookahead_chunks(configured(100.0, chunk=7), model, "full") == Chunks(7, 7)
+    for counted in (model, MeteredModel(model, Meter())):
+        assert lookahead_chunks(configured(100.0, chunk=7), counted, "full") == Chunks(7, 7)
     assert lookahead_chunks(configured(None, chunk=7), model, "full") == Chunks(7, 7)
 
 

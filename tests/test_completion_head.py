@@ -20,8 +20,7 @@ from densegrpo_fast import completion
 from densegrpo_fast.common.exit_codes import ExitCode
 from densegrpo_fast.completion import main
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.config.command_line import configuration
+from densegrpo_fast.config.cli import configuration, load_config
 from densegrpo_fast.fidelity import options as fidelity_options
 from densegrpo_fast.fidelity.__main__ import main as fidelity
 from densegrpo_fast.flow.dynamics import coefficients
@@ -33,7 +32,7 @@ from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
-from densegrpo_fast.training import builders
+from densegrpo_fast.training import models
 
 T = 4
 PLAN = plans.nodes(T, [2])
@@ -221,7 +220,8 @@ def test_the_file_tells_what_the_head_took(made: Made, made_of_branches: Made) -
     """96 samples are 24 batches of 4, and 4 more are held out: 112 samples.
 
     Of a trajectory 3 evaluations are the rollout, 2 + 1 exact completions, and 1 brings state 0 to node 1. Two branches
-    share 2 of a trunk; each takes 1 at each of two states, which the head sees too, and 1 more to complete exactly.
+    share 2 of an ODE trajectory; each takes 1 at each of two states, which the head sees too, and 1 more to complete
+    exactly.
     """
     for found, forwards, judged in ((made, 112 * 7, 2 * 16), (made_of_branches, 112 * (1 + 2 + 1), 16)):
         cost = load_head(found.path).cost
@@ -342,7 +342,7 @@ def test_what_training_refuses_the_command_refuses_before_anything_is_loaded(
     def loaded(*arguments: Any, **others: Any) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(builders, "build_model", loaded)
+    monkeypatch.setattr(models, "build_model", loaded)
     head, options = tmp_path / "head.safetensors", {**options, "lookahead.plan": "one_step"}
     assert train(tmp_path / "run", **options, **{"lookahead.head": head}) == ExitCode.USAGE
     refused = capsys.readouterr().err

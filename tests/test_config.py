@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from copy import deepcopy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -15,9 +17,9 @@ from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.common.fingerprint import differences
 from densegrpo_fast.config import Config, options
 from densegrpo_fast.config.cli import CliFlags, load_config, validate
-from densegrpo_fast.config.rewards import REWARD_NAMES
 from densegrpo_fast.config.schema import sections
 from densegrpo_fast.config.yaml_files import dump_yaml, parse_yaml, preset_names, read_settings
+from densegrpo_fast.rewards.registry import BUILT_IN
 
 PRESETS = [
     "embedded_branched",
@@ -329,9 +331,30 @@ def test_errors_name_options_that_there_are() -> None:
 
 
 def test_every_reward_of_the_package_can_be_named() -> None:
-    from densegrpo_fast.rewards.registry import _BUILT_IN
+    for name in BUILT_IN:
+        assert config(f"reward.terms={{{name}: 1}}").reward.terms == {name: 1.0}
 
-    assert set(_BUILT_IN) == set(REWARD_NAMES)
+
+@pytest.mark.parametrize(
+    ("key", "module", "name"),
+    [
+        ("credit.std", "credit.normalize", "Std"),
+        ("credit.normalize", "credit.normalize", "Normalize"),
+        ("credit.step_value", "credit.mixture", "StepValue"),
+        ("objective.guard_weight", "objective.guard", "GuardWeight"),
+        ("objective.kl_scale", "flow.log_prob_op", "KlScale"),
+        ("sampler.dynamics", "flow.dynamics", "Family"),
+        ("lookahead.guidance", "sampling.lookahead", "Guidance"),
+        ("lookahead.decoder", "models.base", "Decoder"),
+        ("model.vae_decode", "models.sd3", "VaeDecode"),
+        ("model.attention", "models.attention", "Attention"),
+    ],
+)
+def test_choices_are_those_of_the_code(key: str, module: str, name: str) -> None:
+    """Which needs torch, and so cannot be what the configuration imports."""
+    choices = get_args(getattr(importlib.import_module(f"densegrpo_fast.{module}"), name))
+    # noise-free dynamics are a noise level of 0
+    assert {*get_args(options()[key].annotation)} == {*choices} - {"ode"}
 
 
 def test_several_problems_are_reported_together() -> None:

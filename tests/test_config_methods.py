@@ -10,7 +10,6 @@ from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, validate
-from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.credit import registry
 
 BASE = ["--config", str(Path(__file__).parent / "data" / "base.yaml")]  # 8 steps of flow_sde, plan exact_but_last
@@ -41,7 +40,22 @@ def test_every_registered_method_is_an_option(name: str) -> None:
     assert loaded.uses_lookahead == (name not in ("sparse", "coca", "branch", "granular"))
     assert loaded.uses_branches == (name in ("branch", "granular"))
     # every option that it takes has a value
-    assert {*method.options, *registry.COMMON} <= credit_values(loaded.credit).keys()
+    assert {*method.options, *registry.COMMON} <= loaded.credit.method_options().keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("credit.method=dense", "local"),
+        ("credit.method=dense credit.normalize=joint", "whole"),
+        ("credit.method=dense credit.smoothing=0.5", "whole"),
+        ("credit.method=return_to_go", "whole"),
+        ("credit.method=return_to_go credit.discount=0", "local"),
+        ("credit.method=sparse", "whole"),
+    ],
+)
+def test_whether_a_step_can_be_credited_before_the_trajectories_end(arguments: str, expected: str) -> None:
+    assert config(*arguments.split()).credit_scope == expected
 
 
 @pytest.mark.parametrize("policy", ["clip", "guard", "dppo"])
@@ -205,7 +219,7 @@ def test_a_method_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
     named = f"credit.method={path}:OWN"
     loaded = config(named, "credit.arguments={sharpness: [1, 2]}")
     assert loaded.uses_lookahead
-    values = credit_values(loaded.credit)
+    values = loaded.credit.method_options()
     assert (values["sharpness"], values["discount"]) == ([1, 2], 1.0)
     assert "credit.arguments: method" in refused(named) and "needs sharpness" in refused(named)
     wrong = refused(named, "credit.arguments={sharpnes: 1}")

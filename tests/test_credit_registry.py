@@ -313,6 +313,72 @@ def test_mixture_has_dense_and_sparse_at_its_ends() -> None:
         close(mixed, 2 * judged(step_value, known))
 
 
+SCOPES = {
+    "sparse": "whole",
+    "dense": "local",
+    "value": "local",
+    "return_to_go": "whole",
+    "mixture": "whole",
+    "turning_point": "whole",
+    "vgpo": "whole",
+    "coca": "whole",
+    "branch": "local",
+    "granular": "local",
+}
+"""By `OPTIONS`; `choices` have others."""
+
+
+def around(known: CreditInputs, step: int, seed: int) -> CreditInputs:
+    """Other rewards, some of them missing, of all samples' states but the two around a step."""
+    rewards = evidence(seed).lookahead_rewards
+    assert rewards is not None and known.lookahead_rewards is not None and known.branch_rewards is not None
+    rewards[0, 0] = torch.nan
+    rewards[..., step : step + 2] = known.lookahead_rewards[..., step : step + 2]
+    return rewarded(known, rewards)
+
+
+@every_method
+def test_what_is_local(name: str) -> None:
+    assert registry.find(name).scope(OPTIONS) == SCOPES[name]
+
+
+@every_method
+@more
+@given(seed=seeds, other=seeds, step=st.integers(0, T - 1), options=choices)
+def test_a_local_method_credits_a_step_by_the_two_states_around_it(
+    name: str, seed: int, other: int, step: int, options: dict[str, Any]
+) -> None:
+    known = evidence(seed)
+    if registry.find(name).scope(OPTIONS | options) == "local":
+        changed = judged(name, around(known, step, other), **options)
+        assert torch.equal(changed[..., step], judged(name, known, **options)[..., step])
+
+
+@every_method
+@more
+@given(options=choices)
+def test_a_whole_method_does_not(name: str, options: dict[str, Any]) -> None:
+    """Some rewards, and a step of them, show it: else the method would be local with these options."""
+    if registry.find(name).scope(OPTIONS | options) == "whole":
+        assert any(
+            not torch.equal(
+                judged(name, around(known, step, seed + 100), **options)[..., step],
+                judged(name, known, **options)[..., step],
+            )
+            for seed in range(5)
+            for known in [evidence(seed)]
+            for step in range(T - 1)
+        )
+
+
+def test_a_method_from_outside_is_whole_unless_it_says_otherwise() -> None:
+    assert LATE.scope({}) == "whole"
+    local = replace(LATE, local_with={"late": 1})
+    assert (local.scope({"late": 1}), local.scope({"late": 2})) == ("local", "whole")
+    with pytest.raises(ValueError, match="local_with has normalize, which is none of its options"):
+        replace(LATE, local_with={"normalize": "step"})
+
+
 def test_similarity_belongs_to_the_sample_of_its_row() -> None:
     # sigma 1 and velocity (-1, 0) from latents 0: the predicted clean latents are (1, 0); the final ones lie at 0, 60,
     # 90 and 180 degrees from it

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -24,27 +24,56 @@ def by_name(findings: object) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}  # type: ignore[attr-defined]
 
 
-def test_supported_versions_are_those_of_the_package() -> None:
+STATED = [
+    "torch<2.14,>=2.6",
+    'diffusers<1,>=0.42; extra == "train"',
+    'numpy; extra == "train"',
+    "peft >=0.18 ; extra == 'train'",
+    'wandb; extra == "log"',
+    'densegrpo-fast[train]; extra == "test"',
+    'triton<3.8,>=3.6; platform_system == "Linux" and extra == "test"',
+    'types-PyYAML; extra == "test"',
+]
+"""As different versions of setuptools write it into the metadata."""
+
+
+def test_supported_versions_are_those_that_the_metadata_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = 'pip install "densegrpo-fast[train]"'
+    assert packages.requirements(STATED) == [
+        ("torch", ">=2.6,<2.14", "pip install 'torch>=2.6,<2.14'"),
+        ("diffusers", ">=0.42,<1", train),
+        ("numpy", "", train),
+        ("peft", ">=0.18", train),
+        ("triton", ">=3.6,<3.8", ""),
+    ]
+    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: STATED)
+    monkeypatch.setattr(packages, "installed_version", lambda name: None)
+    found = by_name(packages.package_findings())
+    assert [*found] == ["python", "torch", "diffusers", "numpy", "peft", "triton"]
+
+
+def test_every_requirement_of_training_is_understood() -> None:
     if sys.version_info < (3, 11):
         pytest.skip("tomllib came with Python 3.11")
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    stated = [f"{line}; extra == 'train'" for line in extras["train"]]
+    stated += [f"{line}{' and ' if ';' in line else '; '}extra == 'test'" for line in extras["test"]]
+    found = packages.requirements(project["dependencies"] + stated)
+    written = {requirement.name + requirement.wanted for requirement in found}
+    assert {*project["dependencies"], *extras["train"]} <= written
+    assert {requirement.name for requirement in found} >= {*packages.OPTIONAL}
 
-    def required(lines: list[str]) -> dict[str, set[str]]:
-        found = {}
-        for line in lines:
-            requirement = re.fullmatch(r"([\w-]+)(\[.*\])?([^;]*)(;.*)?", line)
-            assert requirement is not None
-            found[requirement[1]] = set(filter(None, requirement[3].strip().split(",")))
-        return found
 
-    def stated(table: dict[str, str]) -> dict[str, set[str]]:
-        return {name: set(filter(None, wanted.split(","))) for name, wanted in table.items()}
+def test_a_checkout_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    assert stated(packages.CORE) == required(project["dependencies"])
-    assert stated(packages.TRAINING) == required(project["optional-dependencies"]["train"])
-    assert stated(packages.OPTIONAL).items() <= required(project["optional-dependencies"]["test"]).items()
+    monkeypatch.setattr(packages.importlib.metadata, "requires", absent)
+    found = by_name(packages.package_findings())
+    assert (found["densegrpo-fast"].status, "torch" in found) == ("warn", False)
 
 
 @pytest.mark.parametrize(
@@ -70,15 +99,17 @@ def test_other_conditions_are_refused() -> None:
 
 
 def test_package_verdicts() -> None:
-    def status(name: str, wanted: str, found: str | None) -> tuple[str, str]:
-        finding = packages.version_finding(name, wanted, found)
+    stated = {requirement.name: requirement for requirement in packages.requirements(STATED)}
+
+    def status(name: str, found: str | None) -> tuple[str, str]:
+        finding = packages.version_finding(stated[name], found)
         return finding.status, finding.advice
 
-    assert status("torch", ">=2.6", "2.7") == ("ok", "")
-    assert status("torch", ">=2.6", "2.5") == ("warn", "pip install 'torch>=2.6'")
-    assert status("torch", ">=2.6", None) == ("problem", "pip install 'torch>=2.6'")
-    assert status("peft", ">=0.18", None) == ("problem", 'pip install "densegrpo-fast[train]"')
-    assert status("triton", ">=3.6", None) == ("ok", "")
+    assert status("torch", "2.7") == ("ok", "")
+    assert status("torch", "2.5") == ("warn", "pip install 'torch>=2.6,<2.14'")
+    assert status("torch", None) == ("problem", "pip install 'torch>=2.6,<2.14'")
+    assert status("peft", None) == ("problem", 'pip install "densegrpo-fast[train]"')
+    assert status("triton", None) == ("ok", "")
 
 
 def test_whole_weights_have_no_fault(pipeline_directory: Path) -> None:

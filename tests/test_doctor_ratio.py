@@ -18,10 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from densegrpo_fast.doctor import __main__ as doctor
 from densegrpo_fast.doctor import ratio
-from densegrpo_fast.doctor.ablations import unmerged_adapter
-from densegrpo_fast.doctor.causes import CAUSES
-from densegrpo_fast.doctor.diagnosis import Diagnosis, default_tolerance, diagnose, within
+from densegrpo_fast.doctor.causes import CAUSES, unmerged_adapter
 from densegrpo_fast.doctor.loop import Loop, configured_loop, lora_layers, randomize_lora_
+from densegrpo_fast.doctor.ratio import Diagnosis, default_tolerance, diagnose, within
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.sampling import replay as replaying
@@ -346,7 +345,7 @@ def test_tolerance() -> None:
     assert default_tolerance(1e-5) == 1e-6
 
 
-def test_a_fresh_adapter_is_roused(tiny_policy: Policy) -> None:
+def test_a_fresh_adapter_gets_random_values(tiny_policy: Policy) -> None:
     model = tiny_policy()
     randomize_lora_(model.network)
     for layer in lora_layers(model.network):

@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from densegrpo_fast.fidelity import statistics
-from densegrpo_fast.fidelity.measure import Variant, agreement_of, cost_of, measure, reference, score, trajectories
+from densegrpo_fast.fidelity.measure import agreement_of, cost_of, measure, score, trajectories
 from densegrpo_fast.fidelity.report import table
-from densegrpo_fast.fidelity.search import Thresholds, cheapest, search
+from densegrpo_fast.fidelity.search import Path, Thresholds, cheapest, completions, node_sets, path_after, search
 from densegrpo_fast.fidelity.target import FidelityTarget, analytic_target
+from densegrpo_fast.fidelity.variants import Variant, reference
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.remainder import with_remainder
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.sampling import path_tree
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 from densegrpo_fast.sampling.step_runner import StepInput, StepOutput, StepRunner
+from densegrpo_fast.training import agreement
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_samples_of_one_noise_share_their_first_completion(target: FidelityTarge
     assert cost_of(reused, shared, 6).lookahead.unguided == cost_of(reference(5), target, 6).lookahead.guided == 10
 
 
-def test_forwards_are_run_as_the_subject_says(target: FidelityTarget) -> None:
+def test_forwards_are_run_as_the_target_says(target: FidelityTarget) -> None:
     class Counted(StepRunner):
         rows = 0
 
@@ -67,16 +67,16 @@ def test_forwards_are_run_as_the_subject_says(target: FidelityTarget) -> None:
             return super().__call__(model, rows, *arguments, **options)
 
     # branches of the steps 1 and 2: 6 rows arrive at the states 2 and 3, and go on by 2 and 1 nodes
-    visits = Counted()
-    branched = replace(target, coefficients=target.coefficients.only((1, 2)), branched=True, visits=visits)
+    runner = Counted()
+    branched = replace(target, coefficients=target.coefficients.only((1, 2)), branched=True, step_runner=runner)
     measure(branched, [], range(1), group_size=6, seed=0)
-    assert visits.rows == 6 * (2 + (2 + 1))
+    assert runner.rows == 6 * (2 + (2 + 1))
 
 
 def test_exact_is_its_own_reference(target: FidelityTarget) -> None:
     rewards = measure(target, [reference(5)], range(2), group_size=6, seed=0)
     (exact,) = rewards.values()
-    assert statistics.compare(exact, rewards[reference(5)]).spearman_gains_mean == pytest.approx(1.0)
+    assert agreement.compare(exact, rewards[reference(5)]).spearman_gains_mean == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -97,10 +97,10 @@ def test_the_tree_holds_every_plans_completions(mixture_model: FlowModel, guidan
     tree = completed_everywhere(Lookahead(mixture_model, plans.exact(steps), guidance="cond_only"), trajectory)
     # states 0, 2, 3 (state 1 shares state 2's): subsets of the nodes ahead, less the empty one, are evaluations
     assert len(mixture_model.calls) == (2**3 - 1) + (2**1 - 1)
-    for nodes in path_tree.node_sets(steps, 3):
+    for nodes in node_sets(steps, 3):
         expected = Lookahead(mixture_model, plans.nodes(steps, nodes), guidance="cond_only").complete(trajectory)
         for state in (0, 2, 3):
-            torch.testing.assert_close(tree[state, path_tree.path_after(nodes, state)], expected[state])
+            torch.testing.assert_close(tree[state, path_after(nodes, state)], expected[state])
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -125,15 +125,15 @@ def test_the_tree_ends_as_the_window_says(mixture_model: FlowModel, group: int) 
         full = tuple(range(state + 1, steps))
         torch.testing.assert_close(tree[state, full], expected[state])
         assert (expected[state] - first_order[state]).abs().max() > 1e-3
-    for nodes in path_tree.node_sets(steps, 3):
+    for nodes in node_sets(steps, 3):
         expected = exact.by(plans.nodes(steps, nodes)).complete(trajectory)
         for state in (0, 1):
-            torch.testing.assert_close(tree[state, path_tree.path_after(nodes, state)], expected[state])
+            torch.testing.assert_close(tree[state, path_after(nodes, state)], expected[state])
 
 
-def completed_everywhere(lookahead: Lookahead, trajectory: Trajectory) -> dict[tuple[int, path_tree.Path], Tensor]:
+def completed_everywhere(lookahead: Lookahead, trajectory: Trajectory) -> dict[tuple[int, Path], Tensor]:
     """The completions of every state along every path."""
-    found = path_tree.completions(lookahead, trajectory, max_nodes=trajectory.num_steps)
+    found = completions(lookahead, trajectory, max_nodes=trajectory.num_steps)
     return {(state, path): clean for state, path, clean in found}
 
 
@@ -151,7 +151,7 @@ def test_the_search_finds_what_measuring_finds(target: FidelityTarget) -> None:
     picked += [own[0], own[-1]]
     rewards = measure(target, [candidate.variant for candidate in picked], range(2), group_size=6, seed=1)
     for candidate in picked:
-        direct = statistics.compare(rewards[reference(5)], rewards[candidate.variant])
+        direct = agreement.compare(rewards[reference(5)], rewards[candidate.variant])
         assert candidate.agreement.spearman_gains_mean == pytest.approx(direct.spearman_gains_mean, abs=1e-6)
         assert candidate.agreement.spearman_rewards_mean == pytest.approx(direct.spearman_rewards_mean, abs=1e-6)
 
@@ -193,28 +193,28 @@ def test_operations_come_before_forwards(target: FidelityTarget) -> None:
 
 
 def test_branches_are_judged_among_those_of_their_state(target: FidelityTarget) -> None:
-    """Against a tree that is grown, completed and scored here."""
+    """Against branches that are drawn, completed and scored here."""
     branched = replace(target, coefficients=target.coefficients.only((0, 1, 2)), branched=True)
     variants = [Variant(plans.one_step(5), "full", "full"), Variant(plans.exact(5), "full", "preview")]
     rewards = measure(branched, variants, range(3), group_size=4, seed=7)
-    trunks, rows = torch.arange(0, 12, 4), [branched.prompts.prompts[group] for group in range(3) for _ in range(4)]
+    roots, rows = torch.arange(0, 12, 4), [branched.prompts.prompts[group] for group in range(3) for _ in range(4)]
     model, metadata = branched.model, [{} for _ in rows]
-    tree = branch_rollout(
+    branched_rollout = branch_rollout(
         model,
-        initial_noise(model, trunks, seed=7, iteration=0),
+        initial_noise(model, roots, seed=7, iteration=0),
         model.encode(rows),
         branched.coefficients,
         branches=4,
-        sample_index=trunks,
+        sample_index=roots,
         seed=7,
         iteration=0,
         guidance_scale=branched.guidance_scale,
     )
-    clean = tree.completions(Lookahead(model, plans.exact(5), chunk=100))
+    clean = Lookahead(model, plans.exact(5), chunk=100).complete(branched_rollout)
     expected = branched.reward(model.decode(clean.flatten(0, 1), "full"), rows * 3, metadata * 3).values
     torch.testing.assert_close(rewards[reference(5)], expected.view(3, 3, 4).permute(1, 2, 0), rtol=1e-5, atol=1e-6)
     noisy = branched.coefficients.noisy
-    found = [statistics.compare_branches(rewards[reference(5)], rewards[variant], noisy) for variant in variants]
+    found = [agreement.compare_branches(rewards[reference(5)], rewards[variant], noisy) for variant in variants]
     assert found[1].spearman_rewards_mean == found[1].spearman_gains_mean > 0.9 > found[0].spearman_gains_mean
     assert len(found[0].spearman_gains) == 3 and found[0].remaining_gains == 1
     # in part: the same group in another range

@@ -77,7 +77,8 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
         # 10 steps of the rollout, and 9 that are trained and held to the reference
         sparse = 19 * forward + 9 * (reference + unit["backward"]) + unit["full_decode"] + unit["reward"]
         assert record["sparse_kl"] == pytest.approx(sparse)
-        # a trunk of 9 steps, and their training, in eighths; 9 branches' first velocities; 7 + 6 + ... + 1 to complete
+        # an ODE trajectory of 9 steps, and their training, in eighths; 9 branches' first velocities; 7 + 6 + ... + 1
+        # to complete
         own = (2 * 9 / 8 + 9 + 28) * forward + 9 / 8 * (reference + unit["backward"])
         row = record["plans"]["exact_but_last/full/preview, 8 branches"]
         assert row["ratio_kl"] == pytest.approx((own + 9 * (unit["preview_decode"] + unit["reward"])) / sparse)
@@ -176,7 +177,7 @@ def test_a_preset_with_branches_is_judged_on_branches(
     assert (exact["nfe_unguided"], exact["decodes"], len(exact["spearman_gains"])) == (12, 3, 3)
     assert document["plans"]["exact+copy(bfloat16)/full/full"]["spearman_rewards_mean"] > 0.5
     assert document["settings"]["branched"] and document["persistence"] is None
-    assert "2 groups of 4 branches of one trunk" in capsys.readouterr().out
+    assert "2 groups of 4 branches of one ODE trajectory" in capsys.readouterr().out
     for wrong, problem in ((["--cache", "text"], "--cache is for"), (["--guidance", "reuse"], "full or cond_only")):
         extra = ["--sampler.guidance_scale", "2"] if "--guidance" in wrong else []
         with pytest.raises(SystemExit) as ended:

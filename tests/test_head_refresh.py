@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from densegrpo_fast.sampling.monitor_cost import monitor_check
-from densegrpo_fast.training.head_examples import Examples, exactly_completed, examples_of, showing
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
@@ -22,11 +21,11 @@ from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import branch_rollout
-from densegrpo_fast.sampling.cost import Evaluations, dense_iteration, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.training import head_training
-from densegrpo_fast.training.head_training import BATCH, HeadRefresher, explained
+from densegrpo_fast.training.head_training import Examples, HeadRefresher, exactly_completed, examples_of, explained
+from densegrpo_fast.training.meter import Counts, Meter, MeteredModel, Prices
 
 SHAPE = HeadConfig(3, ((1,), (), ()), (4, 4, 4), patch=2, hidden=8, width=16, depth=1)
 
@@ -154,27 +153,16 @@ def test_examples_are_what_the_head_will_see(tiny_policy: Callable[..., FlowMode
 
 
 def test_what_a_check_costs_by_hand() -> None:
-    """T = 10, guided, exact: 45 evaluations and 11 images; nodes {3,6} without guidance, to see what the head sees: 9.
+    """24 trajectories of T = 10, guided: 45 exact evaluations and 11 images each; nodes {3,6} without guidance: 9.
 
-    24 trajectories, of which a head learns in 5 steps of 128 rows: 640 / 24 rows each, three forwards a row.
+    The head learns in 5 steps of 128 rows, three forwards a row.
     """
-    rows = 5 * BATCH / 24
-    cheap = lookahead_evaluations(plans.nodes(10, (3, 6)), guided=True, guidance="cond_only")
-    cost = replace(monitor_check(plans.exact(10), guided=True), cheap=cheap, head_rows=rows)
-    assert (cost.exact, cost.cheap) == (Evaluations(guided=45), Evaluations(unguided=9))
-    assert cost.forwards == 99 and (cost.full_decodes, cost.rewards) == (11, 11)
+    counts = Counts(guided=24 * 45, unguided=24 * 9, policy=24 * 90, lookahead=24 * 9, full_decodes=24 * 11)
+    counts += Counts(scored=24 * 11, learned=640)
+    assert counts.forwards == 24 * 99
     # powers of ten, so that the sum shows every count
-    unit = ModelFlops(1.0, 0.0, 0.0, full_decode=1e3, preview_decode=0.0, reward=1e6, head=1e9)
-    assert cost.flops(unit) == pytest.approx(99 + 11e3 + 11e6 + 80e9, rel=1e-12)
-    # a window of one step: one completion, by nodes 5..9, and the image
-    noisy = tuple(step == 4 for step in range(10))
-    alone = monitor_check(plans.exact(10), guided=False, noisy=noisy)
-    assert (alone.forwards, alone.full_decodes) == (5, 2)
-    # it completes as the exact lookahead does
-    assert (
-        monitor_check(plans.exact(10), guided=True, shared=4).exact
-        == dense_iteration(plans.exact(10), trained_steps=1, guided=True, kl=False, shared=4).lookahead
-    )
+    unit = ModelFlops(1.0, 0.0, 0.0, full_decode=1e3, preview_decode=math.nan, reward=1e6, head=1e9)
+    assert counts.flops(Prices(unit, 1.0)) == pytest.approx(24 * (99 + 11e3 + 11e6 + 80e9), rel=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +210,7 @@ def test_a_run_continues_to_the_bit_and_the_policy_is_left_alone(train: Any, hea
     assert not (tmp_path / "still" / "completion_head.safetensors").exists()
 
     # the first update comes after the head has learnt, and knows nothing of it
-    cost = ("guard/head", "nfe/monitor", "nfe_unguided/monitor", "flops/")
+    cost = ("monitor/head", "nfe/monitor", "nfe_unguided/monitor", "flops/")
     learnt, untaught = (
         {key: value for key, value in run[0].items() if not key.startswith(cost)} for run in (whole, still)
     )
@@ -239,7 +227,7 @@ def test_a_run_continues_to_the_bit_and_the_policy_is_left_alone(train: Any, hea
 
 
 def test_a_head_follows_the_policy_on_branches(train: Any, head_file: Path, tmp_path: Path) -> None:
-    """2 prompts x 1 trunk x 2 branches of the steps 0 and 1 of three; the head corrects state 1 alone."""
+    """2 prompts x 1 ODE trajectory x 2 branches of the steps 0 and 1 of three; the head corrects state 1 alone."""
     branches = {"sampler.branches": 2, "sampler.micro_batch": 1, "credit.method": "branch", "run.iterations": 2}
     branches |= {"objective.trained_steps": "[0, 1]", "optimizer.updates_per_iteration": 1}
     plain = load_head(head_file)
@@ -270,7 +258,7 @@ def test_a_head_follows_the_policy_on_branches(train: Any, head_file: Path, tmp_
 def test_examples_of_branches_are_what_the_head_will_see(tiny_policy: Callable[..., FlowModel]) -> None:
     model, plan, index = tiny_policy(spread=0.1), plans.nodes(4, [2]), torch.tensor([0, 2])
     config = HeadConfig(4, plan.paths, model.latent_shape, patch=2, hidden=model.network.inner_dim, width=16, depth=1)
-    tree = branch_rollout(
+    branched = branch_rollout(
         model,
         initial_noise(model, index, seed=0, iteration=0),
         model.encode(["a cat", "a cat", "the moon", "the moon"]),
@@ -282,21 +270,31 @@ def test_examples_of_branches_are_what_the_head_will_see(tiny_policy: Callable[.
     )
     head = head_of(config)
     lookahead, exact = Lookahead(model, plan, head=head), Lookahead(model, plans.exact(4))
-    line, ends = exactly_completed(exact, lookahead, tree)
+    line, ends = exactly_completed(exact, lookahead, branched)
     found = Examples.joined(examples_of(lookahead, head, line, ends))
     # branches lead to the states 1, 2 and 3, of which the last leaves no step out
     assert found.state.tolist() == [1] * 4 + [2] * 4
-    plain = tree.completions(Lookahead(model, plan))
+    plain = Lookahead(model, plan).complete(branched)
     torch.testing.assert_close(found.estimate, plain[:2].flatten(0, 1), rtol=1e-5, atol=1e-5)
-    exactly = tree.completions(exact)
+    exactly = exact.complete(branched)
     torch.testing.assert_close(found.estimate + found.target, exactly[:2].flatten(0, 1), rtol=1e-5, atol=1e-5)
-    # state 1 goes on at node 2; the branches are reached once, but for a lookahead that evaluates a copy
-    assert showing(exact, lookahead, tree) == Evaluations(unguided=1)
+    # branches lead to 3 states of 4 rows and go on exactly by 2 + 1 steps, and state 1 goes on at node 2; where they
+    # lead is evaluated once, but for a lookahead that evaluates a copy
     copied = Lookahead(LookaheadCopy(model), plan, head=head)
-    assert showing(exact, copied, tree) == Evaluations(unguided=1 + 3)
-    line, ends = exactly_completed(exact, copied, tree)
-    again = Examples.joined(examples_of(copied, head, line, ends))
-    torch.testing.assert_close(again.target, found.target, rtol=1e-3, atol=1e-3)
+    for shown, rows in ((lookahead, 4 * (3 + 3 + 1)), (copied, 4 * (3 + 3 + 1 + 3))):
+        meter = Meter()
+        metered = [replaced(one, MeteredModel(one.model, meter)) for one in (exact, shown)]
+        line, ends = exactly_completed(*metered, branched)
+        again = Examples.joined(examples_of(metered[1], head, line, ends))
+        assert meter.now.forwards == rows
+        torch.testing.assert_close(again.target, found.target, rtol=1e-3, atol=1e-3)
+
+
+def replaced(lookahead: Lookahead, model: FlowModel) -> Lookahead:
+    """The same lookahead with another model."""
+    other = lookahead.by(lookahead.plan)
+    other.model = model
+    return other
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_what_the_commands_are_told_they_understand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Options of the real commands, parsed by them, without any work."""
-    from densegrpo_fast.config.cli import load_config
-    from densegrpo_fast.config.command_line import configuration
+    from densegrpo_fast.config.cli import configuration, load_config
     from densegrpo_fast.fidelity.options import parse
 
     fake = FakeCommands()

@@ -27,9 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"flow.schedule", "flow.analytic", "embedded", "common"},
     "calibration": {"credit", "common"},
     "config": {
+        "calibration.rules",
         "calibration.store",
         "credit.registry",
         "objective.registry",
+        "rewards.registry",
         "sampling.windows",
         "sampling.plan",
         "common",

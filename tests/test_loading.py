@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from densegrpo_fast.training.loading import load_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.config.sampling import ModelOptions
+from densegrpo_fast.config.sections import ModelOptions
 from densegrpo_fast.embedded.architecture import build_tokenizer
 from densegrpo_fast.models.loading import load_sd3, pipeline_directory
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.sampling.replay import replay
 from densegrpo_fast.sampling.rollout import rollout
+from densegrpo_fast.training.models import load_model
 
 CPU = torch.device("cpu")
 Policy = Callable[..., SD3]

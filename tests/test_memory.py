@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from densegrpo_fast.training.builders import build_coefficients, build_lookahead
-from densegrpo_fast.training.experience import sample, sample_branches
-from densegrpo_fast.training.preparation import estimate_memory
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,20 +26,24 @@ from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, p
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.rewards.pickscore import PickScore
-from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.branches import BranchedRollout
+from densegrpo_fast.sampling.rollout import Rollout, Trajectory
 from densegrpo_fast.training.memory import (
     GIB,
     MemoryEstimate,
     check,
     estimate,
+    estimate_memory,
     free_bytes,
     held_bytes,
     peak_metrics,
     readable,
     refuse,
 )
+from densegrpo_fast.training.prompts import PromptBatch
+from densegrpo_fast.training.trainer import Trainer
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TARGETS = flops.ATTENTION_TARGETS
 ROWS = 3
 
@@ -224,6 +225,11 @@ def of_the_rollout(*overrides: str) -> Config:
     return config(*common, "lora.rank=4", "sampler.noise_level=0.7", "lookahead.decoder=full", *overrides)
 
 
+def sampled(trainer: Trainer) -> Rollout:
+    """8 samples of 2 prompts."""
+    return trainer.sample(PromptBatch(["a"] * 4 + ["b"] * 4, [{}] * 8, 4), trainer.schedule.at(0), 0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("cache", "guidance", "elements"),
@@ -250,13 +256,13 @@ def test_features_take_what_was_counted(
         "lookahead.plan=nodes",
         "lookahead.nodes=[2, 4]",
     )
-    lookahead = build_lookahead(chosen, model)
+    trainer = Trainer(chosen, model=model)
+    lookahead = trainer.lookahead
     assert lookahead is not None and isinstance(lookahead.cache, FeatureCache)
     counted = estimate_memory(chosen, model, lookahead)
+    assert counted.weights["lookahead copy"] == counted.weights["transformer"] * DTYPES[dtype].itemsize // 4
     lookahead.model.refresh()
-    trajectory = sample(
-        chosen, model, ["a"] * 4 + ["b"] * 4, build_coefficients(chosen, model), 0, cache=lookahead.cache
-    )
+    trajectory = sampled(trainer)
     buffers = [
         tensor
         for features in lookahead.cache._kept.values()
@@ -264,7 +270,7 @@ def test_features_take_what_was_counted(
         if tensor is not None
     ]
     # two nodes
-    size = 2 * elements * {"float32": 4, "bfloat16": 2}[dtype]
+    size = 2 * elements * DTYPES[dtype].itemsize
     assert counted.state["lookahead features"] == tensor_bytes(buffers) == lookahead.cache.bytes() == size
     assert ("lookahead features" in str(counted).split("kept: ")[1].split("\n")[0]) == bool(size)
     assert lookahead.complete(trajectory).isfinite().all()
@@ -279,13 +285,11 @@ def test_hidden_tokens_take_what_was_counted(tiny_policy: Callable[..., SD3], dt
         weight.data = weight.data.to(dtype)
     plain = of_the_rollout("lookahead.plan=nodes", "lookahead.nodes=[2, 4]")
     chosen = plain.model_copy(update={"lookahead": plain.lookahead.model_copy(update={"head": "head.safetensors"})})
-    trajectory = sample(chosen, model, ["a"] * 4 + ["b"] * 4, build_coefficients(chosen, model), 0)
-    assert trajectory.hidden is not None
     head = CompletionHead(HeadConfig(5, ((2, 4), (2, 4), (4,), (4,), ()), model.latent_shape, 2, 32))
-    lookahead = build_lookahead(plain, model)
-    assert lookahead is not None
-    lookahead.head = head
-    without, found = estimate_memory(plain, model), estimate_memory(chosen, model, lookahead)
+    trainer = Trainer(chosen, model=model, head=head)
+    trajectory = sampled(trainer)
+    assert isinstance(trajectory, Trajectory) and trajectory.hidden is not None
+    without, found = estimate_memory(plain, model), estimate_memory(chosen, model, trainer.lookahead)
     row = 16 * 32 * dtype.itemsize
     assert found.state["hidden tokens"] == tensor_bytes([trajectory.hidden]) == 8 * 5 * row
     assert found.weights["completion head"] == module_bytes(head)
@@ -295,14 +299,18 @@ def test_hidden_tokens_take_what_was_counted(tiny_policy: Callable[..., SD3], dt
     assert found.to_come - without.to_come >= found.state["hidden tokens"]
 
 
-def test_hidden_tokens_of_branches_take_what_was_counted(tiny_policy: Callable[..., SD3]) -> None:
+def test_hidden_tokens_of_branches_take_no_more_than_was_counted(tiny_policy: Callable[..., SD3]) -> None:
     model, branches = tiny_policy(), ("credit.method=branch", "sampler.branches=2", "lookahead.plan=one_step")
     chosen = of_the_rollout("window.schedule=none", "window.size=null", *branches, "lookahead.head=head.safetensors")
-    tree = sample_branches(chosen, model, ["a"] * 4 + ["b"] * 4, build_coefficients(chosen, model), 0)
     head = CompletionHead(HeadConfig(5, ((),) * 5, model.latent_shape, 2, 32))
-    hidden = tree.reach(Lookahead(model, plans.one_step(5), head=head)).twigs.hidden
+    trainer = Trainer(chosen, model=model, head=head)
+    branched = sampled(trainer)
+    assert isinstance(branched, BranchedRollout) and trainer.lookahead is not None
+    hidden = branched.evaluated(trainer.lookahead).branch_hidden
     assert hidden is not None
-    assert estimate_memory(chosen, model).state["hidden tokens"] == tensor_bytes([hidden]) == 8 * 5 * 16 * 32 * 4
+    # branches of the steps 0..3 lead to four states; the estimate allows for one at every step
+    assert tensor_bytes([hidden]) == 8 * 4 * 16 * 32 * 4
+    assert estimate_memory(chosen, model).state["hidden tokens"] == 8 * 5 * 16 * 32 * 4
 
 
 def test_text_of_every_sample_would_not_fit() -> None:
@@ -324,15 +332,12 @@ def test_text_of_every_sample_would_not_fit() -> None:
 
 
 def test_half_precision_halves_the_preview_decoder() -> None:
-    whole, half = (ModelMemory(flops.embedded(), dtype=torch.float32, preview_dtype=dtype) for dtype in DTYPES)
+    whole, half = (ModelMemory(flops.embedded(), dtype=torch.float32, preview_dtype=d) for d in DTYPES.values())
     assert half.preview_decoder == whole.preview_decoder / 2 > 0
     assert half.full_decoder == whole.full_decoder
     # what is decoded is float32 in either case
     assert half.decode(4, "full") == whole.decode(4, "full")
     assert 0.4 < half.decode(4, "preview") / whole.decode(4, "preview") < 0.9
-
-
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def test_the_24_gb_preset_fits_24_gb() -> None:
@@ -416,9 +421,9 @@ def test_a_run_says_what_it_needs_and_took(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from densegrpo_fast.run_files.metrics import read_metrics
-    from densegrpo_fast.training import preparation
+    from densegrpo_fast.training import memory
 
-    monkeypatch.setattr(preparation, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     assert train(tmp_path / "refused", **{"run.memory_check": "refuse"}) == 3
     error = capsys.readouterr().err
     assert "run.memory_check: this run needs about" in error and "python -m densegrpo_fast.train" in error

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from densegrpo_fast.training.builders import build_reward
-from densegrpo_fast.training.preparation import check_device, estimate_memory
 
 from densegrpo_fast import train as train_command
 from densegrpo_fast.common.errors import UserError
@@ -17,7 +15,9 @@ from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.rewards.pickscore import PickScore
-from densegrpo_fast.training.memory import GIB
+from densegrpo_fast.training.memory import GIB, estimate_memory
+from densegrpo_fast.training.models import check_device
+from densegrpo_fast.training.rewarding import build_reward
 
 
 def test_the_estimate_holds_the_rewards(tiny_policy: Callable[..., SD3], clip_directory: Path) -> None:

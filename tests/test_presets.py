@@ -16,6 +16,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.config.yaml_files import preset_names
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.flops import ATTENTION_TARGETS
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.training.schedule import Schedule
 from densegrpo_fast.training.trainer import Trainer
@@ -74,6 +75,11 @@ def test_an_iteration(name: str, tiny_policy: Callable[..., FlowModel]) -> None:
     assert update["grad_norm"] > 0 and update["skipped_updates"] == 0 and update["first_ratio_deviation"] <= 1e-5
     # with two updates the second one's ratios have left 1
     assert (update["ratio_deviation"] > update["first_ratio_deviation"]) == (config.optimizer.updates_per_iteration > 1)
+
+
+@pytest.mark.parametrize("name", ["embedded_dense", "sd35_medium_pickscore"])
+def test_the_adapter_is_on_the_projections_that_costs_are_counted_with(name: str) -> None:
+    assert tuple(preset(name).lora.targets) == ATTENTION_TARGETS
 
 
 def lines_of(name: str) -> list[str]:

@@ -44,11 +44,12 @@ def test_the_decoder_learns_what_the_full_one_does() -> None:
 
 def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import load_config
-    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.trainer import Trainer
 
     config, _ = load_config(train.arguments(tmp_path / "unused", **SMALL))
-    model = builders.build_model(config, torch.device("cpu"))
-    training, held_out = collect(config, model, 9, 4)
+    trainer = Trainer(config)
+    model = trainer.model
+    training, held_out = collect(trainer, 9, trainer.schedule.turns(), 4)
     # batches of 2 prompts with 2 samples each
     assert (len(training), len(held_out)) == (12, 4)
     assert len(torch.cat([training.latents, held_out.latents]).unique(dim=0)) == 16
@@ -57,11 +58,20 @@ def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> No
     assert all(len(set(training.prompts[k : k + 2])) == 1 for k in range(0, 12, 2))
 
 
+def test_a_policy_alone_needs_nothing_that_completions_do(train: Any, tmp_path: Path) -> None:
+    from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.training.policy_samples import policy_alone
+
+    own = {"lookahead.head": tmp_path / "missing.safetensors", "lookahead.plan": "one_step", "lookahead.cache": "text"}
+    lookahead = policy_alone(load_config(train.arguments(tmp_path / "unused", **SMALL, **own))[0]).lookahead
+    assert lookahead is not None and lookahead.head is None and lookahead.cache is None
+
+
 def test_the_command_writes_a_decoder_that_a_model_takes(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from densegrpo_fast.config.cli import load_config
-    from densegrpo_fast.training import builders
+    from densegrpo_fast.training.models import build_model
 
     output, own = tmp_path / "preview", ["--pictures", "4", "--steps", "30", "--batch", "4"]
     # fitted in float32 all the same
@@ -75,7 +85,7 @@ def test_the_command_writes_a_decoder_that_a_model_takes(
     found = []
     for options in ({}, {"model.preview_decoder": output}):
         config, _ = load_config(train.arguments(tmp_path / "unused", **SMALL, **options))
-        found.append(builders.build_model(config, torch.device("cpu")))
+        found.append(build_model(config, torch.device("cpu")))
     latents = torch.randn(2, *found[0].latent_shape)
     assert not torch.allclose(*(model.decode(latents, "preview") for model in found))
     assert [path.name for path in tmp_path.iterdir()] == ["preview"]

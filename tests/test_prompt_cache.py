@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from densegrpo_fast.training.loading import load_model, prompt_cache
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.config.sampling import ModelOptions
-from densegrpo_fast.models import load
+from densegrpo_fast.config.sections import ModelOptions
+from densegrpo_fast.models import loading
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.training.models import load_model, prompt_cache
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a red circle"]
@@ -102,14 +102,14 @@ def options(directory: Path, **changes: object) -> ModelOptions:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each pipeline that is loaded comes with text encoders."""
     found: list[bool] = []
-    original = load._load_pipeline
+    original = loading._load_pipeline
 
     def watched(*arguments: object) -> object:
         pipeline = original(*arguments)
         found.append(pipeline.text_encoder is not None)
         return pipeline
 
-    monkeypatch.setattr(load, "_load_pipeline", watched)
+    monkeypatch.setattr(loading, "_load_pipeline", watched)
     return found
 
 

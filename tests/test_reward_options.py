@@ -12,8 +12,7 @@ from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.rewards.options import OptionError
-from densegrpo_fast.rewards.registry import create
+from densegrpo_fast.rewards.registry import OptionError, create
 from densegrpo_fast.training.rewarding import build_observer, build_reward
 
 OWN = """\

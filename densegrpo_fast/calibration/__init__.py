@@ -1,5 +1,5 @@
 """Noise level per step from the balance of the gains' signs: `python -m densegrpo_fast.calibrate`.
 
-`rules.py` decides from sign counts, and knows no model; `measure.py` draws trajectories and their gains; `store.py` is
-the file that training takes; `report.py` shows it all.
+`rules.py` decides from sign counts, `store.py` is the file that training takes, `report.py` shows it all; none of them
+knows a model. `training/gain_meter.py` measures the gains.
 """

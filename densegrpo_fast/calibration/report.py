@@ -71,7 +71,7 @@ def document(
         **sampler,
         "noise_level": list(rule.result),
         "settled": rule.settled,
-        "hopeless": list(rule.hopeless),
+        "unbalanceable": list(rule.unbalanceable),
         "rule": rule.describe(),
         "settings": dict(settings),
         "before": before,
@@ -135,17 +135,18 @@ def is_imbalanced(signs: Signs) -> bool:
 
 def summary(content: Mapping[str, Any]) -> str:
     """Which steps were and are out of balance, and whether the rule has come to an end."""
-    found = []
+    imbalanced = []
     for when in ("before", "after"):
         out = [step for step in content["steps"] if is_imbalanced(_signs(content[when], step))]
-        found.append(f"{when} {', '.join(map(str, out)) or 'none'}")
+        imbalanced.append(f"{when} {', '.join(map(str, out)) or 'none'}")
     ended = "had settled" if content["settled"] else "had not settled"
     told = (
         f"the {content['rule']['name']} rule {ended} after {len(content['rounds'])} rounds; "
-        f"steps out of balance: {'; '.join(found)}"
+        f"steps out of balance: {'; '.join(imbalanced)}"
     )
-    if content["hopeless"]:
-        told += f"\nno level balances {', '.join(map(str, content['hopeless']))}: kept where the search began"
+    if content["unbalanceable"]:
+        steps = ", ".join(map(str, content["unbalanceable"]))
+        told += f"\nno level balances {steps}: kept where the search began"
     return told
 
 

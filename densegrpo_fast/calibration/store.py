@@ -67,9 +67,9 @@ class Calibration:
         Raises:
             UsageError: naming the first difference.
         """
-        for step, (made, own) in enumerate(zip(self.sigmas, sigmas, strict=True)):
-            if abs(made - own) > tolerance:
-                self._refuse(f"was made for another schedule: its sigma {step} is {made:.6g}, this model's {own:.6g}")
+        for step, (made, here) in enumerate(zip(self.sigmas, sigmas, strict=True)):
+            if abs(made - here) > tolerance:
+                self._refuse(f"was made for another schedule: its sigma {step} is {made:.6g}, this model's {here:.6g}")
 
     def _refuse(self, problem: str) -> None:
         raise UsageError(f"sampler.calibration: {self.path} {problem}; {_AGAIN}")

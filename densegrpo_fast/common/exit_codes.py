@@ -24,24 +24,24 @@ from densegrpo_fast.common.errors import (
 
 
 class ExitCode(IntEnum):
-    """Exit status of the commands of this package."""
+    """Exit status of the commands of this package; what 2 to 7 mean is said by the errors that end with them."""
 
     OK = 0
     """The command did what was asked."""
     PROBLEM = 1
     """The doctor found something on this machine that will fail."""
     USAGE = 2
-    """An option, a configuration file or a prompt file is wrong."""
+    """`UsageError`."""
     ENVIRONMENT = 3
-    """A model, a package or an optional extra is missing."""
+    """`SetupError`."""
     CHECKPOINT = 4
-    """No usable checkpoint, or one that belongs to other settings."""
+    """`CheckpointError`."""
     REWARD = 5
-    """A reward raised, returned something unusable, or too many of its scores are missing."""
+    """`RewardError`."""
     NON_FINITE = 6
-    """Too many non-finite losses or gradients in a row."""
+    """`NonFiniteError`."""
     OUTPUT = 7
-    """The output cannot be written: full disk, no permission, or the directory of another run."""
+    """`OutputError`."""
     RATIO = 8
     """The doctor found that the importance ratio of an unchanged policy is not 1."""
     TERMINATED = 75

@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -60,6 +60,20 @@ def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
     module, _, name = function.rpartition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return found
+
+
+def select_options(whose: str, wanted: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some options that a thing takes.
+
+    Args:
+        whose: what takes them, for the message.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    if missing := [option for option in wanted if option not in options]:
+        raise ValueError(f"{whose} needs the options {', '.join(missing)}")
+    return {option: options[option] for option in wanted}
 
 
 class Registry(Generic[Entry]):

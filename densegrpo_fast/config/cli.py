@@ -7,6 +7,7 @@ Every mistake is reported by the key it is about, with a suggestion, before anyt
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,15 +16,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from densegrpo_fast.calibration.store import Calibration, read_calibration
 from densegrpo_fast.common.aliases import OPTIONS, current_option
 from densegrpo_fast.common.errors import CheckpointError, UsageError, UserError
 from densegrpo_fast.common.exit_codes import ExitCode
 from densegrpo_fast.common.suggest import did_you_mean
-from densegrpo_fast.config.calibration import fitting_calibration
-from densegrpo_fast.config.errors import describe_errors
-from densegrpo_fast.config.help import help_text, takes_text
+from densegrpo_fast.config.help import describe_errors, help_text, takes_text
 from densegrpo_fast.config.schema import Config, options
 from densegrpo_fast.config.yaml_files import (
+    BASE_PRESET,
     DEFAULT_PRESET,
     dump_yaml,
     parse_yaml,
@@ -31,6 +32,8 @@ from densegrpo_fast.config.yaml_files import (
     preset_summary,
     read_settings,
 )
+
+logger = logging.getLogger(__name__)
 
 _PRINTING_FLAGS = ("--help", "-h", "--print-config", "--list-presets")
 _FLAGS = ("--config", "--resume", "--dry-run", *_PRINTING_FLAGS)
@@ -92,6 +95,21 @@ def load_config(argv: Sequence[str], default: str = DEFAULT_PRESET) -> tuple[Con
     return config, CliFlags(resume=arguments.resume, dry_run=arguments.dry_run)
 
 
+def configuration(arguments: Sequence[str]) -> Config:
+    """The configuration of a command that does not train; without --config it starts from the base preset.
+
+    Args:
+        arguments: those that the command's own parser left over.
+
+    Raises:
+        UsageError: naming every wrong key, or a flag that only training has.
+    """
+    config, flags = load_config(arguments, default=BASE_PRESET)
+    if flags.resume or flags.dry_run:
+        raise UsageError("--resume and --dry-run are options of training")
+    return config
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell the arguments of a command apart from the options of the configuration among them.
 
@@ -122,11 +140,11 @@ def validate(settings: dict[str, Any]) -> Config:
 
     Raises:
         UsageError: with one line per problem that names its key, or if a calibration cannot be read or
-            does not fit (see `fitting_calibration`).
+            does not fit (see `_fitting_calibration`).
     """
     try:
         config = Config.model_validate(settings)
-        made = fitting_calibration(config)
+        made = _fitting_calibration(config)
         if made is None:
             return config
         sampler = config.sampler.model_dump() | {"noise_level": list(made.noise_level)}
@@ -136,6 +154,35 @@ def validate(settings: dict[str, Any]) -> Config:
         return Config.model_validate(config.model_dump() | {"sampler": sampler})
     except ValidationError as error:
         raise _invalid(f"sampler.calibration: the levels of {made.path} do not fit:", error) from None
+
+
+def _fitting_calibration(config: Config) -> Calibration | None:
+    """The file of `sampler.calibration`, if it fits the configuration's sampler as far as that can be told without the
+    model; None without one.
+
+    What else it was made for and the run does not have is a warning, for balance may survive it: the file's
+    `Config.calibration_settings`, and noise in further steps, after which a step starts from other states.
+
+    Raises:
+        UsageError: it cannot be read, or was made for other dynamics, another number of steps, or without noise
+            in a step that may have it here.
+    """
+    if config.sampler.calibration is None:
+        return None
+    made, steps = read_calibration(Path(config.sampler.calibration)), config.calibrated_steps()
+    made.check_sampler(config.sampler.num_steps, config.sampler.dynamics, steps)
+    others = [
+        f"{key} {made.settings[key]} (here {own})"
+        for key, own in config.calibration_settings().items()
+        if made.settings.get(key, own) != own
+    ]
+    if list(made.steps) != steps:
+        others.append(f"noise in the steps {list(made.steps)} (here {steps})")
+    if others:
+        logger.warning(
+            "sampler.calibration: %s was made with %s; gains need not be balanced here", made.path, ", ".join(others)
+        )
+    return made
 
 
 def _invalid(beginning: str, error: ValidationError) -> UserError:

@@ -1,54 +1,43 @@
-"""Every option of a training run, and what the options say about each other.
+"""All options of a run in one object, and what follows from them. Nothing here imports torch.
 
-The models hold no default values: those live in the presets (`configs/*.yaml`), so that a number is written
-in one place. `sampling` and `learning` have the option groups, `yaml_files` reads and writes files, `cli` adds
-the command line. Nothing here imports torch.
+`sections.py` has the option groups, `checks.py` what they say about each other, `yaml_files.py` reads and writes files,
+`cli.py` adds the command line.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, model_validator
 from pydantic.fields import FieldInfo
 
 from densegrpo_fast.common.fingerprint import fingerprint
-from densegrpo_fast.config.base import Section
-from densegrpo_fast.config.branching import branching_problem
-from densegrpo_fast.config.calibration import CalibrationOptions, calibration_problem
-from densegrpo_fast.config.learning import (
+from densegrpo_fast.config import checks
+from densegrpo_fast.config.sections import (
+    CalibrationOptions,
     CreditOptions,
+    DataOptions,
     EmaOptions,
     EvaluationOptions,
+    LookaheadOptions,
+    LoraOptions,
+    ModelOptions,
     ObjectiveOptions,
     OptimizerOptions,
     RewardOptions,
     RunOptions,
-)
-from densegrpo_fast.config.methods import credit_problem, noisy_among, remainder_problem
-from densegrpo_fast.config.nodes import nodes_problem
-from densegrpo_fast.config.objectives import objective_problem
-from densegrpo_fast.config.rewards import score_affecting
-from densegrpo_fast.config.sampling import (
-    DataOptions,
-    LookaheadOptions,
-    LoraOptions,
-    ModelOptions,
     SamplerOptions,
+    Section,
     WindowOptions,
 )
 from densegrpo_fast.credit import registry
+from densegrpo_fast.rewards.registry import score_affecting
 from densegrpo_fast.sampling.windows import Windows, remaining_steps
 
-_CHECKS = (
-    credit_problem,
-    objective_problem,
-    remainder_problem,
-    calibration_problem,
-    branching_problem,
-    nodes_problem,
-)
+_DETERMINISTIC_END = ("cps", "precise")
+"""Dynamics whose last step, which ends at sigma 0, injects no noise."""
 
 
 class Config(Section):
@@ -75,112 +64,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _options_agree(self) -> Config:
-        steps = self.sampler.num_steps
-        problems = (self._window_problem, self._trained_steps_problem, self._noise_problem, self._lookahead_problem)
-        for find in problems:
-            problem = find()
-            if problem:
-                raise ValueError(f"{problem} (sampler.num_steps is {steps})")
-        for check in _CHECKS:
-            problem = check(self)
-            if problem:
-                raise ValueError(problem)
-        if bool(self.model.height) != bool(self.model.width):
-            raise ValueError(
-                "model.height, model.width: expected both 0 or both set, "
-                f"got {self.model.height} and {self.model.width}"
-            )
-        samples, rows = self.data.num_prompts * self.sampler.group_size, self.sampler.micro_batch
-        kind, product = "samples", "data.num_prompts x sampler.group_size"
-        if self.sampler.branches is not None:
-            samples //= self.sampler.branches
-            kind, product = "trunks", f"{product} / sampler.branches"
-        if samples % rows:
-            raise ValueError(
-                f"sampler.micro_batch: expected a divisor of the {samples} {kind} of an iteration ({product}), "
-                f"got {rows}"
-            )
-        if (samples // rows) % self.optimizer.updates_per_iteration:
-            raise ValueError(
-                f"optimizer.updates_per_iteration: expected a divisor of the {samples // rows} micro-batches of an "
-                f"iteration, got {self.optimizer.updates_per_iteration}"
-            )
+        if problem := checks.problem(self):
+            raise ValueError(problem)
         return self
-
-    def _noise_problem(self) -> str | None:
-        given = self.sampler.noise_level
-        if isinstance(given, list) and len(given) != self.sampler.num_steps:
-            return f"sampler.noise_level: expected one number per step, got {len(given)}"
-        if self.sampler.dynamics == "cps" and max(self.noise_levels) > 1:
-            return f"sampler.noise_level: expected at most 1 with dynamics cps, got {max(self.noise_levels)}"
-        trained = self.objective.trained_steps
-        for candidates in [trained] if isinstance(trained, list) else self.windows():
-            if noisy := noisy_among(self, candidates):
-                deterministic = len(candidates) - len(noisy)
-                if isinstance(trained, int) and trained <= deterministic:
-                    return (
-                        f"objective.trained_steps: expected at least {deterministic + 1} to draw where "
-                        f"{deterministic} of the steps {candidates[0]}..{candidates[-1]} inject no noise, got {trained}"
-                    )
-                continue
-            if any(self.noise_levels[step] for step in candidates):
-                return (
-                    "objective.trained_steps: expected a step that injects noise, which the last one of dynamics "
-                    f"{self.sampler.dynamics} does not, got {trained}"
-                )
-            where = "" if self.window.size is None else f" of the window {candidates[0]}..{candidates[-1]}"
-            return f"sampler.noise_level: expected noise in at least one trained step{where}, got 0 in all of them"
-        return None
-
-    def _window_problem(self) -> str | None:
-        size, first, steps = self.window.size, self.window.first, self.sampler.num_steps
-        if size is None:
-            return None
-        last = steps - 2 if self.window.last is None else self.window.last
-        if last > steps - 2:
-            return f"window.last: expected at most {steps - 2}, got {last}"
-        if first > last:
-            return f"window.first: expected at most {last}, got {first}"
-        if first + size - 1 > last:
-            return f"window.size: expected a window that fits the steps {first}..{last}, got {size}"
-        return None
-
-    def _lookahead_problem(self) -> str | None:
-        steps, nodes, n = self.sampler.num_steps, self.lookahead.nodes, self.lookahead.n
-        for name in ("head", "cache"):
-            if self.model.compile is not None and getattr(self.lookahead, name) is not None:
-                hides = "expected null with model.compile, which hides the network's blocks"
-                return f"lookahead.{name}: {hides}, got {getattr(self.lookahead, name)}"
-        refresh = self.lookahead.head_refresh
-        if refresh and self.lookahead.head is None:
-            return f"lookahead.head_refresh: expected 0 without lookahead.head, got {refresh}"
-        if refresh and not self.lookahead.monitor_every:
-            return f"lookahead.head_refresh: expected 0 without lookahead.monitor_every, got {refresh}"
-        if nodes and nodes[-1] > steps - 1:
-            return f"lookahead.nodes: expected steps in 1..{steps - 1}, got {nodes}"
-        if n is not None and n > steps:
-            return f"lookahead.n: expected 1..{steps}, got {n}"
-        paths = self.lookahead.paths
-        if paths and len(paths) != steps:
-            return f"lookahead.paths: expected a list for each of the {steps} states, got {len(paths)}"
-        for state, path in enumerate(paths):
-            if sorted({*path}) != path or not {*path} <= {*range(state + 1, steps)}:
-                within = f"increasing steps in {state + 1}..{steps - 1}" if state < steps - 1 else "[]"
-                return f"lookahead.paths[{state}]: expected {within}, got {path}"
-        return None
-
-    def _trained_steps_problem(self) -> str | None:
-        steps, trained = self.sampler.num_steps, self.objective.trained_steps
-        if isinstance(trained, list):
-            if not trained or sorted(set(trained)) != trained:
-                return f"objective.trained_steps: expected increasing step indices, got {trained}"
-            if trained[-1] > steps - 1:
-                return f"objective.trained_steps: expected steps in 0..{steps - 1}, got {trained}"
-            if self.window.size is not None:
-                return f"objective.trained_steps: expected all_but_last or a number with a window, got {trained}"
-        elif isinstance(trained, int) and trained > (most := self.window.size or steps - 1):
-            return f"objective.trained_steps: expected at most {most} steps to draw, got {trained}"
-        return None
 
     @property
     def uses_lookahead(self) -> bool:
@@ -191,6 +77,13 @@ class Config(Section):
     def uses_branches(self) -> bool:
         """Whether the credit method compares branches of one state."""
         return registry.find(self.credit.method).uses_branches
+
+    @property
+    def credit_scope(self) -> registry.Scope:
+        """Whether a step's advantages need the rewards of its two states alone ("local") or of others too ("whole")."""
+        if self.credit.smoothing:
+            return "whole"  # smoothed rewards are each made of all along a trajectory
+        return registry.find(self.credit.method).scope(self.credit.method_options())
 
     def schedule(self) -> Windows:
         """Which steps of each iteration are stochastic."""
@@ -225,6 +118,45 @@ class Config(Section):
         """The noise level of every step. T numbers."""
         given = self.sampler.noise_level
         return tuple(given) if isinstance(given, list) else (given,) * self.sampler.num_steps
+
+    def noisy_among(self, steps: Iterable[int]) -> list[int]:
+        """Those of some steps that inject noise where an iteration lets them, in their order."""
+        end = self.sampler.num_steps - 1 if self.sampler.dynamics in _DETERMINISTIC_END else None
+        return [step for step in steps if step != end and self.noise_levels[step]]
+
+    def trainable_steps(self) -> list[int]:
+        """The steps that some iteration may train, increasing."""
+        trained = self.objective.trained_steps
+        return trained if isinstance(trained, list) else sorted({step for window in self.windows() for step in window})
+
+    def deterministic_steps(self) -> list[int]:
+        """The steps that training may train although they inject no noise, increasing."""
+        trainable = self.trainable_steps()
+        return sorted({*trainable} - {*self.noisy_among(trainable)})
+
+    def calibrated_steps(self) -> list[int]:
+        """The steps whose noise levels a calibration finds, increasing: those in which some iteration may inject noise.
+
+        With trajectories all of every window, with branches those that may be trained.
+        """
+        if self.sampler.branches is not None:
+            return self.trainable_steps()
+        return sorted({step for window in self.schedule().reached() for step in window})
+
+    def calibration_start(self) -> tuple[float, ...]:
+        """The noise levels that a calibration starts from: the configuration's, and 0 in all but `calibrated_steps`."""
+        steps = self.calibrated_steps()
+        return tuple(level if step in steps else 0.0 for step, level in enumerate(self.noise_levels))
+
+    def calibration_settings(self) -> dict[str, Any]:
+        """What balanced gains depend on beside the sampler's steps, as plain JSON data without this machine's paths."""
+        return {
+            "model": _portable(self.model.path),
+            "prompts": _portable(self.data.prompts),
+            "reward": {_portable(name): weight for name, weight in self.reward.terms.items()},
+            "guidance_scale": self.sampler.guidance_scale,
+            "drawn": "trajectories" if self.sampler.branches is None else "branches",
+        }
 
     def self_contained(self) -> Config:
         """The same settings without the file that the noise levels came from: `sampler.noise_level` holds them."""
@@ -277,3 +209,8 @@ def sections() -> dict[str, type[Section]]:
         for name, field in Config.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     }
+
+
+def _portable(text: str) -> str:
+    """A path without the directories of this machine."""
+    return PurePath(text).name if PurePath(text).is_absolute() else text

@@ -1,6 +1,6 @@
 """Credit: from rewards to one advantage per sample and step, [P, G, T].
 
-`normalize.py` is the group-relative normalisation that every method shares; `registry.py` knows every method by its
-name and what it needs, `evidence.py` holds what there is; each other file is one method, but for `consistency.py`,
-which only looks.
+`normalize.py` is the group-relative normalisation that every method shares. `registry.py` knows every method by its
+name, what it needs, and whether it is local to a step or needs the whole trajectory. `inputs.py` has what methods may
+need. `smoothing.py` smooths rewards before credit, `consistency.py` is a diagnostic; every other file is one method.
 """

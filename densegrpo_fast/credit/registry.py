@@ -20,6 +20,13 @@ before the configuration is read; or, with no registration at all, the `CreditMe
 branch_rewards the samples of a prompt branch from one trajectory (`sampler.branches`, without which such a method is
 refused, and the others with it).
 
+`local_with` says when a step's advantages need the rewards of its two states alone, the one it leaves and the one it
+leads to, of all samples. Such a method is local: a step can be credited, and trained, as soon as both are scored. Every
+other is whole and waits for the trajectories' ends. Without a word of it a method is whole; it is local always with {},
+or with the options that it names, as `dense` is unless it is normalised over all steps together:
+
+    register("last_gain", CreditMethod(last_gain, needs=("lookahead_rewards",), local_with={}))
+
 `options` are keys of the section `credit` or, for what that does not have, of `credit.arguments`; std,
 spread_floor and clip come without being named. Functions of this package are imported when they are first called: this
 file needs no torch, so that the configuration can read it.
@@ -29,15 +36,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from densegrpo_fast.common.plugins import Registry, resolve
+from densegrpo_fast.common.plugins import Registry, resolve, select_options
 
 if TYPE_CHECKING:
     from densegrpo_fast.credit.inputs import CreditInputs
     from densegrpo_fast.credit.normalize import Advantages
 
-EVIDENCE = (
+INPUTS = (
     "rewards",
     "noisy",
     "latents",
@@ -56,6 +63,9 @@ _OF_TRAJECTORIES = ("latents", "velocities", "similarity")
 COMMON = ("std", "spread_floor", "clip")
 """Options that every method takes."""
 
+Scope = Literal["local", "whole"]
+"""What a step's advantages are made of: the rewards of the two states around it, or those of others too."""
+
 
 @dataclass(frozen=True)
 class CreditMethod:
@@ -66,20 +76,23 @@ class CreditMethod:
         needs: attributes of `CreditInputs` that it takes.
         options: options that it takes besides `COMMON`.
         plan: the lookahead plan that defines its rewards; None = any plan approximates them.
+        local_with: values of its options with which it is local, {} = whatever they are; None = it is whole.
 
     Raises:
-        ValueError: it needs what there is none of, or has a plan and no need of completions' rewards.
+        ValueError: it needs what there is none of, has a plan and no need of completions' rewards, or is local with
+            options that it does not take.
     """
 
     compute: str | Callable[..., Advantages]
     needs: tuple[str, ...]
     options: tuple[str, ...] = ()
     plan: str | None = None
+    local_with: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        unknown = [need for need in self.needs if need not in EVIDENCE]
+        unknown = [need for need in self.needs if need not in INPUTS]
         if unknown or not self.needs:
-            raise ValueError(f"CreditMethod: needs must be some of {', '.join(EVIDENCE)}, got {list(self.needs)}")
+            raise ValueError(f"CreditMethod: needs must be some of {', '.join(INPUTS)}, got {list(self.needs)}")
         if self.uses_branches and (strange := {*self.needs} & {"lookahead_rewards", *_OF_TRAJECTORIES}):
             raise ValueError(
                 f"CreditMethod: branches have no {', '.join(sorted(strange))}; it needs branch_rewards too"
@@ -89,6 +102,8 @@ class CreditMethod:
                 f"CreditMethod: plan {self.plan!r} is of no use without lookahead_rewards or branch_rewards "
                 "among the needs"
             )
+        if strange := {*(self.local_with or ())} - {*self.options, *COMMON}:
+            raise ValueError(f"CreditMethod: local_with has {', '.join(sorted(strange))}, which is none of its options")
 
     @property
     def uses_lookahead(self) -> bool:
@@ -100,6 +115,12 @@ class CreditMethod:
         """Whether it needs the rewards of several branches of one state (`sampler.branches`)."""
         return "branch_rewards" in self.needs
 
+    def scope(self, options: Mapping[str, Any]) -> Scope:
+        """Whether it is local or whole with these options, at least those that `local_with` names."""
+        if self.local_with is None:
+            return "whole"
+        return "local" if all(options[key] == value for key, value in self.local_with.items()) else "whole"
+
     def function(self) -> Callable[..., Advantages]:
         """The function itself."""
         return resolve(self.compute)
@@ -109,11 +130,18 @@ _HERE = __package__
 
 _PACKAGE = {
     "sparse": CreditMethod(f"{_HERE}.sparse:sparse_advantages", ("rewards", "num_steps")),
-    "dense": CreditMethod(f"{_HERE}.dense:dense_advantages", ("lookahead_rewards",), ("normalize",)),
-    "value": CreditMethod(f"{_HERE}.value:value_advantages", ("lookahead_rewards",)),
-    "return_to_go": CreditMethod(
-        f"{_HERE}.return_to_go:return_advantages", ("lookahead_rewards",), ("discount", "normalize")
+    "dense": CreditMethod(
+        f"{_HERE}.dense:dense_advantages", ("lookahead_rewards",), ("normalize",), local_with={"normalize": "step"}
     ),
+    "value": CreditMethod(f"{_HERE}.value:value_advantages", ("lookahead_rewards",), local_with={}),
+    # with discount 0 it is dense
+    "return_to_go": CreditMethod(
+        f"{_HERE}.return_to_go:return_advantages",
+        ("lookahead_rewards",),
+        ("discount", "normalize"),
+        local_with={"discount": 0, "normalize": "step"},
+    ),
+    # also without the image's own term: a step counts only where the image has a reward
     "mixture": CreditMethod(
         f"{_HERE}.mixture:lookahead_mixture_advantages",
         ("rewards", "lookahead_rewards"),
@@ -133,9 +161,13 @@ _PACKAGE = {
         ("rewards", "similarity", "steps"),
         ("window", "alpha", "similarity_floor"),
     ),
-    "branch": CreditMethod(f"{_HERE}.branch:branch_advantages", ("branch_rewards",)),
+    "branch": CreditMethod(f"{_HERE}.branch:branch_advantages", ("branch_rewards",), local_with={}),
     "granular": CreditMethod(
-        f"{_HERE}.granular:granular_advantages", ("branch_rewards",), ("granularities",), plan="exact"
+        f"{_HERE}.granular:granular_advantages",
+        ("branch_rewards",),
+        ("granularities",),
+        plan="exact",
+        local_with={},
     ),
 }
 
@@ -143,11 +175,11 @@ METHODS = Registry(CreditMethod, "method", _PACKAGE)
 names, register, find = METHODS.names, METHODS.register, METHODS.find
 
 
-def advantages(name: str, evidence: CreditInputs, options: Mapping[str, Any]) -> Advantages:
+def advantages(name: str, inputs: CreditInputs, options: Mapping[str, Any]) -> Advantages:
     """Credit every step by the named method.
 
     Args:
-        evidence: what is known of the iteration.
+        inputs: the iteration's.
         options: values by name, at least those that the method takes.
 
     Returns:
@@ -158,18 +190,14 @@ def advantages(name: str, evidence: CreditInputs, options: Mapping[str, Any]) ->
             another shape.
     """
     method = find(name)
-    needed = {need: getattr(evidence, need) for need in method.needs}
+    needed = {need: getattr(inputs, need) for need in method.needs}
     absent = [key for key, value in needed.items() if value is None]
     if absent:
         raise ValueError(f"credit method {name} needs {', '.join(absent)}, which this iteration does not have")
-    wanted = (*COMMON, *method.options)
-    missing = [option for option in wanted if option not in options]
-    if missing:
-        raise ValueError(f"credit method {name} needs the options {', '.join(missing)}")
-    judged = method.function()(**needed, **{option: options[option] for option in wanted})
-    expected = (*evidence.rewards.shape, evidence.num_steps)
+    judged = method.function()(**needed, **select_options(f"credit method {name}", (*COMMON, *method.options), options))
+    expected = (*inputs.rewards.shape, inputs.num_steps)
     if judged.values.shape != expected:
         raise ValueError(f"credit method {name}: expected advantages {list(expected)}, got {list(judged.values.shape)}")
-    values = judged.values.new_zeros(*evidence.rewards.shape, len(evidence.noisy))
-    values[..., list(evidence.steps)] = judged.values
+    values = judged.values.new_zeros(*inputs.rewards.shape, len(inputs.noisy))
+    values[..., list(inputs.steps)] = judged.values
     return replace(judged, values=values)

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from densegrpo_fast.common.command_line import check_outputs, command_parser
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import write_json
-from densegrpo_fast.config.command_line import check_outputs, command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

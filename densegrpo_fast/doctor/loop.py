@@ -42,11 +42,11 @@ class Loop:
     def deviations(self) -> tuple[float, ...]:
         """The largest |ratio - 1| over the samples of each replayed step, after one rollout."""
         trajectory = self.rollout(self.coefficients)
-        found = []
+        largest = []
         for step in self.steps:
             log_ratio = self.replay(trajectory, step).detach().double() - trajectory.log_probs[step].double()
-            found.append(log_ratio.expm1().abs().max().item())
-        return tuple(found)
+            largest.append(log_ratio.expm1().abs().max().item())
+        return tuple(largest)
 
     def unsteadiness(self) -> float:
         """The largest difference between the log-probabilities of two replays of the same trajectory."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from densegrpo_fast.doctor.findings import Finding
+from densegrpo_fast.doctor.findings import Finding, Status
 
 ROOMY, SCARCE = 1e9, 1e8
 """Free bytes below which a run directory's disk is worth a warning, and a problem."""
@@ -117,22 +117,18 @@ def compiler_findings(triton_serves: bool) -> Iterator[Finding]:
         triton_serves: whether Triton kernels would be compiled here.
     """
     group = "compilers"
-    own = os.environ.get("CXX", "").split()[:1]
-    found = next((path for path in map(shutil.which, [*own, "c++", "g++", "clang++"]) if path), None)
-    if found:
-        yield Finding(group, "C++", "ok", found)
-    else:
-        advice = "without one, installing leaves out the compiled CPU library; install g++ or clang++"
-        yield Finding(group, "C++", "warn", "none found", advice)
+
+    def compiler(name: str, variable: str, known: Sequence[str], status: Status, advice: str) -> Finding:
+        own = os.environ.get(variable, "").split()[:1]
+        found = next((path for path in map(shutil.which, [*own, *known]) if path), None)
+        return Finding(group, name, "ok", found) if found else Finding(group, name, status, "none found", advice)
+
+    advice = "without one, installing leaves out the compiled CPU library; install g++ or clang++"
+    yield compiler("C++", "CXX", ("c++", "g++", "clang++"), "warn", advice)
     if triton_serves:
         # Triton compiles a small launcher for every kernel when it is first used
-        own = os.environ.get("CC", "").split()[:1]
-        found = next((path for path in map(shutil.which, [*own, "clang", "gcc", "cc"]) if path), None)
-        if found:
-            yield Finding(group, "C (for Triton)", "ok", found)
-        else:
-            advice = "Triton needs one when a kernel first runs: install gcc, or set DENSEGRPO_IMPLEMENTATION=reference"
-            yield Finding(group, "C (for Triton)", "problem", "none found", advice)
+        advice = "Triton needs one when a kernel first runs: install gcc, or set DENSEGRPO_IMPLEMENTATION=reference"
+        yield compiler("C (for Triton)", "CC", ("clang", "gcc", "cc"), "problem", advice)
     home = os.environ.get("CUDA_HOME")
     nvcc = (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
     yield Finding(group, "CUDA", "ok", nvcc or "no nvcc; it only builds the CUDA library, which Triton replaces")

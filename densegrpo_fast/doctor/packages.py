@@ -6,61 +6,82 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from densegrpo_fast.doctor.findings import Finding
 
-CORE: dict[str, str] = {"torch": ">=2.6,<2.14"}
-"""What the mathematics, the samplers and the drop-ins need, with the versions that they support."""
+OPTIONAL = ("triton",)
+"""Packages that are used where they are installed; the tests' requirements say which versions."""
 
-TRAINING: dict[str, str] = {
-    "diffusers": ">=0.42,<1",
-    "transformers": ">=5,<6",
-    "peft": ">=0.18",
-    "pydantic": ">=2.11",
-    "safetensors": ">=0.6",
-    "numpy": "",
-    "pillow": "",
-    "pyyaml": "",
-    "scipy": "",
-    "tqdm": "",
-    "matplotlib": "",
-    "jinja2": "",
-}
-"""What the commands need besides."""
-
-OPTIONAL: dict[str, str] = {"triton": ">=3.6,<3.8"}
-"""What is used where it is installed."""
-
-_TRAIN_EXTRA = 'pip install "densegrpo-fast[train]"'
+_DISTRIBUTION = "densegrpo-fast"
 _DATA = "package data"
 
 
+class Requirement(NamedTuple):
+    """A package that the distribution asks for.
+
+    Attributes:
+        name: of its distribution.
+        wanted: supported versions, as in `satisfies`; empty = any.
+        remedy: the command that installs it; empty where nothing needs it.
+    """
+
+    name: str
+    wanted: str
+    remedy: str
+
+
 def package_findings() -> Iterator[Finding]:
-    """Versions of Python and of every package that is used, against the supported ones."""
+    """Versions of Python and of every package that is used, against those that the distribution's metadata states."""
     python = platform.python_version()
     if satisfies(python, ">=3.11"):
         yield Finding("packages", "python", "ok", python)
     else:
         yield Finding("packages", "python", "warn", python, "training needs Python 3.11, because diffusers 0.42 does")
-    for name, wanted in (CORE | TRAINING | OPTIONAL).items():
-        yield version_finding(name, wanted, installed_version(name))
+    try:
+        stated = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        advice = "without its metadata the supported versions are not known: pip install it, with -e from a checkout"
+        yield Finding("packages", _DISTRIBUTION, "warn", "not installed", advice)
+        return
+    for requirement in requirements(stated):
+        yield version_finding(requirement, installed_version(requirement.name))
 
 
-def version_finding(name: str, wanted: str, found: str | None) -> Finding:
+def requirements(stated: Sequence[str]) -> list[Requirement]:
+    """What training needs, and `OPTIONAL`, of the requirements that a distribution's metadata states.
+
+    Args:
+        stated: lines such as `peft>=0.18; extra == "train"`, as `importlib.metadata.requires` gives them.
+    """
+    core, training, optional = [], [], []
+    for line in stated:
+        requirement, _, marker = line.partition(";")
+        match = re.fullmatch(r"([\w.-]+)\s*([^\[]*)", requirement.strip())
+        if match is None:
+            continue  # this distribution itself, by one of its extras
+        name, wanted = match[1], ",".join(sorted(match[2].replace(" ", "").split(","), reverse=True))
+        if "extra" not in marker:
+            core.append(Requirement(name, wanted, f"pip install '{name}{wanted}'"))
+        elif re.search(r"""extra == ['"]train['"]""", marker):
+            training.append(Requirement(name, wanted, f'pip install "{_DISTRIBUTION}[train]"'))
+        elif name in OPTIONAL:
+            optional.append(Requirement(name, wanted, ""))
+    return core + training + optional
+
+
+def version_finding(requirement: Requirement, found: str | None) -> Finding:
     """The judgement of one package.
 
     Args:
-        name: of the distribution.
-        wanted: supported versions, as in `satisfies`; empty = any.
         found: installed version, or None.
     """
-    where = "packages"
-    if found is None and name in OPTIONAL:
+    where, (name, wanted, remedy) = "packages", requirement
+    if found is None and not remedy:
         return Finding(where, name, "ok", "not installed; other implementations serve")
     if found is None:
-        remedy = f"pip install '{name}{wanted}'" if name in CORE else _TRAIN_EXTRA
         return Finding(where, name, "problem", "not installed", remedy)
     if satisfies(found, wanted):
         return Finding(where, name, "ok", found)

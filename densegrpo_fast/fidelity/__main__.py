@@ -3,7 +3,7 @@
     python -m densegrpo_fast.fidelity                                   the embedded model, held-out prompts
     python -m densegrpo_fast.fidelity --plans nodes:2,4 n_step:2 --json fidelity.json --plot fidelity.png
     python -m densegrpo_fast.fidelity --search --groups 128             the cheapest plan above the thresholds
-    python -m densegrpo_fast.fidelity --config embedded_tempflow        branches of one trunk, as that preset has them
+    python -m densegrpo_fast.fidelity --config embedded_tempflow        branches of one trajectory, as in that preset
     python -m densegrpo_fast.fidelity --analytic                        an exact flow; needs torch alone
     python -m densegrpo_fast.fidelity --cost                            costs for known models, without weights
     python -m densegrpo_fast.fidelity --cost --plans nodes:4,7 --head --copy-dtype bfloat16 --cache text reuse:6-18
@@ -12,10 +12,11 @@ Without --plans the configuration's own lookahead is measured, with its head, co
 The reference is the exact plan with full guidance and the full decoder, in the precision and way of model.vae_dtype and
 model.vae_decode. All plans complete the same trajectories, and agreement is rank correlation inside each group, over
 the states 0..T-2 that have a completion of their own and their gains. With a preset that has sampler.branches a group
-is the branches of one noise-free trunk, and agreement that of their rewards in every step that leads to a state up to
-T-2; the steps after it are shown and not counted. All of it is measured with the same noisy steps, so a configuration
-that draws or moves them is refused. What --search finds beyond node sets is a path for each state, which training takes
-as lookahead.plan paths; it searches in every way that the other options name, but for --head, which is for one plan.
+is the branches of one noise-free trajectory, and agreement that of their rewards in every step that leads to a state up
+to T-2; the steps after it are shown and not counted. All of it is measured with the same noisy steps, so a
+configuration that draws or moves them is refused. What --search finds beyond node sets is a path for each state, which
+training takes as lookahead.plan paths; it searches in every way that the other options name, but for --head, which is
+for one plan.
 Options of the preset may be overridden as in training: `--sampler.num_steps 10`. Exit codes are in `exit_codes.py`.
 Options are parsed before torch is imported.
 """
@@ -31,12 +32,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from densegrpo_fast.common.command_line import check_outputs
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import write_json
-from densegrpo_fast.config.command_line import check_outputs, configuration
 from densegrpo_fast.fidelity.options import parse, plans_of
 
 if TYPE_CHECKING:
@@ -93,14 +94,14 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     """
     config = None if options.analytic else _config(options, overrides)
     from densegrpo_fast.fidelity import report
-    from densegrpo_fast.fidelity.choice import choose
-    from densegrpo_fast.fidelity.measure import agreement_of, measure, reference
+    from densegrpo_fast.fidelity.measure import agreement_of, measure
     from densegrpo_fast.fidelity.plot import save_plot
     from densegrpo_fast.fidelity.search import Thresholds, cheapest, longest_path, search
+    from densegrpo_fast.fidelity.variants import choose, reference
     from densegrpo_fast.run_files.provenance import provenance
     from densegrpo_fast.training.agreement import persistence
 
-    target, variants, own, ways = choose(options, config)
+    target, variants, configured, ways = choose(options, config)
     sampling = {"group_size": options.group_size, "seed": options.seed}
     thresholds = Thresholds(options.threshold_rewards, options.threshold_gains, options.threshold_worst)
     groups, searched = range(options.groups), None
@@ -131,11 +132,11 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     }
     settings = target.settings | sampling | {"groups": options.groups, "groups_measured": len(groups)}
     settings |= {"trained_steps": target.trained_steps, "kl": target.kl, "noisy": list(target.coefficients.noisy)}
-    settings["lookahead"] = [variant.name for variant in own]
-    kept = None if target.branched else persistence(exact)
-    _show(settings, records, searched, kept)
+    settings["lookahead"] = [variant.name for variant in configured]
+    correlations = None if target.branched else persistence(exact)
+    print(report.summary(settings, records, searched, correlations))
     if options.json:
-        document = {"plans": records, "search": searched, "persistence": kept, "settings": settings}
+        document = {"plans": records, "search": searched, "persistence": correlations, "settings": settings}
         write_json(options.json, document | provenance())
     if options.plot:
         save_plot(options.plot, records, searched, asdict(thresholds))
@@ -144,55 +145,11 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> Config:
     try:
-        from densegrpo_fast.config.yaml_files import BASE_PRESET
+        from densegrpo_fast.config.cli import configuration
     except ModuleNotFoundError as error:
         raise SetupError(f"{error.name} is missing: pip install densegrpo-fast[train], or use --analytic") from None
-    return configuration(["--config", options.config or BASE_PRESET, *overrides])
-
-
-def _show(
-    settings: dict[str, Any], records: dict[str, Any], searched: dict[str, Any] | None, kept: Sequence[float] | None
-) -> None:
-    from densegrpo_fast.fidelity.report import ENOUGH, LEGEND, plan_table, step_table
-
-    sampler = settings["sampler"]
-    print(
-        f"{settings['target']}: {settings['groups_measured']} groups of {settings['group_size']}"
-        f"{' branches of one ode_trajectory' if settings.get('branched') else ''}, "
-        f"{sampler['num_steps']} steps, {sampler['dynamics']} at noise level {sampler['noise_level']}, "
-        f"guidance {sampler['guidance_scale']:g}\n"
-    )
-    steps = [step for step, noisy in enumerate(settings["noisy"]) if noisy]
-    steps = steps if settings.get("branched") else [*range(sampler["num_steps"] - 1)]
-    print(f"{plan_table(records)}\n\n{step_table(records, steps)}\n\n{LEGEND}")
-    if settings["lookahead"]:
-        print(f"\nThe configuration trains with {' and '.join(settings['lookahead'])}.")
-    remaining = min((record["remaining_gains"] for record in records.values()), default=1.0)
-    advice = "" if remaining >= ENOUGH else f"; below {ENOUGH:.0%}, judge by a more finely graded reward"
-    print(f"\n{remaining:.0%} of the groups' steps remain, in the others all exact gains are equal{advice}.")
-    if kept is not None:
-        numbers = " ".join(f"{value:.2f}" for value in kept)
-        print(f"exact rewards of neighbouring states correlate by {numbers}; below .5 a gain is noisier than a reward.")
-    if searched is None:
-        return
-    wanted = ", ".join(f"{name} {value:g}" for name, value in searched["thresholds"].items())
-    if searched["chosen"] is None:
-        longer = searched["max_nodes"] < searched["longest_path"]
-        advice = "raise --max-nodes" if longer else "there are no longer paths to search"
-        print(f"search: none of {len(searched['candidates'])} candidates reaches {wanted}; {advice}.")
-        return
-    inside, outside = searched["in_sample"], records[searched["chosen"]]
-    extras = {"copy": "copy-dtype", "vae": "vae-dtype", "cache": "cache"}
-    again = "".join(f" --{option} {outside[key]}" for key, option in extras.items() if outside[key])
-    print(
-        f"search: {searched['chosen']} is the cheapest of {len(searched['candidates'])} candidates above {wanted}; "
-        f"again by --plans {searched['chosen_plan']}{again}"
-    )
-    for label, found in (("in sample", inside), ("held out", outside)):
-        print(
-            f"  {label:10} rewards {found['spearman_rewards_mean']:.3f}, gains {found['spearman_gains_mean']:.3f}, "
-            f"worst step {found['spearman_gains_worst_step']:.3f}"
-        )
+    named = [] if options.config is None else ["--config", options.config]
+    return configuration([*named, *overrides])
 
 
 def _progress(what: str, total: int, done: int) -> None:

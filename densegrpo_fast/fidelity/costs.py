@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from densegrpo_fast.fidelity.measure import Variant, expanded
 from densegrpo_fast.fidelity.report import table
+from densegrpo_fast.fidelity.variants import Variant, expanded
 from densegrpo_fast.models.base import Decoder
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, usual_width
@@ -46,8 +46,8 @@ def cost_records(
 ) -> dict[str, Any]:
     """Costs of T = 10 steps of which 9 are trained, one update per sample, per sample; plain JSON data.
 
-    Each plan is counted for trajectories, for samples of which 8 are branches of one trunk at every trained step, and
-    for trajectories with noise in the window of steps 0..2 alone, which are then all that is trained.
+    Each plan is counted for trajectories, for samples of which 8 are branches of one ODE trajectory at every trained
+    step, and for trajectories with noise in the window of steps 0..2 alone, which are then all that is trained.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
     and the full decoder, comes first. Head, copies and caches are for SD3's transformers, caches not for branches; what
@@ -65,7 +65,7 @@ def cost_records(
     """
     chosen = [make(STEPS) for make in make_plans]
     plain = [Variant(plan, guidance, decoder) for plan in chosen for guidance in guidances for decoder in decoders]
-    found = {}
+    records = {}
     for name, architecture in ARCHITECTURES.items():
         built, rank = architecture(), _RANKS.get(name, _RANK)
         # the embedded model's own reward is image analysis: no arithmetic to speak of
@@ -74,8 +74,8 @@ def cost_records(
         corrected = _leaves_out if extras.head is not None else _never
         variants = expanded(plain, head=corrected, copies=extras.copies, caches=extras.caches)
         published = Variant(plans.exact(STEPS), "full", "full")
-        found[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
-    return found
+        records[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
+    return records
 
 
 def cost_text(records: dict[str, Any]) -> str:
@@ -109,7 +109,7 @@ def cost_text(records: dict[str, Any]) -> str:
     blocks.append(
         "each: operations of one forward of the lookahead over those of the policy's.\n"
         "extra: operations that the dense iteration adds to the sparse one, or saves; KL, no KL: dense / sparse.\n"
-        f"{BRANCHES} branches: so many samples share a trunk, which they leave at every trained step.\n"
+        f"{BRANCHES} branches: so many samples share an ODE trajectory, which they leave at every trained step.\n"
         f"window: noise in these steps alone, which are trained; against a sparse iteration with the same window.\n"
         "Both sides are this package's: first velocities reused, unconditional halves without a backward pass."
     )

@@ -12,77 +12,14 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.fidelity.target import FidelityTarget
-from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Recorder
+from densegrpo_fast.fidelity.variants import Variant, reference
+from densegrpo_fast.models.base import Cache, FlowModel, Recorder
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
-from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
-from densegrpo_fast.sampling.plan import Plan
+from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import Rollout, initial_noise, rollout
 from densegrpo_fast.training.agreement import Agreement, compare, compare_branches
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute lookahead rewards.
-
-    Attributes:
-        plan: where completions evaluate the model.
-        guidance: of completions after their first velocity.
-        decoder: of all images.
-        head: whether the target's completion head corrects the last jumps.
-        copy: dtype of the target's copy that is evaluated instead of the policy, or None.
-        cache: spec of the features that its forwards take over from the rollout, or None.
-        vae: precision of the full decoder, or None for the target's own.
-    """
-
-    plan: Plan
-    guidance: Guidance
-    decoder: Decoder
-    head: bool = False
-    copy: str | None = None
-    cache: str | None = None
-    vae: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Such as "nodes{3,6}+head+copy(bfloat16)+cache(text)/cond_only/preview" or "exact/full/full(bfloat16)"."""
-        decoder = self.decoder if self.vae is None else f"{self.decoder}({self.vae})"
-        extras = "+head" if self.head else ""
-        extras += "".join(f"+{name}({value})" for name in ("copy", "cache") if (value := getattr(self, name)))
-        return f"{self.plan.name}{extras}/{self.guidance}/{decoder}"
-
-
-def reference(num_steps: int) -> Variant:
-    """What every variant is judged by: every remaining step, full guidance, full decoder."""
-    return Variant(plans.exact(num_steps), "full", "full")
-
-
-def expanded(
-    variants: Sequence[Variant],
-    *,
-    head: Callable[[Plan], bool],
-    copies: Iterable[str],
-    caches: Iterable[str],
-    vaes: Iterable[str] = (),
-) -> list[Variant]:
-    """The variants, and beside each what else its completions may do.
-
-    Args:
-        variants: without any of that.
-        head: whether a plan's last jumps are corrected too.
-        copies: dtypes of copies to evaluate too, where anything is evaluated.
-        caches: specs of features to take over too, by the copies or, without any, by the model itself.
-        vaes: precisions in which the full decoder decodes too, whatever the completions do.
-    """
-    wanted = [*variants, *(replace(variant, head=True) for variant in variants if head(variant.plan))]
-    evaluating, dtypes = [variant for variant in wanted if variant.plan.evaluations], list(copies)
-    wanted += [replace(variant, copy=dtype) for dtype in dtypes for variant in evaluating]
-    readers: list[str | None] = [*dtypes] or [None]
-    wanted += [replace(v, copy=dtype, cache=spec) for dtype in readers for spec in caches for v in evaluating]
-    in_full = [variant for variant in wanted if variant.decoder == "full"]
-    return wanted + [replace(variant, vae=dtype) for dtype in vaes for variant in in_full]
 
 
 def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> IterationCost:
@@ -98,7 +35,7 @@ def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> Iterat
     }
     if target.branched:
         return branched_iteration(variant.plan, branches=group_size, **options)
-    options["shared"] = group_size if target.shared_noise and not _own(variant, target, group_size) else 1
+    options["shared"] = group_size if target.shared_noise and not _uses_its_rollout(variant, target, group_size) else 1
     return dense_iteration(variant.plan, **options)
 
 
@@ -133,7 +70,7 @@ def lookahead_of(target: FidelityTarget, variant: Variant, batch: Batch) -> Look
     )
 
 
-def completed(variant: Variant) -> Variant:
+def without_decoder(variant: Variant) -> Variant:
     """The variant as far as its completions go: those that differ in the decoder alone share them."""
     return replace(variant, decoder="full", vae=None)
 
@@ -293,9 +230,9 @@ def measure(
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
     done = 0
     for batch in batches(target, groups, group_size=group_size, seed=seed):
-        for way in dict.fromkeys(map(completed, wanted)):
+        for way in dict.fromkeys(map(without_decoder, wanted)):
             lookahead = lookahead_of(target, way, batch)
-            alike = [variant for variant in wanted if completed(variant) == way]
+            alike = [variant for variant in wanted if without_decoder(variant) == way]
             for variant, images in pictures(target, lookahead, batch, alike):
                 parts[variant].append(score(target, batch, images))
         done += len(batch.rows) // group_size
@@ -312,7 +249,7 @@ def pictures(
         yield variant, lookahead.images(batch.rollout, clean, variant.decoder, decoding(target, variant))
 
 
-def _own(variant: Variant, target: FidelityTarget, group_size: int) -> bool:
+def _uses_its_rollout(variant: Variant, target: FidelityTarget, group_size: int) -> bool:
     """Whether each completion takes something over from its own sample's rollout, as `Lookahead.dedup` asks."""
     reused = variant.guidance == "reuse" and target.guided
     return reused or (variant.cache is not None and CacheSpec.parse(variant.cache).alike(group_size) < group_size)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from densegrpo_fast.config.command_line import command_parser
+from densegrpo_fast.common.command_line import command_parser
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.sampling.plan import Plan, make_plan
 

@@ -121,8 +121,8 @@ def placed(points: Sequence[tuple[float, float]], texts: Sequence[str], frame: B
     Returns:
         A box for each label; centred on its point where there is no room at all.
     """
-    taken = [_around(x, y, 6.0, 6.0) for x, y in points]
-    found = []
+    occupied = [_around(x, y, 6.0, 6.0) for x, y in points]
+    boxes = []
     for (x, y), text in zip(points, texts, strict=True):
         width, height = 0.62 * _FONT * len(text) + 1, 1.1 * _FONT
         box = next(
@@ -130,13 +130,13 @@ def placed(points: Sequence[tuple[float, float]], texts: Sequence[str], frame: B
                 box
                 for across, up in _offsets()
                 if frame.holds(box := _around(x + across * (1 + width / 12), y + up, width, height))
-                and not any(box.meets(other) for other in taken)
+                and not any(box.meets(other) for other in occupied)
             ),
             _around(x, y, width, height),
         )
-        taken.append(box)
-        found.append(box)
-    return found
+        occupied.append(box)
+        boxes.append(box)
+    return boxes
 
 
 def _offsets() -> Iterator[tuple[float, float]]:

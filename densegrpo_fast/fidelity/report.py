@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from densegrpo_fast.fidelity.measure import Variant, cost_of, flops_ratio, reference
+from densegrpo_fast.fidelity.measure import cost_of, flops_ratio
 from densegrpo_fast.fidelity.search import Candidate, Thresholds
 from densegrpo_fast.fidelity.target import FidelityTarget
+from densegrpo_fast.fidelity.variants import Variant, reference
 from densegrpo_fast.training.agreement import Agreement
 
 _COLUMNS = {
@@ -95,6 +96,65 @@ def search_record(
             for candidate in candidates
         },
     }
+
+
+def summary(
+    settings: Mapping[str, Any],
+    records: Mapping[str, dict[str, Any]],
+    searched: Mapping[str, Any] | None,
+    persistence: Sequence[float] | None,
+) -> str:
+    """What the command prints.
+
+    Args:
+        settings: what was measured.
+        records: as from `plan_record`, by the name of the variant.
+        searched: as from `search_record`; None without a search.
+        persistence: correlation of the exact rewards of neighbouring states; None for branches.
+    """
+    sampler, branched = settings["sampler"], settings.get("branched")
+    steps = [step for step, noisy in enumerate(settings["noisy"]) if noisy]
+    blocks = [
+        f"{settings['target']}: {settings['groups_measured']} groups of {settings['group_size']}"
+        f"{' branches of one ODE trajectory' if branched else ''}, "
+        f"{sampler['num_steps']} steps, {sampler['dynamics']} at noise level {sampler['noise_level']}, "
+        f"guidance {sampler['guidance_scale']:g}",
+        plan_table(records),
+        step_table(records, steps if branched else [*range(sampler["num_steps"] - 1)]),
+        LEGEND,
+    ]
+    if settings["lookahead"]:
+        blocks.append(f"The configuration trains with {' and '.join(settings['lookahead'])}.")
+    remaining = min((record["remaining_gains"] for record in records.values()), default=1.0)
+    advice = "" if remaining >= ENOUGH else f"; below {ENOUGH:.0%}, judge by a more finely graded reward"
+    lines = [f"{remaining:.0%} of the groups' steps remain, in the others all exact gains are equal{advice}."]
+    if persistence is not None:
+        numbers = " ".join(f"{value:.2f}" for value in persistence)
+        lines.append(
+            f"exact rewards of neighbouring states correlate by {numbers}; below .5 a gain is noisier than a reward."
+        )
+    lines += [] if searched is None else _search_lines(searched, records)
+    return "\n\n".join([*blocks, "\n".join(lines)])
+
+
+def _search_lines(searched: Mapping[str, Any], records: Mapping[str, dict[str, Any]]) -> list[str]:
+    wanted = ", ".join(f"{name} {value:g}" for name, value in searched["thresholds"].items())
+    if searched["chosen"] is None:
+        longer = searched["max_nodes"] < searched["longest_path"]
+        advice = "raise --max-nodes" if longer else "there are no longer paths to search"
+        return [f"search: none of {len(searched['candidates'])} candidates reaches {wanted}; {advice}."]
+    held_out = records[searched["chosen"]]
+    extras = {"copy": "copy-dtype", "vae": "vae-dtype", "cache": "cache"}
+    again = "".join(f" --{option} {held_out[key]}" for key, option in extras.items() if held_out[key])
+    return [
+        f"search: {searched['chosen']} is the cheapest of {len(searched['candidates'])} candidates above {wanted}; "
+        f"again by --plans {searched['chosen_plan']}{again}",
+        *(
+            f"  {label:10} rewards {found['spearman_rewards_mean']:.3f}, gains {found['spearman_gains_mean']:.3f}, "
+            f"worst step {found['spearman_gains_worst_step']:.3f}"
+            for label, found in (("in sample", searched["in_sample"]), ("held out", held_out))
+        ),
+    ]
 
 
 def plan_table(records: Mapping[str, dict[str, Any]]) -> str:

@@ -1,40 +1,45 @@
-"""The cheapest plan whose rewards agree with the exact ones: chosen on some groups, to be judged on others.
+"""The cheapest plan whose rewards agree with the exact ones: chosen on some groups, to be compared on others.
 
-Two kinds of plan are searched on the same completions: every set of nodes, which all states share, and for each number
-of evaluations the best path of each state (`paths.py`).
+Every state is completed along every path once (`completions`): paths that begin alike share their evaluations, so any
+node set, which all states share, is a choice among them at no further evaluation. So is a path for each state, of which
+`Chain` finds the best ones for every number of evaluations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, combinations, pairwise
 
 import torch
 from torch import Tensor
 
 from densegrpo_fast.fidelity.measure import (
     Batch,
-    Variant,
     agreement_of,
     batches,
-    completed,
     cost_of,
     decoding,
     flops_ratio,
     lookahead_of,
     pictures,
-    reference,
     score,
+    without_decoder,
 )
-from densegrpo_fast.fidelity.path_tree import Path, completions, node_sets
-from densegrpo_fast.fidelity.paths import Scored, chain_of
 from densegrpo_fast.fidelity.target import FidelityTarget
+from densegrpo_fast.fidelity.variants import Variant, reference
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.dedup import CompletionDedup
-from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.lookahead import CompletionState, Lookahead
 from densegrpo_fast.sampling.plan import Plan
-from densegrpo_fast.training.agreement import Agreement
+from densegrpo_fast.sampling.rollout import Rollout
+from densegrpo_fast.training.agreement import Agreement, spearman
+
+Path = tuple[int, ...]
+"""Increasing grid indices at which a completion evaluates the model."""
+
+Scored = Mapping[tuple[int, Path], Tensor]
+"""Rewards [P, G] of the completions of one state along one path; the image is state T, with the path ()."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def search(
     worst: float = -1.0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Candidate]:
-    """Judge every set of at most `max_nodes` nodes, and the best paths of so many evaluations for each state.
+    """Compare every set of at most `max_nodes` nodes, and the best paths of so many evaluations for each state.
 
     Args:
         target: what is measured.
@@ -106,24 +111,24 @@ def search(
         equal cost the preview decoder before the full one, and the better agreement of the gains first. Of plans that
         complete alike the first is kept, and a copy or a cache only with plans that evaluate something.
     """
-    judge = reference(target.coefficients.num_steps)
-    ways = list(dict.fromkeys(replace(way, plan=judge.plan) for way in ways))
+    exactly = reference(target.coefficients.num_steps)
+    ways = list(dict.fromkeys(replace(way, plan=exactly.plan) for way in ways))
     parts: dict[Variant, list[Scored]] = {way: [] for way in ways}
     exact: list[Tensor] = []
     done = 0
     for batch in batches(target, groups, group_size=group_size, seed=seed):
-        lookahead = lookahead_of(target, judge, batch)
-        exact.extend(score(target, batch, images) for _, images in pictures(target, lookahead, batch, [judge]))
-        for completing in dict.fromkeys(map(completed, ways)):
+        lookahead = lookahead_of(target, exactly, batch)
+        exact.extend(score(target, batch, images) for _, images in pictures(target, lookahead, batch, [exactly]))
+        for completing in dict.fromkeys(map(without_decoder, ways)):
             scored: dict[Variant, dict[tuple[int, Path], Tensor]] = {
-                way: {} for way in ways if completed(way) == completing
+                way: {} for way in ways if without_decoder(way) == completing
             }
             lookahead = lookahead_of(target, completing, batch)
-            for state, path, clean in _completions(target, lookahead, batch, max_nodes):
-                for way, found in scored.items():
-                    found[state, path] = _decoded(target, batch, clean, way)
-            for way, found in scored.items():
-                parts[way].append(found)
+            for state, path, clean in completions(lookahead, batch.rollout, max_nodes=max_nodes):
+                for way, rewards in scored.items():
+                    rewards[state, path] = _decoded(target, batch, clean, way)
+            for way, rewards in scored.items():
+                parts[way].append(rewards)
         done += len(batch.rows) // group_size
         progress(done)
 
@@ -168,36 +173,150 @@ def assemble(table: Scored, plan: Plan, states: Sequence[int]) -> Tensor:
     return torch.stack([table[state, (*plan.paths, ())[state]] for state in states], dim=-1)
 
 
+@torch.no_grad()
+def completions(lookahead: Lookahead, rollout: Rollout, *, max_nodes: int) -> Iterator[tuple[int, Path, Tensor]]:
+    """Complete every state along every path: a tree, whose root is the state with the rollout's velocity.
+
+    Args:
+        lookahead: completes them, in every way but its own plan, and without its head, which is for that plan.
+        rollout: what is completed; states that a noise-free step joins to the next are left out, as their completions
+            are that one's.
+        max_nodes: evaluations of the longest path, at least 0.
+
+    Yields:
+        (state, path, clean latents [B, ...] float32), one evaluation each, except for the empty paths, of B rows or of
+        those among them with a completion of their own; last the image as state T, where it is one of the states.
+    """
+    steps, dedup = rollout.coefficients.num_steps, lookahead.dedup(rollout)
+    rollout = rollout.evaluated(lookahead)
+    for state, root in lookahead.start(rollout).items():
+        pending: list[tuple[Path, CompletionState]] = [((), root)]
+        while pending:
+            path, here = pending.pop()
+            yield state, path, dedup.spread(state, lookahead.jump([here], steps, rollout.coefficients))
+            for step_index in range(here.index + 1, steps) if len(path) < max_nodes else ():
+                pending.append(((*path, step_index), lookahead.advance({state: here}, step_index, rollout)[state]))
+    if steps in dedup.states:
+        yield steps, (), rollout.state(steps).latents
+
+
+def node_sets(num_steps: int, max_nodes: int) -> list[Path]:
+    """All sets of at most `max_nodes` grid indices in 1..T-1, the empty one first."""
+    return [path for size in range(max_nodes + 1) for path in combinations(range(1, num_steps), size)]
+
+
+def path_after(nodes: Path, state: int) -> Path:
+    """The part of a node set that lies ahead of a state."""
+    return tuple(step_index for step_index in nodes if step_index > state)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """States whose completions are to be chosen, and how well every choice agrees with the exact rewards.
+
+    Agreement is a sum over states and steps: the rewards of a state depend on its own path, the gains of a step on the
+    paths of the two states that it joins. So states form a chain, and the greatest sum for every number of evaluations
+    is found exactly without trying all combinations (Viterbi's algorithm, with the evaluations so far as part of the
+    state).
+
+    Attributes:
+        choices: of K states, in their order, the paths.
+        states: per state [A] float64, what each path brings.
+        steps: for each of the K-1 pairs of neighbours [A, B] float64, what each pair of paths brings.
+    """
+
+    choices: tuple[tuple[Path, ...], ...]
+    states: tuple[Tensor, ...]
+    steps: tuple[Tensor, ...]
+
+    def best(self, floor: float = -1.0) -> list[tuple[Path, ...]]:
+        """For each number of evaluations the paths with the greatest sum; without those that fewer can equal.
+
+        Args:
+            floor: what a step should bring at least: the fewer steps are below it the better, whatever the sum.
+        """
+        lengths = [torch.tensor([len(path) for path in paths]) for paths in self.choices]
+        budget = sum(int(count.max()) for count in lengths) + 1
+        # more than all correlations together can differ
+        penalty = 4.0 * len(self.choices) + 1
+        # [A, E]: the greatest sum so far, by the path of the state that was reached and by evaluations
+        sums = _moved(self.states[0][:, None], lengths[0], budget)
+        origins: list[Tensor] = []
+        for brings, step, count in zip(self.states[1:], self.steps, lengths[1:], strict=True):
+            value, origin = (sums[:, None] + (step - penalty * (step < floor))[..., None]).max(0)
+            origins.append(origin)
+            sums = _moved(value + brings[:, None], count, budget)
+        best: list[tuple[Path, ...]] = []
+        highest = -torch.inf
+        for evaluations, column in enumerate(sums.T):
+            value, last = column.max(0)
+            if value > highest + 1e-9:
+                highest = float(value)
+                best.append(self._traced(origins, lengths, int(last), evaluations))
+        return best
+
+    def _traced(
+        self, origins: Sequence[Tensor], lengths: Sequence[Tensor], last: int, evaluations: int
+    ) -> tuple[Path, ...]:
+        """The paths by which the last state's choice came to its sum."""
+        picks = [last]
+        for origin, count in zip(reversed(origins), reversed(lengths), strict=False):
+            evaluations -= int(count[picks[-1]])
+            picks.append(int(origin[picks[-1], evaluations]))
+        return tuple(paths[pick] for paths, pick in zip(self.choices, reversed(picks), strict=True))
+
+
+def chain_of(table: Scored, exact: Mapping[int, Tensor], num_steps: int, *, gains: bool) -> Chain:
+    """How well each path of each state agrees with the exact rewards, as mean in-group Spearman correlations.
+
+    Args:
+        table: of all states that are completed and, for gains, of the image.
+        exact: [P, G] per state, the reference's.
+        num_steps: T. The states 0..T-2 are ranked, and their gains.
+        gains: whether each state's reward is compared with the next one's too, or alone, as that of branches is, which
+            then counts as the step's.
+
+    Returns:
+        The states in order, the image as the last one.
+    """
+    order = sorted({num_steps, *(state for state, _ in table)})
+    choices = {state: tuple(path for at, path in table if at == state) or ((),) for state in order}
+    completed = {s: torch.stack([table[s, path] for path in choices[s]]) for s in order if (s, choices[s][0]) in table}
+    states = {state: torch.zeros(len(choices[state]), dtype=torch.float64) for state in order}
+    steps = []
+    for state, onward in pairwise(order):
+        by_reward = _agreement(exact[state], completed[state])
+        if state > num_steps - 2:
+            step = torch.zeros(len(choices[state]), len(choices[onward]), dtype=torch.float64)
+        elif not gains:
+            step = by_reward[:, None].repeat(1, len(choices[onward]))
+        else:
+            states[state] = by_reward
+            gain = exact[onward] - exact[state]
+            step = torch.stack([_agreement(gain, completed[onward] - rewards) for rewards in completed[state]])
+        steps.append(step)
+    return Chain(tuple(choices.values()), tuple(states.values()), tuple(steps))
+
+
 def _plans(target: FidelityTarget, table: Scored, truth: Tensor, max_nodes: int, worst: float) -> Iterator[Plan]:
     """The node sets, then the best paths; of those that complete the measured states alike only the first."""
     steps, columns = target.coefficients.num_steps, states_of(target)
-    own = sorted({*columns} - {steps})
+    completed_states = sorted({*columns} - {steps})
     exact = {state: truth[..., columns.index(state)] for state in columns}
     best = chain_of(table, exact, steps, gains=not target.branched)
 
     def single(paths: tuple[Path, ...]) -> Plan:
-        chosen = dict(zip(own, paths, strict=False))
+        chosen = dict(zip(completed_states, paths, strict=False))
         return plans.own_paths(steps, [chosen.get(state, ()) for state in range(steps)])
 
     shared = (plans.nodes(steps, nodes) if nodes else plans.one_step(steps) for nodes in node_sets(steps, max_nodes))
     seen = set()
     # the paths with and without an eye on the worst step
     for plan in chain(shared, map(single, (*best.best(), *best.best(floor=worst)))):
-        paths = tuple(plan.paths[state] for state in own)
+        paths = tuple(plan.paths[state] for state in completed_states)
         if paths not in seen:
             seen.add(paths)
             yield plan
-
-
-def _completions(
-    target: FidelityTarget, lookahead: Lookahead, batch: Batch, max_nodes: int
-) -> Iterator[tuple[int, Path, Tensor]]:
-    """Clean latents of every state along every path, and of the image as state T where a reward is measured there."""
-    rollout = batch.rollout
-    yield from completions(lookahead, rollout, max_nodes=max_nodes)
-    last = rollout.coefficients.num_steps
-    if last in states_of(target):
-        yield last, (), rollout.state(last).latents
 
 
 def _joined(parts: Sequence[Scored]) -> Scored:
@@ -215,3 +334,17 @@ def _decoded(target: FidelityTarget, batch: Batch, clean: Tensor, way: Variant) 
     model = decoding(target, way)
     images = torch.cat([model.decode(part, way.decoder) for part in clean.split(target.chunk)])
     return score(target, batch, images[None])[..., 0]
+
+
+def _agreement(exact: Tensor, cheap: Tensor) -> Tensor:
+    """[A] float64 mean over groups of the correlation of [P, G] with each of [A, P, G]; 0 where there is none."""
+    return spearman(exact.expand_as(cheap), cheap).nanmean(-1).nan_to_num(0.0)
+
+
+def _moved(values: Tensor, count: Tensor, budget: int) -> Tensor:
+    """[A, E] of values [A, e], each row later by its `count` of evaluations; -inf where it has none."""
+    moved = values.new_full((len(values), budget), -torch.inf)
+    for row, later in enumerate(count.tolist()):
+        fitting = values[row, : budget - later]
+        moved[row, later : later + len(fitting)] = fitting
+    return moved

@@ -172,7 +172,7 @@ def pipeline_target(
         shared_noise=config.sampler.shared_noise,
         step_runner=step_runner,
         settings={
-            "subject": config.preset,
+            "target": config.preset,
             # the directory of this machine is nobody else's business
             "model": Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path,
             "adapter": None if adapter is None else adapter.name,
@@ -218,7 +218,7 @@ def analytic_target(groups: int) -> FidelityTarget:
         kl=True,
         flops=None,
         settings={
-            "subject": "analytic",
+            "target": "analytic",
             "sampler": {
                 "num_steps": _STEPS,
                 "dynamics": "flow_sde",

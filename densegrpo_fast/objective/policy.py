@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.plugins import select_options
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.objective.clip import METRICS, clip_ratios
 from densegrpo_fast.objective.guard import GuardWeight
 from densegrpo_fast.objective.kl import KlScale
 from densegrpo_fast.objective.pairs import Pairs
-from densegrpo_fast.objective.registry import POLICIES, taken
+from densegrpo_fast.objective.registry import POLICIES
 from densegrpo_fast.objective.weights import step_weights
 
 
@@ -85,7 +86,7 @@ class Objective:
         self.settings, self.coefficients = settings, coefficients
         self.weights = settings.step_weights(coefficients, steps) if weights is None else weights
         self._policy = POLICIES.find(settings.policy)
-        chosen = taken(f"policy {settings.policy}", self._policy.options, settings.options)
+        chosen = select_options(f"policy {settings.policy}", self._policy.options, settings.options)
         self._loss = self._policy.function()(coefficients, steps, **chosen)
 
     def loss(

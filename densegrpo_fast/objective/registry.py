@@ -29,9 +29,9 @@ this package are imported when they are first called: this file needs no torch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from densegrpo_fast.common.plugins import Registry, resolve
 
@@ -105,14 +105,3 @@ STEP_WEIGHTS = Registry(
         "proportionate": StepWeighting(f"{_HERE}.weights:proportionate"),
     },
 )
-
-
-def taken(name: str, wanted: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the entry of a name takes.
-
-    Raises:
-        ValueError: one is not there.
-    """
-    if missing := [option for option in wanted if option not in options]:
-        raise ValueError(f"{name} needs the options {', '.join(missing)}")
-    return {option: options[option] for option in wanted}

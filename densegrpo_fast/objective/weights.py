@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.plugins import select_options
 from densegrpo_fast.flow.dynamics import LOG_PROB_SCALE, B, C, StepCoefficients
-from densegrpo_fast.objective.registry import STEP_WEIGHTS, taken
+from densegrpo_fast.objective.registry import STEP_WEIGHTS
 
 
 def none(coefficients: StepCoefficients) -> Tensor:
@@ -68,7 +69,7 @@ def step_weights(
     if not steps:
         raise ValueError("step_weights: needs at least one trained step")
     weighting = STEP_WEIGHTS.find(kind)
-    raw = weighting.function()(coefficients, **taken(f"step weight {kind}", weighting.options, options or {}))
+    raw = weighting.function()(coefficients, **select_options(f"step weight {kind}", weighting.options, options or {}))
     if list(raw.shape) != [coefficients.num_steps]:
         raise ValueError(f"step weight {kind}: expected [{coefficients.num_steps}] weights, got {list(raw.shape)}")
     raw = raw.to(coefficients.table)

@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ Layers = list[tuple[Tensor, Tensor]]
 """Weight [out, in] and bias [out] of each linear layer, first to last."""
 
 _CONVERTER = "python -m densegrpo_fast.rewards.aesthetic"
-_ACTIVATIONS = ("none", "relu")
+_ACTIVATIONS = get_args(Activation)
 
 
 class Aesthetic:
@@ -104,7 +104,7 @@ def load_head(path: Path) -> tuple[Layers, Activation]:
             f"aesthetic: the head {str(path)!r} is not a safetensors file. A pickle file can run any code when it is "
             f"read, so it is refused; convert it with {_CONVERTER} {path.name} {path.with_suffix('.safetensors').name}"
         ) from None
-    if activation not in ("none", "relu"):
+    if activation not in _ACTIVATIONS:
         raise OSError(f"aesthetic: the head {str(path)!r} does not name its activation; make it with {_CONVERTER}")
     try:
         return layers_of(tensors), "relu" if activation == "relu" else "none"

@@ -1,17 +1,22 @@
-"""Rewards by their names: those of the package, registered ones, and one's own."""
+"""Rewards by their names: those of the package, registered ones, and one's own; and a check of their options.
+
+This file needs no torch, so that the configuration can read it; a reward's own file is imported when it is created.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from densegrpo_fast.common.plugins import load
-from densegrpo_fast.rewards.base import Reward
-from densegrpo_fast.rewards.options import check_options
+
+if TYPE_CHECKING:
+    from densegrpo_fast.rewards.base import Reward
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -25,7 +30,7 @@ class _BuiltIn:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_BUILT_IN = {
+BUILT_IN = {
     "scenes": _BuiltIn(".scenes", "ScenesReward"),
     "scenes_strict": _BuiltIn(".scenes", "ScenesReward", {"strict": True}),
     "jpeg_compressibility": _BuiltIn(".jpeg", "JpegCompressibility"),
@@ -37,12 +42,27 @@ _BUILT_IN = {
     "remote": _BuiltIn(".remote", "RemoteReward"),
     "vlm_judge": _BuiltIn(".vlm_judge", "VlmJudge"),
 }
+"""The package's rewards by name. A configuration writes any other as `module:function` or `path.py:function`."""
+
+USE = "use"
+"""Key among a reward's options: the reward that stands behind a name of one's own."""
+
+_HOW = frozenset(
+    ("url", "timeout", "retries", "retry_delay", "breaker_after", "cooldown", "max_reply", "concurrency", "token_env")
+    + ("batch", "device", "chunk", "threads")
+)
+"""Options of the package's rewards that say where and how to compute a score, and leave its meaning alone."""
+
 _REGISTERED: dict[str, Callable[..., Reward]] = {}
+
+
+class OptionError(ValueError):
+    """A reward does not have such an option, needs one that is not given, or takes no such value."""
 
 
 def names() -> list[str]:
     """Names that `create` knows, sorted."""
-    return sorted({*_BUILT_IN, *_REGISTERED})
+    return sorted({*BUILT_IN, *_REGISTERED})
 
 
 def register(name: str) -> Callable[[Factory], Factory]:
@@ -60,6 +80,21 @@ def register(name: str) -> Callable[[Factory], Factory]:
         return factory
 
     return remember
+
+
+def resolve_alias(name: str, options: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The reward that a name stands for and its options: the name itself, or what its option `use` says."""
+    own = dict(options.get(name, {}))
+    return own.pop(USE, name), own
+
+
+def score_affecting(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options without those that only say where and how the package's rewards are computed."""
+    affecting = {}
+    for name, own in options.items():
+        ours = resolve_alias(name, options)[0] in BUILT_IN
+        affecting[name] = {key: value for key, value in own.items() if not (ours and key in _HOW)}
+    return affecting
 
 
 def create(name: str, **options: Any) -> Reward:
@@ -80,21 +115,77 @@ def create(name: str, **options: Any) -> Reward:
         target = load(name)
         if not callable(target):
             raise ValueError(f"reward {name!r}: expected a function or class, got {type(target).__name__}")
-        check_options(name, target, options, skip=0 if isinstance(target, type) else 3)
+        _check_options(name, target, options, skip=0 if isinstance(target, type) else 3)
         if isinstance(target, type):
             return target(**options)
         return partial(target, **options) if options else target
     if name in _REGISTERED:
-        check_options(name, _REGISTERED[name], options)
+        _check_options(name, _REGISTERED[name], options)
         return _REGISTERED[name](**options)
-    if name not in _BUILT_IN:
+    if name not in BUILT_IN:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
             f"unknown reward {name!r}; {hint}known: {', '.join(names())}; your own: module:function or file.py:function"
         )
-    entry = _BUILT_IN[name]
+    entry = BUILT_IN[name]
     factory = getattr(importlib.import_module(entry.module, __package__), entry.factory)
     merged = {**entry.options, **options}
-    check_options(name, factory, merged)
+    _check_options(name, factory, merged)
     return factory(**merged)
+
+
+def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str, Any], skip: int = 0) -> None:
+    """Check options by the factory's signature and type hints.
+
+    Args:
+        name: the reward, for messages.
+        factory: class of a reward, function that makes one, or a reward itself.
+        options: keyword arguments.
+        skip: leading parameters that are no options: the three of `reward(images, prompts, metadata, ...)`.
+
+    Raises:
+        OptionError: an option is unknown, absent or of the wrong type.
+    """
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return  # built in C: it checks its own
+    named = dict(list(parameters.items())[skip:])
+    open_ended = any(entry.kind is entry.VAR_KEYWORD for entry in named.values())
+    known = {
+        key: entry for key, entry in named.items() if entry.kind in (entry.KEYWORD_ONLY, entry.POSITIONAL_OR_KEYWORD)
+    }
+    for key in options:
+        if key not in known and not open_ended:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise OptionError(f"the reward {name!r} has no option {key!r}{hint} ({takes})")
+    for key, entry in known.items():
+        if entry.default is entry.empty and key not in options:
+            raise OptionError(f"the reward {name!r} needs the option {key!r}")
+    for key, hint_type in _types(factory).items():
+        if key in options and key in known:
+            _check_type(name, key, hint_type, options[key])
+
+
+def _types(factory: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        hints = get_type_hints(vars(factory).get("__init__", factory) if isinstance(factory, type) else factory)
+    except (NameError, TypeError, AttributeError):
+        return {}  # somebody's own annotations, which need not be types
+    return {key: kind for key, kind in hints.items() if key != "return"}
+
+
+def _check_type(name: str, key: str, kind: Any, value: Any) -> None:
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        adapter = TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False))
+        adapter.validate_python(value)
+    except ValidationError:
+        expected = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
+        raise OptionError(f"the reward {name!r} takes {expected} as {key!r}, got {value!r}") from None
+    except PydanticUserError:
+        return  # no such check for this type

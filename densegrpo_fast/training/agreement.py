@@ -90,11 +90,11 @@ def compare(exact: Tensor, cheap: Tensor, noisy: Sequence[bool] | None = None) -
     present = ~(exact.isnan() | cheap.isnan())
     exact, cheap = (values.double().where(present, math.nan) for values in (exact, cheap))
     states = exact.shape[2] - 2
-    own = torch.zeros(states, dtype=torch.bool)
-    own[[state for state in range(states) if noisy is None or state in CompletionDedup(tuple(noisy)).states]] = True
+    counts = torch.zeros(states, dtype=torch.bool)
+    counts[[state for state in range(states) if noisy is None or state in CompletionDedup(tuple(noisy)).states]] = True
 
     def counted(values: Tensor) -> Tensor:
-        return values[..., :states].where(own, math.nan)
+        return values[..., :states].where(counts, math.nan)
 
     pair = (exact, cheap)
     return _agreement(
@@ -102,7 +102,7 @@ def compare(exact: Tensor, cheap: Tensor, noisy: Sequence[bool] | None = None) -
         [counted(reward_gains(values)) for values in pair],
         [counted(dense_advantages(values).values) for values in pair],
         present,
-        own,
+        counts,
     )
 
 
@@ -113,7 +113,7 @@ def compare_branches(exact: Tensor, cheap: Tensor, noisy: Sequence[bool]) -> Agr
     sign of a gain is here that of the reward over the branches' mean.
 
     Args:
-        exact: [P, G, M] float, the reference: G branches at each of M steps of P trajectories; NaN = missing.
+        exact: [P, G, M] float, the reference: G branches at each of M steps of P ODE trajectories; NaN = missing.
         cheap: [P, G, M] float.
         noisy: of each of the T steps whether branches take it, which M of them do.
 
@@ -136,7 +136,7 @@ def compare_branches(exact: Tensor, cheap: Tensor, noisy: Sequence[bool]) -> Agr
 def persistence(exact: Tensor) -> tuple[float, ...]:
     """Correlation of each state's reward with the next state's inside a group, samples of all groups pooled.
 
-    How much of the reward a step keeps. With equal spreads a gain has 2 (1 - correlation) times a reward's
+    How much of the reward survives a step. With equal spreads a gain has 2 (1 - correlation) times a reward's
     variance: below 1/2, the difference is noisier than either of the two, and taking it costs more than it removes.
 
     Args:
@@ -194,8 +194,8 @@ def pearson(reference: Tensor, other: Tensor) -> Tensor:
     count = present.sum(-1, keepdim=True).clamp(min=1)
     parts = []
     for values in (reference, other):
-        kept = values.double().where(present, 0.0)
-        centred = (kept - kept.sum(-1, keepdim=True) / count).where(present, 0.0)
+        filled = values.double().where(present, 0.0)
+        centred = (filled - filled.sum(-1, keepdim=True) / count).where(present, 0.0)
         highest, lowest = (values.where(present, bound) for bound in (-math.inf, math.inf))
         # rounding of the mean must not make a constant look as if it varied
         constant = highest.amax(-1) <= lowest.amin(-1)

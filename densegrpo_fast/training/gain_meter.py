@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.errors import RewardError
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.consistency import StepConsistency, step_consistency
 from densegrpo_fast.credit.dense import reward_gains
@@ -33,11 +32,12 @@ from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import Trajectory, rollout, sample_ode
 from densegrpo_fast.training.lookahead import lookahead_chunks
 from densegrpo_fast.training.prompts import PromptSet
+from densegrpo_fast.training.rewarding import check_missing
 
 HELD_OUT_DRAW = 2**31
-"""Draw of the samples that judge a calibration; the rounds count from 0."""
+"""Draw of the samples that a calibration is judged on; the rounds count from 0."""
 _BRANCH_DRAW = 2**32 - 1
-"""Epoch of the branches' noise, whose streams branched rollouts share, in iterations that count from 0."""
+"""Iteration of the branches' noise, whose streams branched rollouts share, in iterations that count from 0."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class GainMeter:
         guidance_scale: of the rollout and of the completions.
         rows: samples at a time, and rows per forward and decode; fewer from then on if the memory runs out.
         seed: of all noise.
-        max_missing: share of missing scores that is endured.
+        max_missing: share of the scores that may be missing.
         count: number of samples N.
         branched: whether each step is taken from a noise-free trajectory (`sampler.branches`), instead of from where
             the noise of the steps before it has led.
@@ -137,7 +137,7 @@ class GainMeter:
             if not self.branched:
                 return reward_gains(before.T[:, None])[:, 0]
             after = [
-                self._completed(batch, self._leave(batch, step, Stream.CALIBRATION, draw)[0], step)
+                self._completed(batch, self._branch(batch, step, Stream.CALIBRATION, draw)[0], step)
                 if noisy
                 else before[step]
                 for step, noisy in enumerate(batch.sampler.noisy)
@@ -170,8 +170,8 @@ class GainMeter:
             for step, noisy in enumerate(batch.sampler.noisy):
                 after = before[step].expand(2, branches, -1)
                 if noisy:
-                    arrivals = [self._leave(batch, step, branch_stream(k), _BRANCH_DRAW) for k in range(branches)]
-                    scores = [self._completed(batch, arrival, step) for pair in arrivals for arrival in pair]
+                    pairs = [self._branch(batch, step, branch_stream(k), _BRANCH_DRAW) for k in range(branches)]
+                    scores = [self._completed(batch, next_latents, step) for pair in pairs for next_latents in pair]
                     after = torch.stack(scores).unflatten(0, (branches, 2)).transpose(0, 1)
                 # a state that the step leaves without noise only here says nothing of its noise
                 steps.append(after - before[step] if noisy or not table.noisy[step] else after * torch.nan)
@@ -205,7 +205,7 @@ class GainMeter:
 
     def _batch(self, levels: Sequence[float], draw: int, samples: slice) -> _Batch:
         model, steps = self.model, len(self.sigmas) - 1
-        # prompts go on from draw to draw; the samples that judge come after those of draw 0
+        # prompts go on from draw to draw; those that it is judged on come after those of draw 0
         first = self.count * {0: 0, HELD_OUT_DRAW: 1}.get(draw, draw + 1)
         index = torch.arange(samples.start, samples.stop, device=model.device)
         chosen = [(first + sample) % len(self.prompts) for sample in index.tolist()]
@@ -223,21 +223,21 @@ class GainMeter:
         )
         return _Batch(trajectory, sampler, prompts, [self.prompts.metadata[prompt] for prompt in chosen], index)
 
-    def _leave(self, batch: _Batch, step: int, stream: int, iteration: int) -> tuple[Tensor, Tensor]:
+    def _branch(self, batch: _Batch, step: int, stream: int, iteration: int) -> tuple[Tensor, Tensor]:
         """Where a step leads a batch, each [B, ...]: with the noise of a stream, and with the opposite."""
         latents, velocity = batch.trajectory.latents[step], batch.trajectory.velocities[step]
         table = batch.sampler.table
-        arrival, _ = ops.sde_step(
+        next_latents, _ = ops.sde_step(
             latents, velocity, table, step, seed=self.seed, sample_index=batch.index, iteration=iteration, stream=stream
         )
         mean = table[step, A] * latents + table[step, B] * velocity
-        return arrival, 2 * mean - arrival
+        return next_latents, 2 * mean - next_latents
 
-    def _completed(self, batch: _Batch, arrival: Tensor, step: int) -> Tensor:
+    def _completed(self, batch: _Batch, next_latents: Tensor, step: int) -> Tensor:
         """Rewards [B] of the completions of where a step has led."""
         clean = sample_ode(
             self.model,
-            arrival,
+            next_latents,
             batch.trajectory.conditioning,
             self.sigmas[step + 1 :],
             guidance_scale=self.guidance_scale,
@@ -257,9 +257,5 @@ class GainMeter:
         """Rewards [S, B] float64 on the CPU of images [S, B, 3, H, W]."""
         count = len(images)
         scores = self.reward(images.flatten(0, 1), batch.prompts * count, batch.metadata * count)
-        if scores.missing_share > self.max_missing:
-            raise RewardError(
-                f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows "
-                f"{self.max_missing:.0%}",
-            )
+        check_missing(scores, self.max_missing)
         return scores.values.double().view(count, -1).cpu()

@@ -105,11 +105,11 @@ def examples_of(lookahead: Lookahead, head: Head, rollout: Rollout, ends: Tensor
 
 
 def train_head(head: CompletionHead, examples: Examples, steps: int, seed: int) -> None:
-    """Fit the head in place, every state's errors in units of their own size."""
+    """Fit the head in place, every state's errors in units of their errors size."""
     for state in range(head.config.num_steps):
-        own = examples.target[examples.state == state]
-        if len(own):
-            head.scale[state] = own.square().mean().sqrt().clamp(min=1e-6).to(head.scale.device)
+        errors = examples.target[examples.state == state]
+        if len(errors):
+            head.scale[state] = errors.square().mean().sqrt().clamp(min=1e-6).to(head.scale.device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = _optimizer(head, 1e-3)
     head.train()
@@ -147,7 +147,7 @@ class HeadRefresher:
     Each time it is shown a few examples, of one prompt, and would soon do well on such alone. So it remembers those of
     earlier times, the newest ones, as many as a checkpoint may well hold, and half of a step's rows are of them.
 
-    Nothing else of the run changes by it: the head is no part of the policy, and what is drawn here comes from a
+    Nothing else of the run changes by it: the head is no part of the policy, and its random numbers come from a
     generator of its own, so a run that continues from a checkpoint goes on to the bit.
 
     Args:
@@ -198,9 +198,9 @@ class HeadRefresher:
         Raises:
             CheckpointError: it holds no head, or one of another shape.
         """
-        own = self.head.state_dict()
+        expected = self.head.state_dict()
         saved = tensors.get("head", {})
-        if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in own.items()}:
+        if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in expected.items()}:
             raise CheckpointError("the checkpoint holds no completion head of this shape")
         self.head.load_state_dict(saved)
         self.optimizer.state.clear()
@@ -219,13 +219,13 @@ class HeadRefresher:
 @torch.no_grad()
 def _errors(head: CompletionHead, examples: Examples) -> dict[int, tuple[float, float]]:
     """Per state the sums of squared errors with the head, and of the estimate."""
-    found = {}
+    sums = {}
     for state in examples.state.unique().tolist():
         rows = (examples.state == state).nonzero().flatten()
         parts = (_predict(head, examples, index) for index in rows.split(BATCH))
         left = sum((predicted - target).square().sum().item() for predicted, target, _ in parts)
-        found[state] = (left, examples.target[rows].square().sum().item())
-    return found
+        sums[state] = (left, examples.target[rows].square().sum().item())
+    return sums
 
 
 def _share(left: float, energy: float) -> float:

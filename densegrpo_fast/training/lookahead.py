@@ -24,6 +24,7 @@ from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.plan import Plan, make_plan
 from densegrpo_fast.sampling.step_runner import StepRunner
+from densegrpo_fast.training.meter import underlying
 
 GB = 1e9
 """Bytes of one unit of `lookahead.memory_gb`."""
@@ -200,6 +201,7 @@ def lookahead_chunks(config: Config, model: FlowModel, decoder: Decoder) -> Chun
     most, budget = config.lookahead.chunk, config.lookahead.memory_gb
     if budget is None:
         return Chunks(most, most)
+    model = underlying(model)
     if not isinstance(model, SD3):
         raise UsageError("lookahead.memory_gb: expected null, this model's memory cannot be counted")
     # peft and diffusers: not before they are needed

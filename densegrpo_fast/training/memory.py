@@ -25,6 +25,7 @@ from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import make_plan
 from densegrpo_fast.training.lookahead import GB, Chunks
+from densegrpo_fast.training.meter import underlying
 
 logger = logging.getLogger(__name__)
 
@@ -216,32 +217,34 @@ def free_bytes(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> i
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    found = []
+    sizes = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        sizes += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
     except (OSError, ValueError, IndexError):
         pass
     try:
         limit, used = ((cgroup / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-        found += [] if limit == "max" else [max(0, int(limit) - int(used))]
+        sizes += [] if limit == "max" else [max(0, int(limit) - int(used))]
     except (OSError, ValueError):
         pass
-    return min(found, default=None)
+    return min(sizes, default=None)
 
 
 def held_bytes(objects: Iterable[object], device: torch.device, depth: int = 2) -> int:
     """Bytes on a device of the networks among the attributes of objects, and among their attributes' attributes."""
     networks: dict[int, nn.Module] = {}
-    found = list(objects)
+    level = list(objects)
     for _ in range(depth + 1):
-        networks |= {id(thing): thing for thing in found if isinstance(thing, nn.Module)}
-        own = (getattr(thing, "__dict__", {}) for thing in found if not isinstance(thing, nn.Module))
-        found = [value for attributes in own for value in attributes.values()]
-    tensors = {
-        id(tensor): tensor for each in networks.values() for tensor in (*each.parameters(), *each.buffers())
-    }.values()
-    return tensor_bytes(tensor for tensor in tensors if tensor.device.type == device.type)
+        networks |= {id(thing): thing for thing in level if isinstance(thing, nn.Module)}
+        level = [
+            value
+            for thing in level
+            if not isinstance(thing, nn.Module)
+            for value in getattr(thing, "__dict__", {}).values()
+        ]
+    tensors = {id(x): x for each in networks.values() for x in (*each.parameters(), *each.buffers())}
+    return tensor_bytes(tensor for tensor in tensors.values() if tensor.device.type == device.type)
 
 
 def start_peak(device: torch.device) -> None:
@@ -324,7 +327,7 @@ def estimate_memory(
     )
     chunks = None if lookahead is None else Chunks(lookahead.rows.rows, lookahead.decode_rows.rows)
     evaluated, head, cache = (
-        None if lookahead is None else getattr(lookahead, name) for name in ("model", "head", "cache")
+        None if lookahead is None else underlying(getattr(lookahead, name)) for name in ("model", "head", "cache")
     )
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     return estimate(

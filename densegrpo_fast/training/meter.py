@@ -229,11 +229,6 @@ class MeteredModel(FlowModel):
         return self.model.forwards(guidance_scale)
 
 
-def underlying(model: FlowModel) -> FlowModel:
-    """The model that a metered one stands for; any other is itself."""
-    return model.model if isinstance(model, MeteredModel) else model
-
-
 @dataclass(frozen=True)
 class MeteredHead:
     """A completion head that counts the rows it corrects."""
@@ -247,6 +242,13 @@ class MeteredHead:
     def __call__(self, hidden: Tensor, latents: Tensor, estimate: Tensor, state: Tensor) -> Tensor:
         self.meter.now.corrected += len(state)
         return self.head(hidden, latents, estimate, state)
+
+
+def underlying(part: Any) -> Any:
+    """What a metered model or head stands for; anything else is itself."""
+    if isinstance(part, MeteredModel):
+        return part.model
+    return part.head if isinstance(part, MeteredHead) else part
 
 
 @dataclass(frozen=True)
@@ -331,8 +333,7 @@ def _prices(config: Config, model: SD3, lookahead: Lookahead | None) -> Prices:
     configs = [None if part is None else dict(part.config) for part in parts]
     copied, head, cache = False, None, None
     if lookahead is not None:
-        copied, head, cache = underlying(lookahead.model) is not model, lookahead.head, lookahead.cache
-    head = head.head if isinstance(head, MeteredHead) else head
+        copied, head, cache = underlying(lookahead.model) is not model, underlying(lookahead.head), lookahead.cache
     shape = head.config if isinstance(head, CompletionHead) else None
     spec = cache.spec if isinstance(cache, FeatureCache) else None
     pickscore = "pickscore" in config.reward.terms

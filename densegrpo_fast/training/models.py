@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from densegrpo_fast.calibration.rules import Staircase
 from densegrpo_fast.calibration.store import read_calibration
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.pretrained import is_hub_id, silence_loading
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import SIGNS, calibrated_steps
-from densegrpo_fast.config.sampling import ModelOptions
+from densegrpo_fast.config.sections import ModelOptions
 from densegrpo_fast.models.attention import check_attention
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.loading import load_sd3, pipeline_directory, resolve_dtype, text_files
@@ -81,7 +81,7 @@ def check_calibration(config: Config, model: FlowModel) -> None:
     if config.sampler.calibration is None:
         return
     made = read_calibration(Path(config.sampler.calibration))
-    made.check_sampler(config.sampler.num_steps, config.sampler.dynamics, calibrated_steps(config))
+    made.check_sampler(config.sampler.num_steps, config.sampler.dynamics, config.calibrated_steps())
     made.check_sigmas(model.sigmas(config.sampler.num_steps).tolist())
     if made.noise_level != config.noise_levels:
         raise UsageError(
@@ -162,7 +162,7 @@ def tiny_config(config: Config) -> Config:
     if config.sampler.branches is not None:
         settings["sampler"] |= {"branches": 2, "micro_batch": 1}
     settings["optimizer"] |= {"updates_per_iteration": 1}
-    settings["calibration"] |= {"samples": SIGNS, "rounds": 1}
+    settings["calibration"] |= {"samples": Staircase.enough, "rounds": 1}
     if config.model.path != "embedded":
         settings["model"] |= {"height": 0, "width": 0}
         # the levels stay; the tiny model that takes the place of this one has a schedule of its own

@@ -13,7 +13,7 @@ from densegrpo_fast.sampling.rollout import Rollout
 from densegrpo_fast.training.agreement import compare, compare_branches
 from densegrpo_fast.training.head_training import Examples, HeadRefresher, exactly_completed, examples_of
 from densegrpo_fast.training.lookahead import lookahead_chunks
-from densegrpo_fast.training.meter import Meter, MeteredHead, underlying
+from densegrpo_fast.training.meter import Meter, underlying
 from densegrpo_fast.training.prompts import PromptBatch
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer
 
@@ -48,11 +48,10 @@ class LookaheadMonitor:
         self.lookahead, self.meter = lookahead, Meter() if meter is None else meter
         method = registry.find(config.credit.method)
         self.applies = (method.uses_lookahead or method.uses_branches) and method.plan is None
-        head = None if lookahead is None else lookahead.head
-        head = head.head if isinstance(head, MeteredHead) else head
+        head = None if lookahead is None else underlying(lookahead.head)
         steps = self.options.head_refresh
         self.refresher = HeadRefresher(head, steps, config.seed) if steps and isinstance(head, CompletionHead) else None
-        chunk = lookahead_chunks(config, underlying(model), "full").forward
+        chunk = lookahead_chunks(config, model, "full").forward
         exact = plans.exact(config.sampler.num_steps)
         rows = OomBackoff(chunk, "lookahead.chunk, of the lookahead monitor")
         self.exact = Lookahead(model, exact, chunk=rows, replan=plans.exact)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from densegrpo_fast.calibration.rules import Limits, calibrate
-from densegrpo_fast.calibration.staircase import Staircase
+from densegrpo_fast.calibration.rules import Limits, Staircase, calibrate
 from densegrpo_fast.common.errors import CheckpointError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.calibration import calibrated_steps
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import Scorer
 from densegrpo_fast.training.gain_meter import GainMeter
 from densegrpo_fast.training.prompts import PromptSet
 
 _ITERATIONS = 2**24
-"""More than a run has: a calibration's draws are so many epochs of its noise apart."""
+"""More than a run has: a calibration's draws are so many iterations of its noise apart."""
 
 
 class NoiseLevels:
@@ -29,7 +27,7 @@ class NoiseLevels:
     def __init__(self, config: Config, model: FlowModel, reward: Scorer, prompts: PromptSet):
         self.config, self.model, self.reward, self.prompts = config, model, reward, prompts
         self.levels = config.noise_levels
-        self._noisy = calibrated_steps(config)
+        self._noisy = config.calibrated_steps()
 
     def due(self, iteration: int) -> bool:
         """Whether the levels are found again before an iteration (from 0)."""
@@ -61,8 +59,8 @@ class NoiseLevels:
         first = [measured for measured in rounds if measured.levels == tuple(levels)][:1]
         imbalances = [abs(signs.imbalance) for measured in first for signs in measured.signs if signs.decided]
         self.levels = tuple(
-            found if step in self._noisy else old
-            for step, (found, old) in enumerate(zip(rule.result, self.levels, strict=True))
+            new if step in self._noisy else old
+            for step, (new, old) in enumerate(zip(rule.result, self.levels, strict=True))
         )
         return {
             "calibration/rounds": len(rounds),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+from densegrpo_fast.config import Config
+from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.rollout import Rollout
 from densegrpo_fast.training.prompts import PromptBatch
 from densegrpo_fast.training.trainer import Trainer
@@ -23,12 +25,36 @@ class PolicySamples:
     Attributes:
         rollout: of B samples, group after group.
         batch: their prompts.
-        held_out: whether they are to judge what the others trained.
+        held_out: whether what the others trained is to be judged on them.
     """
 
     rollout: Rollout
     batch: PromptBatch
     held_out: bool
+
+
+def no_reward() -> RewardMixture:
+    """A stand-in where no picture is scored, so that no reward has to be loaded."""
+    return RewardMixture({"none": (lambda images, prompts, metadata: [0.0] * len(images), 1.0)})
+
+
+def policy_alone(config: Config, *, tiny: bool = False, reward: RewardMixture | None = None) -> Trainer:
+    """A trainer whose policy is to be sampled and no more: nothing is built that completions evaluate or keep.
+
+    Args:
+        config, tiny: as for `Trainer`.
+        reward: None = `no_reward`.
+
+    Raises:
+        UserError: as `Trainer`.
+    """
+    bare = {"head": None, "head_refresh": 0, "copy_dtype": None, "cache": None, "graphs": False}
+    lookahead = config.lookahead.model_copy(update=bare)
+    return Trainer(
+        config.model_copy(update={"lookahead": lookahead}),
+        tiny=tiny,
+        reward=no_reward() if reward is None else reward,
+    )
 
 
 def policy_samples(

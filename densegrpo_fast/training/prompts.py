@@ -7,11 +7,13 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.suggest import did_you_mean
-from densegrpo_fast.config import Config
+
+if TYPE_CHECKING:
+    from densegrpo_fast.config import Config
 
 _DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
 BUILT_IN = ("general", "geneval", "ocr")

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import RewardError, UsageError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.rewards import resolve_alias
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture, Scorer, Scores
-from densegrpo_fast.rewards.registry import create
+from densegrpo_fast.rewards.registry import create, resolve_alias
 from densegrpo_fast.sampling.lookahead import Completions, Lookahead
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import Rollout
 from densegrpo_fast.training.lookahead import lookahead_chunks
-from densegrpo_fast.training.meter import Meter, MeteredReward, underlying
+from densegrpo_fast.training.meter import Meter, MeteredReward
 from densegrpo_fast.training.prompts import PromptBatch
 
 _AHEAD = 2
@@ -81,7 +80,7 @@ class RewardComputer:
         self.model, self.overlap, self.max_missing = model, config.reward.overlap, config.reward.max_missing
         self.reward: Scorer = reward if meter is None else MeteredReward(reward, meter)
         self.decoder: Decoder = "full" if lookahead is None else config.lookahead.decoder
-        chunk = lookahead_chunks(config, underlying(model), "full").decode
+        chunk = lookahead_chunks(config, model, "full").decode
         self.full_decodes = OomBackoff(chunk, "lookahead.chunk, of full decodes", _TILED)
         self.decodes = self.full_decodes if lookahead is None else lookahead.decode_rows
         self.scores_ends = config.uses_lookahead and self.decoder != "full"
@@ -97,7 +96,7 @@ class RewardComputer:
         grouped = rollout.group_rewards(scores.values, batch.group_size)
         if self.scores_ends:
             scores = Scores.joined([scores, self._final_scores(rollout, batch)])
-        self.check_missing(scores)
+        check_missing(scores, self.max_missing)
         if grouped.branches is not None:
             finest = grouped.branches[..., -1]
             return RewardBatch(finest.flatten(1), None, grouped.branches, scores)
@@ -113,18 +112,6 @@ class RewardComputer:
         count = len(clean) // len(batch.prompts)
         scores = self.reward(images, batch.prompts * count, batch.metadata * count)
         return scores.values.view(count, -1)
-
-    def check_missing(self, scores: Scores) -> None:
-        """Refuse to go on with too many missing scores.
-
-        Raises:
-            RewardError: there are more than `reward.max_missing` allows.
-        """
-        if scores.missing_share > self.max_missing:
-            raise RewardError(
-                f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows "
-                f"{self.max_missing:.0%}"
-            )
 
     def _decoded(self, clean: Tensor, decoder: Decoder, rows: OomBackoff) -> Iterator[Tensor]:
         """Images of clean latents [m, ...], part after part."""
@@ -221,6 +208,21 @@ class Scoring:
         """Drop what is not scored yet, and wait for what is being scored."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def check_missing(scores: Scores, allowed: float) -> None:
+    """Refuse to go on with too many missing scores.
+
+    Args:
+        allowed: share of the scores, `reward.max_missing`.
+
+    Raises:
+        RewardError: more are missing.
+    """
+    if scores.missing_share > allowed:
+        raise RewardError(
+            f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows {allowed:.0%}"
+        )
 
 
 def build_reward(

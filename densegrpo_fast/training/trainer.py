@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.methods import credit_values
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.inputs import CreditInputs
@@ -252,7 +251,7 @@ class Trainer:
             lookahead_rewards=by_state,
             branch_rewards=rewards.branch_rewards,
         )
-        return registry.advantages(credit.method, inputs, credit_values(credit))
+        return registry.advantages(credit.method, inputs, credit.method_options())
 
     def update(self, rollout: Rollout, advantages: Advantages, steps: IterationSteps) -> dict[str, float]:
         """Train the adapter on the trained steps of all samples; metrics of the update."""

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from densegrpo_fast.fidelity import statistics
-from densegrpo_fast.fidelity.path_tree import Path
-from densegrpo_fast.fidelity.paths import Chain, chain_of
+from densegrpo_fast.fidelity.search import Chain, Path, chain_of
+from densegrpo_fast.training import agreement
 
 STEPS = 4
 PATHS: dict[int, list[Path]] = {0: [(), (1,), (3,), (1, 2)], 1: [(), (2,), (2, 3)], 2: [(), (3,)], 3: [()], 4: [()]}
@@ -36,7 +35,7 @@ def test_no_other_paths_agree_better(table: dict[tuple[int, Path], Tensor], floo
     exact[..., STEPS] = table[STEPS, ()]
     best: dict[int, tuple[int, float]] = {}
     for paths in product(*PATHS.values()):
-        found = statistics.compare(exact, assembled(table, paths))
+        found = agreement.compare(exact, assembled(table, paths))
         value = (
             -sum(gain < floor for gain in found.spearman_gains),
             sum((*found.spearman_rewards, *found.spearman_gains)),
@@ -51,7 +50,7 @@ def test_no_other_paths_agree_better(table: dict[tuple[int, Path], Tensor], floo
         assert (evaluations in chosen) == (best[evaluations] > reached)
         reached = max(reached, best[evaluations])
         if evaluations in chosen:
-            found = statistics.compare(exact, assembled(table, chosen[evaluations]))
+            found = agreement.compare(exact, assembled(table, chosen[evaluations]))
             total = sum((*found.spearman_rewards, *found.spearman_gains))
             assert total == pytest.approx(best[evaluations][1])
             assert sum(gain < floor for gain in found.spearman_gains) == -best[evaluations][0]
@@ -66,7 +65,7 @@ def test_branches_have_no_neighbours(table: dict[tuple[int, Path], Tensor]) -> N
     assert image == ()
     for state, path in zip(exact, chosen, strict=True):
         scores = {
-            other: statistics.spearman(exact[state], rewards).mean()
+            other: agreement.spearman(exact[state], rewards).mean()
             for (at, other), rewards in own.items()
             if at == state
         }

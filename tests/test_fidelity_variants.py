@@ -17,13 +17,14 @@ from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.fidelity import __main__ as fidelity
-from densegrpo_fast.fidelity.choice import Choice, choose, own_variants
 from densegrpo_fast.fidelity.costs import STEPS
-from densegrpo_fast.fidelity.measure import agreement_of, measure, reference
+from densegrpo_fast.fidelity.measure import agreement_of, measure
 from densegrpo_fast.fidelity.options import parse, plans_of
 from densegrpo_fast.fidelity.search import longest_path, search
+from densegrpo_fast.fidelity.variants import Choice, choose, configured_variants, reference
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
-from densegrpo_fast.training import builders
+from densegrpo_fast.training.lookahead import build_lookahead
+from densegrpo_fast.training.schedule import Schedule
 
 G = 4
 JPEG = "--reward.terms={jpeg_incompressibility: 1.0}"
@@ -67,7 +68,7 @@ def chosen(directory: Path, arguments: list[str], *overrides: str, preset: str =
     ],
 )
 def test_the_lookahead_of_a_configuration(preset: str, overrides: list[str], names: list[str]) -> None:
-    assert [variant.name for variant in own_variants(loaded(*overrides, preset=preset))] == names
+    assert [variant.name for variant in configured_variants(loaded(*overrides, preset=preset))] == names
 
 
 def test_it_is_measured_as_training_completes(pipeline_directory: Path) -> None:
@@ -87,21 +88,21 @@ def test_it_is_measured_as_training_completes(pipeline_directory: Path) -> None:
     one = {"sampler": config.sampler.model_copy(update={"group_size": G})}
     one["data"] = config.data.model_copy(update={"num_prompts": 1})
     config, model, index = config.model_copy(update=one), target.model, torch.arange(G)
-    lookahead = builders.build_lookahead(config, model)
+    lookahead = build_lookahead(config, model)
     assert lookahead is not None
     rows = [target.prompts.prompts[0]] * G
     trajectory = rollout(
         model,
         initial_noise(model, index, seed=3, iteration=0),
         model.encode(rows),
-        builders.build_coefficients(config, model),
+        Schedule(config, model).coefficients(),
         sample_index=index,
         seed=3,
         iteration=0,
         guidance_scale=2.0,
         cache=lookahead.cache,
     )
-    images = lookahead.images(lookahead.complete(trajectory), trajectory.coefficients.noisy, "full")
+    images = lookahead.images(trajectory, lookahead.complete(trajectory), "full")
     scores = target.reward(images.flatten(0, 1), rows * 5, [{}] * 5 * G).values
     torch.testing.assert_close(found[0], scores.view(5, G).T, rtol=1e-4, atol=1e-4)
 

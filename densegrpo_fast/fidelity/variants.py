@@ -1,4 +1,4 @@
-"""What a fidelity run measures, by its options and its configuration: the subject, and which variants of the lookahead.
+"""Which lookaheads a fidelity run measures, and on what, by its options and its configuration.
 
 Unless plans are named, the lookahead that the configuration trains with is among them, with its head, copy and cache.
 """
@@ -6,13 +6,13 @@ Unless plans are named, the lookahead that the configuration trains with is amon
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.credit import registry
-from densegrpo_fast.fidelity.measure import Variant, expanded
 from densegrpo_fast.fidelity.options import plans_of
 from densegrpo_fast.fidelity.target import FidelityTarget, analytic_target, pipeline_target
 from densegrpo_fast.models.base import Decoder
@@ -26,19 +26,82 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute lookahead rewards.
+
+    Attributes:
+        plan: where completions evaluate the model.
+        guidance: of completions after their first velocity.
+        decoder: of all images.
+        head: whether the target's completion head corrects the last jumps.
+        copy: dtype of the target's copy that is evaluated instead of the policy, or None.
+        cache: spec of the features that its forwards take over from the rollout, or None.
+        vae: precision of the full decoder, or None for the target's own.
+    """
+
+    plan: Plan
+    guidance: Guidance
+    decoder: Decoder
+    head: bool = False
+    copy: str | None = None
+    cache: str | None = None
+    vae: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as "nodes{3,6}+head+copy(bfloat16)+cache(text)/cond_only/preview" or "exact/full/full(bfloat16)"."""
+        decoder = self.decoder if self.vae is None else f"{self.decoder}({self.vae})"
+        extras = "+head" if self.head else ""
+        extras += "".join(f"+{name}({value})" for name in ("copy", "cache") if (value := getattr(self, name)))
+        return f"{self.plan.name}{extras}/{self.guidance}/{decoder}"
+
+
+def reference(num_steps: int) -> Variant:
+    """What every variant is compared with: every remaining step, full guidance, full decoder."""
+    return Variant(plans.exact(num_steps), "full", "full")
+
+
+def expanded(
+    variants: Sequence[Variant],
+    *,
+    head: Callable[[Plan], bool],
+    copies: Iterable[str],
+    caches: Iterable[str],
+    vaes: Iterable[str] = (),
+) -> list[Variant]:
+    """The variants, and beside each what else its completions may do.
+
+    Args:
+        variants: without any of that.
+        head: whether a plan's last jumps are corrected too.
+        copies: dtypes of copies to evaluate too, where anything is evaluated.
+        caches: specs of features to take over too, by the copies or, without any, by the model itself.
+        vaes: precisions in which the full decoder decodes too, whatever the completions do.
+    """
+    wanted = [*variants, *(replace(variant, head=True) for variant in variants if head(variant.plan))]
+    evaluating, dtypes = [variant for variant in wanted if variant.plan.evaluations], list(copies)
+    wanted += [replace(variant, copy=dtype) for dtype in dtypes for variant in evaluating]
+    readers: list[str | None] = [*dtypes] or [None]
+    wanted += [replace(v, copy=dtype, cache=spec) for dtype in readers for spec in caches for v in evaluating]
+    in_full = [variant for variant in wanted if variant.decoder == "full"]
+    return wanted + [replace(variant, vae=dtype) for dtype in vaes for variant in in_full]
+
+
 class Choice(NamedTuple):
     """What to measure.
 
     Attributes:
-        subject: on what.
+        target: on what.
         variants: the lookaheads, each once.
-        own: those of them that the configuration trains with; empty where plans are named, or it has no lookahead.
+        configured: those of them that the configuration trains with; empty where plans are named, or without a
+            lookahead.
         ways: of which plan a search is to find the best, each with the exact one in its place.
     """
 
     target: FidelityTarget
     variants: list[Variant]
-    own: list[Variant]
+    configured: list[Variant]
     ways: list[Variant]
 
 
@@ -54,22 +117,23 @@ def choose(options: argparse.Namespace, config: Config | None) -> Choice:
     """
     makers = plans_of(options)
     if config is None:
-        target, own = analytic_target(options.groups), []
+        target, configured = analytic_target(options.groups), []
         guidances, decoders = options.guidance or ["full"], options.decoder or ["full"]
     else:
         for make in makers:
             _made(make, config.sampler.num_steps)
         _check(config, options)
-        own = [] if options.plans else own_variants(config)
-        target = _pipeline(options, config, own)
+        configured = [] if options.plans else configured_variants(config)
+        target = _pipeline(options, config, configured)
         guidances = options.guidance or [config.lookahead.guidance]
         decoders = options.decoder or [config.lookahead.decoder]
-    _check_decoders(target, options, [*decoders, *(variant.decoder for variant in own)])
+    _check_decoders(target, options, [*decoders, *(variant.decoder for variant in configured)])
     if not target.guided:
         # without guidance there is nothing to drop after the first velocity
         guidances = ["full"]
-    chosen = [*(variant.plan for variant in own), *(_made(make, target.coefficients.num_steps) for make in makers)]
-    head, exact = target.head if options.head else None, plans.exact(target.coefficients.num_steps)
+    steps, head = target.coefficients.num_steps, target.head if options.head else None
+    chosen = [*(variant.plan for variant in configured), *(_made(make, steps) for make in makers)]
+    exact = plans.exact(steps)
 
     def beside(variants: list[Variant]) -> list[Variant]:
         return expanded(
@@ -83,15 +147,15 @@ def choose(options: argparse.Namespace, config: Config | None) -> Choice:
     asked = beside([variant for plan in chosen for variant in _crossed(plan, guidances, decoders)])
     if head is not None and not any(variant.head for variant in asked):
         raise UsageError("--head: none of --plans is the one that it was made for")
-    variants = [*own, *asked]
+    variants = [*configured, *asked]
     if any(variant.decoder == "preview" for variant in variants):
         variants = [Variant(exact, "full", "preview"), *variants]
     ways = [way for way in beside(_crossed(exact, guidances, decoders)) if not way.head]
-    ways += [Variant(exact, v.guidance, v.decoder, copy=v.copy, cache=v.cache) for v in own]
-    return Choice(target, _once(variants), own, _once(ways))
+    ways += [Variant(exact, v.guidance, v.decoder, copy=v.copy, cache=v.cache) for v in configured]
+    return Choice(target, _once(variants), configured, _once(ways))
 
 
-def own_variants(config: Config) -> list[Variant]:
+def configured_variants(config: Config) -> list[Variant]:
     """The lookahead that a configuration trains with: none if it has no use for one, several with granularities."""
     if not (config.uses_lookahead or config.uses_branches):
         return []
@@ -115,41 +179,41 @@ def _crossed(plan: Plan, guidances: list[Guidance], decoders: list[Decoder]) -> 
     ]
 
 
-def _pipeline(options: argparse.Namespace, config: Config, own: list[Variant]) -> FidelityTarget:
-    """The configuration's subject, with what the options and its own lookahead ask for."""
+def _pipeline(options: argparse.Namespace, config: Config, configured: list[Variant]) -> FidelityTarget:
+    """The configuration's target, with what the options and its own lookahead ask for."""
     dtypes, specs = _once(options.copy_dtype), _once(options.cache)
     head, head_plan = options.head, None
-    if own and own[0].head:
+    if configured and configured[0].head:
         if head is not None:
             problem = f"the configuration has lookahead.head {config.lookahead.head}; name --plans, or leave one out"
             raise UsageError(f"--head: {problem}")
-        head, head_plan = Path(str(config.lookahead.head)), own[0].plan
+        head, head_plan = Path(str(config.lookahead.head)), configured[0].plan
     return pipeline_target(
         config,
         options.adapter,
         options.groups,
         head=head,
         head_plan=head_plan,
-        copy_dtypes=_once([*dtypes, *(variant.copy for variant in own if variant.copy)]),
+        copy_dtypes=_once([*dtypes, *(variant.copy for variant in configured if variant.copy)]),
         vae_dtypes=_once(options.vae_dtype),
         caches=_once(
             [
                 *((dtype, spec) for dtype in dtypes or (None,) for spec in specs),
-                *((variant.copy, variant.cache) for variant in own if variant.cache),
+                *((variant.copy, variant.cache) for variant in configured if variant.cache),
             ]
         ),
     )
 
 
 def _check(config: Config, options: argparse.Namespace) -> None:
-    """Refuse a configuration of which one set of trajectories, or trees, shows only a part.
+    """Refuse a configuration of which one set of trajectories, or branches, shows only a part.
 
     Raises:
         UsageError: always with the way out.
     """
     if config.window.remainder_share < 1:
         raise UsageError("window.remainder_share: plans are compared on all of the grid; set it to 1")
-    windows, drawn = config.schedule().reached(), config.objective.trained_steps
+    windows, trained = config.schedule().reached(), config.objective.trained_steps
     if len(windows) > 1:
         raise UsageError(
             f"window.schedule: expected fixed, as plans are compared in one window, got {config.window.schedule} with "
@@ -158,10 +222,10 @@ def _check(config: Config, options: argparse.Namespace) -> None:
         )
     if config.sampler.branches is None:
         return
-    if isinstance(drawn, int) and drawn < len(config.windows()[0]):
+    if isinstance(trained, int) and trained < len(config.windows()[0]):
         raise UsageError(
             f"objective.trained_steps: expected all_but_last or a list of steps, as plans are compared in the same "
-            f"steps, got {drawn} drawn for each iteration",
+            f"steps, got {trained} drawn for each iteration",
         )
     if options.cache:
         problem = f"is for trajectories, and {config.preset} has sampler.branches; leave it out"

@@ -1,16 +1,14 @@
-"""What the commands beside training share: a parser described by the module, and checks before any work."""
+"""What the commands beside training share: a parser described by the module, and checks before any work.
+
+Importing it needs the standard library alone, so that a command's `--help` works without any other package.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from densegrpo_fast.common.errors import OutputError, UsageError
-
-if TYPE_CHECKING:
-    from densegrpo_fast.config import Config
+from densegrpo_fast.common.errors import OutputError
 
 
 def command_parser(name: str, docstring: str | None) -> argparse.ArgumentParser:
@@ -44,24 +42,6 @@ def check_outputs(options: argparse.Namespace, *names: str) -> None:
         path: Path | None = getattr(options, name)
         if path is not None and not path.resolve().parent.is_dir():
             raise OutputError(f"--{name}: there is no directory {path.parent}")
-
-
-def configuration(arguments: Sequence[str]) -> Config:
-    """The configuration of a command that does not train; without --config it starts from the base preset.
-
-    Args:
-        arguments: those that the command's own parser left over.
-
-    Raises:
-        UsageError: naming every wrong key, or a flag that only training has.
-    """
-    from densegrpo_fast.config.cli import load_config
-    from densegrpo_fast.config.yaml_files import BASE_PRESET
-
-    config, flags = load_config(arguments, default=BASE_PRESET)
-    if flags.resume or flags.dry_run:
-        raise UsageError("--resume and --dry-run are options of training")
-    return config
 
 
 def positive(text: str) -> int:
