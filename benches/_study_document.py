@@ -42,7 +42,8 @@ class StudyDocument:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], against: str | None = None):
-        self.path, self.settings, self.against = path, settings, against
+        self.path, self.against = path, against
+        self.settings = {name: current_settings(own) for name, own in settings.items()}
         self._started = load_average()
         known = self.read()["settings"]
         if against is not None and against not in known:

@@ -35,7 +35,7 @@ from typing import Any
 
 import pytest
 import torch
-from _pages import HOSTS, KINDS
+from _measured_tables import HOSTS, KINDS
 from _record import NOISY_SPREAD, ROOT, interleaved, load_average, pairwise_ratio, provenance, spread, write_json
 from _step_bench import BATCH, CALLS, DEVICE, LATENT_SHAPE, NOISE_LEVEL, STEP, Function, inputs, options_of, repeated
 from _stock import eager_step

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config.cli import load_config
-from densegrpo_fast.fidelity.measure import measure, reference
+from densegrpo_fast.fidelity.measure import measure
 from densegrpo_fast.fidelity.target import pipeline_target
+from densegrpo_fast.fidelity.variants import reference
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.training.agreement import compare
 
