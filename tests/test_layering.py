@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"flow.schedule", "flow.analytic", "embedded", "common"},
     "calibration": {"credit", "common"},
     "config": {
-        "calibration.staircase",
+        "calibration.rules",
         "calibration.store",
         "credit.registry",
         "objective.registry",

@@ -109,7 +109,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(pipeline.text_encoder is not None)
         return pipeline
 
-    monkeypatch.setattr(load, "_load_pipeline", watched)
+    monkeypatch.setattr(loading, "_load_pipeline", watched)
     return found
 
 
