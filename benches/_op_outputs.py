@@ -6,6 +6,7 @@ looked for in every place that it has had.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -47,6 +48,8 @@ sde_step, sde_step_outputs, sde_log_prob, sde_log_prob_kl, euler_jump, grpo_loss
     public(name, "flow.ops", "flow")
     for name in ("sde_step", "sde_step_outputs", "sde_log_prob", "sde_log_prob_kl", "euler_jump", "grpo_loss")
 )
+# the iteration of the noise counters was called epoch until f883293
+ITERATION = "iteration" if "iteration" in inspect.signature(gaussian).parameters else "epoch"
 _generator = torch.Generator().manual_seed(20)
 _outputs: dict[str, Tensor] = {}
 
@@ -80,7 +83,7 @@ def probe_steps(family: str) -> None:
                 name = f"{family}/{how}/{latent_dtype}/{dtype}/{shape[0]}/{'guided' if guided else 'plain'}"
                 common: dict[str, Any] = {"implementation": how}
                 common |= {"uncond": uncond, "guidance_scale": 4.5} if guided else {}
-                noise = {"seed": 3, "sample_index": SAMPLES, "epoch": 2}
+                noise = {"seed": 3, "sample_index": SAMPLES, ITERATION: 2}
                 start, end = (latents, velocity, made.table, STEPS), (following, made.table, STEPS)
                 keep(f"{name}/step", sde_step(*start, **noise, **common, stream=257))
                 for more in ({"with_mean": True}, {"input_dtype": BF16}, {"input_dtype": F16}):
@@ -119,7 +122,7 @@ def probe_losses() -> None:
 def main() -> None:
     """Write all of it."""
     for stream in (0, 1, 2, 3, 256, 300):
-        noise = gaussian((3, 5, 7), seed=2**40 + 9, sample_index=SAMPLES, step=STEPS, stream=stream, epoch=4)
+        noise = gaussian((3, 5, 7), seed=2**40 + 9, sample_index=SAMPLES, step=STEPS, stream=stream, **{ITERATION: 4})
         keep(f"noise/{stream}", [noise])
     for family in ("ode", "flow_sde", "cps", "dance", "precise", "wan"):
         probe_steps(family)

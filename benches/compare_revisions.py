@@ -44,7 +44,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PROBE = ROOT / "benches" / "_op_outputs.py"
 KINDS = ("configs", "presets", "ops", "resume")
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "lookahead.guard_every": "lookahead.monitor_every",
+    "lookahead.guard_alarm": "lookahead.monitor_alarm",
+    **{
+        f"guard/{name}": f"monitor/{name}"
+        for name in ("spearman_rewards", "spearman_gains", "spearman_gains_worst_step", "sign_agreement")
+    },
+    **{f"{kind}/guard": f"{kind}/monitor" for kind in ("nfe", "nfe_guided", "nfe_unguided", "flops")},
+}
 """Old name -> new name of an option, a metric, a tensor, or a file of a run directory."""
 
 IGNORED = ("time/", "memory/", "cpu_seconds", "metrics_position", "run.output_dir")
