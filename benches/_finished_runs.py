@@ -15,7 +15,7 @@ from _study_document import differing
 
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.run_files.model_refs import ModelRef, locate
 
 
@@ -71,7 +71,7 @@ def _finished(run: Run, settings: Mapping[str, Any], work: Sequence[Path]) -> Fi
     directory = next((above / name for above in work if (above / name / "config.yaml").is_file()), None)
     if directory is None:
         raise UsageError(f"{name}: there is no such run in {', '.join(map(str, work))}")
-    config, _ = load_config(["--config", str(directory / "config.yaml")])
+    config, _ = parse_arguments(["--config", str(directory / "config.yaml")])
     wanted = config_of(settings, run["seed"])
     kept = (portable(one.resume_settings() | {"run": {"iterations": one.run.iterations}}) for one in (wanted, config))
     first, second = ({key: value for key, value in one.items() if isinstance(value, dict)} for one in kept)

@@ -17,7 +17,7 @@ from _record import RESULTS, pairwise_ratio
 
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.fidelity.options import _plan as read_plan
 from densegrpo_fast.sampling.plan import make_plan
 
@@ -113,7 +113,7 @@ class Protocol:
             fixed["sampler.branches"] = self.group_size
             chosen["sampler.micro_batch"] = math.gcd(self.prompts, int(chosen["sampler.micro_batch"]))
         arguments = [f"{key}={value}" for key, value in (chosen | fixed).items()]
-        config = load_config(["--config", "embedded_paper", *arguments])[0]
+        config = parse_arguments(["--config", "embedded_paper", *arguments])[0]
         expected = PINNED | STOCK_PINNED | {"objective.kl_coef": fixed["objective.kl_coef"]}
         found = pinned(config) | (stock_pinned(config) if name in STOCK else {})
         wrong = [f"{key} is {value}, not {expected[key]}" for key, value in found.items() if value != expected[key]]
@@ -146,7 +146,7 @@ def fast_settings(config: Config) -> dict[str, Any]:
     The number of branches is left out of that: it is the group's size.
     """
     ahead, model = config.lookahead, config.model
-    preset = load_config(["--config", FAST_PRESET])[0]
+    preset = parse_arguments(["--config", FAST_PRESET])[0]
     asked, wanted = (one.model_dump(exclude={"monitor_every"}) for one in (ahead, preset.lookahead))
     same = (asked, model.vae_dtype) == (wanted, preset.model.vae_dtype)
     return {

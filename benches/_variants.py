@@ -15,7 +15,6 @@ from torch import Tensor
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.training.meter import PhaseTimer
 from densegrpo_fast.sampling.cost import (
     Evaluations,
     IterationCost,
@@ -25,7 +24,7 @@ from densegrpo_fast.sampling.cost import (
 )
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import make_plan
-from densegrpo_fast.training.meter import underlying
+from densegrpo_fast.training.meter import PhaseTimer, underlying
 from densegrpo_fast.training.models import synchronizer
 from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
 from densegrpo_fast.training.rewarding import build_reward

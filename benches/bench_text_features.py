@@ -39,7 +39,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.flow import ops
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "sampler.group_size": options.group_size,
             "sampler.micro_batch": options.group_size,
         }
-        config = load_config(["--config", "embedded_paper", *(f"{key}={value}" for key, value in settings.items())])[0]
+        config = parse_arguments(["--config", "embedded_paper", *(f"{key}={value}" for key, value in settings.items())])[0]
         document = measure(config)
         write_json(options.output, document)
     print(table(document))

@@ -28,7 +28,7 @@ from _page_tables import TABLES, correlations, names_of, read
 from _pages import ROOT, pages, updated
 
 from densegrpo_fast.compat.hosts import HOSTS
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.flow import backends
 from densegrpo_fast.sampling import plan as plans
 
@@ -269,7 +269,7 @@ def balance(_: Pages) -> Iterator[str]:
 def fast_iteration(_: Pages) -> Iterator[str]:
     """What is timed as dense_fast is the preset embedded_paper_fast, whose fidelity is at its bars."""
     timed, judged = read("iteration_cpu")["settings"]["variants"]["dense_fast"], read("fidelity_fast")
-    preset = load_config(["--config", "embedded_paper_fast"])[0].model_dump(mode="json")
+    preset = parse_arguments(["--config", "embedded_paper_fast"])[0].model_dump(mode="json")
     apart = {"monitor_every", "monitor_alarm", "guard_every", "guard_alarm"}
     for section in ("lookahead", "sampler", "window", "data", "credit", "objective"):
         own = {key: value for key, value in timed[section].items() if key not in apart}

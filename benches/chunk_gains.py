@@ -30,7 +30,7 @@ from _record import RESULTS, provenance, write_json
 from torch import Tensor
 
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.fidelity.measure import measure
 from densegrpo_fast.fidelity.target import pipeline_target
 from densegrpo_fast.fidelity.variants import reference
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=RESULTS / "chunk_gains.json", metavar="FILE")
     options = parser.parse_args(arguments)
     with user_errors_exit():
-        target = pipeline_target(load_config(["--config", options.config])[0], None, options.groups)
+        target = pipeline_target(parse_arguments(["--config", options.config])[0], None, options.groups)
         variant = reference(target.coefficients.num_steps)
         sampling = {"group_size": options.group_size, "seed": 0}
         rewards = measure(target, [variant], range(options.groups), **sampling)[variant]

@@ -35,7 +35,7 @@ from _study_document import CPU_BUDGET, StudyDocument, differing
 from densegrpo_fast.common.errors import OutputError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.config.yaml_files import parse_yaml
 from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.run_files.run_directory import holds_run
@@ -75,7 +75,7 @@ class Plan:
             UsageError: naming what is wrong.
         """
         own = [f"seed={seed}", f"evaluation.every={self.evaluate_every}", f"run.output_dir={directory}"]
-        return load_config(["--config", variant, *self.overrides, *own])[0]
+        return parse_arguments(["--config", variant, *self.overrides, *own])[0]
 
     def settings(self) -> dict[str, Any]:
         """The options of every variant, without what differs between its runs."""

@@ -130,10 +130,12 @@ def trace(checkout: Path, preset: str, *, warm: bool) -> list[list[Event]]:
     """
     sys.path.insert(0, str(checkout))
     from densegrpo_fast import train
-    from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.config import cli
 
     assert Path(train.__file__).parent == checkout / "densegrpo_fast", f"{train.__file__} is of another checkout"
-    config = load_config(["--config", preset])[0]
+    # until f883293 the command line was read by load_config
+    read = getattr(cli, "parse_arguments", None) or cli.load_config
+    config = read(["--config", preset])[0]
     if hasattr(config.lookahead, "monitor_every"):
         unchecked = config.lookahead.model_copy(update={"monitor_every": 0})
         config = config.model_copy(update={"lookahead": unchecked})

@@ -30,7 +30,7 @@ from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import write_json
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config, split_overrides
+from densegrpo_fast.config.cli import parse_arguments, split_overrides
 from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
 from densegrpo_fast.training.prompts import PromptSet, load_prompts
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(set(names)) != len(names):
             raise UsageError("expected every subject once")
         refs = [locate(name) for name in names]
-        config, _ = load_config(["--config", settings_source(refs, options.config), *overrides])
+        config, _ = parse_arguments(["--config", settings_source(refs, options.config), *overrides])
         check_models(refs, config.model.path)
         return int(evaluate(config, refs, options.json))
 
@@ -114,7 +114,7 @@ def _file_config(options: argparse.Namespace, overrides: list[str]) -> Config:
         given = ", ".join([*others, *(["--config"] if options.config is not None else [])])
         raise UsageError(f"--reward goes with no option of training but reward.options, got {given}")
     terms = json.dumps(dict.fromkeys(options.reward, 1.0))
-    config, _ = load_config([f"reward.terms={terms}", "reward.observed=[]", *overrides])
+    config, _ = parse_arguments([f"reward.terms={terms}", "reward.observed=[]", *overrides])
     return config
 
 

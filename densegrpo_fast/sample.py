@@ -30,7 +30,7 @@ from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import output_errors, write_json
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config, split_overrides
+from densegrpo_fast.config.cli import parse_arguments, split_overrides
 from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
 from densegrpo_fast.training.prompts import PromptSet, load_prompts
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_intermixed_args(own)
         prompts, ref = _prompts(options), locate(options.adapter)
-        config, _ = load_config(["--config", settings_source([ref], options.config), *overrides])
+        config, _ = parse_arguments(["--config", settings_source([ref], options.config), *overrides])
         check_models([ref], config.model.path)
         _check_output(options.output, options.overwrite)
         return int(sample(config, ref, prompts, options))

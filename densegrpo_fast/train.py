@@ -21,14 +21,14 @@ from collections.abc import Sequence
 
 from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with user_errors_exit():
-        config, flags = load_config(sys.argv[1:] if arguments is None else list(arguments))
+        config, flags = parse_arguments(sys.argv[1:] if arguments is None else list(arguments))
         return int(dry_run(config) if flags.dry_run else train(config, resume=flags.resume))
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = load_config(["--objective.clip_range=1e-3", "--reward.max_missing=0.2"])[0]
+CONFIG = parse_arguments(["--objective.clip_range=1e-3", "--reward.max_missing=0.2"])[0]
 HEALTHY = {
     "frac_reward_zero_std": 0.2,
     "clip_fraction": 0.3,
@@ -83,7 +83,7 @@ def test_drift_stays_as_it_was_seen_last() -> None:
     ],
 )
 def test_drift_names_what_comes_closer(options: list[str], advice: str) -> None:
-    config = load_config(options)[0]
+    config = parse_arguments(options)[0]
     (drift,) = (alarm for alarm in alarms_for(config) if alarm.name == "lookahead_drift")
     assert drift.advice.startswith(advice)
 
@@ -122,6 +122,6 @@ def test_every_alarm_is_documented() -> None:
 
 
 def test_dppo_bounds_the_divergence_and_not_the_ratio() -> None:
-    config, _ = load_config(["--objective.policy", "dppo"])
+    config, _ = parse_arguments(["--objective.policy", "dppo"])
     of_clip, of_dppo = ({alarm.name for alarm in alarms_for(each)} for each in (CONFIG, config))
     assert of_clip - of_dppo == {"ratio_drift"}

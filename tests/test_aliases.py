@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from densegrpo_fast.common.aliases import OPTIONS, current_settings
-from densegrpo_fast.config.cli import load_config, split_overrides
+from densegrpo_fast.config.cli import parse_arguments, split_overrides
 from densegrpo_fast.config.schema import options
 from densegrpo_fast.run_files.checkpoint import CheckpointManager, newest_settings
 from densegrpo_fast.run_files.metrics import read_metrics
@@ -23,7 +23,7 @@ def test_every_old_name_leads_to_an_option() -> None:
 
 @pytest.mark.parametrize("form", [["--lookahead.guard_every", "7"], ["lookahead.guard_every=7"]])
 def test_an_old_option_on_the_command_line(form: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    config, _ = load_config(form)
+    config, _ = parse_arguments(form)
     assert config.lookahead.monitor_every == 7
     assert "lookahead.guard_every is now called lookahead.monitor_every" in caplog.text
     assert split_overrides([*form, "file.png"])[0] == ["file.png"]
@@ -32,7 +32,7 @@ def test_an_old_option_on_the_command_line(form: list[str], caplog: pytest.LogCa
 def test_an_old_option_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("lookahead:\n  guard_alarm: 0.25\n")
-    config, _ = load_config(["--config", str(path)])
+    config, _ = parse_arguments(["--config", str(path)])
     assert config.lookahead.monitor_alarm == 0.25
     assert str(path) in caplog.text
 

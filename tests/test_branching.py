@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.doctor.loop import configured_loop, randomize_lora_
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
@@ -44,7 +44,7 @@ REWARD = RewardMixture({"brightness": (lambda images, prompts, metadata: 1 + ima
 
 
 def configured(**options: object) -> Config:
-    return load_config([f"{key}={value}" for key, value in {**SETTINGS, **options}.items()])[0]
+    return parse_arguments([f"{key}={value}" for key, value in {**SETTINGS, **options}.items()])[0]
 
 
 def sampled(config: Config, model: FlowModel) -> tuple[Trainer, PromptBatch, BranchedRollout]:

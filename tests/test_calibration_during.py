@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.training.meter import CostReport, Meter, MeteredModel, MeteredReward
@@ -33,7 +33,7 @@ OPTIONS = {
 
 def configured(**options: object) -> Config:
     given = [f"{key}={value}" for key, value in (OPTIONS | options).items()]
-    return load_config(["--config=embedded_dense", *given])[0]
+    return parse_arguments(["--config=embedded_dense", *given])[0]
 
 
 def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:

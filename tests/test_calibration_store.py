@@ -12,7 +12,7 @@ from densegrpo_fast.calibration.store import FORMAT, read_calibration
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import FlowModel
@@ -36,7 +36,7 @@ SAMPLER = ("--sampler.num_steps=4", "--sampler.dynamics=flow_sde", "--window.sch
 def config(path: Path, *overrides: str) -> Config:
     """The last of several values of an option counts."""
     given = dict(option.split("=", 1) for option in (*SAMPLER, f"--sampler.calibration={path}", *overrides))
-    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in given.items())])[0]
+    return parse_arguments(["--config=embedded_dense", *(f"{key}={value}" for key, value in given.items())])[0]
 
 
 def refused(path: Path, *overrides: str) -> str:
@@ -66,12 +66,12 @@ def test_the_levels_replace_the_noise_level(tmp_path: Path, mixture_model: FlowM
 def test_a_run_remembers_the_levels_and_not_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "levels.json")
     calibrated = config(path)
-    listed = load_config(["--config=embedded_dense", *SAMPLER, f"--sampler.noise_level={LEVELS}"])[0]
+    listed = parse_arguments(["--config=embedded_dense", *SAMPLER, f"--sampler.noise_level={LEVELS}"])[0]
     assert calibrated.fingerprint() == listed.fingerprint()
     stored = tmp_path / "config.yaml"
     stored.write_text(dump_yaml(calibrated.self_contained()))
     moved = path.rename(tmp_path / "moved.json")
-    again = load_config(["--config", str(stored)])[0]
+    again = parse_arguments(["--config", str(stored)])[0]
     assert again.fingerprint() == calibrated.fingerprint() == config(moved).fingerprint()
     write(moved, noise_level=[0.5, 0.75, 0.3, 0.6])
     assert config(moved).fingerprint() != calibrated.fingerprint()
@@ -88,7 +88,7 @@ def test_another_sampler_is_refused(tmp_path: Path, override: str, expected: str
     path = write(tmp_path / "levels.json")
     own = {"--sampler.num_steps": "4", "--sampler.dynamics": "flow_sde"} | dict([override.split("=")])
     with pytest.raises(UserError, match=expected):
-        load_config(
+        parse_arguments(
             [
                 "--config=embedded_dense",
                 *(f"{key}={value}" for key, value in own.items()),
@@ -181,7 +181,7 @@ def test_levels_out_of_range_are_refused(tmp_path: Path) -> None:
         r"sampler.calibration: the levels of .*levels.json do not fit: sampler.noise_level: expected at most 1 with"
     )
     with pytest.raises(UserError, match=expected):
-        load_config(
+        parse_arguments(
             [
                 "--config=embedded_dense",
                 "--sampler.num_steps=4",

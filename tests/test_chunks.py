@@ -13,7 +13,7 @@ import torch
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.models.memory import peak_bytes
 from densegrpo_fast.run_files.metrics import read_metrics
@@ -23,7 +23,7 @@ from densegrpo_fast.training.meter import Meter, MeteredModel
 
 def configured(memory_gb: float | None, chunk: int = 64) -> Config:
     value = "null" if memory_gb is None else repr(memory_gb)
-    return load_config([f"--lookahead.memory_gb={value}", f"--lookahead.chunk={chunk}", "--lora.rank=2"])[0]
+    return parse_arguments([f"--lookahead.memory_gb={value}", f"--lookahead.chunk={chunk}", "--lora.rank=2"])[0]
 
 
 @torch.no_grad()

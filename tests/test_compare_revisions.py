@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benches"))
 
 import compare_revisions as revisions  # noqa: E402
 
-from densegrpo_fast.config.cli import load_config  # noqa: E402
+from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
 from densegrpo_fast.config.yaml_files import preset_names  # noqa: E402
 
 
@@ -62,8 +62,8 @@ def test_what_is_missing_counts_and_what_is_new_is_listed(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("preset", [name for name in preset_names() if name.startswith("embedded")])
 def test_short_runs_are_possible_settings(preset: str) -> None:
-    config, _ = load_config(["--config", preset])
+    config, _ = parse_arguments(["--config", preset])
     short = revisions.shortened(revisions.flat(config.model_dump(mode="json")))
     variants = [options for name, options in revisions.VARIANTS.values() if name == preset]
     for options in ({}, *variants):
-        load_config(["--config", preset, *(f"{key}={value}" for key, value in (short | options).items())])
+        parse_arguments(["--config", preset, *(f"{key}={value}" for key, value in (short | options).items())])

@@ -20,7 +20,7 @@ from densegrpo_fast import completion
 from densegrpo_fast.common.exit_codes import ExitCode
 from densegrpo_fast.completion import main
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import configuration, load_config
+from densegrpo_fast.config.cli import configuration, parse_arguments
 from densegrpo_fast.fidelity import options as fidelity_options
 from densegrpo_fast.fidelity.__main__ import main as fidelity
 from densegrpo_fast.flow.dynamics import coefficients
@@ -373,7 +373,7 @@ def test_the_commands_of_the_docstring_are_accepted() -> None:
             assert own.sampler == configs[-1].sampler and plan.paths == path_of(configs[-1])
         else:
             assert module.endswith(".train")
-            assert load_config(arguments)[0].model_dump() == configs[-1].model_dump()
+            assert parse_arguments(arguments)[0].model_dump() == configs[-1].model_dump()
         plans_found.append((module, configs[-1].lookahead.plan))
     assert [plan for _, plan in plans_found] == ["nodes"] * 3 + ["one_step"] * 3
     assert [config.sampler.branches for config in configs] == [None, 8]

@@ -16,7 +16,7 @@ from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.common.fingerprint import differences
 from densegrpo_fast.config import Config, options
-from densegrpo_fast.config.cli import CliFlags, load_config, validate
+from densegrpo_fast.config.cli import CliFlags, parse_arguments, validate
 from densegrpo_fast.config.schema import sections
 from densegrpo_fast.config.yaml_files import dump_yaml, parse_yaml, preset_names, read_settings
 from densegrpo_fast.rewards.registry import BUILT_IN
@@ -61,13 +61,13 @@ def based(*argv: str) -> list[str]:
 def refused(*argv: str, code: ExitCode = ExitCode.USAGE) -> str:
     """The message with which a command line is refused."""
     with pytest.raises(UserError) as caught:
-        load_config(based(*argv))
+        parse_arguments(based(*argv))
     assert exit_code_of(caught.value) == code
     return str(caught.value)
 
 
 def config(*argv: str) -> Config:
-    return load_config(based(*argv))[0]
+    return parse_arguments(based(*argv))[0]
 
 
 def write(path: Path, text: str) -> str:
@@ -143,7 +143,7 @@ def test_the_sd35_preset_has_the_published_settings() -> None:
 
 
 def test_overrides_in_all_three_spellings() -> None:
-    loaded, flags = load_config(
+    loaded, flags = parse_arguments(
         ["--sampler.group_size", "16", "--optimizer.lr=1e-5", "seed=7", "--run.overwrite", "--dry-run"]
     )
     assert (loaded.sampler.group_size, loaded.optimizer.lr, loaded.seed) == (16, 1e-5, 7)
@@ -468,10 +468,10 @@ def test_a_configuration_cannot_be_changed_in_place() -> None:
 def test_resume_reads_the_settings_of_the_run(tmp_path: Path) -> None:
     write(tmp_path / "config.yaml", dump_yaml(config("seed=5", "run.output_dir=elsewhere")))
     for arguments in (["--resume", str(tmp_path)], [f"--resume={tmp_path}"]):
-        loaded, flags = load_config([*arguments, "run.iterations=99"])
+        loaded, flags = parse_arguments([*arguments, "run.iterations=99"])
         assert (loaded.seed, loaded.run.iterations, loaded.output_dir) == (5, 99, tmp_path)
         assert flags.resume
-    assert load_config(["--resume", "seed=2"])[0].seed == 2
+    assert parse_arguments(["--resume", "seed=2"])[0].seed == 2
 
 
 def test_resume_from_nowhere_is_refused(tmp_path: Path) -> None:

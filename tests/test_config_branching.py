@@ -9,7 +9,7 @@ import pytest
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.training.evaluation import HeldOut
 from densegrpo_fast.training.models import tiny_config
@@ -27,7 +27,7 @@ GRANULAR = [*BRANCHES, "credit.method=granular", "lookahead.plan=exact"]
 def config(*argv: str) -> Config:
     """The last of several values of an option counts."""
     given = dict(argument.split("=", 1) for argument in (*BASE, *argv))
-    return load_config([f"{key}={value}" for key, value in given.items()])[0]
+    return parse_arguments([f"{key}={value}" for key, value in given.items()])[0]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import options
-from densegrpo_fast.config.cli import load_config, split_overrides
+from densegrpo_fast.config.cli import parse_arguments, split_overrides
 from densegrpo_fast.config.yaml_files import preset_names
 
 
@@ -20,10 +20,10 @@ def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
     script = (
         "import sys\n"
         "from densegrpo_fast.common.exit_codes import user_errors_exit\n"
-        "from densegrpo_fast.config.cli import load_config\n"
+        "from densegrpo_fast.config.cli import parse_arguments\n"
         "try:\n"
         "    with user_errors_exit():\n"
-        "        load_config(sys.argv[1:])\n"
+        "        parse_arguments(sys.argv[1:])\n"
         "finally:\n"
         "    assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules), 'heavy import'\n"
     )
@@ -47,12 +47,12 @@ def test_print_config_prints_what_reads_back_the_same(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     (tmp_path / "c.yaml").write_text(result.stdout)
     again, expected = (["--config", str(tmp_path / "c.yaml")], ["--config=embedded_paper", "seed=9"])
-    assert load_config(again)[0] == load_config(expected)[0]
+    assert parse_arguments(again)[0] == parse_arguments(expected)[0]
 
 
 def test_list_presets_says_what_each_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        load_config(["--list-presets"])
+        parse_arguments(["--list-presets"])
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == preset_names()

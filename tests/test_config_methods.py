@@ -9,7 +9,7 @@ import pytest
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config, validate
+from densegrpo_fast.config.cli import parse_arguments, validate
 from densegrpo_fast.credit import registry
 
 BASE = ["--config", str(Path(__file__).parent / "data" / "base.yaml")]  # 8 steps of flow_sde, plan exact_but_last
@@ -20,7 +20,7 @@ OWN = (
 
 
 def config(*argv: str) -> Config:
-    return load_config([*BASE, *argv])[0]
+    return parse_arguments([*BASE, *argv])[0]
 
 
 def refused(*argv: str) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.credit.smoothing import smooth_rewards
@@ -166,7 +166,7 @@ def test_smoothing_that_means_nothing_is_refused() -> None:
     ):
         own = [] if any("smoothing" in option for option in options) else ["credit.smoothing=0.5"]
         with pytest.raises(UserError) as caught:
-            load_config(["--config=embedded_dense", *own, *options])
+            parse_arguments(["--config=embedded_dense", *own, *options])
         assert expected in str(caught.value)
 
 
@@ -180,7 +180,7 @@ def test_credit_sees_rewards_smoothed_by_the_injected_noise(mixture_model: FlowM
     ]
     options += ["data.num_prompts=2", "sampler.group_size=6"]
     options += ["sampler.noise_level=[0.7,0,0.4,0.7]", "sampler.dynamics=flow_sde"]
-    config = load_config(["--config=embedded_dense", "credit.smoothing=0.5", *options])[0]
+    config = parse_arguments(["--config=embedded_dense", "credit.smoothing=0.5", *options])[0]
     trainer = Trainer(config, model=mixture_model, reward=RewardMixture({"none": (lambda *_: [], 1.0)}))
     batch = PromptBatch(["0"] * 12, [{}] * 12, 6)
     rollout = trainer.sample(batch, trainer.schedule.at(0), 0)
@@ -194,7 +194,7 @@ def test_credit_sees_rewards_smoothed_by_the_injected_noise(mixture_model: FlowM
             rollout, RewardBatch(torch.zeros(2, 6), different[..., [0, 1, 1, 2, 3]], None, scores)
         ).values
 
-    plain = Trainer(load_config(["--config=embedded_dense", *options])[0], model=mixture_model, reward=trainer.reward)
+    plain = Trainer(parse_arguments(["--config=embedded_dense", *options])[0], model=mixture_model, reward=trainer.reward)
     found = credit(trainer, rewards)
     assert torch.equal(found, credit(plain, smooth_rewards(rewards, table, 0.5)))
     assert not torch.equal(found, credit(plain, rewards))

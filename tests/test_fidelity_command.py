@@ -187,7 +187,7 @@ def test_a_preset_with_branches_is_judged_on_branches(
 
 
 def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path) -> None:
-    from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.fidelity.target import pipeline_target
     from densegrpo_fast.models.loading import load_sd3
     from densegrpo_fast.models.lora import add_lora, save_lora
@@ -197,7 +197,7 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
     for parameter in model.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.3)
     save_lora(model.network, tmp_path, rank=2, alpha=4)
-    config, _ = load_config(["--config", "embedded_dense", "--model.path", str(pipeline_directory)])
+    config, _ = parse_arguments(["--config", "embedded_dense", "--model.path", str(pipeline_directory)])
     latents, sigma = torch.randn(1, *model.latent_shape), torch.full((1,), 0.5)
     velocities = [
         target.model.velocity(latents, sigma, target.model.encode(["a red circle"])).cond.detach()

@@ -15,7 +15,7 @@ import torch
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity.costs import STEPS
 from densegrpo_fast.fidelity.measure import agreement_of, measure
@@ -31,7 +31,7 @@ JPEG = "--reward.terms={jpeg_incompressibility: 1.0}"
 
 
 def loaded(*overrides: str, preset: str = "embedded_dense") -> Config:
-    return load_config(["--config", preset, *overrides])[0]
+    return parse_arguments(["--config", preset, *overrides])[0]
 
 
 def chosen(directory: Path, arguments: list[str], *overrides: str, preset: str = "embedded_dense") -> Choice:

@@ -120,7 +120,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_what_the_commands_are_told_they_understand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Options of the real commands, parsed by them, without any work."""
-    from densegrpo_fast.config.cli import configuration, load_config
+    from densegrpo_fast.config.cli import configuration, parse_arguments
     from densegrpo_fast.fidelity.options import parse
 
     fake = FakeCommands()
@@ -131,7 +131,7 @@ def test_what_the_commands_are_told_they_understand(monkeypatch: pytest.MonkeyPa
         elif name == "train":
             with_head = [text for text in arguments if text != "--resume"]
             Path(with_head[with_head.index("--lookahead.head") + 1]).touch()
-            assert load_config(with_head)[0].lookahead.head_refresh == 3
+            assert parse_arguments(with_head)[0].lookahead.head_refresh == 3
         else:
             assert configuration(arguments[6:]).lookahead.plan in ("one_step", "nodes")
     assert head_study._parser().parse_args([]).plans == ["one_step", "nodes:4"]

@@ -37,7 +37,7 @@ from _judge_training import (  # noqa: E402
 )
 
 from densegrpo_fast.common.exit_codes import ExitCode  # noqa: E402
-from densegrpo_fast.config.cli import load_config  # noqa: E402
+from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
 from densegrpo_fast.embedded import architecture, scenes  # noqa: E402
 from densegrpo_fast.embedded.scenes import COLOURS, RELATIONS, SHAPES, Item, Scene  # noqa: E402
 from densegrpo_fast.flow.dynamics import B, C, coefficients  # noqa: E402
@@ -281,7 +281,7 @@ def test_pictures_are_those_that_the_study_drew(tiny_policy, samples):
 
 
 def test_the_kl_is_taken_on_one_kind_of_trajectory():
-    config = load_config(["--config", "embedded_fast", "--sampler.noise_level", "[0.7, 0.6, 0.5, 0.4, 0.3, 0.2]"])[0]
+    config = parse_arguments(["--config", "embedded_fast", "--sampler.noise_level", "[0.7, 0.6, 0.5, 0.4, 0.3, 0.2]"])[0]
     assert command.kl_settings(config) == {
         "num_steps": 6,
         "dynamics": "cps",

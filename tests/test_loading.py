@@ -14,7 +14,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.config.sections import ModelOptions
 from densegrpo_fast.embedded.architecture import build_tokenizer
 from densegrpo_fast.models.loading import load_sd3, pipeline_directory
@@ -29,7 +29,7 @@ Policy = Callable[..., SD3]
 
 
 def options(**changes: object) -> ModelOptions:
-    return load_config([f"model.{key}={value}" for key, value in changes.items()])[0].model
+    return parse_arguments([f"model.{key}={value}" for key, value in changes.items()])[0].model
 
 
 @pytest.fixture(scope="session")

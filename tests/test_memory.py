@@ -15,7 +15,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models import flops
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
@@ -154,7 +154,7 @@ def test_a_forward_and_a_decode_take_what_was_counted(model: SD3, memory: ModelM
 
 
 def config(*overrides: str) -> Config:
-    return load_config(["--config", "embedded_paper", *overrides])[0]
+    return parse_arguments(["--config", "embedded_paper", *overrides])[0]
 
 
 def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
@@ -343,7 +343,7 @@ def test_half_precision_halves_the_preview_decoder() -> None:
 def test_the_24_gb_preset_fits_24_gb() -> None:
     from transformers import CLIPConfig, CLIPModel
 
-    chosen = load_config(["--config", "sd35_medium_pickscore_24gb"])[0]
+    chosen = parse_arguments(["--config", "sd35_medium_pickscore_24gb"])[0]
     memory = ModelMemory(flops.sd35_medium(), dtype=torch.bfloat16, vae_dtype=torch.bfloat16)
     # PickScore's towers: ViT-H/14 and a text tower of 24 layers and width 1024, half precision
     text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
@@ -70,7 +70,7 @@ forms = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 
 def configured(**options: object) -> Config:
     given = [f"{key}={value}" for key, value in {**SETTINGS, **options}.items()]
-    return load_config(["--config=embedded_dense", *given])[0]
+    return parse_arguments(["--config=embedded_dense", *given])[0]
 
 
 class Brightness:

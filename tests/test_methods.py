@@ -13,7 +13,7 @@ from torch import Tensor
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.credit import registry
 from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.models.base import FlowModel
@@ -61,7 +61,7 @@ def configured(method: str, **options: object) -> Config:
     # three branches of one trunk per prompt
     branches = {"sampler.branches": 3, "sampler.micro_batch": 2} if registry.find(method).uses_branches else {}
     settings = {**SETTINGS, **branches, "credit.method": method, "lookahead.plan": plan, **options}
-    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])[0]
+    return parse_arguments(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])[0]
 
 
 def experience(

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models.lora import save_lora
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.statistics import Interval
@@ -26,7 +26,7 @@ NAN = float("nan")
 
 
 def config(*options: str) -> Config:
-    return load_config(["--evaluation.num_steps=2", "--evaluation.guidance_scale=2", *options])[0]
+    return parse_arguments(["--evaluation.num_steps=2", "--evaluation.guidance_scale=2", *options])[0]
 
 
 def card(directory: Path, settings: Config, base: BaseFacts = CPU, prompt: str = PROMPT, **changes: Any) -> str:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benches"))
 from _operations import TERA, IterationOperations, config_of, operations  # noqa: E402
 from _study_document import StudyDocument  # noqa: E402
 
-from densegrpo_fast.config.cli import load_config  # noqa: E402
+from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
 
 STUDIES = ("study_branched", "study", "methods")
 
@@ -25,7 +25,7 @@ def recorded(study: str) -> dict[str, Any]:
 
 
 def settings_of(preset: str, *overrides: str) -> dict[str, Any]:
-    settings = load_config(["--config", preset, *overrides])[0].model_dump(mode="json", exclude={"seed"})
+    settings = parse_arguments(["--config", preset, *overrides])[0].model_dump(mode="json", exclude={"seed"})
     del settings["run"]["output_dir"]
     return settings
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "benches"))
 import _page_tables  # noqa: E402
 import check_pages  # noqa: E402
 
-from densegrpo_fast.config.cli import load_config  # noqa: E402
+from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
 from densegrpo_fast.config.yaml_files import preset_names  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def only_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_command_of_the_readme_is_understood(line: str, only_parsing: None) -> None:
     module, *arguments = shlex.split(line.partition(" && ")[0], comments=True)
     if module == "densegrpo_fast.train":
-        load_config(arguments)
+        parse_arguments(arguments)
     else:
         # that of a package is in its __main__
         command = importlib.import_module(module)

@@ -11,7 +11,7 @@ import torch
 from densegrpo_fast import train as train_command
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.rewards.pickscore import PickScore
@@ -21,7 +21,7 @@ from densegrpo_fast.training.rewarding import build_reward
 
 
 def test_the_estimate_holds_the_rewards(tiny_policy: Callable[..., SD3], clip_directory: Path) -> None:
-    model, config = tiny_policy(), load_config([])[0]
+    model, config = tiny_policy(), parse_arguments([])[0]
     reward = RewardMixture({"clip": (PickScore(str(clip_directory), str(clip_directory), device="cpu"), 1.0)})
     without, found = estimate_memory(config, model), estimate_memory(config, model, reward=reward)
     assert without.weights["rewards"] == 0 < found.weights["rewards"]
@@ -59,7 +59,7 @@ def test_size_decides_about_a_directory(tmp_path: Path) -> None:
         file.truncate(GIB)  # takes no room on the disk
 
     def refused(path: Path | str, device: str = "cpu") -> bool:
-        config = load_config([f"model.path={path}", "run.memory_check=refuse"])[0]
+        config = parse_arguments([f"model.path={path}", "run.memory_check=refuse"])[0]
         try:
             check_device(config, torch.device(device))
         except UserError as error:

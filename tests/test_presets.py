@@ -13,7 +13,7 @@ from torch import Tensor
 
 import densegrpo_fast
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.config.yaml_files import preset_names
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.flops import ATTENTION_TARGETS
@@ -60,13 +60,13 @@ REWARD = RewardMixture({"brightness": (brightness, 1.0)})
 
 
 def preset(name: str) -> Config:
-    return load_config(["--config", name])[0]
+    return parse_arguments(["--config", name])[0]
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_an_iteration(name: str, tiny_policy: Callable[..., FlowModel]) -> None:
     """What `train` does in an iteration, with a tiny model and eight samples."""
-    config = load_config(["--config", name, *(f"{key}={value}" for key, value in SMALL.items())])[0]
+    config = parse_arguments(["--config", name, *(f"{key}={value}" for key, value in SMALL.items())])[0]
     model = tiny_policy()
     before = {name: parameter.detach().clone() for name, parameter in model.trainable_parameters().items()}
     update = Trainer(config, model=model, reward=REWARD).step(0)

@@ -43,10 +43,10 @@ def test_the_decoder_learns_what_the_full_one_does() -> None:
 
 
 def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> None:
-    from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.training.trainer import Trainer
 
-    config, _ = load_config(train.arguments(tmp_path / "unused", **SMALL))
+    config, _ = parse_arguments(train.arguments(tmp_path / "unused", **SMALL))
     trainer = Trainer(config)
     model = trainer.model
     training, held_out = collect(trainer, 9, trainer.schedule.turns(), 4)
@@ -59,18 +59,18 @@ def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> No
 
 
 def test_a_policy_alone_needs_nothing_that_completions_do(train: Any, tmp_path: Path) -> None:
-    from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.training.policy_samples import policy_alone
 
     own = {"lookahead.head": tmp_path / "missing.safetensors", "lookahead.plan": "one_step", "lookahead.cache": "text"}
-    lookahead = policy_alone(load_config(train.arguments(tmp_path / "unused", **SMALL, **own))[0]).lookahead
+    lookahead = policy_alone(parse_arguments(train.arguments(tmp_path / "unused", **SMALL, **own))[0]).lookahead
     assert lookahead is not None and lookahead.head is None and lookahead.cache is None
 
 
 def test_the_command_writes_a_decoder_that_a_model_takes(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.training.models import build_model
 
     output, own = tmp_path / "preview", ["--pictures", "4", "--steps", "30", "--batch", "4"]
@@ -84,7 +84,7 @@ def test_the_command_writes_a_decoder_that_a_model_takes(
     assert float(numbers[-1]) < float(numbers[-3])
     found = []
     for options in ({}, {"model.preview_decoder": output}):
-        config, _ = load_config(train.arguments(tmp_path / "unused", **SMALL, **options))
+        config, _ = parse_arguments(train.arguments(tmp_path / "unused", **SMALL, **options))
         found.append(build_model(config, torch.device("cpu")))
     latents = torch.randn(2, *found[0].latent_shape)
     assert not torch.allclose(*(model.decode(latents, "preview") for model in found))

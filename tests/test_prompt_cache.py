@@ -10,7 +10,7 @@ import torch
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.config.sections import ModelOptions
 from densegrpo_fast.models import loading
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
@@ -95,7 +95,7 @@ def test_the_encoders_fingerprint_sees_names_sizes_and_contents(tmp_path: Path) 
 
 def options(directory: Path, **changes: object) -> ModelOptions:
     arguments = [f"model.{key}={value}" for key, value in {"path": directory, **changes}.items()]
-    return load_config(arguments)[0].model
+    return parse_arguments(arguments)[0].model
 
 
 @pytest.fixture

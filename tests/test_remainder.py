@@ -13,7 +13,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.flow.dpm_solver import DPMSolver
 from densegrpo_fast.flow.dynamics import A, B, C, StepCoefficients, coefficients
@@ -201,7 +201,7 @@ FLASH = {
 
 
 def configured(**options: object) -> Config:
-    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in (FLASH | options).items())])[0]
+    return parse_arguments(["--config=embedded_dense", *(f"{key}={value}" for key, value in (FLASH | options).items())])[0]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.rewards.registry import OptionError, create
 from densegrpo_fast.training.rewarding import build_observer, build_reward
 
@@ -44,7 +44,7 @@ def own(tmp_path: Path) -> str:
 
 def config(*arguments: str) -> Config:
     observed = [] if any(word.startswith("reward.observed") for word in arguments) else ["reward.observed=[]"]
-    return load_config(["--config=embedded_dense", *observed, *arguments])[0]
+    return parse_arguments(["--config=embedded_dense", *observed, *arguments])[0]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_the_held_out_evaluation_shares_the_rewards_of_the_training(own: str) ->
 )
 def test_a_configuration_with_wrong_rewards_is_refused(arguments: list[str], problem: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(["--config=embedded_dense", *arguments])
+        parse_arguments(["--config=embedded_dense", *arguments])
     assert exit_code_of(caught.value) == ExitCode.USAGE
     assert problem in str(caught.value)
 

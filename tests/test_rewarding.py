@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.rollout import Trajectory
@@ -46,7 +46,7 @@ def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]
 
 def configured(**options: object) -> Config:
     given = [f"{key}={value}" for key, value in {**SETTINGS, **options}.items()]
-    return load_config(["--config=embedded_dense", *given])[0]
+    return parse_arguments(["--config=embedded_dense", *given])[0]
 
 
 def rewarded(config: Config, model: FlowModel, reward: Any = brightness) -> tuple[Trainer, Trajectory, RewardBatch]:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel, Velocity
@@ -175,7 +175,7 @@ def test_samples_of_a_prompt_can_share_their_first_noise(mixture_model: FlowMode
             "data.num_prompts": "2",
             "sampler.micro_batch": "2",
         }
-        config, _ = load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])
+        config, _ = parse_arguments(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])
         trainer = Trainer(config, model=mixture_model, reward=RewardMixture({"none": (lambda *_: [], 1.0)}))
         steps = replace(trainer.schedule.at(0), coefficients=coefficients(mixture_model.sigmas(T), 0.7, "flow_sde"))
         trajectory = trainer.sample(PromptBatch(rows, [{}] * 4, 2), steps, 5)

@@ -25,7 +25,7 @@ from bench_iteration import check_work, evaluations  # noqa: E402
 from densegrpo_fast.common.errors import UserError  # noqa: E402
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of  # noqa: E402
 from densegrpo_fast.config import Config  # noqa: E402
-from densegrpo_fast.config.cli import load_config  # noqa: E402
+from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
 from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
 from densegrpo_fast.models import sd3  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402
@@ -66,7 +66,7 @@ def settings(method: str, **options: object) -> Config:
         "lookahead.monitor_every": 0,
         **options,
     }
-    return load_config(["--config", "embedded_paper", *(f"{key}={value}" for key, value in chosen.items())])[0]
+    return parse_arguments(["--config", "embedded_paper", *(f"{key}={value}" for key, value in chosen.items())])[0]
 
 
 @dataclass
@@ -326,7 +326,7 @@ def test_each_variant_has_the_decoder_of_its_configuration(tiny_policy: Policy) 
 
 
 def test_what_is_timed_without_options_is_the_fast_preset() -> None:
-    config, preset = Protocol().config("dense_fast", kl=True), load_config(["--config", "embedded_paper_fast"])[0]
+    config, preset = Protocol().config("dense_fast", kl=True), parse_arguments(["--config", "embedded_paper_fast"])[0]
     # but for its rate, which would change the policy that is timed, the running average and the lookahead's checks
     apart = {"preset": True, "optimizer": {"lr"}, "ema": True, "lookahead": {"monitor_every"}}
     assert config.model_dump(exclude=apart) == preset.model_dump(exclude=apart)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.base import FlowModel
@@ -174,7 +174,7 @@ def lookahead_reward_of(clean: Tensor) -> Tensor:
 def windowed(*overrides: str) -> Config:
     settings = {"sampler.num_steps": "8", "window.schedule": "none", "window.size": "null"}
     settings |= dict(override.split("=", 1) for override in overrides)
-    return load_config(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])[0]
+    return parse_arguments(["--config=embedded_dense", *(f"{key}={value}" for key, value in settings.items())])[0]
 
 
 FAST = ("window.schedule=random", "window.size=2", "window.last=3")

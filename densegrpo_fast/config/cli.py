@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class _Arguments:
     overrides: dict[str, str] = field(default_factory=dict)
 
 
-def load_config(argv: Sequence[str], default: str = DEFAULT_PRESET) -> tuple[Config, CliFlags]:
+def parse_arguments(argv: Sequence[str], default: str = DEFAULT_PRESET) -> tuple[Config, CliFlags]:
     """Read the configuration that a command line asks for.
 
     Args:
@@ -104,10 +104,33 @@ def configuration(arguments: Sequence[str]) -> Config:
     Raises:
         UsageError: naming every wrong key, or a flag that only training has.
     """
-    config, flags = load_config(arguments, default=BASE_PRESET)
+    config, flags = parse_arguments(arguments, default=BASE_PRESET)
     if flags.resume or flags.dry_run:
         raise UsageError("--resume and --dry-run are options of training")
     return config
+
+
+def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a preset or a file, with some options changed.
+
+        load_config("embedded_dense", {"sampler.num_steps": 4, "run.iterations": 20})
+
+    Args:
+        source: name of a preset, or path of a file that ends in .yaml or .yml.
+        overrides: values by the dotted key of their option.
+
+    Raises:
+        UsageError: there is no such preset, file or option, or a value does not fit; the message names the key.
+    """
+    settings = read_settings(source)
+    for key, value in (overrides or {}).items():
+        current = current_option(key, "overrides")
+        if current not in options():
+            raise UsageError(f'unknown option "{key}"{did_you_mean(key, options())}')
+        section, _, name = current.rpartition(".")
+        target = settings.setdefault(section, {}) if section else settings
+        target[name] = value
+    return validate(settings)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -117,7 +140,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         argv: the arguments, without the program's name; what follows `--` is the command's.
 
     Returns:
-        The command's own arguments, and the others for `load_config`, each written `section.key=VALUE`.
+        The command's own arguments, and the others for `parse_arguments`, each written `section.key=VALUE`.
 
     Raises:
         UsageError: if a dotted option is unknown or lacks its value.

@@ -74,9 +74,9 @@ def ratio(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from densegrpo_fast.config.cli import load_config
+        from densegrpo_fast.config.cli import parse_arguments
 
-        config, flags = load_config(overrides)
+        config, flags = parse_arguments(overrides)
         if flags.resume:
             raise UsageError("--resume is an option of training")
         # advice about optional packages is none of this command's business

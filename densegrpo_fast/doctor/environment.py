@@ -47,10 +47,10 @@ def examine(arguments: Sequence[str], wait_policy: str | None) -> list[Finding]:
 
 
 def _configured(arguments: Sequence[str]) -> list[Finding]:
-    from densegrpo_fast.config.cli import load_config
+    from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.config.yaml_files import preset_names
     from densegrpo_fast.embedded import WEIGHTS
 
-    config, _ = load_config(arguments)
-    data = packages.data_findings(lambda name: load_config(["--config", name]), list(preset_names()), WEIGHTS)
+    config, _ = parse_arguments(arguments)
+    data = packages.data_findings(lambda name: parse_arguments(["--config", name]), list(preset_names()), WEIGHTS)
     return [machine.disk_finding(config.output_dir), *data]
