@@ -176,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "sampler.group_size": options.group_size,
             "sampler.micro_batch": options.group_size,
         }
-        config = parse_arguments(["--config", "embedded_paper", *(f"{key}={value}" for key, value in settings.items())])[0]
+        given = [f"{key}={value}" for key, value in settings.items()]
+        config = parse_arguments(["--config", "embedded_paper", *given])[0]
         document = measure(config)
         write_json(options.output, document)
     print(table(document))

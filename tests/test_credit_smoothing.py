@@ -194,7 +194,8 @@ def test_credit_sees_rewards_smoothed_by_the_injected_noise(mixture_model: FlowM
             rollout, RewardBatch(torch.zeros(2, 6), different[..., [0, 1, 1, 2, 3]], None, scores)
         ).values
 
-    plain = Trainer(parse_arguments(["--config=embedded_dense", *options])[0], model=mixture_model, reward=trainer.reward)
+    unsmoothed, _ = parse_arguments(["--config=embedded_dense", *options])
+    plain = Trainer(unsmoothed, model=mixture_model, reward=trainer.reward)
     found = credit(trainer, rewards)
     assert torch.equal(found, credit(plain, smooth_rewards(rewards, table, 0.5)))
     assert not torch.equal(found, credit(plain, rewards))

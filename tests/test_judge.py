@@ -281,7 +281,8 @@ def test_pictures_are_those_that_the_study_drew(tiny_policy, samples):
 
 
 def test_the_kl_is_taken_on_one_kind_of_trajectory():
-    config = parse_arguments(["--config", "embedded_fast", "--sampler.noise_level", "[0.7, 0.6, 0.5, 0.4, 0.3, 0.2]"])[0]
+    levels = "[0.7, 0.6, 0.5, 0.4, 0.3, 0.2]"
+    config = parse_arguments(["--config", "embedded_fast", "--sampler.noise_level", levels])[0]
     assert command.kl_settings(config) == {
         "num_steps": 6,
         "dynamics": "cps",

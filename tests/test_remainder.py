@@ -201,7 +201,8 @@ FLASH = {
 
 
 def configured(**options: object) -> Config:
-    return parse_arguments(["--config=embedded_dense", *(f"{key}={value}" for key, value in (FLASH | options).items())])[0]
+    given = [f"{key}={value}" for key, value in (FLASH | options).items()]
+    return parse_arguments(["--config=embedded_dense", *given])[0]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.config.cli import load_config, parse_arguments
 from densegrpo_fast.flow import ops
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.policy import Objective
@@ -164,7 +164,7 @@ def measured(record: dict[str, Any]) -> dict[str, Any]:
 def test_a_loop_over_steps_is_what_a_run_does(train: Any, tmp_path: Path) -> None:
     assert train(tmp_path / "run") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    config, _ = parse_arguments(["--config", str(tmp_path / "run" / "config.yaml"), f"run.output_dir={tmp_path / 'again'}"])
+    config = load_config(str(tmp_path / "run" / "config.yaml"), {"run.output_dir": str(tmp_path / "again")})
     trainer = Trainer(config)
     steps = [trainer.step(iteration) for iteration in range(len(lines))]
     assert [measured(json.loads(json.dumps(record))) for record in steps] == [measured(line) for line in lines]
