@@ -373,7 +373,7 @@ def _batches(config: Config) -> str | None:
     kind, product = "samples", "data.num_prompts x sampler.group_size"
     if config.sampler.branches is not None:
         samples //= config.sampler.branches
-        kind, product = "trunks", f"{product} / sampler.branches"
+        kind, product = "trajectories", f"{product} / sampler.branches"
     if samples % rows:
         return (
             f"sampler.micro_batch: expected a divisor of the {samples} {kind} of an iteration ({product}), got {rows}"

@@ -137,8 +137,8 @@ class SamplerOptions(Section):
     )
     guidance_scale: float = Field(ge=1, le=100, description="classifier-free guidance; 1 = off")
     branches: Annotated[int, Field(ge=2, le=4096)] | None = Field(
-        description="steps that are taken with noise from each state of group_size / branches noise-free trunks, at "
-        "every trained step (TempFlow-GRPO, Granular-GRPO; credit.method branch or granular); null = trajectories"
+        description="steps that are taken with noise from each state of group_size / branches noise-free trajectories, "
+        "at every trained step (TempFlow-GRPO, Granular-GRPO; credit.method branch or granular); null = trajectories"
     )
     shared_noise: bool = Field(description="start all samples of a prompt from the same initial noise")
     micro_batch: PositiveInt = Field(description="rows per forward pass, the same in rollout and replay")
@@ -180,7 +180,7 @@ class CalibrationOptions(Section):
         description="iterations between two calibrations of the noisy steps' levels on the policy as it is then, the "
         "first before the first iteration; 0 = never",
     )
-    samples: int = Field(ge=Staircase.enough, le=65536, description="trajectories, or trunks, of a calibration round")
+    samples: int = Field(ge=Staircase.enough, le=65536, description="trajectories of a calibration round")
     rounds: int = Field(ge=1, le=1000, description="rounds of a calibration, at most")
     lowest: float = Field(ge=0.01, le=3, description="lowest noise level that a calibration may choose")
     highest: float = Field(ge=0.01, le=3, description="highest noise level that a calibration may choose")
@@ -214,7 +214,7 @@ class LookaheadOptions(Section):
         description="evaluate a copy of the model with the adapter merged, in this precision; null = the policy itself"
     )
     cache: Text | None = Field(
-        description="features taken over from the rollout at the same step: text (of the prompt's first sample) or "
+        description="features reused from the rollout at the same step: text (of the prompt's first sample) or "
         "text:own (of each sample), reuse:2-5, skip:0,6, joined by +; approximate; null = none"
     )
     graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")

@@ -58,7 +58,7 @@ def cost_records(
         guidances, decoders: to combine with every plan.
         head: whether to count every plan that leaves steps out with a completion head of the usual size too.
         copies: dtypes of copies, with the adapter merged, to count every plan with too.
-        caches: specs of features that are taken over, to count every plan with too.
+        caches: specs of features that are reused, to count every plan with too.
 
     Raises:
         ValueError: a plan does not fit 10 steps.

@@ -250,6 +250,6 @@ def pictures(
 
 
 def _uses_its_rollout(variant: Variant, target: FidelityTarget, group_size: int) -> bool:
-    """Whether each completion takes something over from its own sample's rollout, as `Lookahead.dedup` asks."""
+    """Whether each completion reuses something from its own sample's rollout, as `Lookahead.dedup` asks."""
     reused = variant.guidance == "reuse" and target.guided
     return reused or (variant.cache is not None and CacheSpec.parse(variant.cache).alike(group_size) < group_size)

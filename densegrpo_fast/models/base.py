@@ -98,7 +98,7 @@ class Cache(Recorder, Protocol):
     """Rows, in consecutive blocks, that take over the very same features: those of a prompt, or 1."""
 
     def reuse(self, step_index: int, rows: Tensor) -> AbstractContextManager[None]:
-        """Within the context, one velocity takes over what the rows [B] of a grid index hold."""
+        """Within the context, one velocity reuses what the rows [B] of a grid index hold."""
 
 
 class FlowModel(ABC):

@@ -10,7 +10,7 @@ from typing import Any
 class CacheSpec:
     """Which parts of a joint-attention transformer are reused or left out; static, so it can be part of a CUDA graph.
 
-    Features are recorded in one evaluation and taken over in another one, which has the same prompt but other image
+    Features are recorded in one evaluation and reused in another one, which has the same prompt but other image
     tokens: the rollout's at the same sigma, with another history of noise, or the completion's own last one, at another
     sigma. Hence everything here is an **approximation**, exact only for the very latents that were recorded:
 

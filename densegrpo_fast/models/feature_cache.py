@@ -37,7 +37,7 @@ class FeatureCache:
     when a node is first recorded and written in place from then on, so a captured graph stays valid. The host never
     looks at a tensor's values.
 
-    Rows are the rollout's samples, nodes its grid indices: a completion that comes to a node takes over the residuals
+    Rows are the rollout's samples, nodes its grid indices: a completion that comes to a node reuses the residuals
     that its own sample left there. Text features are kept once per prompt, of whose samples (`group` rows one after
     another) the first one's are recorded and serve all: in each half, at each node and in each block. Its text tokens
     attended to its own image tokens, so for the other samples, and for any completion that has come to the node by
@@ -125,9 +125,9 @@ class FeatureCache:
 
     @contextmanager
     def reuse(self, step_index: int, rows: Rows) -> Iterator[None]:
-        """Within the context, a velocity of `reader` takes over what the rows `rows` of `step_index` hold.
+        """Within the context, a velocity of `reader` reuses what the rows `rows` of `step_index` hold.
 
-        Row i of its forwards takes over row `rows[i]`; the same row may be named any number of times.
+        Row i of its forwards reuses row `rows[i]`; the same row may be named any number of times.
 
         Raises:
             ValueError: (by the forward) the batch is not that of `rows`.

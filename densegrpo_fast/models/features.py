@@ -120,7 +120,7 @@ class Features:
 
 
 class CachedView(NamedTuple):
-    """What a forward takes over.
+    """What a forward reuses.
 
     Attributes:
         features: from where.
