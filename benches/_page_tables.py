@@ -117,6 +117,8 @@ def chunks(stem: str) -> str:
 def calibration(stem: str) -> str:
     """Levels and signs of every calibrated step before and after; * = beyond two standard deviations of fair signs."""
     document = read(stem)
+    # records of an earlier version call it hopeless
+    unbalanceable = document.get("unbalanceable", document.get("hopeless", []))
     lines = []
     for step in document["steps"]:
         cells = [str(step)]
@@ -124,7 +126,7 @@ def calibration(stem: str) -> str:
             up, down = state["positive"][step], state["negative"][step]
             mark = "*" if abs(up - down) > 2 * (up + down) ** 0.5 else ""
             cells += [f"{state['noise_level'][step]:.2f}", f"{up} / {down}{mark}"]
-        lines.append([*cells, "no" if step in document["hopeless"] else "yes"])
+        lines.append([*cells, "no" if step in unbalanceable else "yes"])
     header = ["step", "level before", "gains up / down", "level after", "gains up / down", "a level balances it"]
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 
