@@ -15,6 +15,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from densegrpo_fast.flow import backends  # noqa: E402
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow  # noqa: E402
 from densegrpo_fast.flow.schedule import sd3_sigmas  # noqa: E402
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity  # noqa: E402
@@ -26,8 +27,9 @@ hypothesis.settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same state of torch's generator."""
+    """Every test starts from the same state of torch's generator, and with no implementation chosen yet."""
     torch.manual_seed(0)
+    backends.choices.clear()
 
 
 @pytest.fixture

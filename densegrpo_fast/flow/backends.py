@@ -45,6 +45,9 @@ ENVIRONMENT_VARIABLE = "DENSEGRPO_IMPLEMENTATION"
 MINIMUM_CAPABILITY = (8, 0)
 """Oldest CUDA compute capability that the Triton kernels are compiled and checked for."""
 
+choices: dict[tuple[object, ...], str] = {}
+"""What "auto" stands for, by op, devices, dtypes and emptiness; to be cleared when what is installed has changed."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -82,10 +85,12 @@ def choose(op: str, implementation: str, *tensors: Tensor) -> str:
         implementation = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         check_name(implementation, ENVIRONMENT_VARIABLE)
     if implementation == "auto":
-        candidates = [name for name in OPS[op] if name != "triton" or not interpreted()]
-        chosen = next(name for name in candidates if not why_not(op, name, *tensors))
-        _log_choice(op, chosen, tensors[0].device.type)
-        return chosen
+        call = (op, interpreted(), *((tensor.device, tensor.dtype, tensor.numel() == 0) for tensor in tensors))
+        if call not in choices:
+            candidates = [name for name in OPS[op] if name != "triton" or not interpreted()]
+            choices[call] = next(name for name in candidates if not why_not(op, name, *tensors))
+            _log_choice(op, choices[call], tensors[0].device.type)
+        return choices[call]
     reason = why_not(op, implementation, *tensors)
     if reason:
         usable = [name for name in OPS[op] if not why_not(op, name, *tensors)]
