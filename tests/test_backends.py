@@ -93,7 +93,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def on(device: str, dtype: torch.dtype = torch.float32) -> Any:
     """What `choose` looks at of a tensor, for devices that are not here."""
-    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, numel=lambda: 1)
 
 
 @pytest.fixture
