@@ -107,7 +107,7 @@ def completion(config: Config, options: argparse.Namespace) -> ExitCode:
     learned, judged = options.steps * BATCH, len(held_out)
     counts = trainer.meter.total(*trainer.meter.counts) + Counts(learned=learned, corrected=judged)
     prices = trainer.costs.prices
-    tflop = None if prices is None else counts.flops(prices) / 1e12
+    tflop = None if prices is None else prices.flops(counts) / 1e12
     head.cost = cost = HeadCost(counts.forwards, 0, learned + judged, tflop, perf_counter() - start)
     save_head(head, options.output)
     print(f"{'state':>5} {'examples':>9}  share of the completion error that is gone, on held-out samples")

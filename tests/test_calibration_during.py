@@ -14,7 +14,8 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import read_metrics
-from densegrpo_fast.training.meter import CostReport, Meter, MeteredModel, MeteredReward
+from densegrpo_fast.training.costs import CostReport
+from densegrpo_fast.training.meter import Meter, MeteredModel, MeteredReward
 from densegrpo_fast.training.noise_levels import NoiseLevels
 from densegrpo_fast.training.prompts import PromptSet
 from densegrpo_fast.training.schedule import Schedule

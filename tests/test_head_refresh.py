@@ -24,8 +24,9 @@ from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout
 from densegrpo_fast.training import head_training
+from densegrpo_fast.training.costs import Prices
 from densegrpo_fast.training.head_training import Examples, HeadRefresher, exactly_completed, examples_of, explained
-from densegrpo_fast.training.meter import Counts, Meter, MeteredModel, Prices
+from densegrpo_fast.training.meter import Counts, Meter, MeteredModel
 
 SHAPE = HeadConfig(3, ((1,), (), ()), (4, 4, 4), patch=2, hidden=8, width=16, depth=1)
 

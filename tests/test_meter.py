@@ -20,8 +20,9 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration
+from densegrpo_fast.training.costs import GFLOP
 from densegrpo_fast.training.lookahead import completion_ways
-from densegrpo_fast.training.meter import GFLOP, Meter, MeteredModel
+from densegrpo_fast.training.meter import Meter, MeteredModel
 from densegrpo_fast.training.trainer import Trainer
 
 Policy = Callable[..., FlowModel]
@@ -228,7 +229,7 @@ def test_operations_over_sparse_by_hand(tiny_policy: Policy) -> None:
 def test_a_model_of_another_family_is_counted_without_operations(
     mixture_model: FlowModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from densegrpo_fast.training.meter import CostReport
+    from densegrpo_fast.training.costs import CostReport
 
     meter = Meter()
     report = CostReport(configured(), mixture_model, None, meter)

@@ -40,11 +40,12 @@ from densegrpo_fast.run_files.signals import GracefulStop
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
 from densegrpo_fast.sampling.rollout import Rollout, initial_noise, rollout
+from densegrpo_fast.training.costs import CostReport
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 from densegrpo_fast.training.lookahead import build_lookahead, completion_ways
 from densegrpo_fast.training.memory import peak_metrics, prepare, start_peak
-from densegrpo_fast.training.meter import CostReport, Meter, MeteredHead, MeteredModel, MeteredReward, PhaseTimer
+from densegrpo_fast.training.meter import Meter, MeteredHead, MeteredModel, MeteredReward, PhaseTimer
 from densegrpo_fast.training.models import build_model, default_device, synchronizer
 from densegrpo_fast.training.monitor import LookaheadMonitor
 from densegrpo_fast.training.noise_levels import NoiseLevels
