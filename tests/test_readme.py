@@ -36,8 +36,10 @@ def test_a_reward_of_one_s_own(train: Any, tmp_path: Path, monkeypatch: pytest.M
     assert program == "densegrpo_fast.train"
     settings = {k: v for k, v in train.SETTINGS.items() if k not in ("reward.terms", "run.iterations")}
     settings |= {"model.path": train.model, "run.output_dir": tmp_path / "run", "reward.observed": "[]"}
-    # the command's own number of iterations is for a machine that trains
+    # the command's own number of iterations is for a machine that trains, and the test's run directory is its own
     arguments[arguments.index("--run.iterations") + 1] = "1"
+    where = arguments.index("--run.output_dir")
+    del arguments[where : where + 2]
     options = [f"--{key}={value}" for key, value in settings.items()]
     assert main(["--config=embedded_dense", *arguments, *options]) == 0
     assert "mine.py" in (tmp_path / "run" / "config.yaml").read_text()

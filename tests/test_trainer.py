@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import RewardError, UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, parse_arguments
 from densegrpo_fast.flow import ops
@@ -173,3 +174,27 @@ def test_a_loop_over_steps_is_what_a_run_does(train: Any, tmp_path: Path) -> Non
     assert (result.iterations, result.signal) == (len(lines), None) and "adapter:" in str(result.summary)
     again = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
     assert [measured(line) for line in again] == [measured(line) for line in lines]
+
+
+def test_wrong_use_of_the_library_is_refused_in_words() -> None:
+    with pytest.raises(UsageError, match="expected a configuration, as load_config"):
+        Trainer("embedded_dense")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="overrides: expected a mapping"):
+        load_config("embedded_dense", ["run.iterations=3"])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match='"run" is a section; give its options by dotted keys'):
+        load_config("embedded_dense", {"run": {"iterations": 3}})
+    with pytest.raises(UsageError, match='unknown option "run.iteration"; did you mean "run.iterations"'):
+        load_config("embedded_dense", {"run.iteration": 3})
+    with pytest.raises(UsageError, match="run.iterations: expected an integer"):
+        load_config("embedded_dense", {"run.iterations": "three"})
+
+
+def test_a_reward_that_is_only_observed_is_named_as_such(tiny_policy: Policy) -> None:
+    def failing(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        raise ValueError("cannot read this prompt")
+
+    config = configured(**{"evaluation.num_prompts": 2, "evaluation.samples_per_prompt": 1})
+    mixture = RewardMixture({"brightness": (brightness, 1.0), "strict": (failing, 0.0)})
+    trainer = Trainer(config, model=tiny_policy(), reward=mixture)
+    with pytest.raises(RewardError, match="'strict' raised ValueError.*leave it out of reward.observed"):
+        trainer.evaluate()

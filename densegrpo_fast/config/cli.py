@@ -22,7 +22,7 @@ from densegrpo_fast.common.errors import CheckpointError, UsageError, UserError
 from densegrpo_fast.common.exit_codes import ExitCode
 from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config.help import describe_errors, help_text, takes_text
-from densegrpo_fast.config.schema import Config, options
+from densegrpo_fast.config.schema import Config, options, sections
 from densegrpo_fast.config.yaml_files import (
     BASE_PRESET,
     DEFAULT_PRESET,
@@ -122,9 +122,13 @@ def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, Any] | Non
     Raises:
         UsageError: there is no such preset, file or option, or a value does not fit; the message names the key.
     """
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise UsageError(f'overrides: expected a mapping such as {{"run.iterations": 20}}, got {overrides!r}')
     settings = read_settings(source)
     for key, value in (overrides or {}).items():
         current = current_option(key, "overrides")
+        if current in sections():
+            raise UsageError(f'overrides: "{key}" is a section; give its options by dotted keys, such as "{key}.NAME"')
         if current not in options():
             raise UsageError(f'unknown option "{key}"{did_you_mean(key, options())}')
         section, _, name = current.rpartition(".")

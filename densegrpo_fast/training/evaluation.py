@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import RewardError
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
@@ -103,7 +104,14 @@ class HeldOut:
             return model.decode(latents)
 
         images = torch.cat(list(self.rows.each(slice(0, len(rows)), draw)))
-        scores = reward(images, rows, [known for known in self.metadata for _ in range(self.samples)])
+        metadata = [known for known in self.metadata for _ in range(self.samples)]
+        try:
+            scores = reward(images, rows, metadata)
+        except RewardError as error:
+            if error.name is None or reward.terms[error.name][1]:
+                raise
+            advice = "it is only observed beside the training reward: leave it out of reward.observed"
+            raise RewardError(f"{error}; {advice}", error.name) from error
         shape = (len(self.prompts), self.samples)
         per_reward = {name: values.view(shape) for name, values in scores.per_reward.items()}
         return Evaluation({"reward": scores.values.view(shape), **per_reward}, images[:: self.samples].cpu())

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit import registry
@@ -134,6 +135,10 @@ class Trainer:
         reward: RewardMixture | None = None,
         head: CompletionHead | None = None,
     ):
+        if not isinstance(config, Config):
+            raise UsageError(
+                f"Trainer: expected a configuration, as load_config({config!r}) returns it, got {config!r}"
+            )
         self.config, self.strategy = config, Replayed() if strategy is None else strategy
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
