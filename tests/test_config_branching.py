@@ -43,7 +43,7 @@ def config(*argv: str) -> Config:
         ([*BRANCHES, "sampler.branches=1"], "sampler.branches: expected a number >= 2, got 1"),
         (
             [*BRANCHES, "sampler.micro_batch=8"],
-            "sampler.micro_batch: expected a divisor of the 12 trunks of an iteration (data.num_prompts x "
+            "sampler.micro_batch: expected a divisor of the 12 trajectories of an iteration (data.num_prompts x "
             "sampler.group_size / sampler.branches), got 8",
         ),
         (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, parse_arguments
 from densegrpo_fast.flow import ops
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.rollout import Trajectory, initial_noise
 from densegrpo_fast.training.learner import StepScores
+from densegrpo_fast.training.lookahead import build_plan
 from densegrpo_fast.training.prompts import PromptBatch
 from densegrpo_fast.training.rewarding import RewardBatch
 from densegrpo_fast.training.schedule import IterationSteps
@@ -198,3 +202,58 @@ def test_a_reward_that_is_only_observed_is_named_as_such(tiny_policy: Policy) ->
     trainer = Trainer(config, model=tiny_policy(), reward=mixture)
     with pytest.raises(RewardError, match="'strict' raised ValueError.*leave it out of reward.observed"):
         trainer.evaluate()
+
+
+def test_a_trainer_runs_once(train: Any, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", **{"run.iterations": 1}) == 0
+    config = load_config(str(tmp_path / "run" / "config.yaml"), {"run.output_dir": tmp_path / "twice"})
+    trainer = Trainer(config)
+    trainer.step(0)
+    with pytest.raises(UsageError, match="this trainer has trained already; make a new one"):
+        trainer.run()
+
+
+def test_a_run_outside_of_the_main_thread(train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert train(tmp_path / "run", **{"run.iterations": 1}) == 0
+    config = load_config(tmp_path / "run" / "config.yaml", {"run.output_dir": tmp_path / "thread"})
+    with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING):
+        result = pool.submit(Trainer(config).run).result()
+    assert result.iterations == 1 and "not in the main thread" in caplog.text
+
+
+def test_parts_that_are_given_are_looked_at(tiny_policy: Policy, mixture_model: Any) -> None:
+    # a plain function is a reward
+    record = Trainer(configured(), model=tiny_policy(), reward=brightness).step(0)
+    assert record["rewards/reward/mean"] == pytest.approx(record["reward"])
+    mixture_model.trainable_parameters = dict
+    with pytest.raises(UsageError, match="has no adapter"):
+        Trainer(configured(**{"sampler.guidance_scale": 1}), model=mixture_model, reward=REWARD)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_head_that_is_given_is_used_and_may_run_out_of_memory(tiny_policy: Policy, limit: int | None) -> None:
+    config = configured(**{"lookahead.plan": "nodes", "lookahead.nodes": "[2]"})
+    model = tiny_policy()
+    paths = build_plan(config, 4).paths
+    shape = HeadConfig(4, paths, model.latent_shape, 2, model.network.inner_dim, width=16)
+    head = CompletionHead(shape)
+    sizes, forward = [], head.forward
+
+    def limited(hidden: Tensor, *rest: Tensor) -> Tensor:
+        sizes.append(len(hidden))
+        if limit is not None and len(hidden) > limit:
+            raise torch.OutOfMemoryError("too many")
+        return forward(hidden, *rest)
+
+    head.forward = limited  # type: ignore[method-assign]
+    record = Trainer(config, model=model, reward=REWARD, head=head).step(0)
+    assert sizes and torch.isfinite(torch.tensor(record["reward"]))
+    assert limit is None or (max(sizes) > limit and sizes[-1] <= limit)
+    other = CompletionHead(replace(shape, paths=build_plan(configured(**{"lookahead.plan": "one_step"}), 4).paths))
+    with pytest.raises(UsageError, match="was made for another plan"):
+        Trainer(config, model=tiny_policy(), reward=REWARD, head=other)
+
+
+def test_paths_of_each_state_pass_the_memory_check(train: Any, tmp_path: Path) -> None:
+    paths = {"lookahead.plan": "paths", "lookahead.paths": "[[1],[2],[]]", "run.memory_check": "refuse"}
+    assert train(tmp_path / "run", **paths, **{"run.iterations": 1}) == 0

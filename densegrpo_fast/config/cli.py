@@ -8,10 +8,11 @@ Every mistake is reported by the key it is about, with a suggestion, before anyt
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -110,7 +111,7 @@ def configuration(arguments: Sequence[str]) -> Config:
     return config
 
 
-def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, Any] | None = None) -> Config:
+def load_config(source: str | PurePath = DEFAULT_PRESET, overrides: Mapping[str, Any] | None = None) -> Config:
     """The configuration of a preset or a file, with some options changed.
 
         load_config("embedded_dense", {"sampler.num_steps": 4, "run.iterations": 20})
@@ -124,16 +125,16 @@ def load_config(source: str = DEFAULT_PRESET, overrides: Mapping[str, Any] | Non
     """
     if overrides is not None and not isinstance(overrides, Mapping):
         raise UsageError(f'overrides: expected a mapping such as {{"run.iterations": 20}}, got {overrides!r}')
-    settings = read_settings(source)
+    settings = read_settings(os.fspath(source))
     for key, value in (overrides or {}).items():
-        current = current_option(key, "overrides")
+        current = current_option(str(key), "overrides")
         if current in sections():
             raise UsageError(f'overrides: "{key}" is a section; give its options by dotted keys, such as "{key}.NAME"')
         if current not in options():
             raise UsageError(f'unknown option "{key}"{did_you_mean(key, options())}')
-        section, _, name = current.rpartition(".")
-        target = settings.setdefault(section, {}) if section else settings
-        target[name] = value
+        if isinstance(value, tuple):
+            value = list(value)
+        _set(settings, current, str(value) if isinstance(value, PurePath) else value)
     return validate(settings)
 
 
@@ -289,8 +290,13 @@ def _next_value(name: str, rest: list[str]) -> str:
 
 
 def _override(settings: dict[str, Any], key: str, text: str) -> None:
+    verbatim = takes_text(options()[key]) and text != "null"
+    _set(settings, key, text if verbatim else parse_yaml(text, f"option {key}"))
+
+
+def _set(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Set an option by its dotted key; a section that is no mapping stays, to be refused by name."""
     section, _, name = key.rpartition(".")
     target = settings.setdefault(section, {}) if section else settings
     if isinstance(target, dict):
-        verbatim = takes_text(options()[key]) and text != "null"
-        target[name] = text if verbatim else parse_yaml(text, f"option {key}")
+        target[name] = value

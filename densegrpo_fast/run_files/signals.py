@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -25,7 +29,8 @@ class GracefulStop:
                     save()
                     break
 
-    Must be entered in the main thread. The handlers that were there before come back on exit.
+    Outside of the main thread no signal can be received, which is logged. The handlers that were there before come back
+    on exit.
 
     Args:
         clock: seconds that only grow.
@@ -46,6 +51,9 @@ class GracefulStop:
         return self.signal is not None
 
     def __enter__(self) -> GracefulStop:
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning("not in the main thread: SIGTERM and Ctrl-C do not end this run in an orderly way")
+            return self
         self._earlier = {number: signal.signal(number, self._receive) for number in _STOPPING}
         return self
 

@@ -335,8 +335,12 @@ class Lookahead:
         if self.head is None or at.hidden is None or not self.head.applies(state):
             return estimate
         index = torch.full((len(estimate),), state, device=estimate.device)
-        rows = (x.split(self.rows.rows) for x in (at.hidden, at.latents, estimate, index))
-        return estimate + torch.cat([self.head(*part) for part in zip(*rows, strict=True)])
+        head, hidden = self.head, at.hidden
+
+        def correction(rows: slice) -> Tensor:
+            return head(hidden[rows], at.latents[rows], estimate[rows], index[rows])
+
+        return estimate + torch.cat(list(self.rows.each(slice(0, len(index)), correction)))
 
     def _run(self, rows: StepInput, step_index: int, scale: float, cache: Cache | None) -> StepOutput:
         """Take rows to a step index and evaluate the model there, at most `chunk` rows at a time."""

@@ -43,7 +43,9 @@ def build_lookahead(config: Config, model: FlowModel, head: CompletionHead | Non
         return None
     options, replan = config.lookahead, partial(build_plan, config)
     plan = replan(config.sampler.num_steps)
-    if head is None and options.head is not None:
+    if head is not None:
+        check_head(head, plan, model, "the completion head that was given")
+    elif options.head is not None:
         head = build_head(Path(options.head), plan, model)
     step_runner = build_step_runner(config, model)
     evaluated = model if options.copy_dtype is None else build_copy(model, options.copy_dtype)
@@ -138,11 +140,7 @@ def build_head(path: Path, plan: Plan, model: FlowModel) -> CompletionHead:
         UsageError: it cannot be read, or was made for another plan or model.
     """
     head = read_head(path, model, "lookahead.head")
-    if head.config.paths != plan.paths:
-        raise UsageError(
-            f"lookahead.head: {path} was made for another plan than {plan.name}; "
-            "make one with python -m densegrpo_fast.completion",
-        )
+    check_head(head, plan, model, f"lookahead.head: {path}")
     return head
 
 
@@ -161,12 +159,27 @@ def read_head(path: Path, model: FlowModel, option: str = "--head") -> Completio
         head = load_head(path)
     except ValueError as error:
         raise UsageError(f"{option}: {error}") from None
+    check_head(head, None, model, f"{option}: {path}")
+    return head.to(model.device)
+
+
+def check_head(head: CompletionHead, plan: Plan | None, model: FlowModel, what: str) -> None:
+    """Refuse a completion head that was made for something else.
+
+    Args:
+        plan: of the lookahead; None = any.
+        what: to call it in the message.
+
+    Raises:
+        UsageError: it was made for a model of another shape, or for another plan.
+    """
     made, own = (head.config.latent_shape, head.config.hidden), (model.latent_shape, model.network.inner_dim)
     if made != own:
+        raise UsageError(f"{what} was made for latents and hidden width {made}, this model has {own}")
+    if plan is not None and head.config.paths != plan.paths:
         raise UsageError(
-            f"{option}: {path} was made for latents and hidden width {made}, this model has {own}",
+            f"{what} was made for another plan than {plan.name}; make one with python -m densegrpo_fast.completion"
         )
-    return head.to(model.device)
 
 
 @dataclass(frozen=True)

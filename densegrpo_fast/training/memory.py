@@ -23,8 +23,7 @@ from densegrpo_fast.models.memory import ModelMemory, module_bytes, tensor_bytes
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.sampling.plan import make_plan
-from densegrpo_fast.training.lookahead import GB, Chunks
+from densegrpo_fast.training.lookahead import GB, Chunks, build_plan
 from densegrpo_fast.training.meter import underlying
 
 logger = logging.getLogger(__name__)
@@ -173,8 +172,7 @@ def estimate(
 
 def _evaluations(config: Config) -> int:
     """Most evaluations that a completion of the lookahead takes one after another."""
-    options = config.lookahead
-    return max(map(len, make_plan(options.plan, config.sampler.num_steps, options.nodes, options.n or 1).paths))
+    return max(map(len, build_plan(config, config.sampler.num_steps).paths))
 
 
 def check(estimated: MemoryEstimate, free: int | None, what: str) -> str | None:

@@ -82,7 +82,7 @@ class LookaheadMonitor:
         samples, states = slice(prompt * size, (prompt + 1) * size), size // rollout.branches
         group, noisy = rollout.select(slice(prompt * states, (prompt + 1) * states)), rollout.coefficients.noisy
         shown = self.exact if self.lookahead is None or self.refresher is None else self.lookahead
-        evaluated, clean = exactly_completed(self.exact, shown, group)
+        evaluated, clean = self.exact.rows.fitting(lambda _: exactly_completed(self.exact, shown, group))
         dedup = group.dedup(own=True)
         values = self.rewards.rewards_of(dedup.different(clean), batch.select(samples))[dedup.positions]
         exact = group.group_rewards(values.flatten(), size)

@@ -32,7 +32,7 @@ from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead
-from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 from densegrpo_fast.run_files.loggers import Loggers, RunFacts
 from densegrpo_fast.run_files.metrics import MetricsLog, Progress
@@ -118,7 +118,7 @@ class Trainer:
         tiny: whether a model that is not in the package is replaced by a tiny random one, as in a dry run.
         strategy: order of the phases; None = `Replayed`.
         model: ready made, with its adapter, in the place of the one that the configuration names.
-        reward: likewise; it also scores the held-out pictures.
+        reward: likewise, a mixture or a function of pictures, prompts and metadata; it scores held-out pictures, too.
         head: likewise, the completion head of the lookahead.
 
     Raises:
@@ -132,7 +132,7 @@ class Trainer:
         tiny: bool = False,
         strategy: UpdateStrategy | None = None,
         model: FlowModel | None = None,
-        reward: RewardMixture | None = None,
+        reward: RewardMixture | Reward | None = None,
         head: CompletionHead | None = None,
     ):
         if not isinstance(config, Config):
@@ -142,11 +142,17 @@ class Trainer:
         self.config, self.strategy = config, Replayed() if strategy is None else strategy
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
-        self.reward = build_reward(config.reward.terms, config.reward.options) if reward is None else reward
-        self.observed = build_observer(config, self.reward) if reward is None else reward
+        if reward is None:
+            self.reward = build_reward(config.reward.terms, config.reward.options)
+            self.observed = build_observer(config, self.reward)
+        else:
+            self.reward = reward if isinstance(reward, RewardMixture) else RewardMixture({"reward": (reward, 1.0)})
+            self.observed = self.reward
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
         self.policy = MeteredModel(self.model, self.meter)
+        if not self.model.trainable_parameters():
+            raise UsageError("Trainer: the model that was given has no adapter, so there is nothing to train")
         self.learner = Learner(self.policy, LearnerOptions.of(config))
         self.lookahead = build_lookahead(config, self.model, head)
         self.schedule = Schedule(config, self.model)
@@ -210,7 +216,7 @@ class Trainer:
                 rollout,
                 *inputs,
                 keep_guidance=self.config.uses_lookahead and ahead.guidance == "reuse",
-                keep_hidden=self.config.uses_lookahead and ahead.head is not None,
+                keep_hidden=self.lookahead is not None and self.lookahead.head is not None,
                 cache=None if self.lookahead is None else self.lookahead.cache,
                 **common,
             )
@@ -221,11 +227,15 @@ class Trainer:
         """The clean latents that the ODE reaches from the rollout's states; without a lookahead its ends alone."""
         if self.lookahead is None:
             return Completions.ends(rollout)
+        lookahead, ways = self.lookahead, completion_ways(self.config, self.lookahead)
+
+        def completed(_: int) -> Completions:
+            evaluated = rollout.evaluated(lookahead)
+            return Completions.joined([way.completions(evaluated) for way in ways])
+
         with self.phase("lookahead"):
-            self.lookahead.model.refresh()
-            rollout = rollout.evaluated(self.lookahead)
-            ways = completion_ways(self.config, self.lookahead)
-            return Completions.joined([way.completions(rollout) for way in ways])
+            lookahead.model.refresh()
+            return lookahead.rows.fitting(completed)
 
     def score(self, rollout: Rollout, completions: Completions, batch: PromptBatch) -> RewardBatch:
         """Decode the completions and score their pictures."""
@@ -321,6 +331,8 @@ class Trainer:
             start = records.restore(self, log) if resume else 0
             log.also(Loggers(config.run.loggers, RunFacts(directory, config.model_dump(mode="json"), start)))
             alarms = Alarms(alarms_for(config), past=log.records())
+            if start == 0 and self.learner.updates:
+                raise UsageError("Trainer.run: this trainer has trained already; make a new one, or run(resume=True)")
             if start == 0:
                 records.begin(dump_yaml(config.self_contained()))
                 records.evaluated("before", self.held_out.evaluate(self.model, self.observed), self.held_out, log, 0)
