@@ -55,6 +55,9 @@ RENAMED: dict[str, str] = {
 }
 """Old name -> new name of an option, a metric, a tensor, or a file of a run directory."""
 
+PHASES = {"guard": "monitor"}
+"""Old name -> new name of a phase, as a dry run prints it."""
+
 IGNORED = ("time/", "memory/", "cpu_seconds", "metrics_position", "run.output_dir")
 """Beginnings of names that are measured, or that say where a run is."""
 
@@ -311,6 +314,8 @@ def compare(
             if name.startswith(IGNORED):
                 continue
             count += 1
+            if file == "dry_run.json":
+                value = re.sub(r"\w+", lambda word: PHASES.get(word[0], word[0]), str(value))
             if renamed not in there:
                 differences.append(f"{file}: {key}: old {shown(value)}, new has none")
             elif problem := unequal(value, there[renamed]):
