@@ -30,6 +30,9 @@ class Dataset:
     Attributes:
         latents: [N, 4, 16, 16] float16; those of the first chunk have zero mean and unit spread.
         sentence: [N] int64, the row of each scene's sentence.
+        kinds: [N, 64] uint8, what covers each token of the transformer: 0 background, else the object's kind.
+        places: [N, 64, 3] float16, where a token is covered: that object's centre from the token's, and its radius, in
+            units of 16 pixels.
         embeds: [S, MAX_TOKENS, 128] float32; the last row is the empty sentence.
         pooled: [S, 128] float32.
         shift, spread: mean and standard deviation of the autoencoder's own latents in the first chunk.
@@ -37,6 +40,8 @@ class Dataset:
 
     latents: Tensor
     sentence: Tensor
+    kinds: Tensor
+    places: Tensor
     embeds: Tensor
     pooled: Tensor
     shift: float
@@ -60,7 +65,8 @@ def prepare(pipeline: StableDiffusion3Pipeline, directory: Path, chunks: int, se
     shift, spread = float(first.mean()), float(first.std())
     latents = torch.cat([((part["latents"].float() - shift) / spread).half() for part in parts])
     embeds, pooled = encode_prompts(pipeline, [*sentences, ""])
-    return Dataset(latents, torch.cat([part["sentence"] for part in parts]), embeds, pooled, shift, spread)
+    sentence, kinds, places = (torch.cat([part[key] for part in parts]) for key in ("sentence", "kinds", "places"))
+    return Dataset(latents, sentence, kinds, places, embeds, pooled, shift, spread)
 
 
 @torch.no_grad()
@@ -79,11 +85,36 @@ def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tu
 
 @torch.no_grad()
 def _chunk(vae: Any, row: dict[str, int], seed: list[int]) -> dict[str, Tensor]:
-    """Posterior means and sentences of `CHUNK` scenes."""
+    """Posterior means, sentences and objects of `CHUNK` scenes."""
     generator = np.random.default_rng(seed)
     drawn = scenes.sample_scenes(CHUNK, generator)
-    parts = []
+    latents, kinds, places = [], [], []
     for start in tqdm(range(0, CHUNK, 50), desc=f"scenes {seed[-1]}", mininterval=30.0):
-        images = torch.from_numpy(scenes.render_batch(drawn[start : start + 50], generator)).mul(2).sub(1)
-        parts.append(vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mode().half())
-    return {"latents": torch.cat(parts), "sentence": torch.tensor([row[scene.prompt] for scene in drawn])}
+        pictures, figures = zip(*(scenes.compose(s, generator) for s in drawn[start : start + 50]), strict=True)
+        images = torch.from_numpy(np.stack(pictures)).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+        latents.append(vae.encode(images).latent_dist.mode().half())
+        for found in figures:
+            kind, place = covering(found)
+            kinds.append(torch.from_numpy(kind))
+            places.append(torch.from_numpy(place))
+    return {
+        "latents": torch.cat(latents),
+        "sentence": torch.tensor([row[scene.prompt] for scene in drawn]),
+        "kinds": torch.stack(kinds),
+        "places": torch.stack(places),
+    }
+
+
+def covering(figures: tuple[scenes.Figure, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """One scene's `kinds` [64] and `places` [64, 3]: a token, 8x8 pixels, is covered from an eighth of it on."""
+    kinds, places = np.zeros(64, np.uint8), np.zeros((64, 3), np.float16)
+    y, x = np.mgrid[0:64, 0:64] + 0.5
+    rows, columns = (grid.reshape(-1) for grid in np.mgrid[4:64:8, 4:64:8])
+    for figure in figures:
+        inside = scenes.signed_distance(figure.shape, x - figure.x, y - figure.y, figure.radius) < 0
+        covered = inside.reshape(8, 8, 8, 8).mean((1, 3)).reshape(-1) > 1 / 8
+        kind = scenes.SHAPES.index(figure.shape) * len(scenes.COLOURS) + list(scenes.COLOURS).index(figure.colour)
+        kinds[covered] = 1 + kind
+        place = np.stack([figure.x - columns, figure.y - rows, np.full(64, figure.radius)], 1) / 16
+        places[covered] = place[covered]
+    return kinds, places

@@ -165,7 +165,7 @@ def compose(
     colours = [item.colour or str(generator.choice(list(COLOURS))) for item in scene.items]
     figures = tuple(Figure(i.shape, c, *place) for i, c, place in zip(scene.items, colours, places, strict=True))
     for figure in figures:
-        distance = _signed_distance(figure.shape, x - figure.x, y - figure.y, figure.radius) * (size / IMAGE_SIZE)
+        distance = signed_distance(figure.shape, x - figure.x, y - figure.y, figure.radius) * (size / IMAGE_SIZE)
         alpha = np.clip(0.5 - distance, 0.0, 1.0)
         shade = np.array(COLOURS[figure.colour], np.float32) * generator.uniform(0.86, 1.0)
         image += alpha * (shade[:, None, None] - image)
@@ -193,7 +193,7 @@ def background(generator: np.random.Generator, y: np.ndarray) -> np.ndarray:
     return np.clip(grey + tint[:, None, None] + slope[None], 0.0, 1.0)
 
 
-def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Distance in pixels to the outline (negative inside); exact near the outline, which is all anti-aliasing needs."""
     match shape:
         case "circle":

@@ -97,8 +97,8 @@ class Loop:
         """The learning rate of a step, as a share of its highest."""
         return min(1.0, (step + 1) / WARMUP_STEPS, (self.steps - step) / max(1, self.decay_steps))
 
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step on `loss`."""
+    def update(self, loss: Tensor, shown: Tensor | None = None) -> None:
+        """One optimiser step on `loss`; the curve is of `shown`, where that is another."""
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, lr in self.optimizers:
@@ -106,7 +106,7 @@ class Loop:
                 group["lr"] = lr * self.share(self._step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self._recent.append(loss.detach())
+        self._recent.append((loss if shown is None else shown).detach())
         if (self._step + 1) % CURVE_STEPS == 0:
             self.curve.append((self._step + 1, float(torch.stack(self._recent).mean())))
             self._recent.clear()
