@@ -163,7 +163,7 @@ def test_what_a_check_costs_by_hand() -> None:
     assert counts.forwards == 24 * 99
     # powers of ten, so that the sum shows every count
     unit = ModelFlops(1.0, 0.0, 0.0, full_decode=1e3, preview_decode=math.nan, reward=1e6, head=1e9)
-    assert counts.flops(Prices(unit, 1.0)) == pytest.approx(24 * (99 + 11e3 + 11e6 + 80e9), rel=1e-12)
+    assert Prices(unit, 1.0).flops(counts) == pytest.approx(24 * (99 + 11e3 + 11e6 + 80e9), rel=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,19 @@ from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from torch import Tensor
 
 from densegrpo_fast.embedded import scenes
+from densegrpo_fast.embedded.dataset import CHUNK
 from densegrpo_fast.rewards.scenes import ScenesReward
 
 EVALUATION_STEPS = 10
 GUIDANCE_SCALES = (1.0, 2.0, 4.5)
+
+
+@torch.no_grad()
+def brief(pipeline: StableDiffusion3Pipeline) -> dict[str, Any]:
+    """Strict and graded scores by guidance and category from few pictures: a point of the training's curve."""
+    chosen = held_out_prompts(20)
+    scored = {str(scale): _scores(pipeline, chosen, scale, copies=1)[0] for scale in GUIDANCE_SCALES[:2]}
+    return {kind: {scale: both[kind] for scale, both in scored.items()} for kind in ("strict", "graded")}
 
 
 @torch.no_grad()
@@ -31,32 +40,54 @@ def evaluate(
         `strict` and `graded` per guidance scale and category (10 Euler steps); `round_trip`, the strict score of
         rendered scenes after the autoencoder; `preview_agreement`, how often both decoders agree on strict.
     """
-    reward = ScenesReward()
-    generator = np.random.default_rng(11)
-    chosen = {
-        name: [deck[i].prompt for i in generator.permutation(len(deck))[:prompts_per_category]]
-        for name, deck in scenes.split(held_out=True).items()
-    }
+    chosen = held_out_prompts(prompts_per_category)
     result: dict[str, Any] = {"strict": {}, "graded": {}}
-    agreements = []
+    agreements: list[bool] = []
     for scale in GUIDANCE_SCALES:
-        strict, graded = {}, {}
-        for number, (name, prompts) in enumerate(chosen.items()):
-            copies = (prompts * (2 * prompts_per_category))[: 2 * prompts_per_category]
-            latents = sample_latents(pipeline, copies, scale, seed=number)
-            full, small = decode(pipeline, latents), preview_decode(preview, latents)
-            scores, passes = reward.both(full, copies)
-            strict[name], graded[name] = float(np.mean(passes)), float(np.mean(scores))
-            agreements += list(np.equal(passes, reward.both(small, copies)[1]))
-        result["strict"][str(scale)] = strict | {"mean": float(np.mean(list(strict.values())))}
-        result["graded"][str(scale)] = graded | {"mean": float(np.mean(list(graded.values())))}
+        both, agree = _scores(pipeline, chosen, scale, copies=2, preview=preview)
+        agreements += agree
+        for kind in ("strict", "graded"):
+            result[kind][str(scale)] = both[kind]
+    generator = np.random.default_rng(12)
     drawn = scenes.sample_scenes(400, generator, held_out=True)
     images = torch.from_numpy(scenes.render_batch(drawn, generator)).to(pipeline.vae.device)
     restored = pipeline.vae.decode(pipeline.vae.encode(images * 2 - 1).latent_dist.mode()).sample
     sentences = [scene.prompt for scene in drawn]
-    result["round_trip"] = float(np.mean(reward.both((restored / 2 + 0.5).clamp(0, 1), sentences)[1]))
+    result["round_trip"] = float(np.mean(ScenesReward().both((restored / 2 + 0.5).clamp(0, 1), sentences)[1]))
     result["preview_agreement"] = float(np.mean(agreements))
     return result
+
+
+def held_out_prompts(per_category: int) -> dict[str, list[str]]:
+    """`per_category` held-out sentences of each category, repeated where there are fewer."""
+    generator, chosen = np.random.default_rng(11), {}
+    for name, deck in scenes.split(held_out=True).items():
+        prompts = [deck[i].prompt for i in generator.permutation(len(deck))[:per_category]]
+        chosen[name] = (prompts * per_category)[:per_category]
+    return chosen
+
+
+def _scores(
+    pipeline: StableDiffusion3Pipeline,
+    chosen: dict[str, list[str]],
+    scale: float,
+    copies: int,
+    preview: AutoencoderTiny | None = None,
+) -> tuple[dict[str, dict[str, float]], list[bool]]:
+    """Mean strict and graded scores per category and over them; and where both decoders agree on strict."""
+    reward = ScenesReward()
+    result: dict[str, dict[str, float]] = {"strict": {}, "graded": {}}
+    agreements: list[bool] = []
+    for number, (name, prompts) in enumerate(chosen.items()):
+        repeated = prompts * copies
+        latents = sample_latents(pipeline, repeated, scale, seed=number)
+        graded, strict = reward.both(decode(pipeline, latents), repeated)
+        result["strict"][name], result["graded"][name] = float(np.mean(strict)), float(np.mean(graded))
+        if preview is not None:
+            agreements += list(np.equal(strict, reward.both(preview_decode(preview, latents), repeated)[1]))
+    for kind, scores in result.items():
+        result[kind] = scores | {"mean": float(np.mean(list(scores.values())))}
+    return result, agreements
 
 
 def sample_latents(pipeline: StableDiffusion3Pipeline, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
@@ -138,8 +169,8 @@ pipe("a red circle to the left of a blue square", num_inference_steps=10, guidan
 (diffusers wants to be told that there is no T5.) `preview_decoder/` is an `AutoencoderTiny` for the same latents.
 
 ## How it was made
-`python -m densegrpo_fast.embedded.pretrain --output DIR`, deterministic for a given machine and library version:
-{recipe["num_scenes"]} rendered scenes (anti-aliased; random sizes, places, shades, backgrounds), none of them for a
+`python -m densegrpo_fast.embedded.pretrain`, deterministic for a given machine and library version:
+{recipe["chunks"] * CHUNK} rendered scenes (anti-aliased; random sizes, places, shades, greys), none of them for a
 held-out sentence; one in five sentences is held out by meaning. Torch {evidence["versions"]["torch"]}.
 {note}
 | stage | loss at start | half way | at 90% | end | minutes |

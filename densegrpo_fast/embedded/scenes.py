@@ -135,22 +135,41 @@ def prompts(held_out: bool, count: int, seed: int = 0) -> list[str]:
     return chosen[:count]
 
 
+@dataclass(frozen=True)
+class Figure:
+    """One drawn object: centre and radius in 64-pixel units."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+
 def render(scene: Scene, generator: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
     """Draw one picture of `scene`: anti-aliased, of random sizes, places, shades and background.
 
     Returns:
         [3, size, size] float32 in [0, 1].
     """
+    return compose(scene, generator, size)[0]
+
+
+def compose(
+    scene: Scene, generator: np.random.Generator, size: int = IMAGE_SIZE
+) -> tuple[np.ndarray, tuple[Figure, ...]]:
+    """`render`'s picture, and what was drawn where, in the order of the sentence."""
     places = _places(scene, generator)
     y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + 0.5) * (IMAGE_SIZE / size)
-    image = _background(generator, y)
+    image = background(generator, y)
     colours = [item.colour or str(generator.choice(list(COLOURS))) for item in scene.items]
-    for item, colour, (cx, cy, radius) in zip(scene.items, colours, places, strict=True):
-        distance = _signed_distance(item.shape, x - cx, y - cy, radius) * (size / IMAGE_SIZE)
+    figures = tuple(Figure(i.shape, c, *place) for i, c, place in zip(scene.items, colours, places, strict=True))
+    for figure in figures:
+        distance = signed_distance(figure.shape, x - figure.x, y - figure.y, figure.radius) * (size / IMAGE_SIZE)
         alpha = np.clip(0.5 - distance, 0.0, 1.0)
-        shade = np.array(COLOURS[colour], np.float32) * generator.uniform(0.86, 1.0)
+        shade = np.array(COLOURS[figure.colour], np.float32) * generator.uniform(0.86, 1.0)
         image += alpha * (shade[:, None, None] - image)
-    return image.astype(np.float32)
+    return image.astype(np.float32), figures
 
 
 def render_batch(scenes: list[Scene], generator: np.random.Generator) -> np.ndarray:
@@ -166,14 +185,15 @@ def sample_scenes(count: int, generator: np.random.Generator, held_out: bool = F
     return [decks[names[c]][generator.integers(len(decks[names[c]]))] for c in categories]
 
 
-def _background(generator: np.random.Generator, y: np.ndarray) -> np.ndarray:
-    grey = generator.uniform(0.06, 0.94)
+def background(generator: np.random.Generator, y: np.ndarray, greys: tuple[float, float] = (0.06, 0.94)) -> np.ndarray:
+    """A nearly plain grey from a range, for pixels at heights `y`: [3, H, W]."""
+    grey = generator.uniform(*greys)
     tint = generator.uniform(-0.025, 0.025, size=3)
     slope = generator.uniform(-0.06, 0.06) * (y / IMAGE_SIZE - 0.5)
     return np.clip(grey + tint[:, None, None] + slope[None], 0.0, 1.0)
 
 
-def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Distance in pixels to the outline (negative inside); exact near the outline, which is all anti-aliasing needs."""
     match shape:
         case "circle":

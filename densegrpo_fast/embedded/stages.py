@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 _AVERAGE, _STATE = "average::", "optimizer::"
+WARMUP_STEPS = 200
+CURVE_STEPS = 50
+"""Steps whose mean loss is one point of the curve."""
 
 
 @dataclass
@@ -31,8 +33,8 @@ class Log:
 class Stages:
     """Keeps each finished stage's weights and log; skips a stage that is already there."""
 
-    def __init__(self, directory: Path, device: torch.device):
-        self.directory, self.device = directory, device
+    def __init__(self, directory: Path):
+        self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.log = Log()
         if (directory / "log.json").exists():
@@ -43,7 +45,7 @@ class Stages:
         path = self.directory / f"{name}.safetensors"
         if path.exists():
             tensors = load_file(path)
-            _load_modules(modules, tensors)
+            load_modules(modules, tensors)
             return
         started = time.perf_counter()
         self.log.losses[name] = train()
@@ -53,8 +55,10 @@ class Stages:
 
 
 class Loop:
-    """Iterates optimiser steps: warm-up then cosine to zero, clipped gradients, a loss curve, a progress bar.
+    """Iterates optimiser steps: clipped gradients, a schedule that ends flat, a loss curve, a progress bar.
 
+    The learning rate warms up over 200 steps, stays, and falls in a straight line to nothing over the last
+    `decay_steps`; so a loop that has not begun its decay can be made longer at any time, and loses nothing.
     AdamW trains every parameter but `matrices`, which Muon (torch's, its updates scaled to AdamW's size) trains with
     twice the learning rate.
     """
@@ -65,9 +69,10 @@ class Loop:
         parameters: list[nn.Parameter],
         steps: int,
         lr: float,
+        decay_steps: int,
         matrices: Sequence[nn.Parameter] = (),
     ):
-        self.name, self.parameters, self.steps = name, parameters, steps
+        self.name, self.parameters, self.steps, self.decay_steps = name, parameters, steps, decay_steps
         taken = {id(p) for p in matrices}
         others = [p for p in parameters if id(p) not in taken]
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
@@ -81,47 +86,52 @@ class Loop:
         self._recent: list[Tensor] = []
 
     def __iter__(self) -> Iterator[int]:
-        with tqdm(total=self.steps, initial=self._start, desc=self.name, mininterval=5.0) as bar:
+        with tqdm(total=self.steps, initial=self._start, desc=self.name, mininterval=30.0) as bar:
             self._bar = bar
             for step in range(self._start, self.steps):
                 self._step = step
                 yield step
                 bar.update()
 
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step on `loss`."""
-        share = min(1.0, (self._step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self._step / self.steps))
+    def share(self, step: int) -> float:
+        """The learning rate of a step, as a share of its highest."""
+        return min(1.0, (step + 1) / WARMUP_STEPS, (self.steps - step) / max(1, self.decay_steps))
+
+    def update(self, loss: Tensor, shown: Tensor | None = None) -> None:
+        """One optimiser step on `loss`; the curve is of `shown`, where that is another."""
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, lr in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * share
+                group["lr"] = lr * self.share(self._step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self._recent.append(loss.detach())
-        if (self._step + 1) % 50 == 0:
+        self._recent.append((loss if shown is None else shown).detach())
+        if (self._step + 1) % CURVE_STEPS == 0:
             self.curve.append((self._step + 1, float(torch.stack(self._recent).mean())))
             self._recent.clear()
             self._bar.set_postfix(loss=f"{self.curve[-1][1]:.4f}")
 
     def keep(self, path: Path, modules: dict[str, nn.Module], average: EMAModel) -> None:
-        """Write a partial checkpoint: weights, average, optimiser moments, curve."""
+        """Write a checkpoint: weights, average, optimiser moments, curve."""
         tensors = _module_tensors(modules)
         for i, (parameter, shadow) in enumerate(zip(self.parameters, average.shadow_params, strict=True)):
             tensors[f"{_AVERAGE}{i}"] = shadow
             tensors |= {f"{_STATE}{i}::{key}": value for key, value in self._state(parameter).items()}
         tensors["step"] = torch.tensor(self._step + 1)
-        tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64)
+        tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64).reshape(-1, 2)
+        tensors["recent"] = torch.stack(self._recent) if self._recent else torch.empty(0)
         write_tensors(path, tensors)
 
     def restore(self, path: Path, modules: dict[str, nn.Module], average: EMAModel) -> None:
-        """Continue from a partial checkpoint if there is one."""
+        """Continue from a checkpoint if there is one."""
         if not path.exists():
             return
-        tensors = load_file(path, device=str(self.parameters[0].device))
-        _load_modules(modules, tensors)
+        tensors = load_file(path)
+        load_modules(modules, tensors)
         self._start = average.optimization_step = int(tensors["step"])
         self.curve = [(int(step), loss) for step, loss in tensors["curve"].tolist()]
+        self._recent = list(tensors["recent"])
         for i, parameter in enumerate(self.parameters):
             average.shadow_params[i].copy_(tensors[f"{_AVERAGE}{i}"])
             prefix = f"{_STATE}{i}::"
@@ -158,7 +168,8 @@ def _module_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {f"{key}::{name}": t for key, module in modules.items() for name, t in module.state_dict().items()}
 
 
-def _load_modules(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+def load_modules(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    """Weights by "module::name" into modules."""
     for key, module in modules.items():
         prefix = f"{key}::"
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -166,6 +177,7 @@ def _load_modules(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """safetensors by way of a temporary name, so that a file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
     os.replace(temporary, path)
