@@ -1,12 +1,12 @@
 """The flow stage: rectified-flow matching on cached latents (arXiv 2403.03206), resumable at any step.
 
 The velocity is noise - data. Every step draws from its own generator, so a continued run sees what an uninterrupted
-one sees. While the learning rate is constant the average of the weights is about as good as a decayed model, and its
-scores on held-out sentences are the curve to watch.
+one sees. While the learning rate is constant, the scores of the averaged weights on held-out sentences are the curve to
+watch.
 
 Beside the velocity, a small head reads from a middle block which object covers each token and where its centre is, and
-its loss trains the blocks below it: they find the objects sooner than by the velocity alone (after REPA, arXiv
-2410.06940, with the objects themselves in place of another network's features). The head is not part of the result.
+its loss trains the blocks below it (after REPA, arXiv 2410.06940, with the objects themselves in place of another
+network's features). The head is not part of the result.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KINDS = 1 + len(scenes.SHAPES) * len(scenes.COLOURS)
 class PlainAttention:
     """SD3's joint attention by plain matrix products.
 
-    In bfloat16 on a CPU the backward of torch's fused attention takes half of a training step; this takes a tenth.
+    For bfloat16 on a CPU, where the backward of torch's fused attention is slow.
     """
 
     def __call__(
