@@ -128,6 +128,22 @@ def test_metrics_by_hand(tiny_policy: Policy) -> None:
     assert metrics["skipped_updates"] == 0.0
 
 
+def test_draw_weights_multiply_a_step_s_whole_gradient(tiny_policy: Policy) -> None:
+    def gradient(steps: list[int], draw_weights: Tensor | None) -> Tensor:
+        learner = Learner(model, replace(objective(kl_coef=5.0), max_grad_norm=1e9))
+        learner.begin_update()
+        learner.optimizer.step = lambda: None  # type: ignore[method-assign]
+        learner.update(trajectory, judged, steps=steps, weights=torch.ones(T), draw_weights=draw_weights)
+        return torch.cat([parameter.grad.flatten() for parameter in learner.parameters.values()])
+
+    model = tiny_policy(spread=0.3)
+    trajectory, judged = sampled(model), advantages(1.0, -0.5, 0.3, 2.0)
+    weights = torch.ones(T)
+    weights[:2] = torch.tensor([3.0, 0.5])
+    expected = (3.0 * gradient([0], None) + 0.5 * gradient([1], None)) / 2
+    torch.testing.assert_close(gradient([0, 1], weights), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
 def test_the_kl_term_pulls_towards_the_reference(tiny_policy: Policy) -> None:
     model = tiny_policy(spread=0.3)
     learner = Learner(model, replace(objective(kl_coef=1.0), lr=1e-2))

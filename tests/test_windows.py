@@ -200,9 +200,52 @@ def test_without_windows_training_draws_what_it_always_drew(mixture_model: Any) 
     assert Schedule(windowed("objective.trained_steps=[0, 7]"), mixture_model).trained_steps(3) == [0, 7]
 
 
+IMPORTANCE = ("objective.step_sampling=importance", "sampler.dynamics=flow_sde")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("objective.step_weight=none", "objective.trained_steps=3"),
+        ("objective.step_weight=flash", "objective.trained_steps=2"),
+        ("objective.policy=guard", "objective.clip_range=2e-6", "objective.trained_steps=3"),
+        ("sampler.noise_level=[0.7, 0, 0.5, 0.7, 0.9, 0.7, 0.2, 0.3]", "objective.trained_steps=4"),
+        ("window.schedule=random", "window.size=4", "window.last=6", "objective.trained_steps=2"),
+    ],
+)
+def test_the_loss_of_drawn_steps_is_on_average_that_of_all(mixture_model: Any, overrides: tuple[str, ...]) -> None:
+    schedule = Schedule(windowed(*IMPORTANCE, *overrides), mixture_model)
+    losses = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    differences = []
+    for iteration in range(300):
+        trained, weights = schedule.trained_steps(iteration), schedule.draw_weights(iteration)
+        candidates = schedule.candidates(iteration)
+        noisy = [step for step in candidates if schedule.config.noise_levels[step]]
+        assert {*trained} <= {*noisy}
+        differences.append((weights.double() * losses)[trained].mean() - losses[noisy].sum() / len(candidates))
+    difference = torch.stack(differences)
+    assert difference.mean().abs() < 3 * difference.std() / len(difference) ** 0.5
+
+
+def test_steps_of_larger_gradients_are_drawn_more_often(mixture_model: Any) -> None:
+    schedule = Schedule(windowed(*IMPORTANCE, "objective.step_weight=none", "objective.trained_steps=3"), mixture_model)
+    counts = Counter(step for iteration in range(300) for step in schedule.trained_steps(iteration))
+    # the gradient of a log-probability grows with every step (`objective/weights.py`)
+    assert [counts[step] for step in range(7)] == sorted(counts[step] for step in range(7))
+    assert counts[0] < counts[6] / 4
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (
+            ["objective.step_sampling=importance"],
+            "objective.step_sampling: expected uniform where no number of steps is drawn",
+        ),
+        (
+            [*IMPORTANCE, "objective.trained_steps=3", "sampler.noise_level=[0.7, 0, 0, 0, 0.7, 0, 0, 0]"],
+            "objective.trained_steps: expected at most the 2 steps of 0..6 that inject noise, got 3",
+        ),
         (["window.schedule=random"], 'window.size: expected a number of steps with schedule "random", got null'),
         (["window.size=2"], 'window.size: expected null with schedule "none", got 2'),
         (["window.schedule=fixed", "window.size=8"], "window.size: expected a window that fits the steps 0..6, got 8"),

@@ -93,6 +93,10 @@ def _trained_steps(config: Config) -> str | None:
             return f"objective.trained_steps: expected all_but_last or a number with a window, got {trained}"
     elif isinstance(trained, int) and trained > (most := config.window.size or steps - 1):
         return f"objective.trained_steps: expected at most {most} steps to draw, got {trained}"
+    if config.objective.step_sampling != "uniform" and not isinstance(trained, int):
+        return (
+            f"objective.step_sampling: expected uniform where no number of steps is drawn, got trained_steps {trained}"
+        )
     return None
 
 
@@ -107,6 +111,11 @@ def _noise(config: Config) -> str | None:
     for candidates in [trained] if isinstance(trained, list) else config.windows():
         if noisy := config.noisy_among(candidates):
             deterministic = len(candidates) - len(noisy)
+            if config.objective.step_sampling == "importance" and isinstance(trained, int) and trained > len(noisy):
+                return (
+                    f"objective.trained_steps: expected at most the {len(noisy)} steps of {candidates[0]}.."
+                    f"{candidates[-1]} that inject noise, got {trained}"
+                )
             if isinstance(trained, int) and trained <= deterministic:
                 return (
                     f"objective.trained_steps: expected at least {deterministic + 1} to draw where "

@@ -395,6 +395,11 @@ class ObjectiveOptions(Section):
         description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration; with windows "
         "only their steps"
     )
+    step_sampling: Literal["uniform", "importance"] = Field(
+        description="how trained_steps draws a number of steps: uniform = each alike; importance = in proportion to "
+        "the size that each step's gradient is expected to have, by which its loss is then divided: the same gradient "
+        "on average, with less noise from the draw"
+    )
     arguments: dict[Text, JsonValue] = Field(
         description="further arguments of a policy or step_weight of your own, such as {margin: 0.1}; {} for the "
         "package's"

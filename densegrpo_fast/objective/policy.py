@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.plugins import select_options
-from densegrpo_fast.flow.dynamics import StepCoefficients
+from densegrpo_fast.flow.dynamics import LOG_PROB_SCALE, B, C, StepCoefficients
 from densegrpo_fast.objective.clip import METRICS, clip_ratios
 from densegrpo_fast.objective.guard import GuardWeight
 from densegrpo_fast.objective.kl import KlScale
@@ -133,6 +133,29 @@ class Objective:
         if kl is not None and coef and not self._policy.adds_kl:
             loss = loss + coef * kl.mean()
         return loss, metrics
+
+    def gradient_size(self, step: int) -> float:
+        """How large the gradient of a step's policy loss is, but for the network's own share of it.
+
+        That is the loss's slope at an unchanged policy with an advantage of 1, times the log-probability's gradient
+        with respect to the velocity per unit of noise (`weights.py`).
+        """
+        table = self.coefficients.table
+        row, velocity = torch.zeros(1, device=table.device), torch.zeros(1, 1, device=table.device)
+        log_prob = row.clone().requires_grad_()
+        kl = row if self.settings.kl_coef else None
+        loss, _ = self.loss(
+            step,
+            log_prob=log_prob,
+            old_log_prob=row,
+            advantages=row + 1,
+            velocity=velocity,
+            old_velocity=velocity,
+            kl=kl,
+        )
+        (slope,) = torch.autograd.grad(loss, log_prob)
+        gain = 2 * table[step, LOG_PROB_SCALE] * table[step, B].abs() * table[step, C]
+        return (slope.abs() * gain).item()
 
 
 def _plain_metrics(pairs: Pairs, loss: Tensor) -> dict[str, Tensor]:

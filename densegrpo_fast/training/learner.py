@@ -98,7 +98,12 @@ class Learner:
         self.rows = OomBackoff(options.micro_batch, "sampler.micro_batch", "set model.gradient_checkpointing to true")
 
     def update(
-        self, rollout: Rollout, advantages: Tensor, steps: Sequence[int], weights: Tensor | None = None
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        steps: Sequence[int],
+        weights: Tensor | None = None,
+        draw_weights: Tensor | None = None,
     ) -> dict[str, float]:
         """Train on `steps` of every sample, in `updates_per_iteration` optimiser steps over parts of the batch.
 
@@ -113,6 +118,7 @@ class Learner:
             advantages: [B, T] float32.
             steps: indices of the trained steps.
             weights: [T] float32 of the steps, see `Objective`.
+            draw_weights: [T] float32 factors of the steps' whole losses, KL included; None = 1.
 
         Returns:
             Metrics averaged over the parts: loss, those of the objective, ratio_deviation (largest) and
@@ -128,7 +134,8 @@ class Learner:
         slices = [slice(start, start + size) for start in range(0, rollout.batch, size)]
         parts = _split(slices, self.options.updates_per_iteration)
         objective = Objective(self.options.objective, rollout.coefficients, steps, weights)
-        records = [self._step(rollout, advantages, objective, steps, part) for part in parts]
+        factors = [1.0] * rollout.coefficients.num_steps if draw_weights is None else draw_weights.tolist()
+        records = [self._step(rollout, advantages, objective, steps, factors, part) for part in parts]
         metrics = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
         metrics["ratio_deviation"] = max(record["ratio_deviation"] for record in records)
         metrics["first_ratio_deviation"] = records[0]["ratio_deviation"]
@@ -143,7 +150,13 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _step(
-        self, rollout: Rollout, advantages: Tensor, objective: Objective, steps: Sequence[int], part: list[slice]
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        objective: Objective,
+        steps: Sequence[int],
+        factors: Sequence[float],
+        part: list[slice],
     ) -> dict[str, float]:
         self.begin_update()
         share = 1.0 / (len(part) * len(steps))
@@ -153,7 +166,7 @@ class Learner:
             for whole in part:
 
                 def gradient(rows: slice, step: int = step, whole: slice = whole) -> dict[str, Tensor]:
-                    weight = share * (rows.stop - rows.start) / (whole.stop - whole.start)
+                    weight = share * factors[step] * (rows.stop - rows.start) / (whole.stop - whole.start)
                     judged = advantages[rollout.sample_rows(rows), step]
                     loss, metrics = self.loss(rollout, judged, objective, step, rows, self.replay(rollout, step, rows))
                     deviation = metrics.pop("ratio_deviation")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.flow.remainder import with_remainder
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.objective.policy import ObjectiveSettings
+from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
+from densegrpo_fast.sampling.step_draws import draw_steps, inclusion_probabilities
 from densegrpo_fast.sampling.windows import remaining_steps
 
 
@@ -25,16 +28,18 @@ class IterationSteps:
         coefficients: of all steps, on the model's device; noise-free but for the noisy ones.
         trained: indices of the trained steps, increasing.
         weights: [T] float32, weight of every step's policy loss.
+        draw_weights: [T] float32, factor of every step's whole loss, see `Schedule.draw_weights`.
     """
 
     coefficients: StepCoefficients
     trained: list[int]
     weights: Tensor
+    draw_weights: Tensor
 
 
 def objective_settings(config: Config) -> ObjectiveSettings:
     """The settings of the loss."""
-    return ObjectiveSettings(**config.objective.model_dump(exclude={"trained_steps"}))
+    return ObjectiveSettings(**config.objective.model_dump(exclude={"trained_steps", "step_sampling"}))
 
 
 class Schedule:
@@ -59,29 +64,58 @@ class Schedule:
         Args:
             levels: noise level of every step, T numbers; None = the configuration's.
         """
-        trained = self.trained_steps(iteration)
-        table = self.coefficients(self.noisy_steps(iteration), levels)
-        return IterationSteps(table, trained, self.step_weights(levels))
+        trained = self.trained_steps(iteration, levels)
+        table = self.coefficients(self.noisy_steps(iteration, levels), levels)
+        return IterationSteps(table, trained, self.step_weights(levels), self.draw_weights(iteration, levels))
 
-    def noisy_steps(self, iteration: int) -> Sequence[int]:
+    def noisy_steps(self, iteration: int, levels: Sequence[float] | None = None) -> Sequence[int]:
         """The steps in which an iteration injects noise: all of its window, or with branches those that it trains."""
         if self.config.sampler.branches is not None:
-            return self.trained_steps(iteration)
+            return self.trained_steps(iteration, levels)
         return self.windows.steps(iteration)
 
-    def trained_steps(self, iteration: int) -> list[int]:
+    def trained_steps(self, iteration: int, levels: Sequence[float] | None = None) -> list[int]:
         """The steps that an iteration trains, increasing: of its window, if there are windows.
 
         Drawn afresh (from the seed) when a number is configured.
+
+        Args:
+            levels: as in `at`.
         """
-        wanted = self.config.objective.trained_steps
-        if isinstance(wanted, list):
-            return list(wanted)
-        candidates = self.candidates(iteration)
-        if wanted == "all_but_last":
+        wanted, candidates = self.config.objective.trained_steps, self.candidates(iteration)
+        if not isinstance(wanted, int):
             return candidates
-        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + iteration) % 2**63)
-        return sorted(candidates[i] for i in torch.randperm(len(candidates), generator=generator)[:wanted].tolist())
+        if self.config.objective.step_sampling == "importance":
+            # a text seeds Python's generator by its SHA-512, the same in every version and process
+            start = random.Random(f"steps {self.config.seed} {iteration}").random()
+            drawn = draw_steps(self._probabilities(candidates, wanted, levels), start)
+        else:
+            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + iteration) % 2**63)
+            drawn = sorted(torch.randperm(len(candidates), generator=generator)[:wanted].tolist())
+        return [candidates[index] for index in drawn]
+
+    def draw_weights(self, iteration: int, levels: Sequence[float] | None = None) -> Tensor:
+        """Factors [T] float32 with which the mean of the drawn steps' losses is, on average over the draws, the mean
+        over all that could be drawn; 1 where all steps are trained, or drawn alike."""
+        wanted, candidates = self.config.objective.trained_steps, self.candidates(iteration)
+        weights = torch.ones(self.config.sampler.num_steps, device=self.model.device)
+        if isinstance(wanted, int) and self.config.objective.step_sampling == "importance":
+            for step, probability in zip(candidates, self._probabilities(candidates, wanted, levels), strict=True):
+                if probability:
+                    weights[step] = float(wanted / (len(candidates) * probability))
+        return weights
+
+    def _probabilities(self, candidates: list[int], count: int, levels: Sequence[float] | None) -> list[Fraction]:
+        """Of each candidate, that it is drawn: in proportion to the size that its gradient is expected to have."""
+        table = self._every_step(levels)
+        weights = self.step_weights(levels).to(table.table.device)
+        noisy = [step for step in candidates if table.noisy[step]]
+        objective = Objective(objective_settings(self.config), table, noisy, weights)
+        sizes = [objective.gradient_size(step) if step in noisy else 0.0 for step in candidates]
+        try:
+            return inclusion_probabilities(sizes, count)
+        except ValueError as error:
+            raise UsageError(f"objective.trained_steps: {error}, the weights of the steps {candidates}") from None
 
     def candidates(self, iteration: int) -> list[int]:
         """The steps that an iteration may train: its window, or all but the last step, which no window holds either."""

@@ -273,7 +273,7 @@ class Trainer:
         """Train the adapter on the trained steps of all samples; metrics of the update."""
         with self.phase("update"):
             values = advantages.values.flatten(0, 1).to(self.model.device)
-            return self.learner.update(rollout, values, steps.trained, steps.weights)
+            return self.learner.update(rollout, values, steps.trained, steps.weights, steps.draw_weights)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
