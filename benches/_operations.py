@@ -9,7 +9,7 @@ model's own is image analysis), nor are held-out evaluations, as in the training
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -88,28 +88,28 @@ class IterationOperations:
             merged = config.lookahead.copy_dtype is not None
             spec = CacheSpec.parse(config.lookahead.cache)
             self.ahead = cached_forward(embedded(), spec, lora_rank=0 if merged else rank, lora_targets=targets)
-        self._known: dict[tuple[tuple[bool, ...], int], float] = {}
+        self._known: dict[tuple[tuple[bool, ...], tuple[int, ...]], float] = {}
 
     def iteration(self, iteration: int) -> float:
         """Operations of an iteration (from 0), without calibration and monitor."""
-        noisy, trained = self._noisy(iteration), len(self.schedule.trained_steps(iteration))
+        noisy, trained = self._noisy(iteration), tuple(self.schedule.trained_steps(iteration))
         if (noisy, trained) not in self._known:
             self._known[noisy, trained] = self.samples * self.cost(noisy, trained).flops(self.unit, self.ahead)
         return self._known[noisy, trained]
 
     def forwards(self, iteration: int) -> float:
         """Network forwards of an iteration (NFE), likewise."""
-        trained = len(self.schedule.trained_steps(iteration))
+        trained = self.schedule.trained_steps(iteration)
         return self.samples * self.cost(self._noisy(iteration), trained).forwards
 
-    def cost(self, noisy: tuple[bool, ...], trained: int) -> Any:
-        """A sample's share of an iteration with noise in these steps, of which so many are trained: `IterationCost`."""
+    def cost(self, noisy: tuple[bool, ...], trained: Sequence[int]) -> Any:
+        """A sample's share of an iteration with noise in some steps, of which some are trained: `IterationCost`."""
         from densegrpo_fast.sampling import plan as plans
         from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration, sparse_iteration
 
         config, steps = self.config, len(noisy)
         guided = config.sampler.guidance_scale != 1.0
-        kept: dict[str, Any] = {"trained_steps": trained, "guided": guided, "kl": config.objective.kl_coef > 0}
+        kept: dict[str, Any] = {"trained_steps": len(trained), "guided": guided, "kl": config.objective.kl_coef > 0}
         if not self.completes:
             return sparse_iteration(steps, **kept)
         ahead = config.lookahead
@@ -117,7 +117,8 @@ class IterationOperations:
         kept |= {"guidance": ahead.guidance, "decoder": ahead.decoder, "noisy": noisy}
         if self.branches is None:
             shared = config.sampler.group_size if config.sampler.shared_noise else 1
-            return dense_iteration(plan, shared=shared, **kept)
+            completed = self.schedule.completed_states(noisy, trained)
+            return dense_iteration(plan, shared=shared, completed=completed, **kept)
         if self.several:
             plan, *others = (plans.strided(steps, stride) for stride in config.credit.granularities)
             return branched_iteration(plan, branches=self.branches, others=others, **kept)

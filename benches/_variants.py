@@ -109,7 +109,8 @@ def _cost(name: str, config: Config, iteration: IterationSteps) -> IterationCost
     if config.sampler.branches is not None:
         options |= {"guidance": ahead.guidance, "decoder": ahead.decoder, "noisy": iteration.coefficients.noisy}
         return branched_iteration(plan, branches=config.sampler.branches, **options)
-    return dense_iteration(plan, guidance=ahead.guidance, decoder=ahead.decoder, **options)
+    options |= {"guidance": ahead.guidance, "decoder": ahead.decoder, "completed": iteration.completed}
+    return dense_iteration(plan, **options)
 
 
 def stock_cost(num_steps: int, *, trained_steps: int, guided: bool, kl: bool, dense: bool) -> IterationCost:

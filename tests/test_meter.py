@@ -55,6 +55,12 @@ FORMS = {
     "copy": {"lookahead.decoder": "full", "lookahead.copy_dtype": "float32"},
     "cond_only": {**GUIDED, "lookahead.decoder": "preview", "lookahead.guidance": "cond_only"},
     "window": {**GUIDED, **WINDOW, "lookahead.decoder": "preview", "sampler.shared_noise": "true"},
+    "drawn": {**GUIDED, "lookahead.decoder": "full", "objective.trained_steps": 2},
+    "drawn_previews": {
+        "lookahead.decoder": "preview",
+        "objective.trained_steps": "[0, 2]",
+        "sampler.shared_noise": "true",
+    },
     "sparse": {"credit.method": "sparse"},
     "branches": {**BRANCHES, "lookahead.decoder": "preview"},
     "branches_window": {
@@ -167,7 +173,7 @@ def test_the_formulas_say_what_the_meter_counts(tiny_policy: Policy, options: di
         cost = branched_iteration(plan, others=others, branches=2, **common)
     else:
         shared = config.sampler.group_size if config.sampler.shared_noise else 1
-        cost = dense_iteration(trainer.lookahead.plan, shared=shared, **common)
+        cost = dense_iteration(trainer.lookahead.plan, shared=shared, completed=steps.completed, **common)
     expected = {"decodes/full": cost.full_decodes, "decodes/preview": cost.preview_decodes}
     expected |= {"pictures_scored": cost.rewards}
     for phase, evaluations in cost.phases.items():

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.rollout import Trajectory, initial_noise
 from densegrpo_fast.training.learner import StepScores
 from densegrpo_fast.training.lookahead import build_plan
@@ -63,20 +62,6 @@ def configured(**options: object) -> Config:
     return parse_arguments(["--config=embedded_dense", *given])[0]
 
 
-@dataclass(frozen=True)
-class OneState(Trajectory):
-    """A trajectory of which one state alone is completed and scored."""
-
-    only: int = 0
-
-    @property
-    def completed(self) -> tuple[int, ...]:
-        return (self.only,)
-
-    def dedup(self, *, own: bool = False) -> CompletionDedup:
-        return CompletionDedup(self.coefficients.noisy, completed=self.completed)
-
-
 class Streamed:
     """Each step is updated as soon as the states around it are scored, on the rollout's own graph.
 
@@ -96,7 +81,7 @@ class Streamed:
         scale, conditioning = trainer.config.sampler.guidance_scale, policy.encode(batch.prompts)
         latents, velocities = noise.new_zeros(count + 1, *noise.shape), noise.new_zeros(count, *noise.shape)
         latents[0], log_probs, every = noise, noise.new_zeros(count, len(noise)), slice(0, len(noise))
-        rollout = OneState(latents, velocities, log_probs, table, conditioning, scale)
+        rollout = Trajectory(latents, velocities, log_probs, table, conditioning, scale)
         objective = Objective(learner.options.objective, table, steps.trained, steps.weights)
         by_state = torch.full((len(noise) // batch.group_size, batch.group_size, count + 1), torch.nan)
         learner.begin_update()
@@ -115,16 +100,15 @@ class Streamed:
                     ops.sde_log_prob(latents[state].clone(), guided, arrived, table.table, state), guided
                 )
                 self.events.append(f"step {state}")
-            here = replace(rollout, only=state)
+            here = replace(rollout, completed_states=(state,))
             rewards = trainer.score(here, trainer.complete(here), batch)
             assert rewards.lookahead_rewards is not None
-            by_state[..., state] = rewards.lookahead_rewards[..., 0]
+            by_state[..., state] = rewards.lookahead_rewards[..., state]
             self.events.append(f"score {state}")
             if state - 1 in steps.trained:
                 assert waiting is not None
                 known = RewardBatch(rewards.rewards, by_state, None, rewards.scores)
-                trajectory = Trajectory(latents, velocities, log_probs, table, conditioning, scale)
-                advantages = trainer.credit(trajectory, known)
+                advantages = trainer.credit(rollout, known)
                 values = advantages.values.flatten(0, 1)[:, state - 1]
                 loss, metrics = learner.loss(rollout, values, objective, state - 1, every, waiting)
                 learner.add_gradient(loss / len(steps.trained))

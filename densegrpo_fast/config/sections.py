@@ -393,7 +393,7 @@ class ObjectiveOptions(Section):
     )
     trained_steps: Literal["all_but_last"] | list[StepIndex] | PositiveInt = Field(
         description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration; with windows "
-        "only their steps"
+        "only their steps. Where credit needs no more, only the states at both ends of a trained step are completed"
     )
     step_sampling: Literal["uniform", "importance"] = Field(
         description="how trained_steps draws a number of steps: uniform = each alike; importance = in proportion to "

@@ -25,8 +25,8 @@ class CreditInputs:
         sigmas: [T+1] float, the grid.
         lookahead_rewards: [P, G, K+1] float, of the completions that differ: entry k belongs to the state before the
             k-th judged step, the last to the real final image. All by one decoder, maybe not the full one: a gain must
-            not compare two, so where there are previews the last is not `rewards`. NaN = missing; None where no
-            lookahead was run.
+            not compare two, so where there are previews the last is not `rewards`. NaN = missing, or not completed
+            as a local method does not need it; None where no lookahead was run.
         branch_rewards: [P, N, C, K, L] float, of the images that branches end in: N trajectories of each prompt, C
             branches of each trajectory's state (N*C = G), L ways to complete them, the finest last. Then `rewards` are
             the finest ones' means over the K steps, and latents and velocities are the trajectories'. NaN = missing;

@@ -18,11 +18,12 @@ before the configuration is read; or, with no registration at all, the `CreditMe
 
 `needs` are attributes of `CreditInputs`: with lookahead_rewards among them the lookahead is run, and with
 branch_rewards the samples of a prompt branch from one trajectory (`sampler.branches`, without which such a method is
-refused, and the others with it).
+refused, and the others with it). A reward that is missing is NaN and must not reach an advantage.
 
 `local_with` says when a step's advantages need the rewards of its two states alone, the one it leaves and the one it
-leads to, of all samples. Such a method is local: a step can be credited, and trained, as soon as both are scored. Every
-other is whole and waits for the trajectories' ends. Without a word of it a method is whole; it is local always with {},
+leads to, of all samples. Such a method is local: a step can be credited, and trained, as soon as both are scored, and
+of an iteration that trains some of the steps the other states have no rewards (NaN). Every other is whole and waits for
+the trajectories' ends. Without a word of it a method is whole; it is local always with {},
 or with the options that it names, as `dense` is unless it is normalised over all steps together:
 
     register("last_gain", CreditMethod(last_gain, needs=("lookahead_rewards",), local_with={}))
@@ -187,7 +188,7 @@ def advantages(name: str, inputs: CreditInputs, options: Mapping[str, Any]) -> A
 
     Raises:
         ValueError: there is no such method, the lookahead that it needs was not run, it lacks an option, or it returns
-            another shape.
+            another shape or numbers that are not finite.
     """
     method = find(name)
     needed = {need: getattr(inputs, need) for need in method.needs}
@@ -198,6 +199,8 @@ def advantages(name: str, inputs: CreditInputs, options: Mapping[str, Any]) -> A
     expected = (*inputs.rewards.shape, inputs.num_steps)
     if judged.values.shape != expected:
         raise ValueError(f"credit method {name}: expected advantages {list(expected)}, got {list(judged.values.shape)}")
+    if not judged.values.isfinite().all():
+        raise ValueError(f"credit method {name}: expected finite advantages; a reward that is missing is NaN")
     values = judged.values.new_zeros(*inputs.rewards.shape, len(inputs.noisy))
     values[..., list(inputs.steps)] = judged.values
     return replace(judged, values=values)

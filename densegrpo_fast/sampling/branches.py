@@ -146,7 +146,7 @@ class BranchedRollout:
         by_way = values.view(-1, len(self.steps), self.batch * self.branches // group_size, group_size)
         grouped = by_way.permute(2, 3, 1, 0)  # [P, G, K, L]
         branches = grouped.unflatten(1, (group_size // self.branches, self.branches))
-        return GroupedRewards(grouped[..., -1].nanmean(-1), None, branches)
+        return GroupedRewards(None, branches)
 
 
 @torch.no_grad()

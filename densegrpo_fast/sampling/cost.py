@@ -16,6 +16,9 @@ after the window lie on the trajectory's own way to its image. So only the w sta
 with the sum of T-1-k over them, by `nodes S` with the number of pairs of a state k and a later node, and w+1 images are
 decoded and scored.
 
+Where fewer steps are trained and credited each by its own gain, the states at their ends alone are completed, and the
+image is decoded and scored.
+
 Where these are previews, the final image is decoded in full and scored besides: one full decode and one reward more.
 
 Where all G samples of a prompt start from one noise, they are one sample up to the first noisy step, and its completion
@@ -166,6 +169,7 @@ def lookahead_evaluations(
     guidance: Guidance = "full",
     noisy: tuple[bool, ...] | None = None,
     shared: int = 1,
+    completed: tuple[int, ...] | None = None,
 ) -> Evaluations:
     """Evaluations that a plan's completions take per trajectory.
 
@@ -175,11 +179,12 @@ def lookahead_evaluations(
         guidance: of the completions after their first velocity.
         noisy: [T] whether each step injects noise, None = all; states that a noise-free step joins are completed once.
         shared: samples that start from one noise, and share what they are before the first noisy step.
+        completed: the states that are completed, T being the image itself; None = all of 0..T.
 
     Raises:
         ValueError: `noisy` is for another number of steps.
     """
-    sharing = _sharing(plan.num_steps, noisy, shared)
+    sharing = _sharing(plan.num_steps, noisy, shared, completed)
     count = sharing.per_trajectory(lambda state: len(plan.paths[state]) if state < plan.num_steps else 0)
     return Evaluations.of(count, guided and guidance == "full")
 
@@ -217,6 +222,7 @@ def dense_iteration(
     noisy: tuple[bool, ...] | None = None,
     head: Head | None = None,
     shared: int = 1,
+    completed: tuple[int, ...] | None = None,
 ) -> IterationCost:
     """Cost of an iteration with a reward per state (DenseGRPO): the lookahead, and T+1 decodes and rewards.
 
@@ -226,19 +232,21 @@ def dense_iteration(
     Args:
         plan: the lookahead's.
         trained_steps, guided, kl: as in `sparse_iteration`.
-        guidance, noisy, shared: as in `lookahead_evaluations`.
+        guidance, noisy, shared, completed: as in `lookahead_evaluations`.
         decoder: of the images that gains compare.
         head: corrects the last jumps of the states that it applies to.
 
     Raises:
         ValueError: `trained_steps` or `noisy` does not fit the plan's number of steps.
     """
-    sharing = _sharing(plan.num_steps, noisy, shared)
+    sharing = _sharing(plan.num_steps, noisy, shared, completed)
     images = sharing.per_trajectory(lambda state: 1)
     finals = sharing.per_trajectory(lambda state: int(state == plan.num_steps))
     return IterationCost(
         **_policy_path(plan.num_steps, trained_steps, guided, kl),
-        lookahead=lookahead_evaluations(plan, guided=guided, guidance=guidance, noisy=noisy, shared=shared),
+        lookahead=lookahead_evaluations(
+            plan, guided=guided, guidance=guidance, noisy=noisy, shared=shared, completed=completed
+        ),
         full_decodes=images if decoder == "full" else finals,
         preview_decodes=images if decoder == "preview" else 0,
         rewards=images if decoder == "full" else images + finals,
@@ -312,7 +320,9 @@ def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> 
     }
 
 
-def _sharing(num_steps: int, noisy: tuple[bool, ...] | None, shared: int) -> CompletionDedup:
+def _sharing(
+    num_steps: int, noisy: tuple[bool, ...] | None, shared: int, completed: tuple[int, ...] | None
+) -> CompletionDedup:
     if noisy is not None and len(noisy) != num_steps:
         raise ValueError(f"noisy must have one entry per step ({num_steps}), got {len(noisy)}")
-    return CompletionDedup((True,) * num_steps if noisy is None else noisy, shared)
+    return CompletionDedup((True,) * num_steps if noisy is None else noisy, shared, completed)

@@ -22,7 +22,8 @@ class CompletionDedup:
     Attributes:
         noisy: [T] whether each step injects noise.
         group: rows, in consecutive blocks, that have prompt and initial noise in common; 1 = each row its own.
-        completed: the J states to complete, increasing; None = all of 0..T.
+        completed: the J states to complete, increasing, with each the one whose completion it shares; None = all of
+            0..T.
     """
 
     noisy: tuple[bool, ...]
@@ -30,13 +31,18 @@ class CompletionDedup:
     completed: tuple[int, ...] | None = None
 
     @cached_property
-    def representatives(self) -> list[int]:
-        """For each of the J states the one whose completion it shares: the first not followed by a noise-free step."""
+    def shared_with(self) -> list[int]:
+        """For each of 0..T the state whose completion it shares: the first not followed by a noise-free step."""
         last = list(range(len(self.noisy) + 1))
         for step in reversed(range(len(self.noisy))):
             if not self.noisy[step]:
                 last[step] = last[step + 1]
-        return last if self.completed is None else [last[state] for state in self.completed]
+        return last
+
+    @property
+    def representatives(self) -> list[int]:
+        """`shared_with` of the J states."""
+        return self.shared_with if self.completed is None else [self.shared_with[state] for state in self.completed]
 
     @cached_property
     def states(self) -> list[int]:
@@ -75,6 +81,13 @@ class CompletionDedup:
         """What the different completions have [m, ...], for each of `states` and B rows: [K, B, ...]."""
         parts = values.split([batch // self.stride(state) for state in self.states])
         return torch.stack([self.spread(state, part) for state, part in zip(self.states, parts, strict=True)])
+
+    def every_state(self, values: Tensor) -> Tensor:
+        """What the different completions have [..., K], for each of 0..T: [..., T+1], NaN where none is its own."""
+        found = values.new_full((*values.shape[:-1], len(self.shared_with)), torch.nan)
+        for place, state in enumerate(self.states):
+            found[..., [j for j, other in enumerate(self.shared_with) if other == state]] = values[..., place, None]
+        return found
 
     def per_trajectory(self, count: Callable[[int], int]) -> int | float:
         """The sum over all different completions of `count(state)`, as one trajectory's share of it."""

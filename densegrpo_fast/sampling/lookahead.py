@@ -65,14 +65,11 @@ class Completions:
         clean: [m, ...] float32 latents.
         samples: m numbers, the sample that each belongs to, the first where several share it.
         index: [n] int64 into `clean`, for every way, different state and sample, as `Rollout.group_rewards` has them.
-        positions: for each of the completed states the position of its completion among the different states; empty
-            without a lookahead.
     """
 
     clean: Tensor
     samples: list[int]
     index: Tensor
-    positions: tuple[int, ...] = ()
 
     @classmethod
     def ends(cls, rollout: Rollout) -> Completions:
@@ -83,12 +80,12 @@ class Completions:
     @classmethod
     def joined(cls, ways: Sequence[Completions]) -> Completions:
         """Completions of one rollout in several ways, one after another."""
-        first, offsets, count = ways[0], [], 0
+        offsets, count = [], 0
         for way in ways:
             offsets.append(way.index + count)
             count += len(way.clean)
         samples = [sample for way in ways for sample in way.samples]
-        return cls(torch.cat([way.clean for way in ways]), samples, torch.cat(offsets), first.positions)
+        return cls(torch.cat([way.clean for way in ways]), samples, torch.cat(offsets))
 
 
 class Lookahead:
@@ -142,7 +139,7 @@ class Lookahead:
 
     @torch.no_grad()
     def complete(self, rollout: Rollout) -> Tensor:
-        """Clean latents [J, B, ...] float32 of the J states `rollout.completed`: of trajectories all T+1.
+        """Clean latents [J, B, ...] float32 of the J states `rollout.completed`.
 
         The completion of the last state is the trajectory's own end. A state that a noise-free step joins to the next
         shares its completion (they lie on one ODE path), so the gain of such a step is exactly 0; and samples that are
@@ -166,7 +163,7 @@ class Lookahead:
         clean = torch.cat([ends[state] for state in dedup.states])
         batch = rollout.batch * rollout.branches
         index = dedup.broadcast(torch.arange(len(clean)), batch).flatten()
-        return Completions(clean, dedup.samples(batch), index, tuple(dedup.positions))
+        return Completions(clean, dedup.samples(batch), index)
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout, first: int = 0) -> dict[int, CompletionState]:

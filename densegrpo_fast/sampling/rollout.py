@@ -40,12 +40,10 @@ class GroupedRewards(NamedTuple):
     """Rewards of a rollout's completions, by prompt; NaN = missing.
 
     Attributes:
-        final: [P, G] float32 of the final images; of branches the mean over the steps that branch.
-        states: [P, G, J] of every completed state; None for branches.
+        states: [P, G, T+1] float32 of every state's completion, NaN where it is not completed; None for branches.
         branches: [P, N, C, K, L] of C branches at K steps of N trajectories, completed in L ways; None without.
     """
 
-    final: Tensor
     states: Tensor | None
     branches: Tensor | None
 
@@ -127,7 +125,7 @@ class Rollout(Protocol):
         """Rewards of completions by prompt.
 
         Args:
-            values: [L * J * B] float32, for L ways to complete J different states of B samples.
+            values: [L * K * B] float32, for L ways to complete K different states of B samples.
             group_size: G.
         """
 
@@ -146,6 +144,7 @@ class Trajectory:
         guidance_terms: [T, B, ...] float32, `velocities` minus the conditional ones; None if they were not kept.
         hidden: [T, B, N, D] the network's last hidden tokens at each state, in its dtype; None if they were not kept.
         shared: rows, in consecutive blocks, that have prompt and initial noise in common; 1 = each row its own.
+        completed_states: the states to complete, increasing, each with a completion of its own; None = all T+1.
     """
 
     latents: Tensor
@@ -157,6 +156,7 @@ class Trajectory:
     guidance_terms: Tensor | None = None
     hidden: Tensor | None = None
     shared: int = 1
+    completed_states: tuple[int, ...] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -177,8 +177,8 @@ class Trajectory:
 
     @property
     def completed(self) -> tuple[int, ...]:
-        """All states, the last one being the image itself."""
-        return tuple(range(self.num_steps + 1))
+        """Those asked for, the last of all T+1 being the image itself."""
+        return tuple(range(self.num_steps + 1)) if self.completed_states is None else self.completed_states
 
     def select(self, rows: slice) -> Trajectory:
         """The trajectories of some rows; tensors are shared, not copied."""
@@ -211,15 +211,15 @@ class Trajectory:
 
     def dedup(self, *, own: bool = False) -> CompletionDedup:
         """States that noise-free steps join share a completion, and so do samples of one noise before any other."""
-        return CompletionDedup(self.coefficients.noisy, 1 if own else self.shared)
+        return CompletionDedup(self.coefficients.noisy, 1 if own else self.shared, self.completed_states)
 
     def evaluated(self, lookahead: Lookahead) -> Trajectory:
         """The trajectory itself: the rollout has evaluated all of its states."""
         return self
 
     def group_rewards(self, values: Tensor, group_size: int) -> GroupedRewards:
-        states = values.view(-1, self.batch // group_size, group_size).permute(1, 2, 0)
-        return GroupedRewards(states[..., -1], states, None)
+        by_prompt = values.view(-1, self.batch // group_size, group_size).permute(1, 2, 0)
+        return GroupedRewards(self.dedup().every_state(by_prompt), None)
 
 
 def initial_noise(

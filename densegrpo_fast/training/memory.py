@@ -118,7 +118,7 @@ def estimate(
     guided, dense = sampler.guidance_scale != 1.0, config.uses_lookahead or config.uses_branches
     # with branches micro_batch counts trajectories, and evaluation has a row for each branch
     evaluated = min(sampler.micro_batch * (sampler.branches or 1), held_out.num_prompts * held_out.samples_per_prompt)
-    states = (config.window.size or sum(level > 0 for level in config.noise_levels)) if dense else 0
+    states = _completed_states(config) if dense else 0
     per_state = 2 + int(dense and guided and config.lookahead.guidance == "reuse")
     decoder = config.lookahead.decoder if dense else "full"
     chunks = Chunks(config.lookahead.chunk, config.lookahead.chunk) if chunks is None else chunks
@@ -168,6 +168,18 @@ def estimate(
         },
         phases=phases,
     )
+
+
+def _completed_states(config: Config) -> int:
+    """Most states of a sample that an iteration completes, the image not among them."""
+    states = config.window.size or sum(level > 0 for level in config.noise_levels)
+    trained = config.objective.trained_steps
+    if not config.uses_lookahead or config.credit_scope == "whole" or trained == "all_but_last":
+        return states
+    # those at both ends of each trained step
+    if isinstance(trained, int):
+        return min(states, 2 * trained)
+    return len({step + end for step in config.noisy_among(trained) for end in (0, 1)} - {config.sampler.num_steps})
 
 
 def _evaluations(config: Config) -> int:

@@ -84,7 +84,7 @@ class LookaheadMonitor:
         shown = self.exact if self.lookahead is None or self.refresher is None else self.lookahead
         evaluated, clean = self.exact.rows.fitting(lambda _: exactly_completed(self.exact, shown, group))
         dedup = group.dedup(own=True)
-        values = self.rewards.rewards_of(dedup.different(clean), batch.select(samples))[dedup.positions]
+        values = self.rewards.rewards_of(dedup.different(clean), batch.select(samples))
         exact = group.group_rewards(values.flatten(), size)
         if exact.branches is not None and rewards.branch_rewards is not None:
             own = rewards.branch_rewards[prompt, ..., -1].cpu()

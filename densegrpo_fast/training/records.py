@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from densegrpo_fast.run_files.report import write_report
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.rewarding import RewardBatch
+from densegrpo_fast.training.schedule import IterationSteps
 
 PHASES = ("calibration", "rollout", "lookahead", "reward", "monitor", "update")
 _GRID = 24
@@ -34,7 +36,7 @@ _GRID = 24
 
 def iteration_record(
     done: int,
-    noisy: tuple[bool, ...],
+    steps: IterationSteps,
     reward_batch: RewardBatch,
     advantages: Advantages,
     measured: dict[str, float],
@@ -44,8 +46,7 @@ def iteration_record(
 
     Args:
         done: iterations done.
-        noisy: of each step whether it injected noise.
-        reward_batch, advantages: the iteration's.
+        steps, reward_batch, advantages: the iteration's.
         measured: metrics of the update and of the costs.
         seconds: by phase.
     """
@@ -61,11 +62,13 @@ def iteration_record(
         record[f"rewards/{name}/mean"] = values[-final:].nanmean().item()
         record[f"rewards/{name}/std"] = _spread(values[None, -final:])
     if reward_batch.gains is not None:
+        known, noisy = steps.with_gain, steps.coefficients.noisy
         for step, gain in enumerate(reward_batch.gains.nanmean(dim=(0, 1)).tolist()):
-            record[f"gain/step_{step}"] = gain
-        steps = [step for step, injects in enumerate(noisy) if injects]
-        if len(steps) > 1:
-            record["gain_correlation"] = neighbour_correlation(reward_batch.gains[..., steps])
+            if step in known:
+                record[f"gain/step_{step}"] = gain
+        # of neighbours among the noisy steps
+        if any({*pair} <= {*known} for pair in pairwise(step for step, injects in enumerate(noisy) if injects)):
+            record["gain_correlation"] = neighbour_correlation(reward_batch.gains[..., list(noisy)])
     record |= measured
     record["learning_rate"] = record.pop("lr")
     record |= {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES}

@@ -38,7 +38,8 @@ class RewardBatch:
         rewards: [P, G] float32 of the final images by the full decoder, [P, G*K] of the images of branches at K steps
             by the lookahead's; NaN = missing.
         lookahead_rewards: [P, G, T+1] float32 of every state's completion, all by the lookahead's decoder, so that
-            gains compare like with like; None without a lookahead, and of branches.
+            gains compare like with like; NaN also of states that were not to be completed; None without a lookahead,
+            and of branches.
         branch_rewards: [P, N, C, K, L] float32 of N trajectories' C branches at K steps, completed in L ways; None
             without branches.
         scores: of every image that was scored, those of `rewards` last, for the metrics.
@@ -51,7 +52,10 @@ class RewardBatch:
 
     @property
     def gains(self) -> Tensor | None:
-        """[P, G, T] the reward gain of each step (DenseGRPO, arXiv 2601.20218, Eq 7-9); None without its rewards."""
+        """[P, G, T] the reward gain of each step (DenseGRPO, arXiv 2601.20218, Eq 7-9); None without its rewards.
+
+        NaN where either is missing, or was not to be completed.
+        """
         return None if self.lookahead_rewards is None else reward_gains(self.lookahead_rewards)
 
 
@@ -79,6 +83,7 @@ class RewardComputer:
     ):
         self.model, self.overlap, self.max_missing = model, config.reward.overlap, config.reward.max_missing
         self.reward: Scorer = reward if meter is None else MeteredReward(reward, meter)
+        self.completes = lookahead is not None
         self.decoder: Decoder = "full" if lookahead is None else config.lookahead.decoder
         chunk = lookahead_chunks(config, model, "full").decode
         self.full_decodes = OomBackoff(chunk, "lookahead.chunk, of full decodes", _TILED)
@@ -93,18 +98,16 @@ class RewardComputer:
         """
         images = self._decoded(completions.clean, self.decoder, self.decodes)
         scores = self._scored(images, completions.samples, batch).select(completions.index)
-        grouped = rollout.group_rewards(scores.values, batch.group_size)
+        by_state, branches = None, None
+        if self.completes:
+            by_state, branches = rollout.group_rewards(scores.values, batch.group_size)
         if self.scores_ends:
             scores = Scores.joined([scores, self._final_scores(rollout, batch)])
         check_missing(scores, self.max_missing)
-        if grouped.branches is not None:
-            finest = grouped.branches[..., -1]
-            return RewardBatch(finest.flatten(1), None, grouped.branches, scores)
-        final = scores.values[-len(batch.prompts) :].view(grouped.final.shape)
-        by_state = grouped.states
-        assert by_state is not None
-        positions = list(completions.positions)
-        return RewardBatch(final, by_state[..., positions] if positions else None, None, scores)
+        if branches is not None:
+            return RewardBatch(branches[..., -1].flatten(1), None, branches, scores)
+        final = scores.values[-len(batch.prompts) :].view(-1, batch.group_size)
+        return RewardBatch(final, by_state, None, scores)
 
     def rewards_of(self, clean: Tensor, batch: PromptBatch) -> Tensor:
         """Rewards [S, B] of clean latents [S*B, ...], S for each of the batch's rows, by the full decoder."""

@@ -16,6 +16,7 @@ from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.flow.remainder import with_remainder
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
+from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.step_draws import draw_steps, inclusion_probabilities
 from densegrpo_fast.sampling.windows import remaining_steps
 
@@ -29,12 +30,21 @@ class IterationSteps:
         trained: indices of the trained steps, increasing.
         weights: [T] float32, weight of every step's policy loss.
         draw_weights: [T] float32, factor of every step's whole loss, see `Schedule.draw_weights`.
+        completed: the states whose pictures are rewarded, increasing, each with a completion of its own; T is the
+            trajectory's end.
     """
 
     coefficients: StepCoefficients
     trained: list[int]
     weights: Tensor
     draw_weights: Tensor
+    completed: tuple[int, ...]
+
+    @property
+    def with_gain(self) -> list[int]:
+        """The steps with both of their states among the completed ones; one without noise has the gain 0 then."""
+        shared_with = CompletionDedup(self.coefficients.noisy).shared_with
+        return [step for step in range(len(shared_with) - 1) if {*shared_with[step : step + 2]} <= {*self.completed}]
 
 
 def objective_settings(config: Config) -> ObjectiveSettings:
@@ -66,7 +76,8 @@ class Schedule:
         """
         trained = self.trained_steps(iteration, levels)
         table = self.coefficients(self.noisy_steps(iteration, levels), levels)
-        return IterationSteps(table, trained, self.step_weights(levels), self.draw_weights(iteration, levels))
+        draw_weights, completed = self.draw_weights(iteration, levels), self.completed_states(table.noisy, trained)
+        return IterationSteps(table, trained, self.step_weights(levels), draw_weights, completed)
 
     def noisy_steps(self, iteration: int, levels: Sequence[float] | None = None) -> Sequence[int]:
         """The steps in which an iteration injects noise: all of its window, or with branches those that it trains."""
@@ -116,6 +127,25 @@ class Schedule:
             return inclusion_probabilities(sizes, count)
         except ValueError as error:
             raise UsageError(f"objective.trained_steps: {error}, the weights of the steps {candidates}") from None
+
+    def completed_states(self, noisy: tuple[bool, ...], trained: Sequence[int]) -> tuple[int, ...]:
+        """The states whose pictures an iteration's credit needs, the image always among those of a trajectory.
+
+        A credit that is local to a step needs those at both ends of each trained step, another one all.
+
+        Args:
+            noisy: [T] whether each step injects noise.
+            trained: steps; one without noise has nothing to be credited with.
+        """
+        if self.config.uses_branches:
+            return tuple(step + 1 for step, injects in enumerate(noisy) if injects)
+        ends = {state for step in trained if noisy[step] for state in (step, step + 1)}
+        shared_with = CompletionDedup(noisy).shared_with
+        if not self.config.uses_lookahead:
+            ends = set()
+        elif self.config.credit_scope == "whole":
+            ends = {*range(len(noisy))}
+        return tuple(sorted({shared_with[state] for state in (*ends, len(noisy))}))
 
     def candidates(self, iteration: int) -> list[int]:
         """The steps that an iteration may train: its window, or all but the last step, which no window holds either."""

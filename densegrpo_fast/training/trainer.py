@@ -221,7 +221,8 @@ class Trainer:
                 **common,
             )
             trajectory = self.learner.rows.fitting(lambda rows: drawn(micro_batch=rows))
-            return replace(trajectory, shared=options.group_size) if options.shared_noise else trajectory
+            shared = options.group_size if options.shared_noise else 1
+            return replace(trajectory, shared=shared, completed_states=steps.completed)
 
     def complete(self, rollout: Rollout) -> Completions:
         """The clean latents that the ODE reaches from the rollout's states; without a lookahead its ends alone."""
@@ -254,7 +255,8 @@ class Trainer:
         if rewards.branch_rewards is not None:
             final = rewards.branch_rewards[..., -1].flatten(1, 2).nanmean(-1)
         if by_state is not None:
-            by_state = by_state[..., rollout.dedup().states]
+            # the state before each noisy step, and the image; those after a noise-free step are one of them
+            by_state = by_state[..., [*coefficients.noisy, True]]
             if credit.smoothing:
                 std = coefficients.table[list(coefficients.noisy), C].to(by_state.device)
                 by_state = smooth_rewards(by_state, std, credit.smoothing)
@@ -374,10 +376,9 @@ class Trainer:
     def _record(self, iteration: int, experience: Experience, steps: IterationSteps) -> dict[str, Any]:
         samples = experience.rollout.batch * experience.rollout.branches
         costs = self.costs.metrics(steps.coefficients.num_steps, len(steps.trained), samples)
-        coefficients = experience.rollout.coefficients
         record = iteration_record(
             iteration + 1,
-            coefficients.noisy,
+            steps,
             experience.rewards,
             experience.advantages,
             experience.update | costs,
