@@ -34,7 +34,7 @@ class IterationSteps:
 
 def objective_settings(config: Config) -> ObjectiveSettings:
     """The settings of the loss."""
-    return ObjectiveSettings(**config.objective.model_dump(exclude={"trained_steps"}))
+    return ObjectiveSettings(**config.objective.model_dump(exclude={"trained_steps", "guidance_gradient"}))
 
 
 class Schedule:
