@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from densegrpo_fast.common.aliases import current_settings
+from densegrpo_fast.common.aliases import complete_settings
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
 from densegrpo_fast.credit import registry
@@ -62,7 +62,7 @@ def config_of(settings: Mapping[str, Any], seed: int) -> Config:
         pydantic.ValidationError: they have options that are not known any more.
     """
     complete = read_settings(BASE_PRESET)
-    for key, value in current_settings(settings).items():
+    for key, value in complete_settings(settings).items():
         complete[key] = complete[key] | value if isinstance(value, Mapping) else value
     return Config.model_validate(complete | {"seed": seed})
 
@@ -110,6 +110,7 @@ class IterationOperations:
         config, steps = self.config, len(noisy)
         guided = config.sampler.guidance_scale != 1.0
         kept: dict[str, Any] = {"trained_steps": len(trained), "guided": guided, "kl": config.objective.kl_coef > 0}
+        kept["guidance_gradient"] = config.objective.guidance_gradient
         if not self.completes:
             return sparse_iteration(steps, **kept)
         ahead = config.lookahead

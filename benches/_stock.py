@@ -20,7 +20,8 @@ Where the baseline differs from them, so that both sides do the same work:
 
 * Completions start from the trajectory's own states; TP's state-0 completion starts from unrelated noise.
 * All T steps are stochastic and flow_sde; TP's presets use cps and make the last step an ODE step.
-* The unconditional half gets no gradient. Not every revision of FG detaches it, and TP does not; the cost is the same.
+* The unconditional half is trained or detached as `objective.guidance_gradient` says, at the same cost. FG trains it
+  since a482878 (19 August 2025), and so does TP.
 * In its favour: the frozen base is kept in its compute dtype (FG scripts/train_sd3.py:415 keeps float32 and casts it at
   every layer), logging and the running average are left out, no sample with advantage 0 is dropped on either side.
 """
@@ -290,7 +291,8 @@ class Stock:
         if copies == 1:
             return output.float()
         uncond, cond = output.float().chunk(2)
-        uncond = uncond.detach()
+        if self.config.objective.guidance_gradient == "conditional":
+            uncond = uncond.detach()
         return uncond + self.guidance_scale * (cond - uncond)
 
     def _judge_images(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,7 @@ def _cost(name: str, config: Config, iteration: IterationSteps) -> IterationCost
         "trained_steps": len(iteration.trained),
         "guided": config.sampler.guidance_scale != 1.0,
         "kl": config.objective.kl_coef > 0,
+        "guidance_gradient": config.objective.guidance_gradient,
     }
     steps, ahead = config.sampler.num_steps, config.lookahead
     if name in STOCK:
@@ -113,25 +114,17 @@ def _cost(name: str, config: Config, iteration: IterationSteps) -> IterationCost
     return dense_iteration(plan, **options)
 
 
-def stock_cost(num_steps: int, *, trained_steps: int, guided: bool, kl: bool, dense: bool) -> IterationCost:
-    """What an iteration of the baseline evaluates, decodes and scores per trajectory.
+def stock_cost(num_steps: int, *, dense: bool, guided: bool, **options: Any) -> IterationCost:
+    """What an iteration of the baseline evaluates, decodes and scores per trajectory; `options` of `sparse_iteration`.
 
     Sparse it is that of `sparse_iteration`. Dense adds T + (T-1) + ... + 1 = T (T+1) / 2 evaluations, T decodes, and
     T + 1 rewards: one per completion and the final image's second.
     """
-    cost = sparse_iteration(num_steps, trained_steps=trained_steps, guided=guided, kl=kl)
+    cost = sparse_iteration(num_steps, guided=guided, **options)
     if not dense:
         return cost
-    return IterationCost(
-        rollout=cost.rollout,
-        lookahead=Evaluations.of(num_steps * (num_steps + 1) // 2, guided),
-        policy=cost.policy,
-        reference=cost.reference,
-        full_decodes=num_steps + 1,
-        preview_decodes=0,
-        rewards=num_steps + 2,
-        corrections=0,
-    )
+    completions = Evaluations.of(num_steps * (num_steps + 1) // 2, guided)
+    return replace(cost, lookahead=completions, full_decodes=num_steps + 1, rewards=num_steps + 2)
 
 
 @dataclass

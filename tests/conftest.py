@@ -18,7 +18,7 @@ from torch import Tensor  # noqa: E402
 from densegrpo_fast.flow import backends  # noqa: E402
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow  # noqa: E402
 from densegrpo_fast.flow.schedule import sd3_sigmas  # noqa: E402
-from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity  # noqa: E402
+from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity  # noqa: E402
 
 # the same examples in every run
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -74,7 +74,12 @@ class MixtureModel(FlowModel):
         return Conditioning(allowed[:, None], allowed, torch.ones(1, 1, 3), torch.ones(1, 3), rows)
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+        guidance_gradient: GuidanceGradient = "full",
     ) -> Velocity:
         assert len(latents) == len(sigma) == len(conditioning)
         self.calls.append((len(latents), sigma[0].item(), guidance_scale))

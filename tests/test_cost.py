@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from densegrpo_fast.flow.dynamics import coefficients
-from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
+from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import (
@@ -98,17 +98,27 @@ def test_closed_forms(steps: int, data: st.DataObject) -> None:
 def test_the_published_settings_by_hand() -> None:
     """T = 10, guided, 9 trained steps, KL, nodes {4,7} without guidance, preview decoder.
 
-    Forwards: rollout 20, lookahead 11, replay 18, reference 18; backward through 9 conditional halves; 11 previews, and
-    the final image once more in full.
+    Forwards: rollout 20, lookahead 11, replay 18, reference 18; backward through the replay's 18, or its 9 conditional
+    halves; 11 previews, and the final image once more in full.
     """
-    cost = dense_iteration(
-        plans.nodes(10, (4, 7)), trained_steps=9, guided=True, kl=True, guidance="cond_only", decoder="preview"
+    cost, cheaper = (
+        dense_iteration(
+            plans.nodes(10, (4, 7)),
+            trained_steps=9,
+            guided=True,
+            kl=True,
+            guidance_gradient=gradient,
+            guidance="cond_only",
+            decoder="preview",
+        )
+        for gradient in ("full", "conditional")
     )
     assert (cost.rollout.forwards, cost.lookahead.forwards) == (20, 11)
-    assert (cost.policy.forwards, cost.reference.forwards, cost.backwards) == (18, 18, 9)
+    assert (cost.policy.forwards, cost.reference.forwards, cost.backwards) == (18, 18, 18)
     assert (cost.full_decodes, cost.preview_decodes, cost.rewards) == (1, 11, 12)
     assert cost.forwards == 67
-    assert cost.flops(Unit()) == 49 + 18e3 + 9e5 + 1e7 + 11e9 + 12e11
+    assert cost.flops(Unit()) == 49 + 18e3 + 18e5 + 1e7 + 11e9 + 12e11
+    assert cheaper.backwards == 9 and cost.flops(Unit()) - cheaper.flops(Unit()) == 9e5
 
 
 def test_a_branched_iteration_by_hand() -> None:
@@ -127,7 +137,7 @@ def test_a_branched_iteration_by_hand() -> None:
         noisy=(True,) * 9 + (False,),
     )
     assert (cost.rollout.forwards, cost.lookahead.forwards) == (2.25, 18 + 72)
-    assert (cost.policy.forwards, cost.reference.forwards, cost.backwards) == (2.25, 2.25, 1.125)
+    assert (cost.policy.forwards, cost.reference.forwards, cost.backwards) == (2.25, 2.25, 2.25)
     assert (cost.full_decodes, cost.preview_decodes, cost.rewards) == (0, 9, 9)
     assert cost.corrections == 0
     # of nine states, 1 to 9, the head corrects the first
@@ -208,14 +218,22 @@ class CountingModel(FlowModel):
         return Conditioning(one, one[0], one, one[0], torch.zeros(len(prompts), dtype=torch.int64))
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+        guidance_gradient: GuidanceGradient = "full",
     ) -> Velocity:
         phase = "reference" if self.is_reference else "policy" if torch.is_grad_enabled() else "sampling"
         self.rows[f"{phase}/{'unguided' if guidance_scale == 1.0 else 'guided'}"] += len(latents)
-        cond = self.weight * latents
-        if cond.requires_grad:
-            cond.register_hook(lambda _: self.rows.update(backward=len(latents)))
-        return Velocity(cond, None if guidance_scale == 1.0 else 0.5 * latents, guidance_scale)
+        cond, uncond = self.weight * latents, 0.5 * self.weight * latents
+        if guidance_gradient == "conditional":
+            uncond = uncond.detach()
+        for half in (cond, uncond):
+            if half.requires_grad:
+                half.register_hook(lambda _: self.rows.update(backward=len(latents)))
+        return Velocity(cond, None if guidance_scale == 1.0 else uncond, guidance_scale)
 
     def reference(self) -> CountingModel:
         return self
@@ -245,9 +263,10 @@ def evaluations(rows: Counter[str], phase: str, batch: int) -> Evaluations:
 
 @pytest.mark.parametrize("noise_level", [0.7, [0.7, 0.0, 0.7, 0.7, 0.0]])
 @pytest.mark.parametrize("guidance", ["full", "cond_only"])
+@pytest.mark.parametrize("gradient", ["full", "conditional"])
 @pytest.mark.parametrize(("scale", "kl"), [(1.0, 0.0), (3.0, 0.1)])
 def test_a_real_iteration_asks_for_what_is_counted(
-    noise_level: float | list[float], guidance: Guidance, scale: float, kl: float
+    noise_level: float | list[float], guidance: Guidance, gradient: GuidanceGradient, scale: float, kl: float
 ) -> None:
     steps, batch, trained = 5, 4, [0, 2, 3]
     model, plan = CountingModel(), plans.nodes(steps, (2, 3))
@@ -290,6 +309,7 @@ def test_a_real_iteration_asks_for_what_is_counted(
         ),
         micro_batch=2,
         max_bad_steps=1,
+        guidance_gradient=gradient,
     )
     Learner(model, options).update(trajectory, torch.randn(batch, steps), trained)
 
@@ -298,6 +318,7 @@ def test_a_real_iteration_asks_for_what_is_counted(
         trained_steps=len(trained),
         guided=scale != 1.0,
         kl=kl > 0,
+        guidance_gradient=gradient,
         guidance=guidance,
         decoder="preview",
         noisy=table.noisy,

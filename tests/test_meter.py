@@ -47,6 +47,7 @@ SETTINGS = {
 }
 SAMPLES = 8
 GUIDED = {"sampler.guidance_scale": 3.0, "objective.kl_coef": 0.1}
+CONDITIONAL = {"objective.guidance_gradient": "conditional"}
 BRANCHES = {"credit.method": "branch", "sampler.branches": 2, "sampler.micro_batch": 2}
 WINDOW = {"window.schedule": "fixed", "window.size": 2, "window.first": 1}
 GRANULAR = {**BRANCHES, "credit.method": "granular", "lookahead.plan": "exact", "lookahead.nodes": "[]"}
@@ -54,6 +55,7 @@ FORMS = {
     "trajectories": {"lookahead.decoder": "preview"},
     "copy": {"lookahead.decoder": "full", "lookahead.copy_dtype": "float32"},
     "cond_only": {**GUIDED, "lookahead.decoder": "preview", "lookahead.guidance": "cond_only"},
+    "conditional": {**GUIDED, **CONDITIONAL, "lookahead.decoder": "preview"},
     "window": {**GUIDED, **WINDOW, "lookahead.decoder": "preview", "sampler.shared_noise": "true"},
     "drawn": {**GUIDED, "lookahead.decoder": "full", "objective.trained_steps": 2},
     "drawn_previews": {
@@ -65,6 +67,7 @@ FORMS = {
     "branches": {**BRANCHES, "lookahead.decoder": "preview"},
     "branches_window": {
         **GUIDED,
+        **CONDITIONAL,
         **BRANCHES,
         **WINDOW,
         "lookahead.decoder": "full",
@@ -156,6 +159,7 @@ def test_the_formulas_say_what_the_meter_counts(tiny_policy: Policy, options: di
         "trained_steps": trained,
         "guided": config.sampler.guidance_scale != 1,
         "kl": config.objective.kl_coef > 0,
+        "guidance_gradient": config.objective.guidance_gradient,
     }
     cost: IterationCost
     if trainer.lookahead is None:
@@ -189,11 +193,12 @@ def test_the_formulas_say_what_the_meter_counts(tiny_policy: Policy, options: di
     "options",
     [
         {**GUIDED, "lookahead.decoder": "preview"},
+        {**GUIDED, **CONDITIONAL, "lookahead.decoder": "preview"},
         {"lookahead.decoder": "full", "lookahead.cache": "reuse:1-2", "sampler.guidance_scale": 1.0},
         {**BRANCHES, "lookahead.decoder": "preview", "lookahead.copy_dtype": "float32"},
         {"lookahead.decoder": "preview", "model.gradient_checkpointing": "true"},
     ],
-    ids=["trajectories", "cache", "branches", "checkpointing"],
+    ids=["trajectories", "conditional", "cache", "branches", "checkpointing"],
 )
 def test_operations_are_those_of_a_real_iteration(tiny_policy: Policy, options: dict[str, object]) -> None:
     model = tiny_policy()

@@ -117,9 +117,10 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.fixture(params=["sparse", "dense"])
+@pytest.fixture(params=[("sparse", "full"), ("dense", "full"), ("dense", "conditional")], ids="-".join)
 def both(request: pytest.FixtureRequest, tiny_policy: Policy) -> Both:
-    return run_both(tiny_policy, settings(request.param))
+    method, gradient = request.param
+    return run_both(tiny_policy, settings(method, **{"objective.guidance_gradient": gradient}))
 
 
 def check_equal(both: Both) -> None:

@@ -1,4 +1,7 @@
-"""Old names of options and metrics. They are still read; everything that is written has the new ones."""
+"""Old names of options and metrics, and old meanings of options that came later.
+
+They are still read; everything that is written has the new names, and every option.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ OPTIONS = {
     "lookahead.guard_alarm": "lookahead.monitor_alarm",
 }
 """Old dotted key of an option -> its key now."""
+
+ADDED = {"objective.guidance_gradient": "conditional", "objective.step_sampling": "uniform"}
+"""Dotted key of an option that older complete settings lack -> the value that they mean."""
 
 _PHASES = ("time", "nfe", "nfe_guided", "nfe_unguided", "flops")
 
@@ -48,6 +54,16 @@ def current_settings(settings: Mapping[str, Any], where: str | None = None) -> d
             }
             renamed[section] = options
     return renamed
+
+
+def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a run has stored whole, with the keys of today and the old meaning of what older ones lack."""
+    complete = current_settings(settings)
+    for key, meaning in ADDED.items():
+        section, name = key.split(".")
+        if isinstance(complete.get(section), Mapping):
+            complete[section] = {name: meaning, **complete[section]}
+    return complete
 
 
 def current_metric(name: str) -> str:

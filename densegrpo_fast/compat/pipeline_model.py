@@ -13,7 +13,7 @@ from torch import Tensor
 from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
 from densegrpo_fast.compat.flow_grpo.sd3 import Prompts, decode, forward
 from densegrpo_fast.flow.dynamics import coefficients
-from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
+from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity
 from densegrpo_fast.sampling.plan import Plan, make_plan
 from densegrpo_fast.sampling.rollout import Trajectory
 
@@ -33,7 +33,12 @@ class PipelineModel(FlowModel):
         self.pipeline, self.dtype, self.decoder = pipeline, dtype, decoder
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+        guidance_gradient: GuidanceGradient = "full",
     ) -> Velocity:
         rows, guided = conditioning.rows, guidance_scale != 1.0
         embeds, pooled = conditioning.embeds[rows], conditioning.pooled[rows]

@@ -380,6 +380,11 @@ class ObjectiveOptions(Section):
     kl_scale: Literal["flow_grpo", "paper"] = Field(
         description="flow_grpo = that code's, which leaves out the step's |dt|; paper = the true divergence of a step"
     )
+    guidance_gradient: Literal["full", "conditional"] = Field(
+        description="halves of a guided velocity that the gradient goes through; full = both; conditional = the one "
+        "with the prompt alone: cheaper, another gradient, and what a configuration or checkpoint from before this "
+        "option means"
+    )
     negative_factor: float = Field(
         ge=0,
         le=1,

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from densegrpo_fast.common.aliases import current_settings
+from densegrpo_fast.common.aliases import complete_settings, current_settings
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.suggest import did_you_mean
-from densegrpo_fast.config.schema import Config
+from densegrpo_fast.config.schema import Config, sections
 
 DEFAULT_PRESET = "embedded_branched"
 """What is trained without --config."""
@@ -125,7 +125,8 @@ def read_settings(source: str) -> dict[str, Any]:
     """All settings of a preset or of a file, with what it extends filled in, not yet validated.
 
     A file may give any part of the keys. The others come from the preset named by its `extends` key, or from
-    `BASE_PRESET`.
+    `BASE_PRESET`. A file that extends nothing and has every section, such as a run's own config.yaml, was written
+    whole: an option that came later has its old meaning there (`common/aliases.py`).
 
     Args:
         source: name of a preset, or path of a file that ends in .yaml or .yml.
@@ -137,7 +138,10 @@ def read_settings(source: str) -> dict[str, Any]:
         return _read_preset(source, ())
     path = Path(source)
     settings = _read_mapping(path)
-    base = _read_preset(_pop_extends(settings, path) or BASE_PRESET, ())
+    extended = _pop_extends(settings, path)
+    if extended is None and settings.keys() >= sections().keys():
+        settings = complete_settings(settings)
+    base = _read_preset(extended or BASE_PRESET, ())
     settings.setdefault("preset", re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "config")
     return _merged(base, settings)
 

@@ -111,7 +111,7 @@ def cost_text(records: dict[str, Any]) -> str:
         "extra: operations that the dense iteration adds to the sparse one, or saves; KL, no KL: dense / sparse.\n"
         f"{BRANCHES} branches: so many samples share an ODE trajectory, which they leave at every trained step.\n"
         f"window: noise in these steps alone, which are trained; against a sparse iteration with the same window.\n"
-        "Both sides are this package's: first velocities reused, unconditional halves without a backward pass."
+        "Both sides are this package's: first velocities reused, a backward pass through both halves of guidance."
     )
     return "\n\n".join(blocks)
 

@@ -28,6 +28,7 @@ def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> Iterat
         "trained_steps": target.trained_steps,
         "guided": target.guided,
         "kl": target.kl,
+        "guidance_gradient": target.guidance_gradient,
         "guidance": variant.guidance,
         "decoder": variant.decoder,
         "noisy": target.coefficients.noisy,
@@ -44,7 +45,11 @@ def flops_ratio(variant: Variant, target: FidelityTarget, group_size: int) -> fl
     if target.flops is None:
         return None
     sparse = sparse_iteration(
-        target.coefficients.num_steps, trained_steps=target.trained_steps, guided=target.guided, kl=target.kl
+        target.coefficients.num_steps,
+        trained_steps=target.trained_steps,
+        guided=target.guided,
+        kl=target.kl,
+        guidance_gradient=target.guidance_gradient,
     )
     cheap = target.cheap_flops.get((variant.copy, variant.cache))
     return cost_of(variant, target, group_size).flops(target.flops, cheap) / sparse.flops(target.flops)

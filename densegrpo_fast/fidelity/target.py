@@ -15,7 +15,7 @@ from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow
 from densegrpo_fast.flow.dynamics import StepCoefficients, coefficients
 from densegrpo_fast.models.analytic import AnalyticModel
-from densegrpo_fast.models.base import Cache, Decoder, FlowModel
+from densegrpo_fast.models.base import Cache, Decoder, FlowModel, GuidanceGradient
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import UnitFlops
@@ -53,6 +53,7 @@ class FidelityTarget:
         caches: by (dtype of the copy that reads it, or None, and spec) what makes a feature cache for so many rows in
             groups of so many, for the variants that take features over from the rollout.
         cheap_flops: of one lookahead forward of those variants, by (dtype of the copy, cache spec), either or None.
+        guidance_gradient: halves of guided velocities that training goes through.
         shared_noise: whether the trajectories of a group start from one noise.
         step_runner: how the lookaheads' forwards are run; None = operation by operation.
         settings: what a reader must know to repeat the measurement; plain JSON data.
@@ -75,6 +76,7 @@ class FidelityTarget:
     caches: Mapping[tuple[str | None, str], Callable[[int, int], Cache]] = field(default_factory=dict)
     cheap_flops: Mapping[tuple[str | None, str | None], float] = field(default_factory=dict)
     branched: bool = False
+    guidance_gradient: GuidanceGradient = "full"
     shared_noise: bool = False
     step_runner: StepRunner | None = None
 
@@ -169,6 +171,7 @@ def pipeline_target(
         caches=features,
         cheap_flops=costs,
         branched=config.sampler.branches is not None,
+        guidance_gradient=config.objective.guidance_gradient,
         shared_noise=config.sampler.shared_noise,
         step_runner=step_runner,
         settings={

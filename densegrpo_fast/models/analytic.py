@@ -10,7 +10,7 @@ from torch import Tensor
 
 from densegrpo_fast.flow.analytic import GaussianMixtureFlow
 from densegrpo_fast.flow.schedule import sd3_sigmas
-from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
+from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity
 
 
 class AnalyticModel(FlowModel):
@@ -47,7 +47,12 @@ class AnalyticModel(FlowModel):
         return Conditioning(allowed[:, None], allowed, everything[:, None], everything, rows)
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+        guidance_gradient: GuidanceGradient = "full",
     ) -> Velocity:
         cond = torch.empty_like(latents)
         for prompt in conditioning.rows.unique().tolist():

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 Decoder = Literal["full", "preview"]
+GuidanceGradient = Literal["full", "conditional"]
+"""Which halves of a guided velocity have a gradient: both, or the one given the prompt alone."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Velocity:
 
     Attributes:
         cond: [B, ...] float32 given the prompt.
-        uncond: [B, ...] float32 given the empty prompt and without gradient; None without guidance.
+        uncond: [B, ...] float32 given the empty prompt; None without guidance.
         guidance_scale: 1 for no guidance.
     """
 
@@ -105,7 +107,7 @@ class FlowModel(ABC):
     """A rectified-flow image model with a trainable adapter.
 
     The conditional and the unconditional half of a guided velocity are always two forwards of B rows, in rollout and
-    in training alike, so that both phases compute the very same numbers and the unconditional half needs no gradient.
+    in training alike, so that both phases compute the very same numbers and either half can go without a gradient.
     """
 
     latent_shape: tuple[int, ...]
@@ -130,11 +132,20 @@ class FlowModel(ABC):
 
     @abstractmethod
     def velocity(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+        guidance_gradient: GuidanceGradient = "full",
     ) -> Velocity:
         """Velocity at `latents` [B, ...] and `sigma` [B] float32 (1 = noise); differentiable in the adapter.
 
         Latents are float32, or `input_dtype`, for the very same velocity.
+
+        Args:
+            guidance_gradient: "conditional" computes the unconditional half without a graph: the same numbers, but
+                neither its memory nor its backward, and only a part of the gradient.
         """
 
     @abstractmethod

@@ -172,19 +172,22 @@ class ModelMemory:
         with torch.no_grad():
             return peak_bytes(lambda: self.network(**inputs))
 
-    def update(self, rows: int, *, forwards: int, checkpointing: bool) -> int:
+    def update(self, rows: int, *, forwards: int, checkpointing: bool, graphs: int = 1) -> int:
         """Forward and backward of a micro-batch, the adapter's gradients included.
 
         Args:
             rows: of the micro-batch.
-            forwards: further forwards without gradient between them: the unconditional half, the reference.
+            forwards: further forwards without gradient between them: the reference, and the unconditional half if it
+                has none.
             checkpointing: keep the blocks' inputs alone, and compute the rest again.
+            graphs: forwards with gradient, whose graphs live until the one backward: 2 for both halves of guidance.
         """
         (self.network.enable_gradient_checkpointing if checkpointing else self.network.disable_gradient_checkpointing)()
         inputs = self._inputs(rows)
 
         def step() -> object:
-            loss = self.network(**inputs, return_dict=False)[0].float().square().mean()
+            halves = [self.network(**inputs, return_dict=False)[0].float() for _ in range(graphs)]
+            loss = sum(halves).square().mean()
             with torch.no_grad():
                 for _ in range(forwards):
                     self.network(**inputs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from densegrpo_fast.common.pretrained import silence_loading
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.attention import Attention, use_attention
-from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Velocity
+from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
@@ -172,14 +172,19 @@ class SD3(FlowModel):
         return torch.float32 if self.preview_decoder is None else self.preview_decoder.dtype
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+        guidance_gradient: GuidanceGradient = "full",
     ) -> Velocity:
         rows = conditioning.rows
         cond = self._forward(latents, sigma, conditioning.embeds[rows], conditioning.pooled[rows])
         if guidance_scale == 1.0:
             return Velocity(cond, None, 1.0)
         batch = len(latents)
-        with torch.no_grad():
+        with torch.no_grad() if guidance_gradient == "conditional" else nullcontext():
             uncond = self._forward(
                 latents,
                 sigma,

@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from densegrpo_fast.models.base import Decoder, Head
+from densegrpo_fast.models.base import Decoder, GuidanceGradient, Head
 from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Guidance
 from densegrpo_fast.sampling.plan import Plan
@@ -117,6 +117,7 @@ class IterationCost:
         preview_decodes: images through the preview decoder.
         rewards: images scored.
         corrections: rows through the completion head.
+        guidance_gradient: the halves of guided evaluations that the replay's backward goes through.
     """
 
     rollout: Evaluations
@@ -127,11 +128,12 @@ class IterationCost:
     preview_decodes: int | float
     rewards: int | float
     corrections: int | float
+    guidance_gradient: GuidanceGradient = "full"
 
     @property
     def backwards(self) -> int | float:
-        """Backward passes: the conditional half of each replayed evaluation, as the other one has no gradient."""
-        return self.policy.total
+        """Backward passes of the replay: one per forward, or per evaluation if the conditional half alone has one."""
+        return self.policy.forwards if self.guidance_gradient == "full" else self.policy.total
 
     @property
     def forwards(self) -> int | float:
@@ -189,7 +191,9 @@ def lookahead_evaluations(
     return Evaluations.of(count, guided and guidance == "full")
 
 
-def sparse_iteration(num_steps: int, *, trained_steps: int, guided: bool, kl: bool) -> IterationCost:
+def sparse_iteration(
+    num_steps: int, *, trained_steps: int, guided: bool, kl: bool, guidance_gradient: GuidanceGradient = "full"
+) -> IterationCost:
     """Cost of an iteration with one reward per image (Flow-GRPO): T evaluations, one full decode, one reward.
 
     Args:
@@ -197,6 +201,7 @@ def sparse_iteration(num_steps: int, *, trained_steps: int, guided: bool, kl: bo
         trained_steps: steps that are replayed, at most T.
         guided: whether rollout and replay have classifier-free guidance.
         kl: whether the loss has a KL term to the reference policy.
+        guidance_gradient: the halves of guided evaluations that the replay's backward goes through.
 
     Raises:
         ValueError: `trained_steps` is out of range.
@@ -208,6 +213,7 @@ def sparse_iteration(num_steps: int, *, trained_steps: int, guided: bool, kl: bo
         preview_decodes=0,
         rewards=1,
         corrections=0,
+        guidance_gradient=guidance_gradient,
     )
 
 
@@ -217,6 +223,7 @@ def dense_iteration(
     trained_steps: int,
     guided: bool,
     kl: bool,
+    guidance_gradient: GuidanceGradient = "full",
     guidance: Guidance = "full",
     decoder: Decoder = "full",
     noisy: tuple[bool, ...] | None = None,
@@ -231,7 +238,7 @@ def dense_iteration(
 
     Args:
         plan: the lookahead's.
-        trained_steps, guided, kl: as in `sparse_iteration`.
+        trained_steps, guided, kl, guidance_gradient: as in `sparse_iteration`.
         guidance, noisy, shared, completed: as in `lookahead_evaluations`.
         decoder: of the images that gains compare.
         head: corrects the last jumps of the states that it applies to.
@@ -251,6 +258,7 @@ def dense_iteration(
         preview_decodes=images if decoder == "preview" else 0,
         rewards=images if decoder == "full" else images + finals,
         corrections=sharing.per_trajectory(lambda j: int(head is not None and j < plan.num_steps and head.applies(j))),
+        guidance_gradient=guidance_gradient,
     )
 
 
@@ -261,6 +269,7 @@ def branched_iteration(
     trained_steps: int,
     guided: bool,
     kl: bool,
+    guidance_gradient: GuidanceGradient = "full",
     guidance: Guidance = "full",
     decoder: Decoder = "full",
     noisy: tuple[bool, ...] | None = None,
@@ -272,7 +281,7 @@ def branched_iteration(
     Args:
         plan: the lookahead's, for the states that branches lead to.
         branches: C samples that share a trajectory, each with a branch at every noisy step.
-        trained_steps, guided, kl: as in `sparse_iteration`.
+        trained_steps, guided, kl, guidance_gradient: as in `sparse_iteration`.
         guidance, noisy: as in `lookahead_evaluations`.
         decoder: of the images.
         head: corrects the last jumps by `plan` of the states that it applies to.
@@ -303,6 +312,7 @@ def branched_iteration(
         preview_decodes=images if decoder == "preview" else 0,
         rewards=images,
         corrections=sum(head.applies(state) for state in inner) if head is not None else 0,
+        guidance_gradient=guidance_gradient,
     )
 
 

@@ -95,8 +95,14 @@ class CostReport:
         metrics["flops/iteration"] = sum(extra.values()) + self.prices.flops(own) / GFLOP
         metrics |= {f"flops/{phase}": flops for phase, flops in extra.items()}
         guided = self.model.forwards(self.config.sampler.guidance_scale) > 1
-        kl = self.config.objective.kl_coef > 0
-        sparse = sparse_iteration(num_steps, trained_steps=trained_steps, guided=guided, kl=kl)
+        objective = self.config.objective
+        sparse = sparse_iteration(
+            num_steps,
+            trained_steps=trained_steps,
+            guided=guided,
+            kl=objective.kl_coef > 0,
+            guidance_gradient=objective.guidance_gradient,
+        )
         metrics["flops/over_sparse"] = metrics["flops/iteration"] * GFLOP / (samples * sparse.flops(self.prices.unit))
         return metrics
 

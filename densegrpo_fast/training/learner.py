@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
 from densegrpo_fast.config import Config
-from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.base import FlowModel, GuidanceGradient
 from densegrpo_fast.objective.negatives import branch_noise, negative_weights
 from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
@@ -38,6 +38,7 @@ class LearnerOptions:
     objective: ObjectiveSettings
     micro_batch: int
     max_bad_steps: int
+    guidance_gradient: GuidanceGradient = "full"
 
     @classmethod
     def of(cls, config: Config) -> LearnerOptions:
@@ -56,6 +57,7 @@ class LearnerOptions:
             objective=objective_settings(config),
             micro_batch=config.sampler.micro_batch,
             max_bad_steps=config.run.max_bad_steps,
+            guidance_gradient=config.objective.guidance_gradient,
         )
 
 
@@ -225,10 +227,10 @@ class Learner:
 
     def replay(self, rollout: Rollout, step: int, rows: slice) -> StepScores:
         """Score one recorded step again, with gradient, and with the KL to the reference if the loss has that."""
-        settings = self.options.objective
+        settings, gradient = self.options.objective, self.options.guidance_gradient
         if settings.kl_coef:
-            return StepScores(*replay_kl(self.model, rollout, step, rows, settings.kl_scale))
-        return StepScores(*replay(self.model, rollout, step, rows))
+            return StepScores(*replay_kl(self.model, rollout, step, rows, settings.kl_scale, gradient))
+        return StepScores(*replay(self.model, rollout, step, rows, gradient))
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, objective: Objective, step: int, rows: slice, scores: StepScores

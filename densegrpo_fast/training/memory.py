@@ -132,7 +132,8 @@ def estimate(
         budget = config.lookahead.memory_gb
         decoding = max(decoding, ends if budget is None else min(ends, int(budget * GB)))
     held_out_rows = held_out.num_prompts * held_out.samples_per_prompt
-    further = int(guided) + (1 + int(guided)) * int(config.objective.kl_coef != 0)
+    graphs = 1 + int(guided and config.objective.guidance_gradient == "full")
+    further = 1 + int(guided) - graphs + (1 + int(guided)) * int(config.objective.kl_coef != 0)
     picture, completed = memory.picture, states * samples
     hidden = memory.hidden if dense and config.lookahead.head is not None else 0
     phases = {
@@ -144,7 +145,9 @@ def estimate(
         if completed
         else 0,
         "pictures": pictures * picture + decoding,
-        "update": memory.update(sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing),
+        "update": memory.update(
+            sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing, graphs=graphs
+        ),
         "evaluation": held_out_rows * (latents + 2 * picture)
         + max(memory.forward(evaluated), memory.decode(evaluated, "full", model.vae_decode)),
     }

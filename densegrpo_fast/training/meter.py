@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, Head, Velocity
+from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Head, Velocity
 from densegrpo_fast.rewards.base import Scorer, Scores
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Counts:
         guided: velocities with classifier-free guidance, two forwards each.
         unguided: velocities of one forward.
         policy, reference, lookahead: forwards of the policy, of the model without its adapter, of the lookahead's own.
-        backward: evaluated rows with a gradient.
+        backward: forwards with a gradient.
         full_decodes, preview_decodes: pictures through either decoder.
         scored: pictures that the reward scored.
         corrected, learned: rows through the completion head, and rows that it learned from.
@@ -188,10 +188,18 @@ class MeteredModel(FlowModel):
         return self.model.encode(prompts)
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+        guidance_gradient: GuidanceGradient = "full",
     ) -> Velocity:
-        velocity = self.model.velocity(latents, sigma, conditioning, guidance_scale)
+        velocity = self.model.velocity(latents, sigma, conditioning, guidance_scale, guidance_gradient)
         self.count(len(latents), guidance_scale)
+        if self._counting:
+            for half in (velocity.cond, velocity.uncond):
+                self.meter.now.backward += len(latents) if half is not None and half.requires_grad else 0
         return velocity
 
     def count(self, rows: int, guidance_scale: float) -> None:
@@ -209,8 +217,6 @@ class MeteredModel(FlowModel):
             counts.reference += forwards
         else:
             counts.policy += forwards
-            # the conditional half of each evaluation; the other one has no gradient
-            counts.backward += rows if torch.is_grad_enabled() else 0
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

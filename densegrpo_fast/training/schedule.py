@@ -49,7 +49,8 @@ class IterationSteps:
 
 def objective_settings(config: Config) -> ObjectiveSettings:
     """The settings of the loss."""
-    return ObjectiveSettings(**config.objective.model_dump(exclude={"trained_steps", "step_sampling"}))
+    further = {"trained_steps", "step_sampling", "guidance_gradient"}
+    return ObjectiveSettings(**config.objective.model_dump(exclude=further))
 
 
 class Schedule:
