@@ -64,6 +64,7 @@ def problem(config: Config) -> str | None:
         _plan_evaluates_something,
         _image_size,
         _batches,
+        _streamed,
     )
     return next((found for check in others if (found := check(config))), None)
 
@@ -374,6 +375,22 @@ def _image_size(config: Config) -> str | None:
     if bool(height) != bool(width):
         return f"model.height, model.width: expected both 0 or both set, got {height} and {width}"
     return None
+
+
+def _streamed(config: Config) -> str | None:
+    """A streamed update needs each step's advantages as soon as the states around it are scored."""
+    if config.optimizer.update != "streamed":
+        return None
+    why = None
+    if config.credit_scope == "whole":
+        why = f"credit.method {config.credit.method}, which needs the rewards of all states first"
+        if config.credit.smoothing:
+            why = "credit.smoothing, which needs the rewards of all states first"
+    elif config.sampler.branches is not None:
+        why = "sampler.branches"
+    elif config.optimizer.updates_per_iteration > 1:
+        why = f"optimizer.updates_per_iteration {config.optimizer.updates_per_iteration}"
+    return None if why is None else f"optimizer.update: expected replayed with {why}"
 
 
 def _batches(config: Config) -> str | None:

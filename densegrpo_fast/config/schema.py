@@ -178,7 +178,7 @@ class Config(Section):
 
         Left out is what changes neither the weights nor the meaning of a logged number: the preset's name,
         where and how long the run goes on, how often it evaluates, samples and saves, which file the noise
-        levels came from, where rewards are computed, and how memory is saved.
+        levels came from, where rewards are computed, and what only saves memory or time.
         """
         settings = self.model_dump(mode="json", exclude={"preset", "run"})
         settings["reward"]["options"] = score_affecting(self.reward.options)
@@ -187,6 +187,7 @@ class Config(Section):
             settings["objective"]["guidance_gradient"] = "conditional"
         del settings["evaluation"]["every"], settings["sampler"]["calibration"]
         del settings["model"]["gradient_checkpointing"], settings["model"]["prompt_cache"]
+        del settings["optimizer"]["update"]
         return settings
 
     def fingerprint(self) -> str:

@@ -422,6 +422,12 @@ class OptimizerOptions(Section):
     eps: float = Field(gt=0, description="added to the denominator")
     max_grad_norm: float = Field(gt=0, description="gradients are scaled down to this norm")
     updates_per_iteration: PositiveInt = Field(description="updates that the samples of an iteration are split over")
+    update: Literal["replayed", "streamed"] = Field(
+        description="replayed = each trained step's forward runs again, once all are rewarded; streamed = it keeps its "
+        "graph from the rollout until the states around it are scored: the same gradient without a repeated forward, "
+        "in the memory of two steps' graphs of all samples (where that runs out, it is replayed). For credit that is "
+        "local to a step, trajectories and one update per iteration"
+    )
     warmup: int = Field(ge=0, description="updates over which the learning rate rises linearly; 0 = none")
 
 

@@ -12,7 +12,12 @@ from densegrpo_fast.sampling.rollout import Rollout
 
 
 def replay(
-    model: FlowModel, rollout: Rollout, step: int, rows: slice, guidance_gradient: GuidanceGradient = "full"
+    model: FlowModel,
+    rollout: Rollout,
+    step: int,
+    rows: slice,
+    guidance_gradient: GuidanceGradient = "full",
+    velocity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score one recorded step again, with gradient to the adapter.
 
@@ -23,12 +28,15 @@ def replay(
         rows: one micro-batch of the rollout: the same rows together give the same rounding, so that an unchanged
             policy's importance ratio is 1.
         guidance_gradient: the halves of a guided velocity that the gradient goes through.
+        velocity: [m, ...] float32, the guided velocity with its graph where the rollout has kept that; None = it is
+            evaluated again.
 
     Returns:
         log_prob [m*K] float32 (mean over the latent's elements), K = 1 without branches, and the guided velocity
         [m, ...] float32.
     """
-    velocity = replay_velocity(model, rollout, step, rows, guidance_gradient)
+    if velocity is None:
+        velocity = replay_velocity(model, rollout, step, rows, guidance_gradient)
     log_prob = ops.sde_log_prob(
         per_branch(rollout.latents[step, rows], rollout.branches),
         per_branch(velocity, rollout.branches),
@@ -46,17 +54,19 @@ def replay_kl(
     rows: slice,
     scale: KlScale,
     guidance_gradient: GuidanceGradient = "full",
+    velocity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`replay`, and in the same pass the step's divergence from the reference policy's.
 
     Args:
-        step, rows, guidance_gradient: as `replay`.
+        step, rows, guidance_gradient, velocity: as `replay`.
         scale: standard deviation that the divergence is measured in; see `ops.sde_log_prob_kl`.
 
     Returns:
         log_prob [m*K] and velocity [m, ...] as `replay`; kl [m*K] float32 in nats, mean over the latent's elements.
     """
-    velocity = replay_velocity(model, rollout, step, rows, guidance_gradient)
+    if velocity is None:
+        velocity = replay_velocity(model, rollout, step, rows, guidance_gradient)
     log_prob, kl = ops.sde_log_prob_kl(
         per_branch(rollout.latents[step, rows], rollout.branches),
         per_branch(velocity, rollout.branches),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.noise import Stream, gaussian
 from densegrpo_fast.flow.step_op import INPUT_DTYPES
-from densegrpo_fast.models.base import Conditioning, FlowModel, Recorder
+from densegrpo_fast.models.base import Conditioning, FlowModel, GuidanceGradient, Recorder
 from densegrpo_fast.sampling.dedup import CompletionDedup
 
 if TYPE_CHECKING:
@@ -237,30 +237,17 @@ def initial_noise(
     )
 
 
-@torch.no_grad()
-def rollout(
-    model: FlowModel,
-    noise: Tensor,
-    conditioning: Conditioning,
-    coefficients: StepCoefficients,
-    *,
-    sample_index: Tensor,
-    seed: int,
-    iteration: int,
-    guidance_scale: float = 1.0,
-    micro_batch: int | None = None,
-    keep_guidance: bool = False,
-    keep_hidden: bool = False,
-    cache: Recorder | None = None,
-    stream: int = Stream.STEP,
-    steps: int | None = None,
-) -> Trajectory:
-    """Run the SDE sampler of Flow-GRPO (arXiv 2505.05470, Eq 9) in whatever family `coefficients` hold.
+class TrajectorySampler:
+    """Takes the steps of B trajectories one by one, by the SDE of Flow-GRPO (arXiv 2505.05470, Eq 9) or another family.
+
+        for step in range(sampler.steps):
+            sampler.evaluate(step)
+            sampler.advance(step)
 
     Args:
         noise: initial latents [B, ...] float32.
         conditioning: prompts of the B rows.
-        coefficients: tables for T steps, on the model's device.
+        coefficients: tables for T steps, on the model's device; their family is that of the steps.
         sample_index: [B] int64, the global index that seeds each row's noise.
         seed, iteration: the other parts of the noise counters.
         guidance_scale: 1 is off.
@@ -275,52 +262,113 @@ def rollout(
     Raises:
         ValueError: B is not a multiple of `micro_batch`.
     """
-    steps, batch = coefficients.num_steps if steps is None else steps, len(noise)
-    size = micro_batch or batch
-    if batch % size:
-        raise ValueError(f"micro_batch must divide the number of samples: {batch} samples, micro_batch {size}")
-    sigmas = coefficients.sigmas
-    latents = noise.new_empty(steps + 1, *noise.shape)
-    velocities = noise.new_empty(steps, *noise.shape)
-    log_probs = noise.new_empty(steps, batch)
-    terms = torch.empty_like(velocities) if keep_guidance and guidance_scale != 1.0 else None
-    latents[0] = entering = noise
-    half = model.input_dtype if model.input_dtype in INPUT_DTYPES else None
-    hidden = None
-    if cache is not None:
-        cache.clear()
-    with model.tap() if keep_hidden else nullcontext([]) as tokens:
-        for step in range(steps):
-            for start in range(0, batch, size):
-                rows = slice(start, start + size)
-                with nullcontext() if cache is None else cache.record(step, rows):
-                    velocity = model.velocity(
-                        entering[rows], sigmas[step].expand(size), conditioning.select(rows), guidance_scale
+
+    def __init__(
+        self,
+        model: FlowModel,
+        noise: Tensor,
+        conditioning: Conditioning,
+        coefficients: StepCoefficients,
+        *,
+        sample_index: Tensor,
+        seed: int,
+        iteration: int,
+        guidance_scale: float = 1.0,
+        micro_batch: int | None = None,
+        keep_guidance: bool = False,
+        keep_hidden: bool = False,
+        cache: Recorder | None = None,
+        stream: int = Stream.STEP,
+        steps: int | None = None,
+    ):
+        self.steps, batch = coefficients.num_steps if steps is None else steps, len(noise)
+        size = micro_batch or batch
+        if batch % size:
+            raise ValueError(f"micro_batch must divide the number of samples: {batch} samples, micro_batch {size}")
+        self.model, self.cache, self.keep_hidden = model, cache, keep_hidden
+        self.counters: dict[str, Any] = {"seed": seed, "sample_index": sample_index, "iteration": iteration}
+        self.counters["stream"] = stream
+        self.parts = [slice(start, start + size) for start in range(0, batch, size)]
+        latents = noise.new_empty(self.steps + 1, *noise.shape)
+        velocities = noise.new_empty(self.steps, *noise.shape)
+        terms = torch.empty_like(velocities) if keep_guidance and guidance_scale != 1.0 else None
+        latents[0] = self._entering = noise
+        self.trajectory = Trajectory(
+            latents,
+            velocities,
+            noise.new_empty(self.steps, batch),
+            coefficients,
+            conditioning,
+            guidance_scale,
+            terms,
+        )
+        if cache is not None:
+            cache.clear()
+
+    def evaluate(self, step: int, guidance_gradient: GuidanceGradient | None = None) -> list[Tensor]:
+        """Evaluate the model at the state before a step, micro-batch by micro-batch.
+
+        Args:
+            guidance_gradient: the halves of guidance that keep their graph; None = none has one.
+
+        Returns:
+            The guided velocity of each micro-batch [m, ...] float32, with its graph if that was asked for.
+        """
+        done, found = self.trajectory, []
+        with torch.set_grad_enabled(guidance_gradient is not None), self._tapped() as tokens:
+            for rows in self.parts:
+                sigma = done.coefficients.sigmas[step].expand(rows.stop - rows.start)
+                with nullcontext() if self.cache is None else self.cache.record(step, rows):
+                    velocity = self.model.velocity(
+                        self._entering[rows],
+                        sigma,
+                        done.conditioning.select(rows),
+                        done.guidance_scale,
+                        guidance_gradient or "full",
                     )
-                velocities[step, rows] = velocity.combined()
-                if terms is not None:
-                    terms[step, rows] = velocity.guidance_term
-                if keep_hidden:
-                    if hidden is None:
-                        hidden = tokens[0].new_empty(steps, batch, *tokens[0].shape[1:])
-                    hidden[step, rows] = tokens[0]
+                found.append(velocity.combined())
+                done.velocities[step, rows] = found[-1].detach()
+                if done.guidance_terms is not None:
+                    done.guidance_terms[step, rows] = velocity.guidance_term.detach()
+                if self.keep_hidden:
+                    if done.hidden is None:
+                        hidden = tokens[0].new_empty(self.steps, done.batch, *tokens[0].shape[1:])
+                        self.trajectory = done = replace(done, hidden=hidden)
+                    assert done.hidden is not None
+                    done.hidden[step, rows] = tokens[0].detach()
                     tokens.clear()
-            ahead = coefficients.remainder
-            slope = velocities[step] if ahead is None else ahead.along(latents, velocities, step)
-            step_output = ops.sde_step_outputs(
-                latents[step],
-                slope,
-                coefficients.table,
-                step,
-                seed=seed,
-                sample_index=sample_index,
-                iteration=iteration,
-                stream=stream,
-                input_dtype=half,
-            )
-            latents[step + 1], log_probs[step] = step_output.next_latents, step_output.log_prob
-            entering = step_output.next_latents if step_output.model_input is None else step_output.model_input
-    return Trajectory(latents, velocities, log_probs, coefficients, conditioning, guidance_scale, terms, hidden)
+        return found
+
+    def _tapped(self) -> AbstractContextManager[list[Tensor]]:
+        return self.model.tap() if self.keep_hidden else nullcontext([])
+
+    @torch.no_grad()
+    def advance(self, step: int) -> None:
+        """Take a step from the state that `evaluate` has evaluated."""
+        done, ahead = self.trajectory, self.trajectory.coefficients.remainder
+        slope = done.velocities[step] if ahead is None else ahead.along(done.latents, done.velocities, step)
+        output = ops.sde_step_outputs(
+            done.latents[step],
+            slope,
+            done.coefficients.table,
+            step,
+            input_dtype=self.model.input_dtype if self.model.input_dtype in INPUT_DTYPES else None,
+            **self.counters,
+        )
+        done.latents[step + 1], done.log_probs[step] = output.next_latents, output.log_prob
+        self._entering = output.next_latents if output.model_input is None else output.model_input
+
+
+@torch.no_grad()
+def rollout(
+    model: FlowModel, noise: Tensor, conditioning: Conditioning, coefficients: StepCoefficients, **options: Any
+) -> Trajectory:
+    """All steps of a `TrajectorySampler`, which takes the same arguments."""
+    sampler = TrajectorySampler(model, noise, conditioning, coefficients, **options)
+    for step in range(sampler.steps):
+        sampler.evaluate(step)
+        sampler.advance(step)
+    return sampler.trajectory
 
 
 @torch.no_grad()

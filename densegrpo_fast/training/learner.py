@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -75,6 +75,27 @@ class StepScores(NamedTuple):
     kl: Tensor | None = None
 
 
+class UpdateSums:
+    """What the parts of an update add up to.
+
+    Attributes:
+        totals: loss and metrics, each the mean over the update.
+        deviations: largest |ratio - 1| of each part.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.deviations: list[Tensor] = []
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add what `Learner.step_gradient` returns."""
+        for name, value in metrics.items():
+            if name == "ratio_deviation":
+                self.deviations.append(value)
+            else:
+                self.totals[name] = self.totals.get(name, 0.0) + value
+
+
 class Learner:
     """Trains a model's adapter with AdamW on the configured objective.
 
@@ -138,6 +159,10 @@ class Learner:
         objective = Objective(self.options.objective, rollout.coefficients, steps, weights)
         factors = [1.0] * rollout.coefficients.num_steps if draw_weights is None else draw_weights.tolist()
         records = [self._step(rollout, advantages, objective, steps, factors, part) for part in parts]
+        return self.metrics(records)
+
+    def metrics(self, records: Sequence[dict[str, float]]) -> dict[str, float]:
+        """Metrics of an iteration, as `update` has them, from those of its parts."""
         metrics = {name: sum(record[name] for record in records) / len(records) for name in records[0]}
         metrics["ratio_deviation"] = max(record["ratio_deviation"] for record in records)
         metrics["first_ratio_deviation"] = records[0]["ratio_deviation"]
@@ -161,33 +186,54 @@ class Learner:
         part: list[slice],
     ) -> dict[str, float]:
         self.begin_update()
-        share = 1.0 / (len(part) * len(steps))
-        totals: dict[str, Tensor] = {}
-        deviations = []
+        share, sums = 1.0 / (len(part) * len(steps)), UpdateSums()
         for step in steps:
             for whole in part:
 
                 def gradient(rows: slice, step: int = step, whole: slice = whole) -> dict[str, Tensor]:
                     weight = share * factors[step] * (rows.stop - rows.start) / (whole.stop - whole.start)
-                    judged = advantages[rollout.sample_rows(rows), step]
-                    loss, metrics = self.loss(rollout, judged, objective, step, rows, self.replay(rollout, step, rows))
-                    deviation = metrics.pop("ratio_deviation")
-                    parts = {name: value * weight for name, value in {"loss": loss.detach(), **metrics}.items()}
-                    self.add_gradient(loss * weight)
-                    deviations.append(deviation)
-                    return parts
+                    return self.step_gradient(rollout, advantages, objective, step, rows, weight)
 
                 for metrics in self.rows.each(whole, gradient):
-                    for name, value in metrics.items():
-                        totals[name] = totals.get(name, 0.0) + value
-        return self.apply_update(totals, deviations)
+                    sums.add(metrics)
+        return self.apply_update(sums)
 
-    def apply_update(self, totals: dict[str, Tensor], deviations: list[Tensor]) -> dict[str, float]:
+    def step_gradient(
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        objective: Objective,
+        step: int,
+        rows: slice,
+        weight: float,
+        velocity: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Add the gradient of the loss of one step of some rows, times `weight`, to the parameters'.
+
+        Args:
+            rollout: that took the step.
+            advantages: [B, T] float32.
+            objective: of the iteration.
+            step, rows: which ones; the rows are one micro-batch, or a part of one.
+            weight: what their mean counts for in the update.
+            velocity: [m, ...] of the policy as it is, with its graph; None = it is evaluated again.
+
+        Returns:
+            The loss and the metrics of the objective, times `weight`; and ratio_deviation, as it is.
+        """
+        scores = self.replay(rollout, step, rows, velocity)
+        judged = advantages[rollout.sample_rows(rows), step]
+        loss, metrics = self.loss(rollout, judged, objective, step, rows, scores)
+        deviation = metrics.pop("ratio_deviation")
+        self.add_gradient(loss * weight)
+        parts = {name: value * weight for name, value in {"loss": loss.detach(), **metrics}.items()}
+        return parts | {"ratio_deviation": deviation}
+
+    def apply_update(self, sums: UpdateSums) -> dict[str, float]:
         """Clip the gradient that was added, and take the optimiser step unless something is not finite.
 
         Args:
-            totals: loss and metrics of the whole update.
-            deviations: largest |ratio - 1| of each part.
+            sums: of everything that was added.
 
         Returns:
             The metrics as numbers, with ratio_deviation, grad_norm, lr and skipped_updates; all 0 if skipped.
@@ -196,14 +242,14 @@ class Learner:
             NonFiniteError: too many updates in a row were skipped.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
-        record = {name: value.item() for name, value in totals.items()}
+        record = {name: value.item() for name, value in sums.totals.items()}
         record |= {
-            "ratio_deviation": torch.stack(deviations).max().item(),
+            "ratio_deviation": torch.stack(sums.deviations).max().item(),
             "grad_norm": norm.item(),
             "lr": self.optimizer.param_groups[0]["lr"],
             "skipped_updates": 0.0,
         }
-        if not all(torch.isfinite(value) for value in (totals["loss"], norm)):
+        if not all(torch.isfinite(value) for value in (sums.totals["loss"], norm)):
             self._skip()
             return dict.fromkeys(record, 0.0) | {"skipped_updates": 1.0}
         self.optimizer.step()
@@ -225,12 +271,16 @@ class Learner:
             else:
                 parameter.grad.add_(gradient)
 
-    def replay(self, rollout: Rollout, step: int, rows: slice) -> StepScores:
-        """Score one recorded step again, with gradient, and with the KL to the reference if the loss has that."""
+    def replay(self, rollout: Rollout, step: int, rows: slice, velocity: Tensor | None = None) -> StepScores:
+        """Score one recorded step with gradient, and with the KL to the reference if the loss has that.
+
+        Args:
+            velocity: as in `step_gradient`.
+        """
         settings, gradient = self.options.objective, self.options.guidance_gradient
         if settings.kl_coef:
-            return StepScores(*replay_kl(self.model, rollout, step, rows, settings.kl_scale, gradient))
-        return StepScores(*replay(self.model, rollout, step, rows, gradient))
+            return StepScores(*replay_kl(self.model, rollout, step, rows, settings.kl_scale, gradient, velocity))
+        return StepScores(*replay(self.model, rollout, step, rows, gradient, velocity))
 
     def loss(
         self, rollout: Rollout, advantages: Tensor, objective: Objective, step: int, rows: slice, scores: StepScores

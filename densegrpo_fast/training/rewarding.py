@@ -91,19 +91,18 @@ class RewardComputer:
         self.scores_ends = config.uses_lookahead and self.decoder != "full"
 
     def score(self, rollout: Rollout, completions: Completions, batch: PromptBatch) -> RewardBatch:
-        """Rewards of a rollout's completions.
+        """Rewards of a rollout's completions; `rewards` are of its ends only where these are among them.
 
         Raises:
-            RewardError: a reward failed, or more scores are missing than `reward.max_missing` allows.
+            RewardError: a reward failed.
         """
         images = self._decoded(completions.clean, self.decoder, self.decodes)
         scores = self._scored(images, completions.samples, batch).select(completions.index)
         by_state, branches = None, None
         if self.completes:
             by_state, branches = rollout.group_rewards(scores.values, batch.group_size)
-        if self.scores_ends:
+        if self.scores_ends and rollout.coefficients.num_steps in rollout.completed:
             scores = Scores.joined([scores, self._final_scores(rollout, batch)])
-        check_missing(scores, self.max_missing)
         if branches is not None:
             return RewardBatch(branches[..., -1].flatten(1), None, branches, scores)
         final = scores.values[-len(batch.prompts) :].view(-1, batch.group_size)

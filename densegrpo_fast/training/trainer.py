@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.inputs import CreditInputs
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.credit.smoothing import smooth_rewards
-from densegrpo_fast.flow.dynamics import C
-from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.flow.dynamics import C, StepCoefficients
+from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
@@ -40,7 +40,7 @@ from densegrpo_fast.run_files.run_directory import open_run_directory
 from densegrpo_fast.run_files.signals import GracefulStop
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
-from densegrpo_fast.sampling.rollout import Rollout, initial_noise, rollout
+from densegrpo_fast.sampling.rollout import Rollout, Trajectory, TrajectorySampler, initial_noise, rollout
 from densegrpo_fast.training.costs import CostReport
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.learner import Learner, LearnerOptions
@@ -52,48 +52,9 @@ from densegrpo_fast.training.monitor import LookaheadMonitor
 from densegrpo_fast.training.noise_levels import NoiseLevels
 from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
 from densegrpo_fast.training.records import RunRecords, iteration_record
-from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward
+from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
-
-
-class Experience(NamedTuple):
-    """What an iteration has sampled and learned from.
-
-    Attributes:
-        rollout: trajectories, or branches.
-        rewards: of their completions.
-        advantages: [P, G, T] of every step.
-        update: metrics of the policy update.
-    """
-
-    rollout: Rollout
-    rewards: RewardBatch
-    advantages: Advantages
-    update: dict[str, float]
-
-
-class UpdateStrategy(Protocol):
-    """The order in which an iteration's phases run, and where the update's gradients come from."""
-
-    def run(self, trainer: Trainer, batch: PromptBatch, steps: IterationSteps, iteration: int) -> Experience:
-        """Sample, reward and train by the trainer's phases: `sample`, `complete`, `score`, `credit`, `learner`."""
-
-
-class Replayed:
-    """One phase after the other, each for all steps; the update runs the forward of each trained step again.
-
-    It serves every credit method and any number of updates per sample.
-    """
-
-    def run(self, trainer: Trainer, batch: PromptBatch, steps: IterationSteps, iteration: int) -> Experience:
-        rollout = trainer.sample(batch, steps, iteration)
-        completions = trainer.complete(rollout)
-        rewards = trainer.score(rollout, completions, batch)
-        if trainer.monitor.due(iteration):
-            trainer.observe(rollout, rewards, batch, iteration)
-        advantages = trainer.credit(rollout, rewards)
-        update = trainer.update(rollout, advantages, steps)
-        return Experience(rollout, rewards, advantages, update)
+from densegrpo_fast.training.strategies import Experience, UpdateStrategy, strategy_of
 
 
 class RunResult(NamedTuple):
@@ -116,7 +77,7 @@ class Trainer:
     Args:
         config: the run's, as `load_config` returns it.
         tiny: whether a model that is not in the package is replaced by a tiny random one, as in a dry run.
-        strategy: order of the phases; None = `Replayed`.
+        strategy: order of the phases; None = what `optimizer.update` names.
         model: ready made, with its adapter, in the place of the one that the configuration names.
         reward: likewise, a mixture or a function of pictures, prompts and metadata; it scores held-out pictures, too.
         head: likewise, the completion head of the lookahead.
@@ -139,7 +100,7 @@ class Trainer:
             raise UsageError(
                 f"Trainer: expected a configuration, as load_config({config!r}) returns it, got {config!r}"
             )
-        self.config, self.strategy = config, Replayed() if strategy is None else strategy
+        self.config, self.strategy = config, strategy_of(config) if strategy is None else strategy
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
         if reward is None:
@@ -182,6 +143,9 @@ class Trainer:
         if self.noise_levels.due(iteration):
             self.calibrate(iteration)
         steps = self.schedule.at(iteration, self.noise_levels.levels)
+        if self.lookahead is not None:
+            with self.phase("lookahead"):
+                self.lookahead.model.refresh()
         experience = self.strategy.run(self, batch, steps, iteration)
         return self._record(iteration, experience, steps)
 
@@ -197,32 +161,50 @@ class Trainer:
         With `sampler.branches` C, sample p*G + n*C + c is branch c of trajectory n of prompt p. What the lookahead
         needs is kept. If the memory runs out, the same noise is rolled out again with fewer rows per forward.
         """
-        options, ahead = self.config.sampler, self.config.lookahead
+        branches = self.config.sampler.branches
         with self.phase("rollout"):
-            index = torch.arange(0, len(batch.prompts), options.branches or 1, device=self.model.device)
-            first = index - index % options.group_size if options.shared_noise else index
-            noise = initial_noise(self.policy, first, seed=self.config.seed, iteration=iteration)
-            inputs = (self.policy, noise, self.policy.encode(batch.prompts), steps.coefficients)
-            common: dict[str, Any] = {
-                "sample_index": index,
-                "seed": self.config.seed,
-                "iteration": iteration,
-                "guidance_scale": options.guidance_scale,
-            }
-            if options.branches is not None:
-                branched = partial(branch_rollout, *inputs, branches=options.branches, **common)
+            inputs, options = self._sampling(batch, steps, iteration)
+            if branches is not None:
+                branched = partial(branch_rollout, *inputs, branches=branches, **options)
                 return self.learner.rows.fitting(lambda rows: branched(micro_batch=rows))
-            drawn = partial(
-                rollout,
-                *inputs,
-                keep_guidance=self.config.uses_lookahead and ahead.guidance == "reuse",
-                keep_hidden=self.lookahead is not None and self.lookahead.head is not None,
-                cache=None if self.lookahead is None else self.lookahead.cache,
-                **common,
-            )
-            trajectory = self.learner.rows.fitting(lambda rows: drawn(micro_batch=rows))
-            shared = options.group_size if options.shared_noise else 1
-            return replace(trajectory, shared=shared, completed_states=steps.completed)
+            options |= self._kept_for_the_lookahead()
+            trajectory = self.learner.rows.fitting(lambda rows: rollout(*inputs, micro_batch=rows, **options))
+            return self.shared_and_completed(trajectory, steps.completed)
+
+    @torch.no_grad()
+    def sampler(self, batch: PromptBatch, steps: IterationSteps, iteration: int) -> TrajectorySampler:
+        """What takes the steps of `sample`'s trajectories one by one."""
+        with self.phase("rollout"):
+            inputs, options = self._sampling(batch, steps, iteration)
+            options |= self._kept_for_the_lookahead()
+            return TrajectorySampler(*inputs, micro_batch=self.learner.rows.rows, **options)
+
+    def shared_and_completed(self, trajectory: Trajectory, completed: tuple[int, ...]) -> Trajectory:
+        """A trajectory that knows which samples share their noise, and which states are to be completed."""
+        shared = self.config.sampler.group_size if self.config.sampler.shared_noise else 1
+        return replace(trajectory, shared=shared, completed_states=completed)
+
+    def _sampling(
+        self, batch: PromptBatch, steps: IterationSteps, iteration: int
+    ) -> tuple[tuple[FlowModel, Tensor, Conditioning, StepCoefficients], dict[str, Any]]:
+        """Arguments of a rollout: those by position, and those by name."""
+        options = self.config.sampler
+        index = torch.arange(0, len(batch.prompts), options.branches or 1, device=self.model.device)
+        first = index - index % options.group_size if options.shared_noise else index
+        noise = initial_noise(self.policy, first, seed=self.config.seed, iteration=iteration)
+        return (self.policy, noise, self.policy.encode(batch.prompts), steps.coefficients), {
+            "sample_index": index,
+            "seed": self.config.seed,
+            "iteration": iteration,
+            "guidance_scale": options.guidance_scale,
+        }
+
+    def _kept_for_the_lookahead(self) -> dict[str, Any]:
+        return {
+            "keep_guidance": self.config.uses_lookahead and self.config.lookahead.guidance == "reuse",
+            "keep_hidden": self.lookahead is not None and self.lookahead.head is not None,
+            "cache": None if self.lookahead is None else self.lookahead.cache,
+        }
 
     def complete(self, rollout: Rollout) -> Completions:
         """The clean latents that the ODE reaches from the rollout's states; without a lookahead its ends alone."""
@@ -235,13 +217,21 @@ class Trainer:
             return Completions.joined([way.completions(evaluated) for way in ways])
 
         with self.phase("lookahead"):
-            lookahead.model.refresh()
             return lookahead.rows.fitting(completed)
 
-    def score(self, rollout: Rollout, completions: Completions, batch: PromptBatch) -> RewardBatch:
-        """Decode the completions and score their pictures."""
+    def score(
+        self, rollout: Rollout, completions: Completions, batch: PromptBatch, *, complete: bool = True
+    ) -> RewardBatch:
+        """Decode the completions and score their pictures.
+
+        Args:
+            complete: whether these are all of an iteration's, of which not too many may be missing.
+        """
         with self.phase("reward"):
-            return self.rewards.score(rollout, completions, batch)
+            rewards = self.rewards.score(rollout, completions, batch)
+        if complete:
+            check_missing(rewards.scores, self.rewards.max_missing)
+        return rewards
 
     def observe(self, rollout: Rollout, rewards: RewardBatch, batch: PromptBatch, iteration: int) -> None:
         """Compare one prompt's rewards with exact ones, for the record."""
