@@ -10,6 +10,7 @@ model's own is image analysis), nor are held-out evaluations, as in the training
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,9 @@ class IterationOperations:
 
     def cost(self, noisy: tuple[bool, ...], trained: Sequence[int]) -> Any:
         """A sample's share of an iteration with noise in some steps, of which some are trained: `IterationCost`."""
+        return replace(self._replayed(noisy, trained), streamed=self.config.optimizer.update == "streamed")
+
+    def _replayed(self, noisy: tuple[bool, ...], trained: Sequence[int]) -> Any:
         from densegrpo_fast.sampling import plan as plans
         from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration, sparse_iteration
 

@@ -21,9 +21,14 @@ from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.fidelity.options import _plan as read_plan
 from densegrpo_fast.sampling.plan import make_plan
 
-SPARSE, DENSE_FAST, DENSE_TRAJECTORIES, DENSE_EXACT = "sparse", "dense_fast", "dense_trajectories", "dense_exact"
+SPARSE, SPARSE_RETAINED, DENSE_FAST = "sparse", "sparse_retained", "dense_fast"
+DENSE_TRAJECTORIES, DENSE_EXACT = "dense_trajectories", "dense_exact"
+DRAWN = DENSE_DRAWN, DENSE_STREAMED = "dense_drawn", "dense_streamed"
 STOCK = STOCK_SPARSE, STOCK_DENSE = "stock_sparse", "stock_dense"
-NAMES = (SPARSE, DENSE_FAST, DENSE_TRAJECTORIES, DENSE_EXACT, *STOCK)
+NAMES = (SPARSE, SPARSE_RETAINED, DENSE_FAST, DENSE_TRAJECTORIES, *DRAWN, DENSE_EXACT, *STOCK)
+
+DRAWN_STEPS = 4
+"""Of nine, that dense_drawn and dense_streamed train."""
 
 KL_COEF = 0.01
 PINNED: dict[str, Any] = {
@@ -76,7 +81,7 @@ class Protocol:
         Raises:
             UserError: an option is wrong, or differs from what the protocol pins.
         """
-        if name in (DENSE_FAST, DENSE_TRAJECTORIES):
+        if name in (DENSE_FAST, DENSE_TRAJECTORIES, *DRAWN):
             lookahead = _plan(self.plan) | {
                 "lookahead.guidance": self.guidance,
                 "lookahead.decoder": self.decoder,
@@ -86,7 +91,7 @@ class Protocol:
             lookahead = _plan("exact") | {"lookahead.guidance": "full", "lookahead.decoder": "full"}
         if name == DENSE_TRAJECTORIES:
             lookahead |= {"lookahead.head": self.head, "lookahead.cache": self.cache}
-        methods = {DENSE_FAST: "branch", SPARSE: "sparse", STOCK_SPARSE: "sparse"}
+        methods = {DENSE_FAST: "branch"} | dict.fromkeys((SPARSE, SPARSE_RETAINED, STOCK_SPARSE), "sparse")
         fixed = lookahead | {
             "model.vae_dtype": "float32" if name == DENSE_EXACT else self.vae_dtype,
             "data.num_prompts": self.prompts,
@@ -108,6 +113,9 @@ class Protocol:
             chosen[key] = value
         if name in STOCK:
             fixed |= STOCK_PINNED
+        if name in DRAWN:
+            fixed |= {"objective.trained_steps": DRAWN_STEPS, "objective.step_sampling": "importance"}
+            fixed["optimizer.update"] = "streamed" if name == DENSE_STREAMED else "replayed"
         if name == DENSE_FAST:
             # one trunk per prompt, and of those no more in a forward than the other variants have rows
             fixed["sampler.branches"] = self.group_size
@@ -115,6 +123,8 @@ class Protocol:
         arguments = [f"{key}={value}" for key, value in (chosen | fixed).items()]
         config = parse_arguments(["--config", "embedded_paper", *arguments])[0]
         expected = PINNED | STOCK_PINNED | {"objective.kl_coef": fixed["objective.kl_coef"]}
+        if name in DRAWN:
+            expected["trained_steps"] = DRAWN_STEPS
         found = pinned(config) | (stock_pinned(config) if name in STOCK else {})
         wrong = [f"{key} is {value}, not {expected[key]}" for key, value in found.items() if value != expected[key]]
         if wrong:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
-from _protocol import SPARSE, STOCK, STOCK_DENSE
+from _protocol import SPARSE_RETAINED, STOCK, STOCK_DENSE
 from _stock import Stock
 from torch import Tensor
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.cost import (
     Evaluations,
@@ -24,12 +26,16 @@ from densegrpo_fast.sampling.cost import (
 )
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import make_plan
+from densegrpo_fast.training.learner import UpdateSums
 from densegrpo_fast.training.meter import PhaseTimer, underlying
 from densegrpo_fast.training.models import synchronizer
 from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
 from densegrpo_fast.training.rewarding import build_reward
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
+from densegrpo_fast.training.strategies import Experience
 from densegrpo_fast.training.trainer import Trainer
+
+_DRAWS = 200
 
 
 class Variant:
@@ -39,7 +45,7 @@ class Variant:
 
     Attributes:
         config: its resolved configuration.
-        steps: of every iteration.
+        steps: of every iteration; where they are drawn, those of the draw whose forwards are nearest to the mean.
         trainer: of ours; None of the baseline's.
         cost: what it asks of the model per trajectory, by the closed forms.
         phases: seconds by phase of every call so far.
@@ -48,7 +54,7 @@ class Variant:
 
     def __init__(self, name: str, config: Config, model: SD3, reward: RewardMixture):
         self.name, self.config = name, config
-        self.steps = Schedule(config, model).at(0)
+        self.steps = _typical(name, config, Schedule(config, model))
         self.cost = _cost(name, config, self.steps)
         self.phases: list[dict[str, float]] = []
         self.models: tuple[SD3, ...] = (model,)
@@ -58,7 +64,8 @@ class Variant:
             self._timer = PhaseTimer(synchronizer(model.device))
             self._step = _stock(name, config, model, reward, self._timer)
         else:
-            self.trainer = trainer = Trainer(config, model=model, reward=reward)
+            strategy = Retained() if name == SPARSE_RETAINED else None
+            self.trainer = trainer = Trainer(config, model=model, reward=reward, strategy=strategy)
             self._timer = trainer.timer
             self._step = lambda batch, iteration: trainer.strategy.run(trainer, batch, self.steps, iteration)
             self.models += copies(trainer.lookahead, model)
@@ -74,6 +81,35 @@ class Variant:
         self._step(batch, self._iterations)
         self.phases.append(self._timer.seconds())
         self._iterations += 1
+
+
+class Retained:
+    """Every trained step keeps its graph until the picture is scored: a sparse iteration that repeats no forward."""
+
+    def run(self, trainer: Trainer, batch: PromptBatch, steps: IterationSteps, iteration: int) -> Experience:
+        learner = trainer.learner
+        objective = Objective(learner.options.objective, steps.coefficients, steps.trained, steps.weights)
+        sampler = trainer.sampler(batch, steps, iteration)
+        graphs = {}
+        with trainer.phase("rollout"):
+            for step in range(sampler.steps):
+                velocities = sampler.evaluate(
+                    step, learner.options.guidance_gradient if step in steps.trained else None
+                )
+                graphs |= {step: velocities} if step in steps.trained else {}
+                sampler.advance(step)
+        rollout = trainer.shared_and_completed(sampler.trajectory, steps.completed)
+        rewards = trainer.score(rollout, trainer.complete(rollout), batch)
+        advantages = trainer.credit(rollout, rewards)
+        with trainer.phase("update"):
+            learner.begin_update()
+            sums, values = UpdateSums(), advantages.values.flatten(0, 1).to(trainer.model.device)
+            weight = 1 / (len(graphs) * len(sampler.parts))
+            for step in list(graphs):
+                for rows, velocity in zip(sampler.parts, graphs.pop(step), strict=True):
+                    sums.add(learner.step_gradient(rollout, values, objective, step, rows, weight, velocity))
+            update = learner.metrics([learner.apply_update(sums)])
+        return Experience(rollout, rewards, advantages, update)
 
 
 def copies(lookahead: Lookahead | None, model: SD3) -> tuple[SD3, ...]:
@@ -94,6 +130,14 @@ def _stock(name: str, config: Config, model: SD3, reward: RewardMixture, timer: 
     return step
 
 
+def _typical(name: str, config: Config, schedule: Schedule) -> IterationSteps:
+    if not isinstance(config.objective.trained_steps, int):
+        return schedule.at(0)
+    draws = [schedule.at(iteration) for iteration in range(_DRAWS)]
+    forwards = [_cost(name, config, steps).forwards for steps in draws]
+    return draws[min(range(_DRAWS), key=lambda draw: abs(forwards[draw] - fmean(forwards)))]
+
+
 def _cost(name: str, config: Config, iteration: IterationSteps) -> IterationCost:
     options: dict[str, Any] = {
         "trained_steps": len(iteration.trained),
@@ -102,16 +146,17 @@ def _cost(name: str, config: Config, iteration: IterationSteps) -> IterationCost
         "guidance_gradient": config.objective.guidance_gradient,
     }
     steps, ahead = config.sampler.num_steps, config.lookahead
+    streamed = name == SPARSE_RETAINED or config.optimizer.update == "streamed"
     if name in STOCK:
         return stock_cost(steps, dense=name == STOCK_DENSE, **options)
-    if name == SPARSE:
-        return sparse_iteration(steps, **options)
+    if config.credit.method == "sparse":
+        return replace(sparse_iteration(steps, **options), streamed=streamed)
     plan = make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1, ahead.paths)
     if config.sampler.branches is not None:
         options |= {"guidance": ahead.guidance, "decoder": ahead.decoder, "noisy": iteration.coefficients.noisy}
         return branched_iteration(plan, branches=config.sampler.branches, **options)
     options |= {"guidance": ahead.guidance, "decoder": ahead.decoder, "completed": iteration.completed}
-    return dense_iteration(plan, **options)
+    return replace(dense_iteration(plan, **options), streamed=streamed)
 
 
 def stock_cost(num_steps: int, *, dense: bool, guided: bool, **options: Any) -> IterationCost:

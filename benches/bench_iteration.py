@@ -5,20 +5,25 @@
         --override sampler.micro_batch=8
     pytest benches/bench_iteration.py --benchmark-only                      untrained, each variant by itself
 
-Ten steps, guidance 4.5, nine trained steps, one update per sample, with a KL term (the headline) and without:
+Ten steps, guidance 4.5 with its full gradient, nine trained steps unless said otherwise, one update per sample, with a
+KL term (the headline) and without:
 
     sparse              one reward per image; every exact optimisation that dense has, one decode
-    dense_fast          a reward per branch: a prompt's samples leave one noise-free trunk at every trained step, and
-                        are completed by the plan, guidance, decoder and copy that are asked for; without options it is
-                        the preset embedded_paper_fast
-    dense_trajectories  a reward per state of whole trajectories by the same lookahead
-    dense_exact         the same by the exact plan, full guidance, full decoder in float32, the policy itself
+    sparse_retained     the same with all trained steps' graphs kept from the rollout: no forward is repeated
+    dense_fast          a reward per branch, DenseGRPO's relative: a prompt's samples leave one noise-free trajectory at
+                        every trained step, and are completed by the plan, guidance, decoder and copy that are asked
+                        for; without options it is the preset embedded_paper_fast
+    dense_trajectories  DenseGRPO: a reward per state of whole trajectories by the same lookahead
+    dense_drawn         the same for 4 of the nine steps, drawn by the expected size of their gradients; every round has
+                        the draw whose forwards are nearest to the mean over draws
+    dense_streamed      the same without a repeated forward (optimizer.update streamed)
+    dense_exact         DenseGRPO of all steps: exact plan, full guidance, full decoder in float32, the policy itself
     stock_sparse        Flow-GRPO          } `_stock.py` lists where they are slow
     stock_dense         n = t, serially    }
 
-The first three decode in one precision, bfloat16 unless `--vae-dtype` says otherwise; the baseline always in float32,
-all images of a batch at once. What each asks of the model is counted and must be what `sampling/cost.py` says before
-anything is timed.
+All but the last three decode in one precision, bfloat16 unless `--vae-dtype` says otherwise; the baseline always in
+float32, all images of a batch at once. What each asks of the model is counted and must be what `sampling/cost.py` says
+before anything is timed.
 """
 
 from __future__ import annotations
@@ -81,6 +86,10 @@ RATIOS = (
     "dense_fast/sparse",
     "dense_fast/stock_sparse",
     "dense_trajectories/sparse",
+    "dense_drawn/sparse",
+    "dense_streamed/sparse",
+    "dense_streamed/sparse_retained",
+    "sparse_retained/sparse",
     "dense_exact/sparse",
     "dense_exact/stock_dense",
     "stock_dense/stock_sparse",

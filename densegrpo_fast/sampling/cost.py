@@ -111,13 +111,14 @@ class IterationCost:
     Attributes:
         rollout: evaluations without gradient, of the policy.
         lookahead: the same, of the completions.
-        policy: evaluations of the replay, with gradient.
+        policy: evaluations with gradient, which are the replay's unless the update is streamed.
         reference: evaluations without the adapter, for the KL term.
         full_decodes: images through the pipeline's autoencoder.
         preview_decodes: images through the preview decoder.
         rewards: images scored.
         corrections: rows through the completion head.
         guidance_gradient: the halves of guided evaluations that the replay's backward goes through.
+        streamed: whether the backward goes through the rollout's own evaluations, so that none is repeated.
     """
 
     rollout: Evaluations
@@ -129,6 +130,7 @@ class IterationCost:
     rewards: int | float
     corrections: int | float
     guidance_gradient: GuidanceGradient = "full"
+    streamed: bool = False
 
     @property
     def backwards(self) -> int | float:
@@ -143,7 +145,8 @@ class IterationCost:
     @property
     def phases(self) -> dict[str, Evaluations]:
         """The evaluations by phase of the iteration, "update" being the replay with its reference."""
-        return {"rollout": self.rollout, "lookahead": self.lookahead, "update": self.policy + self.reference}
+        update = self.reference if self.streamed else self.policy + self.reference
+        return {"rollout": self.rollout, "lookahead": self.lookahead, "update": update}
 
     def flops(self, unit: UnitFlops, lookahead_forward: float | None = None) -> float:
         """Floating-point operations, given those of each part of the model.
@@ -152,7 +155,8 @@ class IterationCost:
             unit: operations of each part.
             lookahead_forward: of one network forward of the lookahead, if it is not `unit.forward`.
         """
-        total = (self.rollout.forwards + self.policy.forwards) * unit.forward + self.backwards * unit.backward
+        total = self.rollout.forwards * unit.forward + self.backwards * unit.backward
+        total += 0 if self.streamed else self.policy.forwards * unit.forward
         total += self.lookahead.forwards * (unit.forward if lookahead_forward is None else lookahead_forward)
         total += self.reference.forwards * unit.reference_forward + self.rewards * unit.reward
         if self.full_decodes:

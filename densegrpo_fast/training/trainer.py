@@ -143,9 +143,6 @@ class Trainer:
         if self.noise_levels.due(iteration):
             self.calibrate(iteration)
         steps = self.schedule.at(iteration, self.noise_levels.levels)
-        if self.lookahead is not None:
-            with self.phase("lookahead"):
-                self.lookahead.model.refresh()
         experience = self.strategy.run(self, batch, steps, iteration)
         return self._record(iteration, experience, steps)
 
@@ -187,7 +184,10 @@ class Trainer:
     def _sampling(
         self, batch: PromptBatch, steps: IterationSteps, iteration: int
     ) -> tuple[tuple[FlowModel, Tensor, Conditioning, StepCoefficients], dict[str, Any]]:
-        """Arguments of a rollout: those by position, and those by name."""
+        """Arguments of a rollout: those by position, and those by name. The lookahead follows the policy up to here."""
+        if self.lookahead is not None:
+            with self.phase("lookahead"):
+                self.lookahead.model.refresh()
         options = self.config.sampler
         index = torch.arange(0, len(batch.prompts), options.branches or 1, device=self.model.device)
         first = index - index % options.group_size if options.shared_noise else index
