@@ -1,4 +1,7 @@
-"""Old names of options and metrics. They are still read; everything that is written has the new ones."""
+"""Old names of options and metrics, and what stored settings mean that lack an option of today.
+
+Old names are still read; everything that is written has the new ones.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ OPTIONS = {
     "lookahead.guard_alarm": "lookahead.monitor_alarm",
 }
 """Old dotted key of an option -> its key now."""
+
+ADDED = {"credit.closeness": 0.0}
+"""Dotted key of an option that came later -> its value in the settings that a run stored without it."""
 
 _PHASES = ("time", "nfe", "nfe_guided", "nfe_unguided", "flops")
 
@@ -34,7 +40,8 @@ def current_settings(settings: Mapping[str, Any], where: str | None = None) -> d
     """Nested settings with the keys of today; a new key wins over an old one beside it.
 
     Args:
-        where: as in `current_option`; None = no warning, for what a run has stored itself.
+        where: as in `current_option`; None = for what a run has stored itself: no warning, options that came later are
+            filled in, and one that has no effect, a threshold for branches that are not held back, is null.
     """
     renamed = dict(settings)
     for old, new in OPTIONS.items():
@@ -47,6 +54,14 @@ def current_settings(settings: Mapping[str, Any], where: str | None = None) -> d
                 name: value for name, value in options.items() if name == new_name
             }
             renamed[section] = options
+    if where is None:
+        for key, value in ADDED.items():
+            section, name = key.split(".")
+            if isinstance(options := renamed.get(section), Mapping):
+                renamed[section] = {name: value, **options}
+        objective = renamed.get("objective")
+        if isinstance(objective, Mapping) and objective.get("negative_factor") == 1:
+            renamed["objective"] = {**objective, "negative_threshold": None}
     return renamed
 
 

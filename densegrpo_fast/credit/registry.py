@@ -55,6 +55,7 @@ INPUTS = (
     "steps",
     "num_steps",
     "similarity",
+    "progress",
 )
 """What a method may need: the attributes of `CreditInputs`."""
 
