@@ -35,6 +35,7 @@ METHODS = {
     "stepwise": "Stepwise",
     "vgpo": "VGPO",
     "sparse": "Flow-GRPO (sparse)",
+    "closeness": "Flow-GRPO, closeness to the best sample added (POSG's analogue)",
     "coca": "CoCA",
     "guard": "GRPO-Guard",
     "dppo": "Flow-DPPO",

@@ -27,6 +27,7 @@ from _comparison import compare
 from _page_tables import TABLES, correlations, names_of, read
 from _pages import ROOT, pages, updated
 
+from densegrpo_fast.common.aliases import complete_settings
 from densegrpo_fast.compat.hosts import HOSTS
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.flow import backends
@@ -268,9 +269,10 @@ def balance(_: Pages) -> Iterator[str]:
 
 def fast_iteration(_: Pages) -> Iterator[str]:
     """What is timed as dense_fast is the preset embedded_paper_fast, whose fidelity is at its bars."""
-    timed, judged = read("iteration_cpu")["settings"]["variants"]["dense_fast"], read("fidelity_fast")
+    timed = complete_settings(read("iteration_cpu")["settings"]["variants"]["dense_fast"])
+    judged = read("fidelity_fast")
     preset = parse_arguments(["--config", "embedded_paper_fast"])[0].model_dump(mode="json")
-    apart = {"monitor_every", "monitor_alarm", "guard_every", "guard_alarm"}
+    apart = {"monitor_every", "monitor_alarm"}
     for section in ("lookahead", "sampler", "window", "data", "credit", "objective"):
         own = {key: value for key, value in timed[section].items() if key not in apart}
         if not own.items() <= preset[section].items():

@@ -54,6 +54,24 @@ def test_a_checkpoint_with_old_names_is_continued(tmp_path: Path, caplog: pytest
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("factor", "stored", "continues"), [(1.0, 1.0, True), (0.0, None, True), (0.0, 1.0, False)])
+def test_a_checkpoint_from_before_closeness_is_continued(
+    tmp_path: Path, factor: float, stored: float | None, continues: bool
+) -> None:
+    """And a threshold counts where branches are held back, alone."""
+    config, _ = parse_arguments([f"objective.negative_factor={factor}"])
+    now = config.resume_settings()
+    old = {**now, "objective": {**now["objective"], "negative_threshold": stored}}
+    old["credit"] = {key: value for key, value in now["credit"].items() if key != "closeness"}
+    CheckpointManager(tmp_path, 1, old).save(1, {"adapter": {"weight": torch.ones(1)}}, {})
+    manager = CheckpointManager(tmp_path, 1, now)
+    if continues:
+        assert manager.load_latest().step == 1
+    else:
+        with pytest.raises(CheckpointError, match="negative_threshold: 1.0 in the checkpoint, null now"):
+            manager.load_latest()
+
+
 def test_an_unfinished_run_with_old_names_can_be_looked_at(tmp_path: Path) -> None:
     assert newest_settings(tmp_path) is None
     tensors = {"adapter": {"weight": torch.ones(1)}}

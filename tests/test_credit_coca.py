@@ -19,35 +19,46 @@ def random_case(seed, prompts=2, group=5, steps=4):
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.randn(prompts, group, generator=generator).double()
     # rising, as predictions approach the final latents, with noise
-    rising = torch.linspace(0.2, 0.9, steps) + 0.2 * torch.rand(prompts, group, steps, generator=generator)
+    rising = torch.linspace(0.2, 0.9, steps + 1) + 0.2 * torch.rand(prompts, group, steps + 1, generator=generator)
     return rewards, rising.double()
 
 
 def test_similarity_by_hand():
     # two steps of one sample with two elements, sigmas 1, 1/2, 0; the final latents are (0, 2)
-    # step 0: (1, 0) - 1 * (0, -1) = (1, 1): cosine 1/sqrt(2);  step 1: (0, 1) - 1/2 * (0, 8) = (0, -3): cosine -1
+    # state 0: (1, 0) - 1 * (0, -1) = (1, 1): cosine 1/sqrt(2);  state 1: (0, 1) - 1/2 * (0, 8) = (0, -3): cosine -1;
+    # the last is the final latents
     latents = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 2.0]]])
     velocities = torch.tensor([[[0.0, -1.0]], [[0.0, 8.0]]])
     similarity = latent_similarity(latents, velocities, torch.tensor([1.0, 0.5, 0.0]))
-    torch.testing.assert_close(similarity, torch.tensor([[1 / math.sqrt(2), -1.0]]))
+    torch.testing.assert_close(similarity, torch.tensor([[1 / math.sqrt(2), -1.0, 1.0]], dtype=torch.float64))
 
 
 def test_shares_by_hand():
-    # windows of 2: means .2 and .6; gains .2 - .1 = .1 and .4, sum .5; shares .1/(2*.5) = .1 and .4/(2*.5) = .4
-    similarity = torch.tensor([0.1, 0.3, 0.4, 0.8], dtype=torch.float64)
-    expected = torch.tensor([0.1, 0.1, 0.4, 0.4], dtype=torch.float64)
+    # states 0 to 4. Windows of 2: the steps lead to .3 .4 and .8 1, means .35 and .9; gains .35 - .1 = .25 and .55, sum
+    # .8; shares .25/(2*.8) = 5/32 and 11/32
+    similarity = torch.tensor([0.1, 0.3, 0.4, 0.8, 1.0], dtype=torch.float64)
+    expected = torch.tensor([5 / 32, 5 / 32, 11 / 32, 11 / 32], dtype=torch.float64)
     torch.testing.assert_close(contribution_weights(similarity, window=2), expected)
-    # windows of 1: gains 0 .2 .1 .4 of .7
-    expected = torch.tensor([0.0, 2 / 7, 1 / 7, 4 / 7], dtype=torch.float64)
+    # windows of 1: each step is credited with its own rise, .2 .1 .4 .2 of .9
+    expected = torch.tensor([2 / 9, 1 / 9, 4 / 9, 2 / 9], dtype=torch.float64)
     torch.testing.assert_close(contribution_weights(similarity), expected)
 
 
+def test_a_step_has_the_share_of_what_it_did_itself():
+    """Only step 1 moves: it leads from a state with another prediction to one that predicts the final latents."""
+    right, wrong = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.0])
+    latents = torch.stack([wrong, wrong, right, right])
+    similarity = latent_similarity(latents, torch.zeros(3, 1, 2), sigmas)
+    assert contribution_weights(similarity).tolist() == [[0.0, 1.0, 0.0]]
+
+
 def test_advantages_by_hand():
-    # rewards 0 and 2: advantages -1 and 1. Similarity .0 .2 .8 | .1 .1 .5: shares 0 1/4 3/4 | 0 0 1, still to come
-    # 1 1 3/4 | 1 1 1. Values -1 -1 -3/4 | 1 1 1: mean 1/24; squares 1+1+9/16+3 over 6 = 89/96, variance
+    # rewards 0 and 2: advantages -1 and 1. Similarity .0 .0 .2 .8 | .1 .1 .1 .5: shares 0 1/4 3/4 | 0 0 1, still to
+    # come 1 1 3/4 | 1 1 1. Values -1 -1 -3/4 | 1 1 1: mean 1/24; squares 1+1+9/16+3 over 6 = 89/96, variance
     # 89/96 - 1/576 = 533/576
     rewards = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
-    similarity = torch.tensor([[[0.0, 0.2, 0.8], [0.1, 0.1, 0.5]]], dtype=torch.float64)
+    similarity = torch.tensor([[[0.0, 0.0, 0.2, 0.8], [0.1, 0.1, 0.1, 0.5]]], dtype=torch.float64)
     values = torch.tensor([[[-1.0, -1.0, -0.75], [1.0, 1.0, 1.0]]])
     expected = (values - 1 / 24) / math.sqrt(533 / 576)
     torch.testing.assert_close(coca_advantages(rewards, similarity, epsilon=0.0).values, expected)
@@ -109,7 +120,7 @@ def test_alpha_one_and_even_shares_are_related_to_sparse_credit():
 
 
 def test_a_trajectory_that_does_not_approach_shares_evenly():
-    for similarity in ([0.5, 0.5, 0.5, 0.5], [0.9, 0.2, 0.8, 0.1]):
+    for similarity in ([0.5, 0.5, 0.5, 0.5, 0.5], [0.9, 0.2, 0.8, 0.1, 0.4]):
         assert contribution_weights(torch.tensor(similarity)).tolist() == [0.25] * 4
 
 
@@ -130,7 +141,7 @@ def test_bad_input_is_refused():
         coca_advantages(rewards, similarity, alpha=2.0)
     with pytest.raises(ValueError, match="similarity_floor must be finite and above 0"):
         coca_advantages(rewards, similarity, similarity_floor=0.0)
-    with pytest.raises(ValueError, match=r"must agree, got \[2, 5\] and \[2, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"must agree, got \[2, 5\] and \[2, 4, 5\]"):
         coca_advantages(rewards, similarity[:, :4])
     with pytest.raises(ValueError, match=r"latent_similarity: .* must agree"):
         latent_similarity(torch.zeros(3, 1, 2), torch.zeros(2, 1, 2), torch.zeros(2))

@@ -390,7 +390,8 @@ def test_similarity_belongs_to_the_sample_of_its_row() -> None:
         velocities=torch.tensor([-1.0, 0.0]).expand(1, 4, 2),
         sigmas=torch.tensor([1.0, 0.0]),
     )
-    torch.testing.assert_close(known.similarity, torch.tensor([[[1.0], [0.5]], [[0.0], [-1.0]]]))
+    expected = torch.tensor([[[1.0, 1.0], [0.5, 1.0]], [[0.0, 1.0], [-1.0, 1.0]]], dtype=torch.float64)
+    torch.testing.assert_close(known.similarity, expected)
 
 
 # -- methods from outside

@@ -57,8 +57,9 @@ def test_balancing_by_hand():
     rewards = torch.tensor([[[0.0, 1.0, 2.0], [0.0, 1.0, 6.0], [0.0, 1.0, 4.0], [0.0, -1.0, -5.0]]])
     assert turning_point_rewards(rewards, balance=False)[0, :, 0].tolist() == [2.0, 6.0, 4.0, -5.0]
     assert turning_point_rewards(rewards, balance=True)[0, :, 0].tolist() == [1.0, 6.0, 1.0, -5.0]
-    # nothing on the other side: nothing is replaced
-    assert torch.equal(turning_point_rewards(rewards[:, :3]), reward_gains(rewards[:, :3].double()))
+    # nothing on the other side: all stay
+    assert turning_point_rewards(rewards[:, :3])[0, :, 0].tolist() == [2.0, 6.0, 4.0]
+    assert turning_point_rewards(rewards[:, 3:])[0, :, 0].tolist() == [-5.0]
 
 
 def test_advantages_by_hand():
@@ -117,6 +118,8 @@ def test_balanced_replacements_are_equally_many_and_the_largest(seed, consistent
     paid, gains = turning_point_rewards(rewards, consistent=consistent), reward_gains(rewards.double())
     share = ((paid - gains) / (aggregated - gains)).where(turning & (aggregated != gains), 0.0)
     count = min(int((everything > 0).sum()), int((everything < 0).sum()))
+    if not count:  # of one sign, or none
+        return
     for sign in (1, -1):
         values = aggregated[turning & (sign * aggregated > 0)].abs().sort(descending=True).values
         side = sign * aggregated > 0
@@ -125,9 +128,20 @@ def test_balanced_replacements_are_equally_many_and_the_largest(seed, consistent
         made = share[side].sum().item()
         assert made == pytest.approx(count) if consistent else made <= count + 1e-9
         assert not len(kept) or kept.min() >= values[count - 1]
-        if count:  # only the smallest that are kept may be so in part
-            larger = turning & side & (aggregated != gains) & (aggregated.abs() > values[count - 1])
-            assert (share[larger] == 1).all()
+        # only the smallest that are kept may be so in part
+        larger = turning & side & (aggregated != gains) & (aggregated.abs() > values[count - 1])
+        assert (share[larger] == 1).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**20), consistent=st.booleans(), sign=st.sampled_from([-1, 1]))
+def test_replacements_of_one_sign_are_all_made(seed, consistent, sign):
+    rewards = random_rewards(seed)
+    aggregated = rewards[..., -1:] - rewards[..., :-1]
+    against = (turning_points(rewards, consistent=consistent) & (sign * aggregated <= 0)).any(-1)
+    rewards[against] = 0.0  # a trajectory that turns nowhere
+    plain = turning_point_rewards(rewards, consistent=consistent, balance=False)
+    assert torch.equal(turning_point_rewards(rewards, consistent=consistent), plain)
 
 
 @settings(deadline=None, max_examples=20)

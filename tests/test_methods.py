@@ -100,6 +100,16 @@ def test_one_iteration(tiny_policy: Policy, method: str, policy: str) -> None:
     assert any(not torch.equal(before[name], parameter) for name, parameter in learner.parameters.items())
 
 
+def test_closeness_is_added_in_full_at_first_and_hardly_at_the_end(tiny_policy: Policy) -> None:
+    options = {"run.iterations": 4, "sampler.shared_noise": True}
+    near = Trainer(configured("dense", **options, **{"credit.closeness": 2.0}), model=tiny_policy(), reward=REWARD)
+    plain = Trainer(configured("dense", **options), model=near.model, reward=REWARD)
+    rollout, rewards, values = experience(plain.config, near.model)
+    added = [near.credit(rollout, rewards, iteration).values - values for iteration in (0, 3)]
+    assert added[0].any() and not added[0].sum(1).abs().max() > 1e-4
+    torch.testing.assert_close(added[1], added[0] / 4)
+
+
 @pytest.mark.parametrize("trained", ["all_but_last", 1])
 def test_a_step_trained_alone_weighs_what_it_does_among_all(tiny_policy: Policy, trained: object) -> None:
     """Flash-GRPO trains one drawn step per iteration: its weight must not be 1 for being the only one."""

@@ -19,7 +19,7 @@ def test_numbers_by_hand() -> None:
     # Bad: c = (3, 4)/5 has .6 + .8 = 1.4 > 1; d = (1, -1) has (1 - 1)/sqrt(2) = 0; e = (-1, 0) has -1.
     noise = torch.tensor([[[1.0, 0], [0, 1], [3, 4], [1, -1], [-1, 0]]])
     advantages = torch.tensor([[0.5, 2.0, -1.0, -1.0, -1.0]])
-    found = negative_weights(noise, advantages, factor=0.25)
+    found = negative_weights(noise, advantages, factor=0.25, threshold=1.0)
     torch.testing.assert_close(found, torch.tensor([[1.0, 1, 0.25, 1, 1]]))
     # 1.4 > 1.5 * 1 does not hold; with a threshold below 0 / 1 any score above 0 counts
     assert torch.equal(negative_weights(noise, advantages, factor=0.0, threshold=1.5), torch.ones(1, 5))
@@ -27,7 +27,8 @@ def test_numbers_by_hand() -> None:
     # good branches that oppose each other: scores 1 - .8 each, so that .2 is enough
     opposed = torch.tensor([[[1.0, 0], [-0.8, 0.6], [0.3, 0.9539392]]])
     # the bad one has .3 + (-.24 + .5723635) = .632 > .2
-    assert negative_weights(opposed, torch.tensor([[1.0, 1, -1]]), factor=0.5).tolist() == [[1, 1, 0.5]]
+    found = negative_weights(opposed, torch.tensor([[1.0, 1, -1]]), factor=0.5, threshold=1.0)
+    assert found.tolist() == [[1, 1, 0.5]]
 
 
 def test_without_a_good_branch_nothing_is_held_back() -> None:
@@ -49,13 +50,16 @@ def test_order_and_length_do_not_matter(seed: int, scale: float, order: list[int
     )
 
 
-def test_independent_noise_of_many_dimensions_holds_nothing_back() -> None:
-    # 4 x 12 branches in 16384 dimensions: a score is a sum of at most 11 cosines of standard deviation 1/128
+@pytest.mark.parametrize("dimensions", [2**8, 2**10, 2**14])
+def test_the_default_threshold_means_the_same_in_any_number_of_dimensions(dimensions: int) -> None:
+    # scores of bad branches are sums of about 6 cosines of standard deviation 1/sqrt(D), those of good ones at least
+    # about 1: some third of the bad ones lies above 1/sqrt(D), and none above 1
     generator = torch.Generator().manual_seed(0)
-    noise, advantages = torch.randn(4, 12, 2**14, generator=generator), torch.randn(4, 12, generator=generator)
-    assert (negative_weights(noise, advantages, factor=0.0) == 1).all()
-    held = negative_weights(noise, advantages, factor=0.0, threshold=0.01) == 0
-    assert 0 < held.sum() < (advantages < 0).sum()
+    noise, advantages = torch.randn(32, 12, dimensions, generator=generator), torch.randn(32, 12, generator=generator)
+    held = negative_weights(noise, advantages, factor=0.0) == 0
+    assert 0.2 < held.sum() / (advantages < 0).sum() < 0.5
+    assert torch.equal(held, negative_weights(noise, advantages, factor=0.0, threshold=dimensions**-0.5) == 0)
+    assert (negative_weights(noise, advantages, factor=0.0, threshold=1.0) == 1).all()
 
 
 def test_noise_is_recovered_from_where_branches_lead() -> None:

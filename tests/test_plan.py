@@ -53,12 +53,25 @@ def test_n_step_between_its_extremes() -> None:
     assert n_step(6, 6).paths == n_step(6, 99).paths == exact(6).paths
 
 
-def test_strides_start_at_every_state() -> None:
-    # G2RPO's sigmas[k+1:][::2] of a branch that reached state j = k + 1: of j = 1 the points 1 3 5, and 5 to the end
-    assert strided(6, 2).paths == ((2, 4), (3, 5), (4,), (5,), (), ())
+def test_strides_start_at_the_state_after_the_branchs() -> None:
+    # G2RPO's grid after step k = 0 of 6: the points 0 1, then 2 4 6; of k = 1: 0 1 2, then 3 5. A branch that reached
+    # k + 1 evaluates there and at all later points but the last, whose place the image takes
+    assert strided(6, 2).paths == ((1, 3), (2, 4), (3,), (4,), (), ())
+    # 16 steps, branches of step 7 that have reached state 8: 9 11 13 after its own evaluation, of three apart 9 12
+    assert strided(16, 2).paths[8] == (9, 11, 13) and strided(16, 3).paths[8] == (9, 12)
     assert strided(6, 1).paths == exact(6).paths and strided(6, 6).paths == one_step(6).paths
     with pytest.raises(ValueError, match="stride of at least 1, got 0"):
         strided(6, 0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(num_steps=st.integers(1, 30), stride=st.integers(1, 32))
+def test_strided_paths_are_the_sources_grid(num_steps: int, stride: int) -> None:
+    grid = list(range(num_steps + 1))
+    for state, path in enumerate(strided(num_steps, stride).paths):
+        step = state - 1  # that led to the state; the first one's is made up
+        points = grid[: step + 2] + grid[step + 2 :: stride]
+        assert [state, *path] == points[step + 1 : -1]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,11 @@ OPTIONS = {
 }
 """Old dotted key of an option -> its key now."""
 
-ADDED = {"objective.guidance_gradient": "conditional", "objective.step_sampling": "uniform"}
+ADDED = {
+    "credit.closeness": 0.0,
+    "objective.guidance_gradient": "conditional",
+    "objective.step_sampling": "uniform",
+}
 """Dotted key of an option that older complete settings lack -> the value that they mean."""
 
 _PHASES = ("time", "nfe", "nfe_guided", "nfe_unguided", "flops")
@@ -63,6 +67,10 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         section, name = key.split(".")
         if isinstance(complete.get(section), Mapping):
             complete[section] = {name: meaning, **complete[section]}
+    objective = complete.get("objective")
+    if isinstance(objective, Mapping) and objective.get("negative_factor") == 1:
+        # of no effect where no branch is held back, and once a number in every preset
+        complete["objective"] = {**objective, "negative_threshold": None}
     return complete
 
 

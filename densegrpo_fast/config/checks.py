@@ -294,6 +294,7 @@ def _branches(config: Config) -> str | None:
         return f"sampler.branches: expected a divisor of sampler.group_size {config.sampler.group_size}, got {branches}"
     for group, name, plain, expected in (
         (config.sampler, "sampler.shared_noise", False, "false"),
+        (config.credit, "credit.closeness", 0, "0"),
         (config.window, "window.remainder", "euler", "euler"),
         (config.window, "window.remainder_share", 1, "1"),
         (config.lookahead, "lookahead.cache", None, "null"),

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints, model_validator
 from pydantic.fields import FieldInfo
 
+from densegrpo_fast.common.aliases import complete_settings
 from densegrpo_fast.common.fingerprint import fingerprint
 from densegrpo_fast.config import checks
 from densegrpo_fast.config.sections import (
@@ -81,8 +82,8 @@ class Config(Section):
     @property
     def credit_scope(self) -> registry.Scope:
         """Whether a step's advantages need the rewards of its two states alone ("local") or of others too ("whole")."""
-        if self.credit.smoothing:
-            return "whole"  # smoothed rewards are each made of all along a trajectory
+        if self.credit.smoothing or self.credit.closeness:
+            return "whole"  # smoothed rewards are made of all along a trajectory, and the best one is told by its end
         return registry.find(self.credit.method).scope(self.credit.method_options())
 
     def schedule(self) -> Windows:
@@ -178,7 +179,8 @@ class Config(Section):
 
         Left out is what changes neither the weights nor the meaning of a logged number: the preset's name,
         where and how long the run goes on, how often it evaluates, samples and saves, which file the noise
-        levels came from, where rewards are computed, and what only saves memory or time.
+        levels came from, where rewards are computed, and what only saves memory or time. The length of the run stays
+        in where `credit.closeness` fades by it.
         """
         settings = self.model_dump(mode="json", exclude={"preset", "run"})
         settings["reward"]["options"] = score_affecting(self.reward.options)
@@ -188,7 +190,9 @@ class Config(Section):
         del settings["evaluation"]["every"], settings["sampler"]["calibration"]
         del settings["model"]["gradient_checkpointing"], settings["model"]["prompt_cache"]
         del settings["optimizer"]["update"]
-        return settings
+        if self.credit.closeness:
+            settings["run"] = {"iterations": self.run.iterations}
+        return complete_settings(settings)
 
     def fingerprint(self) -> str:
         """SHA-256 over `resume_settings()`, 64 hexadecimal digits: equal when a run may be continued."""

@@ -309,6 +309,12 @@ class CreditOptions(Section):
         description="of methods with a lookahead: variance of a completion's reward around its state's true value, in "
         "units of a step's true gain's, by which rewards along a trajectory are smoothed; 0 = not",
     )
+    closeness: float = Field(
+        ge=0,
+        le=100,
+        description="of trajectories: weight, falling to 0 over the run, by which a step is rewarded for leading near "
+        "the state of its group's best sample (an experiment after POSG); 0 = off",
+    )
     clip: float = Field(gt=0, description="largest absolute advantage")
     discount: float = Field(
         ge=0, le=1, description="of return_to_go, vgpo and mixture's return_to_go: what a step further ahead counts"
@@ -391,10 +397,9 @@ class ObjectiveOptions(Section):
         description="with sampler.branches: multiplies the negative advantages of branches whose noise points where "
         "that of good branches of the same state does (an experiment after NTHR); 1 = off",
     )
-    negative_threshold: float = Field(
-        ge=0,
-        description="how much it does, as a share of what the least good branch has; 1 as in NTHR, which with D latent "
-        "values holds next to nothing back, some 1/sqrt(D) does",
+    negative_threshold: Annotated[float, Field(ge=0)] | None = Field(
+        description="how much it does, as a share of what the least good branch has; null = 1/sqrt(D) with D latent "
+        "values, the size of independent noises' cosines. NTHR's 1 holds next to nothing back",
     )
     trained_steps: Literal["all_but_last"] | list[StepIndex] | PositiveInt = Field(
         description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration; with windows "

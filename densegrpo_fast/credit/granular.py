@@ -7,6 +7,9 @@ granularity's rewards are normalised over the branches, and the advantage is the
 
     A_c = clamp(sum_g (R_gc - mean_c R_gc) / (std_c R_gc + 1e-8), -5, 5)
 
+with the unbiased std (ddof = 1). A completion evaluates the state that the branch leads to, the next one, and from
+there every g-th (`sampling.plan.strided`).
+
 A branch that is good by one completion and bad by another is thus held back. The source starts all samples of a prompt
 from one noise, sampler.branches = sampler.group_size here; with fewer branches the statistics are over those that
 share a state. Where fewer steps are left than the granularity, completions of several granularities are the same and
@@ -63,7 +66,7 @@ def granular_advantages(
         raise ValueError(f"granular_advantages: clip must be above 0 or None, got {clip}")
     complete = rewards.where(rewards.isfinite().all(-1, keepdim=True), math.nan)
     parts = [
-        normalize_groups(one, std=std, spread_floor=spread_floor, clip=None, epsilon=epsilon)
+        normalize_groups(one, std=std, spread_floor=spread_floor, clip=None, epsilon=epsilon, correction=1)
         for one in complete.unbind(-1)
     ]
     total = torch.stack([part.values for part in parts]).sum(0)

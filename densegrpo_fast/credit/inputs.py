@@ -31,6 +31,7 @@ class CreditInputs:
             branches of each trajectory's state (N*C = G), L ways to complete them, the finest last. Then `rewards` are
             the finest ones' means over the K steps, and latents and velocities are the trajectories'. NaN = missing;
             None without branches.
+        progress: share of the run's iterations that are done, in [0, 1).
     """
 
     rewards: Tensor
@@ -40,6 +41,7 @@ class CreditInputs:
     sigmas: Tensor
     lookahead_rewards: Tensor | None = None
     branch_rewards: Tensor | None = None
+    progress: float = 0.0
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -53,6 +55,6 @@ class CreditInputs:
 
     @cached_property
     def similarity(self) -> Tensor:
-        """[P, G, T] cosine of each step's predicted clean latents with the final ones, where the rewards are."""
+        """[P, G, T+1] cosine of each state's predicted clean latents with the final ones, where the rewards are."""
         similarity = latent_similarity(self.latents, self.velocities, self.sigmas)
         return similarity.view(*self.rewards.shape, -1).to(self.rewards.device)

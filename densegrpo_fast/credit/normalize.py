@@ -43,10 +43,11 @@ def normalize_groups(
     spread_floor: float = 0.0,
     clip: float | None = 5.0,
     epsilon: float = 1e-4,
+    correction: Literal[0, 1] = 0,
 ) -> Advantages:
     """Centre each group on its mean and divide by a standard deviation.
 
-    All statistics are population statistics (ddof = 0) in float64, as numpy's in Flow-GRPO.
+    All statistics are in float64.
 
     Args:
         values: [P, G, T] float; NaN and infinities are missing.
@@ -59,6 +60,9 @@ def normalize_groups(
             Groups whose values are all equal are flat at any floor.
         clip: bound on the magnitude of an advantage; None = none.
         epsilon: added to the std, in units of the values; 1e-4 in Flow-GRPO.
+        correction: of the degrees of freedom: 0 = numpy's std, Flow-GRPO's; 1 = torch's, unbiased in the square, that
+            of Granular-GRPO and DanceGRPO, whose advantages of G samples are smaller by sqrt((G-1)/G). The std of a
+            single value is 0.
 
     Raises:
         TypeError: values is not floating point.
@@ -82,10 +86,10 @@ def normalize_groups(
     present = values.isfinite()
     exact = values.double().where(present, 0.0)
     over = (1,) if normalize == "step" else (1, 2)
-    mean, spread = _mean_and_std(exact, present, over)
+    mean, spread = _mean_and_std(exact, present, over, correction)
     flat = (spread < spread_floor) | _all_equal(exact, present, over)
     if std == "global":
-        _, spread = _mean_and_std(exact, present, (0, *over))
+        _, spread = _mean_and_std(exact, present, (0, *over), correction)
     # a flat group's own std may be 0 together with epsilon; its advantages are 0 whatever the divisor
     scale = (spread + epsilon).masked_fill(flat, 1.0)
     advantages = ((exact - mean) / scale).where(present & ~flat, 0.0)
@@ -100,12 +104,12 @@ def normalize_groups(
     )
 
 
-def _mean_and_std(values: Tensor, present: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _mean_and_std(values: Tensor, present: Tensor, over: tuple[int, ...], correction: int) -> tuple[Tensor, Tensor]:
     count = present.sum(over, keepdim=True).clamp(min=1)
     mean = values.sum(over, keepdim=True) / count
     # centred first: the short formula E[v^2] - mean^2 loses a small spread on top of a large mean
     centred = (values - mean).where(present, 0.0)
-    return mean, (centred.square().sum(over, keepdim=True) / count).sqrt()
+    return mean, (centred.square().sum(over, keepdim=True) / (count - correction).clamp(min=1)).sqrt()
 
 
 def _all_equal(values: Tensor, present: Tensor, over: tuple[int, ...]) -> Tensor:

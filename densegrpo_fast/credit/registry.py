@@ -56,6 +56,7 @@ INPUTS = (
     "steps",
     "num_steps",
     "similarity",
+    "progress",
 )
 """What a method may need: the attributes of `CreditInputs`."""
 

@@ -8,10 +8,12 @@ before it and only needs the trend's sign. Its reward is then L[T] - L[j] in pla
 The consistency constraint also asks that the rest of the trajectory, L[T] - L[j+1], has the gain's sign: replacing
 then keeps the sign and enlarges the magnitude. It leaves the last step, which has no rest, as it is.
 
-Two places where the released code differs from the paper and this file follows the paper: its reward of the
-initial noise comes from another noise sample than the trajectory's, and its balancing ranks by |trend| where the
-paper ranks by the magnitude of the replacement. Of the published tables, only the numbers with and without
-constraint on the task metrics are complete; quality metrics with the constraint are not verified.
+Places where the released code differs from the paper and this file follows the paper: its reward of the
+initial noise comes from another noise sample than the trajectory's, and its balancing ranks and counts by the trend
+where the paper does by the replacement. The released code balances each micro-batch of its sampling by itself, this
+file all samples of the iteration together, so that advantages do not depend on how many rows fit into memory. Of the
+published tables, only the numbers with and without constraint on the task metrics are complete; quality metrics with
+the constraint are not verified.
 """
 
 from __future__ import annotations
@@ -57,9 +59,10 @@ def turning_point_rewards(lookahead_rewards: Tensor, *, consistent: bool = True,
     Args:
         lookahead_rewards: [P, G, T+1] float; see `turning_points`.
         consistent: apply the consistency constraint.
-        balance: keep equally many replacements above and below 0 in the batch, the largest magnitudes first. Equal
-            magnitudes of which only some can be kept are all made in part, by the same share (ours: the source does
-            not say, and equal samples must not differ). A replacement of 0 is on neither side and is not made.
+        balance: keep equally many replacements above and below 0 in the batch, the largest magnitudes first; if all
+            are on one side, keep them all, as the released code does. Equal magnitudes of which only some can be kept
+            are all made in part, by the same share (ours: the source does not say, and equal samples must not differ).
+            A replacement of 0 is on neither side and is not made.
 
     Returns:
         [P, G, T] float64; NaN where the step's own gain is missing.
@@ -111,9 +114,10 @@ def turning_point_advantages(
 
 
 def _balanced(turning: Tensor, aggregated: Tensor) -> Tensor:
-    """By which share each replacement is made, in [0, 1]; the shares of both signs have the same sum."""
+    """By which share each replacement is made, in [0, 1]; if there are both signs, their shares sum to the same."""
     sides = (turning & (aggregated > 0), turning & (aggregated < 0))
-    count = torch.minimum(sides[0].sum(), sides[1].sum())
+    sizes = torch.stack([side.sum() for side in sides])
+    count = sizes.min().where(sizes.min() > 0, sizes.max())
     share = torch.zeros_like(aggregated)
     for side in sides:
         magnitude = aggregated.abs().where(side, -math.inf).contiguous()

@@ -4,7 +4,10 @@ Source: GRPO-Guard (arXiv 2510.22319), formulas from notes on it and from the lo
 the old mean minus the new one, s = C the injected standard deviation and z the noise of the step,
 log ratio = -dmu^2 / (2 s^2) - dmu*z / s: its mean lies below 0 and both terms grow as s falls, so a fixed clip range
 never stops steps with positive advantage and always stops late ones. Ratio normalisation adds the first term back and
-multiplies by s, which leaves -dmu*z; all terms are means over the latent's elements, like log_prob.
+multiplies by s, which leaves -dmu*z; all terms are means over the latent's elements, like log_prob. Each sample's ratio
+gets its own first term, as in verl-omni. The script in flow_grpo takes that mean over the batch as well (its `dim` is
+empty, which reduces all dimensions), so that every sample gets the batch's mean: the same as long as all drifted
+alike.
 
 Published: clip_range 2e-6 (4e-6 PickScore), learning rate 1e-4 on SD3.5-M, no KL.
 """

@@ -12,7 +12,7 @@ velocity an update on branch j moves the log-probability of branch i by a multip
     held back: advantage below 0 and score_j > threshold * min over branches i with advantage above 0 of score_i
 
 A good branch's own score contains its cosine with itself, 1. Independent noise in D dimensions has cosines of about
-1/sqrt(D), so that with many dimensions a threshold of 1 holds nothing back; one of some 1/sqrt(D) does.
+1/sqrt(D), so that with many dimensions a threshold of 1 holds nothing back; 1/sqrt(D), the default, does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def branch_noise(latents: Tensor, velocity: Tensor, arrivals: Tensor, row: Tenso
     return arrivals.float().unflatten(0, (len(latents), -1)).sub(mean.unsqueeze(1)).flatten(2)
 
 
-def negative_weights(noise: Tensor, advantages: Tensor, *, factor: float, threshold: float = 1.0) -> Tensor:
+def negative_weights(noise: Tensor, advantages: Tensor, *, factor: float, threshold: float | None = None) -> Tensor:
     """What the advantages of the branches are multiplied by; see the top of this file.
 
     Args:
@@ -50,6 +50,7 @@ def negative_weights(noise: Tensor, advantages: Tensor, *, factor: float, thresh
         advantages: [m, K] float.
         factor: for the branches that are held back, in [0, 1]; 1 = nothing changes.
         threshold: score from which a branch is held back, as a share of the least score of a good one; at least 0.
+            None = 1/sqrt(D).
 
     Returns:
         [m, K] in the dtype of `advantages`: `factor` or 1. States without a good branch hold nothing back.
@@ -64,6 +65,8 @@ def negative_weights(noise: Tensor, advantages: Tensor, *, factor: float, thresh
         )
     if not 0 <= factor <= 1:
         raise ValueError(f"negative_weights: factor must be in [0, 1], got {factor}")
+    if threshold is None:
+        threshold = noise.shape[-1] ** -0.5
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"negative_weights: threshold must be finite and at least 0, got {threshold}")
     unit = functional.normalize(noise, dim=-1)

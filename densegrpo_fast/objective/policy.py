@@ -46,7 +46,7 @@ class ObjectiveSettings:
     kl_coef: float
     kl_scale: KlScale
     negative_factor: float = 1.0
-    negative_threshold: float = 1.0
+    negative_threshold: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -97,16 +97,19 @@ def n_step(num_steps: int, n: int) -> Plan:
 
 
 def strided(num_steps: int, stride: int) -> Plan:
-    """Every state goes on in steps of `stride` grid points; the last one, to sigma 0, may be shorter.
+    """Every state takes one step of the grid, then steps of `stride` grid points while these fit, and jumps to sigma 0.
 
-    The completions of Granular-GRPO (arXiv 2510.01982); stride 1 is `exact`.
+    The completions of Granular-GRPO (arXiv 2510.01982), whose grid after step k is sigmas[:k+2] and sigmas[k+2::stride]
+    and whose image is the clean prediction at the last point but one. So the last jump may be up to stride - 1 grid
+    points longer: of 16 steps, state 8 by stride 2 evaluates 9, 11, 13. Stride 1 is `exact`.
 
     Raises:
         ValueError: stride is below 1.
     """
     if stride < 1:
         raise ValueError(f"strided needs a stride of at least 1, got {stride}")
-    return Plan(f"strided{{{stride}}}", tuple(tuple(range(j + stride, num_steps, stride)) for j in range(num_steps)))
+    paths = tuple(tuple(range(j + 1, num_steps + 1 - stride, stride)) for j in range(num_steps))
+    return Plan(f"strided{{{stride}}}", paths)
 
 
 def own_paths(num_steps: int, paths: Sequence[Sequence[int]]) -> Plan:

@@ -66,7 +66,7 @@ class Replayed:
         rewards = trainer.score(rollout, completions, batch)
         if trainer.monitor.due(iteration):
             trainer.observe(rollout, rewards, batch, iteration)
-        advantages = trainer.credit(rollout, rewards)
+        advantages = trainer.credit(rollout, rewards, iteration)
         update = trainer.update(rollout, advantages, steps)
         return Experience(rollout, rewards, advantages, update)
 
@@ -129,7 +129,7 @@ class Streamed:
                 assert rewards.lookahead_rewards is not None
                 known = ~rewards.lookahead_rewards.isnan()
                 by_state[known] = rewards.lookahead_rewards[known]
-                advantages = trainer.credit(here, RewardBatch(final, by_state, None, rewards.scores))
+                advantages = trainer.credit(here, RewardBatch(final, by_state, None, rewards.scores), iteration)
                 # a step without noise shares a completion with the next state
                 for step in [step for step in graphs if shared_with[step + 1] <= state]:
                     with trainer.phase("update"):

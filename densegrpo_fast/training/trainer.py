@@ -26,6 +26,7 @@ from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit import registry
+from densegrpo_fast.credit.closeness import with_closeness
 from densegrpo_fast.credit.inputs import CreditInputs
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.credit.smoothing import smooth_rewards
@@ -238,8 +239,8 @@ class Trainer:
         with self.phase("monitor"):
             self._observations |= self.monitor.check(rollout, rewards, batch, iteration)
 
-    def credit(self, rollout: Rollout, rewards: RewardBatch) -> Advantages:
-        """Advantages [P, G, T] by the configured credit method."""
+    def credit(self, rollout: Rollout, rewards: RewardBatch, iteration: int = 0) -> Advantages:
+        """Advantages [P, G, T] by the configured credit method, and what `credit.closeness` adds in this iteration."""
         credit, coefficients = self.config.credit, rollout.coefficients
         final, by_state = rewards.rewards, rewards.lookahead_rewards
         if rewards.branch_rewards is not None:
@@ -258,8 +259,12 @@ class Trainer:
             sigmas=coefficients.sigmas,
             lookahead_rewards=by_state,
             branch_rewards=rewards.branch_rewards,
+            progress=iteration / self.config.run.iterations,
         )
-        return registry.advantages(credit.method, inputs, credit.method_options())
+        advantages = registry.advantages(credit.method, inputs, credit.method_options())
+        if credit.closeness:
+            advantages = with_closeness(advantages, inputs, weight=credit.closeness, clip=credit.clip)
+        return advantages
 
     def update(self, rollout: Rollout, advantages: Advantages, steps: IterationSteps) -> dict[str, float]:
         """Train the adapter on the trained steps of all samples; metrics of the update."""
