@@ -8,10 +8,10 @@
 Ten steps, guidance 4.5, nine trained steps, one update per sample, with a KL term (the headline) and without:
 
     sparse              one reward per image; every exact optimisation that dense has, one decode
-    dense_fast          a reward per branch: a prompt's samples leave one noise-free trunk at every trained step, and
-                        are completed by the plan, guidance, decoder and copy that are asked for; without options it is
-                        the preset embedded_paper_fast
-    dense_trajectories  a reward per state of whole trajectories by the same lookahead
+    dense_fast          a relative of DenseGRPO, a reward per branch: a prompt's samples leave one noise-free trajectory
+                        at every trained step, and are completed by the plan, guidance, decoder and copy that are asked
+                        for; without options it is the preset embedded_paper_fast
+    dense_trajectories  DenseGRPO, a reward per state of independent trajectories, by the same lookahead
     dense_exact         the same by the exact plan, full guidance, full decoder in float32, the policy itself
     stock_sparse        Flow-GRPO          } `_stock.py` lists where they are slow
     stock_dense         n = t, serially    }

@@ -132,6 +132,13 @@ def _quoted() -> Iterator[tuple[str, str]]:
     ):
         yield "seconds", f"| {words} | {seconds['ratios'][key]:.2f} | {seconds['no_kl']['ratios'][key]:.2f} |"
 
+    for words, key in (
+        ("DenseGRPO: independent trajectories, exact completions", "dense_exact/sparse"),
+        ("DenseGRPO, completions over all steps but the last", "dense_trajectories/sparse"),
+        ("branches, likewise", "dense_fast/sparse"),
+    ):
+        yield "an iteration's price", f"| {words} | {seconds['ratios'][key]:.2f} |"
+
     for name, words in (("learning_branched", "6 steps as in training"), ("learning_branched_10steps", "10 steps")):
         document = read(name)
         before, after = (subject["reward"]["mean"] for subject in document["subjects"].values())
