@@ -29,7 +29,10 @@ from _pages import ROOT, pages, updated
 
 from densegrpo_fast.compat.hosts import HOSTS
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.credit import registry as credit
 from densegrpo_fast.flow import backends
+from densegrpo_fast.flow.dynamics import FAMILIES
+from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
 from densegrpo_fast.sampling import plan as plans
 
 Pages = Mapping[Path, str]
@@ -87,6 +90,15 @@ def hosts(found: Pages) -> Iterator[str]:
                 yield f"the page of {host} lacks {text!r}"
         if _measured_tables.dropin_result(host)["noisy"]:
             yield f"what was recorded for {host} is noisy"
+
+
+def methods(found: Pages) -> Iterator[str]:
+    """The page of methods has every method that the configuration can name."""
+    page = found[ROOT / "docs/methods.md"]
+    named = {*credit.names(), *POLICIES.names(), *STEP_WEIGHTS.names(), *FAMILIES} - {"none", "ode"}
+    for name in sorted(named):
+        if f"`{name}`" not in page:
+            yield f"docs/methods.md does not have the method {name}"
 
 
 def sentences(found: Pages) -> Iterator[str]:
@@ -317,6 +329,7 @@ CHECKS: tuple[Callable[[Pages], Iterator[str]], ...] = (
     tables,
     references,
     hosts,
+    methods,
     sentences,
     steps_as_recorded,
     studies,
