@@ -40,7 +40,7 @@ def agreement(stem: str) -> str:
     shown = {
         name: cell for name, cell in named.items() if name == "plan" or len({cell(record) for record in records}) > 1
     }
-    header = [*shown, "iteration, dense / sparse, operations", "rewards", "gains", "worst step"]
+    header = [*shown, "iteration / sparse, operations", "rewards", "gains", "worst step"]
     lines = []
     for record in records:
         cells = [cell(record) for cell in shown.values()]
@@ -61,7 +61,7 @@ def search(stem: str) -> str:
     document = read(stem)
     found = document["search"]
     candidates = sorted(found["candidates"].items(), key=lambda item: item[1]["iteration_flops_ratio"])
-    header = ["candidate", "iteration, dense / sparse, operations", "rewards", "gains", "worst step"]
+    header = ["candidate", "iteration / sparse, operations", "rewards", "gains", "worst step"]
     front, best = [], -1.0
     for name, record in candidates:
         # the Pareto front by the gains
@@ -80,7 +80,7 @@ def search(stem: str) -> str:
 def head_data(stem: str) -> str:
     """What more data makes of a completion head."""
     document = read(stem)
-    header = ["plan", "head of", "iteration, dense / sparse, operations", "rewards", "gains", "worst step"]
+    header = ["plan", "head of", "iteration / sparse, operations", "rewards", "gains", "worst step"]
     lines, told = [], set()
     for record in document["data"]:
         names = ["with"] if record["plan"] in told else ["without", "with"]

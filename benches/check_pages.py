@@ -30,7 +30,10 @@ from _pages import ROOT, pages, updated
 from densegrpo_fast.common.aliases import complete_settings
 from densegrpo_fast.compat.hosts import HOSTS
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.credit import registry as credit
 from densegrpo_fast.flow import backends
+from densegrpo_fast.flow.dynamics import FAMILIES
+from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
 from densegrpo_fast.sampling import plan as plans
 
 Pages = Mapping[Path, str]
@@ -90,6 +93,15 @@ def hosts(found: Pages) -> Iterator[str]:
             yield f"what was recorded for {host} is noisy"
 
 
+def methods(found: Pages) -> Iterator[str]:
+    """The page of methods has every method that the configuration can name."""
+    page = found[ROOT / "docs/methods.md"]
+    named = {*credit.names(), *POLICIES.names(), *STEP_WEIGHTS.names(), *FAMILIES} - {"none", "ode"}
+    for name in sorted(named):
+        if f"`{name}`" not in page:
+            yield f"docs/methods.md does not have the method {name}"
+
+
 def sentences(found: Pages) -> Iterator[str]:
     """What the pages say in words is what was recorded."""
     everything = _plain(" ".join(found.values()))
@@ -132,6 +144,13 @@ def _quoted() -> Iterator[tuple[str, str]]:
         ("dense exact / stock dense", "dense_exact/stock_dense"),
     ):
         yield "seconds", f"| {words} | {seconds['ratios'][key]:.2f} | {seconds['no_kl']['ratios'][key]:.2f} |"
+
+    for words, key in (
+        ("DenseGRPO: independent trajectories, exact completions", "dense_exact/sparse"),
+        ("DenseGRPO, completions over all steps but the last", "dense_trajectories/sparse"),
+        ("branches, likewise", "dense_fast/sparse"),
+    ):
+        yield "an iteration's price", f"| {words} | {seconds['ratios'][key]:.2f} |"
 
     for name, words in (("learning_branched", "6 steps as in training"), ("learning_branched_10steps", "10 steps")):
         document = read(name)
@@ -312,6 +331,7 @@ CHECKS: tuple[Callable[[Pages], Iterator[str]], ...] = (
     tables,
     references,
     hosts,
+    methods,
     sentences,
     steps_as_recorded,
     studies,

@@ -1,4 +1,4 @@
-"""Dense-reward GRPO for flow-matching image models, made nearly as cheap as the sparse kind.
+"""GRPO for flow-matching image models with a reward for every denoising step: DenseGRPO and its relatives.
 
 Shapes are written with these letters, in docstrings and as suffixes of names:
 

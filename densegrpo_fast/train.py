@@ -1,6 +1,7 @@
-"""Align a flow-matching image model with dense rewards: `python -m densegrpo_fast.train`.
+"""Align a flow-matching image model with a reward for every denoising step: `python -m densegrpo_fast.train`.
 
-    python -m densegrpo_fast.train                                    the embedded model, minutes on a laptop CPU
+    python -m densegrpo_fast.train                                    the embedded model, branches; minutes on a CPU
+    python -m densegrpo_fast.train --config embedded_paper            DenseGRPO under its own settings
     python -m densegrpo_fast.train --config embedded_sparse           Flow-GRPO's sparse reward instead
     python -m densegrpo_fast.train --run.iterations 200 --resume      go on with a run
     python -m densegrpo_fast.train --config sd35_medium_pickscore --dry-run

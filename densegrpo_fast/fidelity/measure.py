@@ -41,7 +41,7 @@ def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> Iterat
 
 
 def flops_ratio(variant: Variant, target: FidelityTarget, group_size: int) -> float | None:
-    """Operations of the dense iteration over those of the sparse one; None where they are not known."""
+    """Operations of the iteration over those of the sparse one; None where they are not known."""
     if target.flops is None:
         return None
     sparse = sparse_iteration(

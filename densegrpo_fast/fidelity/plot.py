@@ -95,7 +95,7 @@ def save_plot(
         if not known:
             axis.set_xscale("symlog", linthresh=5)
         title = f"{title}\nmean in-group Spearman correlation"
-        axis.set(xlabel="dense iteration / sparse, operations" if known else "lookahead forwards per trajectory")
+        axis.set(xlabel="iteration / sparse, operations" if known else "lookahead forwards per trajectory")
         axis.set_title(title, fontsize=10)
         axis.margins(x=0.08, y=0.08)
         axis.grid(alpha=0.25)

@@ -31,7 +31,7 @@ ENOUGH = 0.8
 LEGEND = """\
 guided, unguided   evaluations of the lookahead per sample, a trajectory or its branches; a guided one is two forwards
 cost               forwards of the lookahead / those of the exact plan
-iteration          operations of the dense training iteration / those of the sparse one, from the model's configuration
+iteration          operations of the training iteration / those of the sparse one, from the model's configuration
 rewards, gains     mean in-group Spearman correlation with the exact plan, full guidance, full decoder, over the states
                    0..T-2 that have a completion of their own, or that branches lead to: their rewards rank branches
                    of one state as their gains do

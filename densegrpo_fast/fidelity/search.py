@@ -72,7 +72,7 @@ class Candidate:
     Attributes:
         variant: the plan, and how it completes and decodes.
         forwards: network forwards of its lookahead per trajectory.
-        iteration: operations of the dense iteration over those of the sparse one; None where they are not known.
+        iteration: operations of the iteration over those of the sparse one; None where they are not known.
         agreement: on the groups that were searched.
     """
 

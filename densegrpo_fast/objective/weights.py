@@ -32,7 +32,7 @@ def noise_aware(coefficients: StepCoefficients) -> Tensor:
 def flash(coefficients: StepCoefficients) -> Tensor:
     """1 / gain, which leaves a gradient as z; 0 for a noise-free step.
 
-    Temporal gradient rectification of Flash-GRPO (arXiv 2605.15980), as two reimplementations have it.
+    Temporal gradient rectification of Flash-GRPO (arXiv 2605.15980), as in the authors' script.
     """
     table = coefficients.table
     gain = 2 * table[:, LOG_PROB_SCALE] * table[:, B].abs() * table[:, C]

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from densegrpo_fast.models.base import Decoder, GuidanceGradient, Head
 from densegrpo_fast.sampling.dedup import CompletionDedup
@@ -324,7 +324,7 @@ def _share(evaluations: Evaluations, samples: int) -> Evaluations:
     return Evaluations(evaluations.guided / samples, evaluations.unguided / samples)
 
 
-def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> dict[str, Evaluations]:
+def _policy_path(num_steps: int, trained_steps: int, guided: bool, kl: bool) -> dict[str, Any]:
     if not 0 <= trained_steps <= num_steps:
         raise ValueError(f"trained_steps must lie in 0..{num_steps} for {num_steps} steps, got {trained_steps}")
     return {
