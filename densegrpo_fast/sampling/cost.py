@@ -303,7 +303,7 @@ def branched_iteration(
         raise ValueError(f"expected a step with noise and at least one branch, got {len(steps)} and {branches}")
     inner = [step + 1 for step in steps if step + 1 < num_steps]
     own = _policy_path(num_steps, trained_steps, guided, kl)
-    shared = {key: _share(own[key], branches) for key in ("policy", "reference")}
+    shared: dict[str, Any] = {key: _share(own[key], branches) for key in ("policy", "reference")}
     first = Evaluations.of(len(inner), guided)
     ways = (plan, *others)
     completed = sum(len(way.paths[state]) for way in ways for state in inner)
