@@ -16,7 +16,7 @@ from _comparison import Run, compare, pairs, seconds_of
 from _operations import operations
 from _record import NOISY_SPREAD, hardware, load_average, provenance, spread, write_json
 
-from densegrpo_fast.common.aliases import complete_settings
+from densegrpo_fast.common.aliases import comparable_settings
 from densegrpo_fast.common.errors import OutputError, UsageError
 
 CPU_BUDGET = 600.0
@@ -43,7 +43,7 @@ class StudyDocument:
 
     def __init__(self, path: Path, settings: dict[str, Any], against: str | None = None):
         self.path, self.against = path, against
-        self.settings = {name: complete_settings(own) for name, own in settings.items()}
+        self.settings = {name: comparable_settings(own) for name, own in settings.items()}
         self._started = load_average()
         known = self.read()["settings"]
         if against is not None and against not in known:
@@ -63,7 +63,7 @@ class StudyDocument:
             list(document["runs"])
         except (OSError, ValueError, KeyError, TypeError):
             raise OutputError(f"{self.path} is no readable study; move it away or give another --output") from None
-        known = {name: complete_settings(own) for name, own in known.items()}
+        known = {name: comparable_settings(own) for name, own in known.items()}
         both = known.keys() & self.settings.keys()
         others = [f"{name}.{key}" for name in both for key in differing(known[name], self.settings[name])]
         fixed = {key: value for key, value in hardware().items() if key != "load_average"}

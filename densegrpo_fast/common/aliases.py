@@ -67,10 +67,19 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         section, name = key.split(".")
         if isinstance(complete.get(section), Mapping):
             complete[section] = {name: meaning, **complete[section]}
-    objective = complete.get("objective")
-    if isinstance(objective, Mapping) and objective.get("negative_factor") == 1:
-        # of no effect where no branch is held back, and once a number in every preset
-        complete["objective"] = {**objective, "negative_threshold": None}
+    return complete
+
+
+def comparable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`complete_settings` with one value for each option that has no effect, so that equal runs have equal settings."""
+    complete = complete_settings(settings)
+    objective, sampler = complete.get("objective"), complete.get("sampler")
+    if isinstance(objective, Mapping) and isinstance(sampler, Mapping):
+        complete["objective"] = objective = dict(objective)
+        if sampler.get("guidance_scale") == 1:
+            objective["guidance_gradient"] = "conditional"
+        if objective.get("negative_factor") == 1:
+            objective["negative_threshold"] = None
     return complete
 
 

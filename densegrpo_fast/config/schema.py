@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints, model_validator
 from pydantic.fields import FieldInfo
 
-from densegrpo_fast.common.aliases import complete_settings
+from densegrpo_fast.common.aliases import comparable_settings
 from densegrpo_fast.common.fingerprint import fingerprint
 from densegrpo_fast.config import checks
 from densegrpo_fast.config.sections import (
@@ -184,15 +184,12 @@ class Config(Section):
         """
         settings = self.model_dump(mode="json", exclude={"preset", "run"})
         settings["reward"]["options"] = score_affecting(self.reward.options)
-        if self.sampler.guidance_scale == 1.0:
-            # no half to leave out: what a checkpoint without the option has, so that it may go on
-            settings["objective"]["guidance_gradient"] = "conditional"
         del settings["evaluation"]["every"], settings["sampler"]["calibration"]
         del settings["model"]["gradient_checkpointing"], settings["model"]["prompt_cache"]
         del settings["optimizer"]["update"]
         if self.credit.closeness:
             settings["run"] = {"iterations": self.run.iterations}
-        return complete_settings(settings)
+        return comparable_settings(settings)
 
     def fingerprint(self) -> str:
         """SHA-256 over `resume_settings()`, 64 hexadecimal digits: equal when a run may be continued."""

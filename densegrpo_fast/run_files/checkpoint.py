@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegrpo_fast.common.aliases import complete_settings
+from densegrpo_fast.common.aliases import comparable_settings, complete_settings
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
 from densegrpo_fast.common.files import output_errors, sync_directory, unused_name, write_durably
 from densegrpo_fast.common.fingerprint import canonical_json, differences, fingerprint
@@ -183,7 +183,7 @@ class CheckpointManager:
             raise OSError(f"what was read back differs from what was written ({error})") from error
 
     def _refuse_other_settings(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        stored = complete_settings(manifest["settings"])
+        stored = comparable_settings(manifest["settings"])
         if fingerprint(stored) != fingerprint(self.settings):
             differing = "\n  ".join(differences(stored, self.settings))
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  {differing}")
