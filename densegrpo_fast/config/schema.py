@@ -183,7 +183,7 @@ class Config(Section):
         settings = self.model_dump(mode="json", exclude={"preset", "run"})
         settings["reward"]["options"] = score_affecting(self.reward.options)
         if self.sampler.guidance_scale == 1.0:
-            # no half to leave out: what a checkpoint without the option has, so that it may go on
+            # both values do the same: the one that a checkpoint from before the option is read with
             settings["objective"]["guidance_gradient"] = "conditional"
         del settings["evaluation"]["every"], settings["sampler"]["calibration"]
         del settings["model"]["gradient_checkpointing"], settings["model"]["prompt_cache"]
