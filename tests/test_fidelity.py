@@ -188,8 +188,8 @@ def test_operations_come_before_forwards(target: FidelityTarget) -> None:
     ratios = [candidate.iteration for candidate in found]
     assert ratios == sorted(ratios)
     # one_step with previews: 5 states and the image, 6 decodes of 10, and the image's full one; 5 + 4 + 4 guided
-    # evaluations and 4 backwards
-    assert ratios[0] == pytest.approx((2 * 13 + 4 + 6 * 10 + 1000) / (2 * 13 + 4 + 1000))
+    # evaluations and 8 backwards
+    assert ratios[0] == pytest.approx((2 * 13 + 8 + 6 * 10 + 1000) / (2 * 13 + 8 + 1000))
 
 
 def test_branches_are_judged_among_those_of_their_state(target: FidelityTarget) -> None:

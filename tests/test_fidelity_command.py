@@ -73,20 +73,20 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert fidelity.main(["--cost", "--plans", "exact_but_last", "--guidance", "full", "--json", str(out)]) == 0
     for record in json.loads(out.read_text())["models"].values():
         unit, half = record["flops"], 2 if record["guided"] else 1
-        forward, reference = half * unit["forward"], half * unit["reference_forward"]
+        forward, reference, backward = (half * unit[part] for part in ("forward", "reference_forward", "backward"))
         # 10 steps of the rollout, and 9 that are trained and held to the reference
-        sparse = 19 * forward + 9 * (reference + unit["backward"]) + unit["full_decode"] + unit["reward"]
+        sparse = 19 * forward + 9 * (reference + backward) + unit["full_decode"] + unit["reward"]
         assert record["sparse_kl"] == pytest.approx(sparse)
         # an ODE trajectory of 9 steps, and their training, in eighths; 9 branches' first velocities; 7 + 6 + ... + 1
         # to complete
-        own = (2 * 9 / 8 + 9 + 28) * forward + 9 / 8 * (reference + unit["backward"])
+        own = (2 * 9 / 8 + 9 + 28) * forward + 9 / 8 * (reference + backward)
         row = record["plans"]["exact_but_last/full/preview, 8 branches"]
         assert row["ratio_kl"] == pytest.approx((own + 9 * (unit["preview_decode"] + unit["reward"])) / sparse)
         assert row["ratio_kl"] < record["plans"]["exact_but_last/full/preview"]["ratio_kl"]
         # with noise in the steps 0..2 alone: 3 trained, completions of 8 + 7 + 6 evaluations, 3 states and the image,
         # which is decoded and scored in full besides
-        sparse = 13 * forward + 3 * (reference + unit["backward"]) + unit["full_decode"] + unit["reward"]
-        own = 34 * forward + 3 * (reference + unit["backward"]) + 4 * unit["preview_decode"] + 5 * unit["reward"]
+        sparse = 13 * forward + 3 * (reference + backward) + unit["full_decode"] + unit["reward"]
+        own = 34 * forward + 3 * (reference + backward) + 4 * unit["preview_decode"] + 5 * unit["reward"]
         own += unit["full_decode"]
         row = record["plans"]["exact_but_last/full/preview, window 0..2"]
         assert row["ratio_kl"] == pytest.approx(own / sparse) and row["decodes"] == 5

@@ -37,10 +37,10 @@ def test_operations_by_phase() -> None:
         "rollout": 20.0,
         "lookahead": 11.0,
         "reward": 11 * (1e3 + 1e4),
-        "update": 18 * 1.0 + 9 * 100.0 + 18 * 10.0,
+        "update": 18 * 1.0 + 18 * 100.0 + 18 * 10.0,
     }
     again = gpu_rehearsal.operations(cost, unit, checkpointing=True)
-    assert again["update"] == 18 + 900 + 180 + 9
+    assert again["update"] == 18 + 1800 + 180 + 18
 
 
 def test_the_matmul_rate_is_a_rate() -> None:

@@ -187,6 +187,7 @@ def pipeline_target(
             "caches": list(dict.fromkeys(spec for _, spec in caches)),
             "graphs": config.lookahead.graphs,
             "branched": config.sampler.branches is not None,
+            "guidance_gradient": config.objective.guidance_gradient,
             "sampler": config.sampler.model_dump(
                 mode="json", exclude={"group_size", "micro_batch", "calibration", "branches"}
             ),
