@@ -32,8 +32,8 @@ it leads to and its completion, one image per step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 from densegrpo_fast.models.base import Decoder, Head
 from densegrpo_fast.sampling.dedup import CompletionDedup
@@ -304,6 +304,17 @@ def branched_iteration(
         rewards=images,
         corrections=sum(head.applies(state) for state in inner) if head is not None else 0,
     )
+
+
+def mean_cost(costs: Sequence[IterationCost]) -> IterationCost:
+    """The mean of several iterations' costs, at least one: of all draws of the trained steps, say."""
+
+    def mean(values: list[Any]) -> Any:
+        if isinstance(values[0], Evaluations):
+            return _share(sum(values, Evaluations()), len(values))
+        return sum(values) / len(values)
+
+    return IterationCost(**{part.name: mean([getattr(cost, part.name) for cost in costs]) for part in fields(costs[0])})
 
 
 def _share(evaluations: Evaluations, samples: int) -> Evaluations:
