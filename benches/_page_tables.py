@@ -131,6 +131,32 @@ def calibration(stem: str) -> str:
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 
 
+def noise_levels() -> str:
+    """What a noise level .7 and a step of .01 of it are on SD3's grid of ten steps."""
+    from densegrpo_fast.flow.dynamics import STD_DEV, C, coefficients
+    from densegrpo_fast.flow.schedule import sd3_sigmas
+
+    grid = sd3_sigmas(10, shift=3.0)
+    flow_sde, more, dance = (
+        coefficients(grid, level, family).table.tolist()
+        for level, family in ((0.7, "flow_sde"), (0.71, "flow_sde"), (0.7, "dance"))
+    )
+    lines = [
+        [
+            str(step),
+            f"{grid[step]:.4f}",
+            f"{a[STD_DEV]:.3f}",
+            f"{a[C]:.3f}",
+            f"{above[STD_DEV] - a[STD_DEV]:.3f}",
+            f"{literal[STD_DEV]:.3f}",
+            f"{literal[C]:.3f}",
+        ]
+        for step, (a, above, literal) in enumerate(zip(flow_sde, more, dance, strict=True))
+    ]
+    header = ["step", "t", "flow_sde .7: sigma_t", "std", "sigma_t of .01 more", "dance .7: sigma_t", "std"]
+    return table(header, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "study": _measured_tables.study,
     "steps": _measured_tables.steps,
@@ -145,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "head_data": partial(head_data, "head_study"),
     "head_run": partial(head_run, "head_study"),
     "chunks": partial(chunks, "chunk_gains"),
+    "noise_levels": noise_levels,
     **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched")},
 }
 """What a page may name."""

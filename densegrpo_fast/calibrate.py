@@ -8,10 +8,11 @@ Trajectories are drawn from the starting policy, every step's reward gains are c
 noise is raised while they are balanced and lowered where they are not (DenseGRPO, arXiv 2601.20218, Algorithm 1).
 "staircase" looks for the highest balanced level of each step, with the same noise in all rounds until further samples
 confirm what was found, and leaves steps alone that the least noise does not balance; "printed" is the paper's rule to
-the letter. Samples that no round has seen tell the result. Steps start from `sampler.noise_level`, and have noise as in
-training: in the steps of one of the configuration's windows, the samples being shared out among several windows (in all
-steps with `--window.schedule none --window.size null`); with `sampler.branches` each step is taken from a noise-free
-trajectory.
+the letter. Samples that no round has seen tell the result. A level is a(t) with sigma_t = a(t) sqrt(t/(1-t)) for the
+dynamics flow_sde, and sigma_t itself, Eq. 11's psi(t) as printed, with `--sampler.dynamics dance`; sigma_t is shown.
+Steps start from `sampler.noise_level`, and have noise as in training: in the steps of one of the configuration's
+windows, the samples being shared out among several windows (in all steps with `--window.schedule none --window.size
+null`); with `sampler.branches` each step is taken from a noise-free trajectory.
 Completions are exact, whatever `lookahead` says: the error of a cheap plan has a sign too. Options of the preset may be
 overridden as in training; they are parsed before torch is imported. Exit codes are in `exit_codes.py`.
 """
@@ -64,6 +65,7 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
 
     from densegrpo_fast.calibration import report
     from densegrpo_fast.calibration.rules import calibrate as run
+    from densegrpo_fast.flow.dynamics import C, coefficients
     from densegrpo_fast.run_files.provenance import provenance
     from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW
 
@@ -81,7 +83,9 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
             consistency = None
             if options.branches:
                 consistency = meter.consistency(levels, HELD_OUT_DRAW, options.branches, bar.update)
-            return report.state_record(Round(levels, measure(levels, HELD_OUT_DRAW)), consistency)
+            std = coefficients(meter.sigmas, levels, config.sampler.dynamics).table[:, C].tolist()
+            held_out = Round(levels, measure(levels, HELD_OUT_DRAW))
+            return report.state_record(held_out, consistency, std, meter.sigmas.tolist())
 
         bar.set_description("before")
         before = judged(start)
@@ -98,7 +102,7 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
     }
     content = report.document(rule, sampler, rounds, before, after, _settings(config, options))
     report.write_document(options.output, content | provenance())
-    print(f"{report.table(content)}\n\n{report.LEGEND}\n\n{report.summary(content)}")
+    print(f"{report.table(content)}\n\n{report.legend(content)}\n\n{report.summary(content)}")
     if options.plot is not None:
         report.save_plot(options.plot, content)
     print(f"wrote {options.output}; train with --sampler.calibration {options.output}")

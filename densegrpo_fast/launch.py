@@ -79,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of --rng philox (default: torch's seed)")
     parser.add_argument("--tracker", action="store_true", help="replace the advantage statistics, too")
     parser.add_argument(
+        "--noise-levels",
+        metavar="FILE.json",
+        type=os.path.abspath,
+        help="take each step's noise level from a file of densegrpo_fast.calibrate, not the script's one number",
+    )
+    parser.add_argument(
         "--fix",
         metavar="NAME",
         action="append",
@@ -92,8 +98,13 @@ def _parser() -> argparse.ArgumentParser:
 def _install(options: argparse.Namespace) -> tuple[Patch, dict[str, Any]]:
     """The host's patch, and the arguments of its `install` that the command line gives."""
     host = import_module(f"densegrpo_fast.compat.{options.host}")
-    optional = {"version": "--signature", "tracker": "--tracker", "fixes": "--fix"}
-    wanted = {"version": options.signature, "tracker": options.tracker, "fixes": options.fix}
+    wanted = {
+        "version": options.signature,
+        "tracker": options.tracker,
+        "noise_levels": options.noise_levels,
+        "fixes": options.fix,
+    }
+    optional = dict(zip(wanted, ("--signature", "--tracker", "--noise-levels", "--fix"), strict=True))
     given = {name: value for name, value in wanted.items() if value}
     for name in given:
         if name not in inspect.signature(host.install).parameters:

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from densegrpo_fast.calibrate import main
 from densegrpo_fast.calibration import report
 from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Signs
+from densegrpo_fast.calibration.store import read_calibration
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.flow.dynamics import STD_DEV, C, coefficients
+from densegrpo_fast.flow.schedule import sd3_sigmas
 
 STEPS = 3
 
@@ -162,21 +167,59 @@ def test_refusals(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("dynamics", "meaning"), [("flow_sde", "a, sigma_t = a sqrt(t / (1 - t))"), ("dance", "sigma_t")]
+)
+def test_a_calibration_says_what_its_levels_mean(
+    pipeline_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dynamics: str, meaning: str
+) -> None:
+    output = tmp_path / "levels.json"
+    arguments = ("--output", output, "--plot", tmp_path / "levels.png", "--samples=8", "--rounds=2", "--branches=0")
+    assert calibrate(pipeline_directory, *arguments, sampler__dynamics=dynamics) == 0
+    made = json.loads(output.read_text())
+    assert made["dynamics"] == dynamics and made["noise_level_is"] == meaning
+    shown = capsys.readouterr().out
+    assert f"before and after: {meaning}\n" in shown and report.noise_label(made).endswith(meaning)
+    for when in ("before", "after"):
+        state = made[when]
+        table = coefficients(torch.tensor(made["sigmas"]), state["noise_level"], dynamics).table
+        assert state["sigma_t"] == pytest.approx(table[:, STD_DEV].tolist(), rel=1e-5)
+        assert state["injected_std"] == pytest.approx(table[:, C].tolist(), rel=1e-5)
+        if dynamics == "dance":
+            assert state["sigma_t"] == pytest.approx(state["noise_level"], rel=1e-5)
+    # training takes it for these dynamics alone
+    sampler = read_calibration(output)
+    sampler.check_sampler(STEPS, dynamics, made["steps"])
+    with pytest.raises(UserError, match=f"was made for dynamics {dynamics}, sampler.dynamics is"):
+        sampler.check_sampler(STEPS, "dance" if dynamics == "flow_sde" else "flow_sde", made["steps"])
+
+
+def test_a_step_of_a_level_is_another_step_of_sigma_t_at_each_step() -> None:
+    """.01 of a, on SD3's grid of ten steps: .050 of sigma_t at the first step and .006 at label 2, the last but one."""
+    moved = [coefficients(sd3_sigmas(10, shift=3.0), level, "flow_sde").table[:, STD_DEV] for level in (0.7, 0.71)]
+    change = (moved[1] - moved[0]).tolist()
+    assert [round(change[step], 3) for step in (0, 8)] == [0.050, 0.006]
+    literal = [coefficients(sd3_sigmas(10, shift=3.0), level, "dance").table[:, STD_DEV] for level in (0.7, 0.71)]
+    assert (literal[1] - literal[0]).tolist() == pytest.approx([0.01] * 10, rel=1e-5)
+
+
 def test_options_are_parsed_without_torch() -> None:
     code = "import sys, densegrpo_fast.calibrate; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 def test_what_is_shown() -> None:
-    before = report.state_record(Round((0.7, 0.7), [[-1.0] * 9 + [1.0], [1.0, -1.0, 0.0, float("nan")]]), None)
-    after = report.state_record(Round((0.3, 0.7), [[-1.0] * 5 + [1.0] * 5, [1.0, -1.0, 0.0, 0.0]]), None)
+    noise = [0.5, 0.25], [1.0, 0.75, 0.5]
+    before = report.state_record(Round((0.7, 0.7), [[-1.0] * 9 + [1.0], [1.0, -1.0, 0.0, float("nan")]]), None, *noise)
+    after = report.state_record(Round((0.3, 0.7), [[-1.0] * 5 + [1.0] * 5, [1.0, -1.0, 0.0, 0.0]]), None, *noise)
     rule = PrintedRule([0.3, 0.7], Limits(0, 3))
-    sampler = {"dynamics": "flow_sde", "num_steps": 2, "steps": [0, 1], "sigmas": [1.0, 0.5, 0.0]}
+    sampler = {"dynamics": "flow_sde", "num_steps": 2, "steps": [0, 1], "sigmas": [1.0, 0.75, 0.5]}
     content = report.document(rule, sampler, [], before, after, {})
     # nine against one of ten: 8 > 2 sqrt(10) = 6.3
     assert "steps out of balance: before 0; after none" in report.summary(content)
     lines = report.table(content).splitlines()
-    shown = "0 1.0000 0.70 0.30 1 9 0 5 5 0 -0.80* +0.00 - - - - - -"
+    # .5 over the root of .25
+    shown = "0 1.0000 0.70 0.30 1.000 1.000 0.500 0.500 1 9 0 5 5 0 -0.80* +0.00 - - - - - -"
     assert lines[1].split() == shown.split()
     # what the step's own noise makes of its gains: share, per unit of noise, mirror; before alone
     parts = {"own_share": [0.25, math.nan], "sensitivity": [1.5, math.nan], "mirror": [-0.9, math.nan]}
@@ -185,6 +228,6 @@ def test_what_is_shown() -> None:
     assert told[1].split()[-6:] == ["0.25", "-", "1.50", "-", "-0.90", "-"]
     # a step that was not calibrated is left out
     (_, only) = report.table(content | {"steps": [1]}).splitlines()
-    assert only.split()[:4] == ["1", "0.5000", "0.70", "0.70"]
+    assert only.split()[:4] == ["1", "0.7500", "0.70", "0.70"]
     assert before["mean_gain"] == [-0.8, 0.0] and before["std_gain"][0] == pytest.approx(0.6)
     assert before["missing"] == [0, 1] and before["ties"] == [0, 1]

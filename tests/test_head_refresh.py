@@ -186,6 +186,7 @@ def options(head: Path, refresh: int, iterations: int = 3) -> dict[str, object]:
         "lookahead.head": head,
         "lookahead.head_refresh": refresh,
         "lookahead.monitor_every": 1,
+        "objective.trained_steps": "all_but_last",
         "evaluation.every": 0,
         "run.iterations": iterations,
     }

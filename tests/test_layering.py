@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "common",
     },
     "run_files": {"models.lora", "models.base", "config", "flow", "common"},
-    "compat": {"flow", "sampling", "credit", "models.base"},
+    "compat": {"flow", "sampling", "credit", "models.base", "calibration.store"},
 }
 ALLOWED["training"] = set(ALLOWED) - {"compat"}
 ALLOWED["fidelity"] = ALLOWED["doctor"] = {*ALLOWED["training"], "training"}

@@ -12,7 +12,12 @@ from densegrpo_fast.fidelity.__main__ import main as fidelity
 from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.run_files.metrics import read_metrics
 
-RUN = {"run.iterations": 2, "evaluation.every": 0, "sampler.num_steps": 4}
+RUN = {
+    "run.iterations": 2,
+    "evaluation.every": 0,
+    "sampler.num_steps": 4,
+    "objective.trained_steps": "all_but_last",
+}
 NODES = {"lookahead.plan": "nodes", "lookahead.nodes": "[2]"}
 
 

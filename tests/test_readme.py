@@ -24,6 +24,7 @@ def blocks(page: str, language: str) -> list[str]:
 def small(train: Any, directory: Path) -> dict[str, Any]:
     """The test suite's small settings, as overrides by key."""
     settings = {**train.SETTINGS, "model.path": str(train.model), "run.output_dir": str(directory)}
+    settings["objective.trained_steps"] = "all_but_last"
     return {key: parse_yaml(value, key) if isinstance(value, str) else value for key, value in settings.items()}
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,19 @@ from densegrpo_fast.common.files import output_errors, replace_text
 if TYPE_CHECKING:
     from densegrpo_fast.credit.consistency import StepConsistency
 
+MEANINGS = {
+    "flow_sde": "a, sigma_t = a sqrt(t / (1 - t))",
+    "dance": "sigma_t",
+    "wan": "a, sigma_t = a (t_T + (t_1 - t_T) t)",
+    "cps": "a, std = t' sin(a pi / 2)",
+    "precise": "a, std = t' sqrt(1 - rho^2), rho^2 = (t' (1 - t) / (t (1 - t')))^(a^2)",
+}
+"""What a noise level is, by dynamics: a step goes from time t (sigma of the grid) to t'; t_k after k of T steps."""
+
 LEGEND = """\
-level      noise level of the step, before and after
+level      noise level of the step, before and after: {level}
+sigma_t    of the SDE at that level: the injected standard deviation over sqrt(t - t'), a step going from t to t'
+std        standard deviation of the injected noise
 + - 0      gains above, below and equal to 0, of samples that the calibration has not seen
 imbalance  (positive - negative) / both; * = more than fair signs show by chance, 2 standard deviations
 own        share of the gains' variance that the step's own noise makes, the rest belongs to the state it starts from
@@ -41,12 +53,26 @@ def round_record(measured: Round) -> dict[str, Any]:
     }
 
 
-def state_record(measured: Round, consistency: StepConsistency | None) -> dict[str, Any]:
-    """One of the two held-out measurements: a round, the gains themselves, and what they owe to their step's noise."""
+def state_record(
+    measured: Round, consistency: StepConsistency | None, injected_std: Sequence[float], sigmas: Sequence[float]
+) -> dict[str, Any]:
+    """One of the two held-out measurements: a round, the gains themselves, and what they owe to their step's noise.
+
+    Args:
+        measured, consistency: what was measured.
+        injected_std: standard deviation of the noise that each step injects at these levels, T numbers.
+        sigmas: the grid, T+1 numbers.
+    """
     parts = None
     if consistency is not None:
         parts = {name: value.tolist() for name, value in vars(consistency).items()}
-    return round_record(measured) | {"gains": [list(step) for step in measured.gains], "consistency": parts}
+    steps = [before - after for before, after in pairwise(sigmas)]
+    noise = {
+        "sigma_t": [std / math.sqrt(dt) for std, dt in zip(injected_std, steps, strict=True)],
+        "injected_std": list(injected_std),
+    }
+    gains = [list(step) for step in measured.gains]
+    return round_record(measured) | noise | {"gains": gains, "consistency": parts}
 
 
 def document(
@@ -69,6 +95,7 @@ def document(
     return {
         "format": FORMAT,
         **sampler,
+        "noise_level_is": MEANINGS[sampler["dynamics"]],
         "noise_level": list(rule.result),
         "settled": rule.settled,
         "unbalanceable": list(rule.unbalanceable),
@@ -96,9 +123,13 @@ def table(content: Mapping[str, Any]) -> str:
     before, after = content["before"], content["after"]
     header = [
         "step",
-        "sigma",
+        "t",
         "level",
-        "",
+        "after",
+        "sigma_t",
+        "after",
+        "std",
+        "after",
         "+ - 0 before",
         "after",
         "imbalance",
@@ -121,11 +152,22 @@ def table(content: Mapping[str, Any]) -> str:
             for key, cells in parts.items():
                 value = state["consistency"][key][step] if state["consistency"] else math.nan
                 cells.append("-" if math.isnan(value) else f"{value:.2f}")
-        levels = [f"{state['noise_level'][step]:.2f}" for state in (before, after)]
+        keys = {"noise_level": 2, "sigma_t": 3, "injected_std": 3}
+        noise = [f"{state[key][step]:.{digits}f}" for key, digits in keys.items() for state in (before, after)]
         told = [cell for cells in parts.values() for cell in cells]
-        lines.append([str(step), f"{content['sigmas'][step]:.4f}", *levels, *counts, *shares, *told])
+        lines.append([str(step), f"{content['sigmas'][step]:.4f}", *noise, *counts, *shares, *told])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def legend(content: Mapping[str, Any]) -> str:
+    """What the columns of `table` mean."""
+    return LEGEND.format(level=MEANINGS[content["dynamics"]])
+
+
+def noise_label(content: Mapping[str, Any]) -> str:
+    """Of the axis that noise levels are drawn on."""
+    return f"level of the step: {MEANINGS[content['dynamics']]}"
 
 
 def is_imbalanced(signs: Signs) -> bool:
@@ -167,7 +209,7 @@ def save_plot(path: Path, content: Mapping[str, Any]) -> None:
     for when, colour in (("before", "#9aa0a6"), ("after", "#0072b2")):
         levels = [content[when]["noise_level"][step] for step in content["steps"]]
         axes[2].plot(content["steps"], levels, "o-", color=colour, markersize=4, label=when)
-    axes[2].set(title=f"noise level, {content['dynamics']}", xlabel="step", ylim=(0, None))
+    axes[2].set(title=f"noise level, {content['dynamics']}", xlabel="step", ylabel=noise_label(content), ylim=(0, None))
     axes[2].legend(frameon=False)
     for axis in axes:
         axis.set_xticks(content["steps"])

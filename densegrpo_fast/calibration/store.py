@@ -75,8 +75,12 @@ class Calibration:
         raise UsageError(f"sampler.calibration: {self.path} {problem}; {_AGAIN}")
 
 
-def read_calibration(path: Path) -> Calibration:
+def read_calibration(path: Path, option: str = "sampler.calibration") -> Calibration:
     """Read a calibration's file.
+
+    Args:
+        path: the file.
+        option: that named it, for the message.
 
     Raises:
         UsageError: it cannot be read, or is none.
@@ -84,11 +88,11 @@ def read_calibration(path: Path) -> Calibration:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"sampler.calibration: cannot read {path}: {error.strerror}") from None
+        raise UsageError(f"{option}: cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise UsageError(f"sampler.calibration: {path} is not JSON; {_AGAIN}") from None
+        raise UsageError(f"{option}: {path} is not JSON; {_AGAIN}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise UsageError(f'sampler.calibration: {path} is no "{FORMAT}"; {_AGAIN}')
+        raise UsageError(f'{option}: {path} is no "{FORMAT}"; {_AGAIN}')
     levels, sigmas, dynamics = (document.get(key) for key in ("noise_level", "sigmas", "dynamics"))
     settings = document.get("settings", {})
     if _numbers(levels) and _numbers(sigmas) and isinstance(dynamics, str) and isinstance(settings, dict):
@@ -99,7 +103,7 @@ def read_calibration(path: Path) -> Calibration:
             numbers, grid = tuple(map(float, levels)), tuple(map(float, sigmas))
             return Calibration(path, dynamics, numbers, grid, tuple(steps), settings)
     raise UsageError(
-        f"sampler.calibration: {path} is broken: expected dynamics, noise_level of every step, one sigma more, and "
+        f"{option}: {path} is broken: expected dynamics, noise_level of every step, one sigma more, and "
         f"increasing steps; {_AGAIN}",
     )
 

@@ -127,13 +127,17 @@ class SamplerOptions(Section):
 
     group_size: int = Field(ge=2, le=4096, description="samples per prompt (G)")
     num_steps: int = Field(ge=2, le=1000, description="denoising steps of a trajectory (T)")
-    dynamics: Literal["flow_sde", "cps", "dance", "precise", "wan"] = Field(description="family of the stochastic step")
+    dynamics: Literal["flow_sde", "cps", "dance", "precise", "wan"] = Field(
+        description="family of the stochastic step, which says what a noise level is"
+    )
     noise_level: Annotated[float, Field(ge=0, le=3)] | list[Annotated[float, Field(ge=0, le=3)]] = Field(
-        description="strength of the injected noise: one number, or one per step; 0 makes a step an ODE step"
+        description="strength of the injected noise, one number or one per step: flow_sde a(t), sigma_t = a(t) "
+        "sqrt(t/(1-t)); dance sigma_t itself, DenseGRPO's psi(t) as printed (Eq. 11); the others in flow/dynamics.py. "
+        "0 makes a step an ODE step"
     )
     calibration: Text | None = Field(
-        description="a file of densegrpo_fast.calibrate, whose noise level per step replaces noise_level: for these "
-        "steps, dynamics and windows; null = none"
+        description="a file of densegrpo_fast.calibrate, whose noise level per step replaces noise_level and means the "
+        "same: for these steps, dynamics and windows; null = none"
     )
     guidance_scale: float = Field(ge=1, le=100, description="classifier-free guidance; 1 = off")
     branches: Annotated[int, Field(ge=2, le=4096)] | None = Field(

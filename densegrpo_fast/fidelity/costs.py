@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from densegrpo_fast.models.flops import (
     count,
 )
 from densegrpo_fast.sampling import plan as plans
-from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
+from densegrpo_fast.sampling.cost import (
+    IterationCost,
+    branched_iteration,
+    dense_iteration,
+    mean_cost,
+    sparse_iteration,
+)
 from densegrpo_fast.sampling.lookahead import Guidance
 from densegrpo_fast.sampling.plan import Plan
 
@@ -47,7 +54,8 @@ def cost_records(
     """Costs of T = 10 steps of which 9 are trained, one update per sample, per sample; plain JSON data.
 
     Each plan is counted for trajectories, for samples of which 8 are branches of one ODE trajectory at every trained
-    step, and for trajectories with noise in the window of steps 0..2 alone, which are then all that is trained.
+    step, for trajectories with noise in the window of steps 0..2 alone, which are then all that is trained, and for
+    trajectories of which 3 trained steps are drawn, whose states alone are completed: the mean over all draws.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
     and the full decoder, comes first. Head, copies and caches are for SD3's transformers, caches not for branches; what
@@ -90,9 +98,9 @@ def cost_text(records: dict[str, Any]) -> str:
         lines = [
             [
                 name,
-                *(str(row[key]) for key in ("nfe_guided", "nfe_unguided")),
+                *(f"{row[key]:.4g}" for key in ("nfe_guided", "nfe_unguided")),
                 f"{row['lookahead_forward'] / unit['forward']:.2f}",
-                *(str(row[key]) for key in ("decodes", "rewards")),
+                *(f"{row[key]:.4g}" for key in ("decodes", "rewards")),
                 _amount(row["extra_flops"]),
                 f"{row['ratio_kl']:.3f}",
                 f"{row['ratio_no_kl']:.3f}",
@@ -111,6 +119,8 @@ def cost_text(records: dict[str, Any]) -> str:
         "extra: operations that the dense iteration adds to the sparse one, or saves; KL, no KL: dense / sparse.\n"
         f"{BRANCHES} branches: so many samples share an ODE trajectory, which they leave at every trained step.\n"
         f"window: noise in these steps alone, which are trained; against a sparse iteration with the same window.\n"
+        f"drawn: {WINDOW} of the {TRAINED} steps are trained, on average over the draws; against a sparse iteration "
+        f"that trains {WINDOW}, too.\n"
         "Both sides are this package's: first velocities reused, a backward pass through both halves of guidance."
     )
     return "\n\n".join(blocks)
@@ -197,21 +207,24 @@ def _model_record(architecture: Architecture, extras: _Extras, variants: Sequenc
             continue
         forward = extras.forwards[variant.copy, variant.cache]
         ways = {
-            variant.name: (None, False),
-            f"{variant.name}, {BRANCHES} branches": (BRANCHES, False),
-            f"{variant.name}, window 0..{WINDOW - 1}": (None, True),
+            variant.name: (None, False, False),
+            f"{variant.name}, {BRANCHES} branches": (BRANCHES, False, False),
+            f"{variant.name}, window 0..{WINDOW - 1}": (None, True, False),
+            f"{variant.name}, {WINDOW} steps drawn": (None, False, True),
         }
-        for title, (branches, window) in ways.items():
+        for title, (branches, window, drawn) in ways.items():
             if branches is not None and variant.cache is not None:
                 continue
-            trained = WINDOW if window else TRAINED
+            trained = WINDOW if window or drawn else TRAINED
             cost, without = (
-                _cost(variant, branches, trained, guided=guided, kl=kl, shape=extras.head) for kl in (True, False)
+                _cost(variant, branches, trained, drawn, guided=guided, kl=kl, shape=extras.head)
+                for kl in (True, False)
             )
             operations = cost.flops(unit, forward)
             rows[title] = {
                 "branches": branches,
                 "window": list(range(WINDOW)) if window else None,
+                "drawn": WINDOW if drawn else None,
                 "head": variant.head,
                 "copy": variant.copy,
                 "cache": variant.cache,
@@ -239,7 +252,14 @@ def _model_record(architecture: Architecture, extras: _Extras, variants: Sequenc
 
 
 def _cost(
-    variant: Variant, branches: int | None, trained: int, *, guided: bool, kl: bool, shape: HeadConfig | None
+    variant: Variant,
+    branches: int | None,
+    trained: int,
+    drawn: bool,
+    *,
+    guided: bool,
+    kl: bool,
+    shape: HeadConfig | None,
 ) -> IterationCost:
     options: dict[str, Any] = {"trained_steps": trained, "guided": guided, "kl": kl}
     options |= {"guidance": variant.guidance, "decoder": variant.decoder}
@@ -249,6 +269,9 @@ def _cost(
             options["head"] = CompletionHead(replace(shape, paths=variant.plan.paths))
     if branches is not None:
         return branched_iteration(variant.plan, branches=branches, noisy=noisy, **options)
+    if drawn:
+        ends = [{*steps, *(step + 1 for step in steps), STEPS} for steps in combinations(range(TRAINED), trained)]
+        return mean_cost([dense_iteration(variant.plan, completed=tuple(sorted(each)), **options) for each in ends])
     # of trajectories without a window the last step, which is not trained, has noise too
     return dense_iteration(variant.plan, noisy=noisy if trained == WINDOW else None, **options)
 

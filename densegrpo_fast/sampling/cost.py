@@ -32,7 +32,7 @@ it leads to and its completion, one image per step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from densegrpo_fast.models.base import Decoder, GuidanceGradient, Head
@@ -318,6 +318,18 @@ def branched_iteration(
         corrections=sum(head.applies(state) for state in inner) if head is not None else 0,
         guidance_gradient=guidance_gradient,
     )
+
+
+def mean_cost(costs: Sequence[IterationCost]) -> IterationCost:
+    """The mean of several iterations' costs, at least one: of all draws of the trained steps, say."""
+    means: dict[str, Any] = {}
+    for part in fields(costs[0]):
+        values = [getattr(cost, part.name) for cost in costs]
+        if isinstance(values[0], Evaluations):
+            means[part.name] = _share(sum(values, Evaluations()), len(values))
+        elif part.name not in ("guidance_gradient", "streamed"):
+            means[part.name] = sum(values) / len(values)
+    return replace(costs[0], **means)
 
 
 def _share(evaluations: Evaluations, samples: int) -> Evaluations:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 
+from densegrpo_fast.calibration.store import Calibration
+from densegrpo_fast.compat.flow_grpo.levels import read_levels
 from densegrpo_fast.compat.flow_grpo.pipelines import (
     Kept,
     keep_velocities,
@@ -56,6 +59,7 @@ def install(
     seed: int | None = None,
     tracker: bool = False,
     pipelines: bool = True,
+    noise_levels: str | Path | Calibration | None = None,
     fixes: Collection[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Patch:
@@ -70,6 +74,8 @@ def install(
         seed: of "philox".
         tracker: replace `PerPromptStatTracker`, too.
         pipelines: replace SD3's `pipeline_with_logprob`, too; a copy of it that is not known is left as it is.
+        noise_levels: file of `densegrpo_fast.calibrate`, or what `calibration.store.read_calibration` returns: as in
+            `step_function`.
         fixes: names of `FIXES`.
         say: receives a line for each replacement; default: the log, at level INFO.
 
@@ -78,7 +84,7 @@ def install(
 
     Raises:
         CompatError: the host is not installed, or its step or tracker are not those that are known here.
-        ValueError: an option is wrong.
+        ValueError: an option is wrong; UsageError: the file of levels cannot be read.
     """
     return install_host(
         "flow_grpo",
@@ -89,6 +95,7 @@ def install(
         seed=seed,
         tracker=tracker,
         pipelines=pipelines,
+        noise_levels=read_levels(noise_levels),
         fixes=fixes,
     )
 
@@ -101,6 +108,7 @@ def replacements(
     tracker: bool,
     fixes: Collection[str],
     pipelines: bool = True,
+    noise_levels: Calibration | None = None,
 ) -> Mapping[str, Build]:
     """What replaces each name, also in the other hosts that carry this one's package.
 
@@ -111,7 +119,9 @@ def replacements(
         known = ", ".join(name for name in VERSIONS if name != "Wan")
         raise ValueError(f"version must be one of {known}, or None to detect it, got {version!r}")
     builds: dict[str, Build] = {
-        "sde_step_with_logprob": partial(step_replacement, version=version, rng=rng, seed=seed),
+        "sde_step_with_logprob": partial(
+            step_replacement, version=version, rng=rng, seed=seed, noise_levels=noise_levels
+        ),
     }
     if pipelines:
         builds["pipeline_with_logprob"] = partial(pipeline_replacement, float32="float32_states" in fixes)

@@ -72,7 +72,7 @@ class Schedule:
         self.sigmas, self._values = tuple(read[: len(sigmas)]), tuple(read[len(sigmas) :])
         self._step = second_places(self._values)
         self._step_at = [self._step[value] for value in self._values]
-        self._tables: dict[tuple[str, float, torch.device], HostTable] = {}
+        self._tables: dict[tuple[str, float | tuple[float, ...], torch.device], HostTable] = {}
         self._on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def is_of(self, scheduler: Any) -> bool:
@@ -118,7 +118,7 @@ class Schedule:
         steps = [self._step[value] for value in values]
         return (steps[0] if len(set(steps)) == 1 else torch.tensor(steps)), length
 
-    def table(self, family: Family, noise_level: float, device: torch.device) -> HostTable:
+    def table(self, family: Family, noise_level: float | tuple[float, ...], device: torch.device) -> HostTable:
         """Coefficients of all steps, with the host's log-probabilities in noise-free rows, on a device.
 
         Flow-GRPO's 'sde' divides by the noise and returns NaN where there is none; 'cps' has no division and scores a
@@ -126,7 +126,7 @@ class Schedule:
 
         Args:
             family: name of the sampler.
-            noise_level: strength of the noise, as in `dynamics.coefficients`.
+            noise_level: strength of the noise, one or T, as in `dynamics.coefficients`.
 
         Returns:
             T rows; on an accelerator T+1, of which the last is NaN, for timesteps that are not in the grid.

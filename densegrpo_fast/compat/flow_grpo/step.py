@@ -32,12 +32,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from densegrpo_fast.calibration.store import Calibration
 from densegrpo_fast.compat.compare import first_equal, parameters_of, results_of
+from densegrpo_fast.compat.flow_grpo.levels import levels_at, read_levels
 from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
 from densegrpo_fast.compat.hosts import SIGNATURES, signature_of
 from densegrpo_fast.compat.patch import CompatError
@@ -63,6 +66,7 @@ def step_function(
     seed: int | None = None,
     sde_type: str = "sde",
     noise_level: float = 0.7,
+    noise_levels: str | Path | Calibration | None = None,
     signature: inspect.Signature | None = None,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Make a `sde_step_with_logprob` of one signature generation.
@@ -74,15 +78,19 @@ def step_function(
         seed: of "philox"; None takes `torch.initial_seed()`.
         sde_type: default of V3 and V3g; the formula of V1 and V2, which have no such argument (FlowCPS's V2 is "cps").
         noise_level: default of the argument; in the V1 scripts that have none, the constant in their source.
+        noise_levels: file of `densegrpo_fast.calibrate`, or what `read_calibration` returns: its level of each step
+            takes the place of any noise level but 0. A call for other dynamics, another grid, or a step that was not
+            calibrated raises a ValueError (the last not for timesteps on an accelerator: log_prob is then NaN).
         signature: of the result, with defaults of its own; default: that of the generation.
 
     Raises:
         ValueError: an unknown version, rng or sde_type.
+        UsageError: the file cannot be read.
     """
     if version not in VERSIONS:
         raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
     _check_type(sde_type)
-    noise = make_noise(rng, seed)
+    noise, calibration = make_noise(rng, seed), read_levels(noise_levels)
     level = 1.0 if version == "Wan" else noise_level
     if signature is None:
         defaults = {"sde_type": sde_type, "noise_level": level}
@@ -116,7 +124,12 @@ def step_function(
         if length not in (1, len(sample)):
             raise ValueError(f"timestep must have 1 entry or one per row ({len(sample)}), got {length}")
         device = sample.device
-        table = schedule.table("wan" if version == "Wan" else FAMILY_OF[sde_type], float(noise_level), device)
+        family: Family = "wan" if version == "Wan" else FAMILY_OF[sde_type]
+        strength: float | tuple[float, ...] = float(noise_level)
+        if calibration is not None and noise_level != 0:
+            known = [index] if isinstance(index, int) else index.tolist() if index.device.type == "cpu" else []
+            strength = levels_at(calibration, schedule, family, known)
+        table = schedule.table(family, strength, device)
         if isinstance(index, Tensor):
             index = index.to(device)
             rows, dt = table.rows.index_select(0, index), schedule.dt(device).index_select(0, index)
@@ -168,7 +181,12 @@ def detect_version(step: Callable[..., Any]) -> str:
 
 
 def step_replacement(
-    host: Callable[..., Any], *, version: str | None = None, rng: str = "host", seed: int | None = None
+    host: Callable[..., Any],
+    *,
+    version: str | None = None,
+    rng: str = "host",
+    seed: int | None = None,
+    noise_levels: Calibration | None = None,
 ) -> tuple[Callable[..., tuple[Tensor, ...]], str]:
     """Our step in place of a host's, after comparing the two.
 
@@ -177,7 +195,7 @@ def step_replacement(
     Args:
         host: the host's own function.
         version: one of `VERSIONS`; None detects it.
-        rng, seed: as in `step_function`.
+        rng, seed, noise_levels: as in `step_function`.
 
     Returns:
         the replacement and a few words on it.
@@ -205,4 +223,6 @@ def step_replacement(
     signature = inspect.signature(host)
     candidates = {words: step_function(found, signature=signature, **form) for words, form in forms.items()}
     words = first_equal(host, NAME, candidates, calls, f"the parameters of {found} but not its results:")
-    return step_function(found, rng=rng, seed=seed, signature=signature, **forms[words]), f"{words}rng {rng}"
+    step = step_function(found, rng=rng, seed=seed, signature=signature, noise_levels=noise_levels, **forms[words])
+    levels = "" if noise_levels is None else f", noise levels of {noise_levels.path.name}"
+    return step, f"{words}rng {rng}{levels}"
