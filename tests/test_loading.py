@@ -67,8 +67,8 @@ def test_checkpointing_computes_every_block_twice_for_the_same_gradients(tiny_po
     for number, block in enumerate(model.network.transformer_blocks):
         block.register_forward_pre_hook(lambda _, __, number=number: calls.append(number))
     expected, found = velocities(plain, False), velocities(model, True)
-    # sampled with both halves of the guidance, replayed with both, and the one with gradient again from its last block
-    assert calls == [0, 1] * 4 + [1, 0]
+    # sampled with both halves of the guidance, replayed with both, and each half again from its last block
+    assert calls == [0, 1] * 4 + [1, 0] * 2
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[1], expected[1])
     for one, two in zip(found[2], expected[2], strict=True):
