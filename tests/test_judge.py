@@ -180,7 +180,7 @@ def test_training_makes_the_judge_better():
     train(judge, vae, replace(SMALL, steps=1))
     start = float(loss(judge(pictures), truth).detach())
     train(judge, vae, replace(SMALL, steps=12, batch=18))
-    assert float(loss(judge(pictures), truth).detach()) < 0.7 * start
+    assert float(loss(judge(pictures), truth).detach()) < 0.75 * start
 
 
 def test_distances_of_pictures_by_hand():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 
-from densegrpo_fast.embedded import architecture, autoencoder
+from densegrpo_fast.embedded import architecture, autoencoder, pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -38,5 +41,14 @@ def test_the_small_decoder_learns_what_the_full_one_makes() -> None:
         return float((preview.decode(z).sample - vae.decode(z).sample).square().mean())
 
     before = difference()
-    autoencoder.train_preview(preview, vae, latents, seed=0, steps=60, batch=8)
+    autoencoder.train_preview(preview, vae, latents, latents, seed=0, steps=60, batch=8)
     assert difference() < before
+
+
+def test_sampled_latents_are_kept(pipeline_directory: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_directory, text_encoder_3=None, tokenizer_3=None)
+    path = tmp_path / "sampled.safetensors"
+    sampled = pretrain.sampled_latents(pipeline.to(torch.float32), path, 2, seed=0)
+    assert sampled.shape == (2, 4, 16, 16) and sampled.dtype == torch.float16 and sampled.float().std() > 0.1
+    # no pipeline is asked again
+    assert torch.equal(pretrain.sampled_latents(None, path, 2, seed=0), sampled)  # type: ignore[arg-type]

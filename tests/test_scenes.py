@@ -210,7 +210,7 @@ def test_pictures_are_repeatable_and_varied() -> None:
     one = [scenes.render(Scene("single", (RED_CIRCLE,)), np.random.default_rng(seed)) for seed in range(20)]
     backgrounds = np.array([image[:, 0, 0].mean() for image in one])
     (sizes, places) = zip(*((objects(image)[0][0].sum(), objects(image)[0][1]) for image in one), strict=True)
-    assert np.ptp(backgrounds) > 0.5
+    assert np.ptp(backgrounds) > 0.1
     assert max(sizes) > 1.8 * min(sizes)
     assert np.ptp(np.array(places), axis=0).min() > 15
 

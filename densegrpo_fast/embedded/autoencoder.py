@@ -74,18 +74,21 @@ def _recolour(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_preview(
-    preview: AutoencoderTiny, vae: AutoencoderKL, latents: Tensor, seed: int, steps: int, batch: int
+    preview: AutoencoderTiny, vae: AutoencoderKL, sampled: Tensor, latents: Tensor, seed: int, steps: int, batch: int
 ) -> list[tuple[int, float]]:
-    """Fit the small decoder to what the full one makes of the same latents, with noise up to .4, for each its own.
+    """Fit the small decoder to what the full one makes of the same latents, with noise up to .2, for each its own.
 
-    What a sampler makes is never quite a picture's latent.
+    What a sampler makes is never quite a picture's latent, so three quarters of a batch are latents that the model
+    itself `sampled`, [N, 4, 16, 16] as the data's `latents`; policies that move away from it need the rest.
     """
     generator = torch.Generator().manual_seed(seed + 2)
     preview.decoder.to(memory_format=torch.channels_last).train()
     loop = Loop("preview", list(preview.decoder.parameters()), steps, lr=3e-3, decay_steps=steps // 2)
     for _ in loop:
-        chosen = latents[torch.randint(len(latents), (batch,), generator=generator)].float()
-        spread = 0.4 * torch.rand(batch, 1, 1, 1, generator=generator)
+        own = sampled[torch.randint(len(sampled), (batch - batch // 4,), generator=generator)]
+        drawn = latents[torch.randint(len(latents), (batch // 4,), generator=generator)]
+        chosen = torch.cat([own, drawn]).float()
+        spread = 0.2 * torch.rand(batch, 1, 1, 1, generator=generator)
         chosen = chosen + spread * torch.randn(chosen.shape, generator=generator)
         with torch.no_grad():
             target = vae.decode(chosen / vae.config.scaling_factor + vae.config.shift_factor).sample

@@ -78,8 +78,8 @@ class FlowRecipe:
     """Everything that decides what the flow learns from a data set."""
 
     seed: int = 0
-    steps: int = 60_000
-    decay_steps: int = 6_000
+    steps: int = 7_600
+    decay_steps: int = 1_500
     batch: int = 128
     lr: float = 1e-3
     average: float = 0.999

@@ -1,10 +1,10 @@
 """Train the embedded pipeline: `python -m densegrpo_fast.embedded.pretrain --output DIR --init PIPELINE`.
 
-Stages: the autoencoder, the data set, the flow, the preview decoder, and an evaluation on held-out sentences. `--init`
-takes the encoder, the text encoders and the first weights of the flow and the decoders from a pipeline directory;
-without it they are trained from scratch, and the text encoders stay random. Every finished stage is kept in
-`DIR/stages`, the flow also every 90 seconds, so the same command continues where an interrupted one stopped.
-`DIR/pipeline` is the result: a pipeline directory with fp16 safetensors and a model card.
+Stages: the autoencoder, the data set, the flow, latents that it samples, the preview decoder fitted to these, and an
+evaluation on held-out sentences. `--init` takes the encoder, the text encoders and the first weights of the flow and
+the decoders from a pipeline directory; without it they are trained from scratch, and the text encoders stay random.
+Every finished stage is kept in `DIR/stages`, the flow also every 90 seconds, so the same command continues where an
+interrupted one stopped. `DIR/pipeline` is the result: a pipeline directory with fp16 safetensors and a model card.
 
 The flow's learning rate falls only in its last steps: as long as it has not begun to fall, `--flow-steps` may be
 changed from one command to the next.
@@ -20,14 +20,20 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
 
 from densegrpo_fast.embedded import architecture, card, scenes
 from densegrpo_fast.embedded.autoencoder import train_preview, train_vae
 from densegrpo_fast.embedded.dataset import prepare
 from densegrpo_fast.embedded.flow import FlowRecipe, train_flow
-from densegrpo_fast.embedded.stages import Stages, save
+from densegrpo_fast.embedded.stages import Stages, save, write_tensors
+
+_SAMPLED_TOGETHER = 48
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class Recipe:
     vae_steps: int = 3_500
     decoder_steps: int = 800
     vae_batch: int = 32
-    preview_steps: int = 2_000
+    sampled: int = 2_400
+    preview_steps: int = 1_600
     preview_batch: int = 32
     flow: FlowRecipe = field(default_factory=FlowRecipe)
 
@@ -80,13 +87,35 @@ def pretrain(output: Path, recipe: Recipe, init: Path | None = None, note: str =
         "preview",
         {"preview": preview},
         lambda: train_preview(
-            preview, pipeline.vae, data.latents, recipe.seed, recipe.preview_steps, recipe.preview_batch
+            preview,
+            pipeline.vae,
+            sampled_latents(pipeline, stages.directory / "sampled.safetensors", recipe.sampled, recipe.seed),
+            data.latents,
+            recipe.seed,
+            recipe.preview_steps,
+            recipe.preview_batch,
         ),
     )
     target = output / "pipeline"
     save(pipeline, preview, target)
     card.write_card(target, recipe, stages.log, card.evaluate(pipeline, preview), note)
     return pipeline
+
+
+def sampled_latents(pipeline: StableDiffusion3Pipeline, path: Path, count: int, seed: int) -> Tensor:
+    """Latents [count, 4, 16, 16] that the pipeline samples for training sentences, kept in `path`.
+
+    The guidance scales of the evaluation take turns.
+    """
+    if not path.exists():
+        drawn = scenes.sample_scenes(count, np.random.default_rng([seed, 5]))
+        parts = []
+        for number, start in enumerate(tqdm(range(0, count, _SAMPLED_TOGETHER), desc="sampled", mininterval=30.0)):
+            sentences = [scene.prompt for scene in drawn[start : start + _SAMPLED_TOGETHER]]
+            scale = card.GUIDANCE_SCALES[number % len(card.GUIDANCE_SCALES)]
+            parts.append(card.sample_latents(pipeline, sentences, scale, seed=1_000 * (seed + 1) + number).half())
+        write_tensors(path, {"latents": torch.cat(parts)})
+    return load_file(path)["latents"]
 
 
 def _modules(init: Path | None) -> tuple[StableDiffusion3Pipeline, AutoencoderTiny]:

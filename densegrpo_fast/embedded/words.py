@@ -43,7 +43,7 @@ def split(held_out: bool) -> list[str]:
 def render(word: str, generator: np.random.Generator) -> np.ndarray:
     """Draw one sign, at a random place of the lattice: [3, 64, 64] float32 in [0, 1]."""
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
-    image = background(generator, y, greys=(0.42, 0.58))
+    image = background(generator, y)
     width = _WIDTH * len(word)
     # letters start 2 pixels right of a lattice point, so that five of them fit between margins of 2
     left = 2 + 4 * int(generator.integers(0, (IMAGE_SIZE - 4 - width) // 4 + 1))

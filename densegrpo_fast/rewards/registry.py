@@ -33,6 +33,7 @@ class _BuiltIn:
 BUILT_IN = {
     "scenes": _BuiltIn(".scenes", "ScenesReward"),
     "scenes_strict": _BuiltIn(".scenes", "ScenesReward", {"strict": True}),
+    "scenes_smooth": _BuiltIn(".scenes_smooth", "ScenesSmooth"),
     "jpeg_compressibility": _BuiltIn(".jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": _BuiltIn(".jpeg", "JpegIncompressibility"),
     "pickscore": _BuiltIn(".pickscore", "PickScore"),

@@ -24,7 +24,7 @@ _CHROMA_EDGE = 0.10
 """Chroma counts as object in full from this much above `_CHROMA`, and not at all from this much below."""
 _SMALLEST, _FULL_SIZE = 12 / 64**2, 72 / 64**2
 """Shares of the picture between which a component passes from a speck to an object."""
-_HUE_SHARPNESS = 16.0
+HUE_SHARPNESS = 16.0
 _REACH = 3.0
 _GRID = 20
 """A silhouette is sampled at 20x20 places up to three standard deviations from its centre."""
@@ -178,7 +178,7 @@ def _hue_fit(tone: np.ndarray) -> np.ndarray:
     """[K, 6] soft choice among the colours by the angle of [K, 2] summed tones."""
     angles = np.deg2rad(np.array(list(HUES.values())))
     unit = tone / np.maximum(np.linalg.norm(tone, axis=1, keepdims=True), 1e-12)
-    odds = np.exp(_HUE_SHARPNESS * (unit @ np.stack([np.cos(angles), np.sin(angles)]) - 1))
+    odds = np.exp(HUE_SHARPNESS * (unit @ np.stack([np.cos(angles), np.sin(angles)]) - 1))
     return odds / odds.sum(1, keepdims=True)
 
 

@@ -84,14 +84,14 @@ def score(request: Request, objects: Objects) -> tuple[float, bool]:
         graded *= 0.7
         if len(match) == len(wanted):
             both = min(quality[i, j] for i, j in match)
-            graded += 0.3 * both * _placed(direction, objects, match)
+            graded += 0.3 * both * placed(direction, _offset(objects, match))
     extra = objects.presence.sum() - sum(objects.presence[j] for _, j in match)
     graded *= (1.0 - objects.clutter) / (1.0 + 0.5 * extra)
     strict = (
         (objects.presence >= _STRICT_PRESENCE).sum() == len(wanted) == len(match)
         and objects.clutter <= _STRICT_CLUTTER
         and all(_is(objects, j, *wanted[i]) for i, j in match)
-        and (direction is None or _placed(direction, objects, match) >= 0.5)
+        and (direction is None or placed(direction, _offset(objects, match)) >= 0.5)
     )
     return float(graded), bool(strict)
 
@@ -137,10 +137,14 @@ def _assign(quality: np.ndarray) -> list[tuple[int, int]]:
     return max(orders, key=lambda pairs: sum(quality[i, j] for i, j in pairs))
 
 
-def _placed(direction: tuple[float, float], objects: Objects, match: list[tuple[int, int]]) -> float:
-    """How well the first object stands in `direction` from the second: 0 wrong, 0.5 just right, 1 clearly right."""
+def _offset(objects: Objects, match: list[tuple[int, int]]) -> np.ndarray:
+    """[2] from the second object's centre to the first one's."""
     position = {i: objects.centre[j] for i, j in match}
-    offset = position[0] - position[1]
+    return position[0] - position[1]
+
+
+def placed(direction: tuple[float, float], offset: np.ndarray) -> float:
+    """How well an `offset` [2], in pictures, stands in `direction`: 0 wrong, 0.5 just right, 1 clearly right."""
     along = float(offset @ np.array(direction))
     across = float(np.abs(offset @ np.array(direction)[::-1]))
     return float(np.clip(0.5 + (along - 0.6 * across - 0.05) / 0.4, 0.0, 1.0))
