@@ -131,6 +131,21 @@ def calibration(stem: str) -> str:
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 
 
+def smoothness() -> str:
+    """How well cheap plans rank rewards / gains, by reward and guidance; and how much of a reward survives a step."""
+    plans = ("exact_but_last", "nodes{4,7}", "one_step")
+    lines = []
+    for path in sorted(RESULTS.glob("fidelity_smoothness_*.json")):
+        document = read(path.stem)
+        records = {record["plan"]: record for record in document["plans"].values()}
+        ranks = [" / ".join(map(short, correlations(records[plan], document)[:2])) for plan in plans]
+        survived = document["persistence"]
+        (reward,) = document["settings"]["reward"]
+        cells = [f"[`{reward}`]({_LINK}/{path.name})", f"{document['settings']['sampler']['guidance_scale']:g}"]
+        lines.append([*cells, *ranks, f"{short(min(survived))} to {short(max(survived))}"])
+    return table(["reward", "guidance", *plans, "a reward across a noisy step"], lines)
+
+
 def noise_levels() -> str:
     """What a noise level .7 and a step of .01 of it are on SD3's grid of ten steps."""
     from densegrpo_fast.flow.dynamics import STD_DEV, C, coefficients
@@ -171,6 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "head_data": partial(head_data, "head_study"),
     "head_run": partial(head_run, "head_study"),
     "chunks": partial(chunks, "chunk_gains"),
+    "smoothness": smoothness,
     "noise_levels": noise_levels,
     **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched")},
 }

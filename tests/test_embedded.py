@@ -81,14 +81,14 @@ def test_our_short_path_draws_what_plain_diffusers_draws(model: SD3) -> None:
 def test_single_objects_are_drawn(model: SD3) -> None:
     prompts = [scene.prompt for scene in scenes.split(held_out=True)["single"]]
     prompts = prompts * (-(-40 // len(prompts)))
-    # the aim is 90%; these weights are at four fifths, and two standard errors of 40 pictures are 13 points
-    assert strict(model.decode(draw(model, prompts, num_steps=10, guidance_scale=4.5)), prompts).mean() >= 0.65
+    # these weights are at nine tenths, and two standard errors of 40 pictures are 9 points
+    assert strict(model.decode(draw(model, prompts, num_steps=10, guidance_scale=4.5)), prompts).mean() >= 0.8
 
 
 def test_it_can_draw_and_can_improve(model: SD3) -> None:
     prompts = scenes.prompts(held_out=True, count=90)
-    share = strict(model.decode(draw(model, prompts, num_steps=10, guidance_scale=4.5)), prompts).mean()
-    assert 0.35 <= share <= 0.70
+    share = strict(model.decode(draw(model, prompts, num_steps=10)), prompts).mean()
+    assert 0.55 <= share <= 0.9
 
 
 def test_guidance_works(model: SD3) -> None:
@@ -120,8 +120,8 @@ def test_the_preview_decoder_agrees_with_the_full_one(model: SD3) -> None:
     prompts = scenes.prompts(held_out=True, count=90)
     latents = draw(model, prompts, num_steps=10)
     full, preview = model.decode(latents), model.decode(latents, "preview")
-    # these weights are at 95%; two standard errors of 90 pictures are 5 points
-    assert (strict(full, prompts) == strict(preview, prompts)).mean() >= 0.9
+    # these weights are at 99%; two standard errors of 90 pictures are 2 points
+    assert (strict(full, prompts) == strict(preview, prompts)).mean() >= 0.95
     graded = [np.array(REWARD(images, prompts)) for images in (full, preview)]
     assert np.corrcoef(*graded)[0, 1] >= 0.95
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from densegrpo_fast.embedded import architecture, autoencoder, pretrain
+from densegrpo_fast.embedded.stages import save
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +53,12 @@ def test_sampled_latents_are_kept(pipeline_directory: Path, tmp_path: Path) -> N
     assert sampled.shape == (2, 4, 16, 16) and sampled.dtype == torch.float16 and sampled.float().std() > 0.1
     # no pipeline is asked again
     assert torch.equal(pretrain.sampled_latents(None, path, 2, seed=0), sampled)  # type: ignore[arg-type]
+
+
+def test_a_saved_pipeline_does_not_say_where_its_parts_came_from(pipeline_directory: Path, tmp_path: Path) -> None:
+    pipeline, preview = pretrain._modules(pipeline_directory)
+    save(pipeline, preview, tmp_path / "pipeline")
+    files = {path.relative_to(tmp_path / "pipeline") for path in (tmp_path / "pipeline").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(pipeline_directory) for path in pipeline_directory.rglob("*") if path.is_file()}
+    for path in (tmp_path / "pipeline").rglob("*.json"):
+        assert str(pipeline_directory) not in path.read_text(), path

@@ -46,7 +46,7 @@ class Recipe:
     decoder_steps: int = 800
     vae_batch: int = 32
     sampled: int = 2_400
-    preview_steps: int = 1_600
+    preview_steps: int = 800
     preview_batch: int = 32
     flow: FlowRecipe = field(default_factory=FlowRecipe)
 

@@ -153,6 +153,11 @@ def save(pipeline: Any, preview: Any, target: Path) -> None:
         elif module is not None:
             module.save_pretrained(target / name)
     pipeline.save_config(target)
+    for path in [target / "model_index.json", *target.glob("*/config.json")]:
+        # diffusers notes the directory that a module was loaded from
+        settings = json.loads(path.read_text())
+        if settings.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _save_half(module: Any, directory: Path) -> None:
