@@ -14,7 +14,8 @@ from densegrpo_fast.embedded import scenes
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.rewards.registry import create
 from densegrpo_fast.rewards.scene_analysis import COLOURS, examine
-from densegrpo_fast.rewards.scenes import Request, ScenesReward, parse
+from densegrpo_fast.rewards.scene_request import Request, parse
+from densegrpo_fast.rewards.scenes import ScenesReward
 
 RED, GREEN, BLUE = (0.9, 0.1, 0.1), (0.1, 0.75, 0.2), (0.15, 0.2, 0.9)
 REWARD = ScenesReward()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from densegrpo_fast.rewards.scene_analysis import COLOURS, HUE_SHARPNESS, HUES, SHAPES
-from densegrpo_fast.rewards.scenes import parse, placed
+from densegrpo_fast.rewards.scene_request import parse, placed
 
 _SIZE, _PADDED = 64, 96
 """Pictures are brought to 64x64; a margin keeps the filters from wrapping around."""
