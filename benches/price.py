@@ -2,13 +2,13 @@
 
     python benches/price.py    writes results/price.json
 
-Operations are counted by the closed forms of `densegrpo_fast/sampling/cost.py`, ten steps, nine trained unless steps are
-drawn (then the mean over draws), one update per sample, with KL and without; guidance with its full gradient where it
-takes a second forward (FLUX.1-dev's does not). Seconds are those that `bench_iteration.py` has recorded, variances those
-of `gradient_variance.py`, fidelity that of the recorded comparison with exact completions.
+Operations are counted by the closed forms of `densegrpo_fast/sampling/cost.py`: ten steps, nine trained unless steps
+are drawn (then the mean over draws), one update per sample, with KL and without; guidance with its full gradient where
+it takes a second forward (FLUX.1-dev's does not). Seconds are those that `bench_iteration.py` has recorded, variances
+those of `gradient_variance.py`, fidelity that of the recorded comparison with exact completions.
 
-Two forms of one reward per picture stand in the denominator: as Flow-GRPO runs it, each trained step's forward repeated,
-and one that repeats none (every trained step's graph kept until the picture is scored).
+Two forms of one reward per picture stand in the denominator: as Flow-GRPO runs it, each trained step's forward
+repeated, and one that repeats none (every trained step's graph kept until the picture is scored).
 """
 
 from __future__ import annotations

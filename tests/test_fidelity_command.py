@@ -94,7 +94,7 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
         # three of the steps 0..8 drawn: a state is at an end of one in all but (7 choose 3) of (9 choose 3) draws, the
         # states 0 and 9 but (8 choose 3); all have noise, and the image is decoded and scored besides
         inner, outer = 1 - 35 / 84, 1 - 56 / 84
-        own = (13 + outer * 9 + inner * 36) * forward + 3 * (reference + unit["backward"])
+        own = (13 + outer * 9 + inner * 36) * forward + 3 * (reference + backward)
         own += (8 * inner + 2 * outer + 1) * (unit["full_decode"] + unit["reward"])
         row = record["plans"]["exact/full/full, 3 steps drawn"]
         assert row["ratio_kl"] == pytest.approx(own / sparse)
