@@ -157,7 +157,46 @@ def noise_levels() -> str:
     return table(header, lines)
 
 
+def price() -> str:
+    """What DenseGRPO costs in its forms, in sparse iterations, and the variance of a drawn form's gradient."""
+    document = read("price")
+    models = [document[name] for name in ("sd35_medium", "flux1_dev", "embedded")]
+    header = [
+        "DenseGRPO",
+        "SD3.5-M",
+        "no KL",
+        "over sparse without a repeated forward",
+        "over sparse of as many steps",
+        "FLUX.1-dev",
+        "embedded",
+        "seconds, embedded",
+        "variance x operations",
+    ]
+    lines = []
+    for name in (name for name in models[0] if name != "title"):
+        medium, flux, own = (model[name] for model in models)
+        ratios = medium["operations"]
+        varied = own.get("variance")
+        lines.append(
+            [
+                name,
+                f"**{ratios['over_replayed_sparse']:.2f}**",
+                f"{medium['operations_without_kl']['over_replayed_sparse']:.2f}",
+                f"{ratios['over_streamed_sparse']:.2f}",
+                f"{ratios['over_sparse_of_as_many_steps']:.2f}",
+                f"{flux['operations']['over_replayed_sparse']:.2f}",
+                f"{own['operations']['over_replayed_sparse']:.2f}",
+                f"{own['seconds']['over_replayed_sparse']:.2f}" if own["seconds"] else "",
+                f"{varied['variance_over_all_steps']['3']:.2f} x {varied['operations_over_all_steps']:.2f}"
+                if varied and name.startswith("exact") and "streamed" not in name
+                else "",
+            ]
+        )
+    return f"{source('price', document)}\n\n{table(header, lines)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "price": price,
     "study": _measured_tables.study,
     "steps": _measured_tables.steps,
     **{f"dropin_{host}": partial(_measured_tables.dropin, host) for host in _measured_tables.KINDS},

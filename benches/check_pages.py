@@ -309,6 +309,17 @@ def fast_iteration(_: Pages) -> Iterator[str]:
         yield "the fast lookahead is below a bar of its fidelity"
 
 
+def drawn_iteration(_: Pages) -> Iterator[str]:
+    """What is timed as dense_streamed is the preset embedded_paper_drawn."""
+    timed = complete_settings(read("iteration_cpu")["settings"]["variants"]["dense_streamed"])
+    preset = parse_arguments(["--config", "embedded_paper_drawn"])[0].model_dump(mode="json")
+    for section, apart in (("lookahead", {"monitor_every"}), ("credit", set()), ("objective", set())):
+        if any(preset[section][key] != value for key, value in timed[section].items() if key not in apart):
+            yield f"what was timed as dense_streamed is not embedded_paper_drawn in {section}"
+    if timed["optimizer"]["update"] != preset["optimizer"]["update"]:
+        yield "what was timed as dense_streamed is not streamed"
+
+
 def _fast_lookahead() -> dict[str, Any]:
     """The fidelity of what is timed as dense_fast."""
     config = read("iteration_cpu")["settings"]["variants"]["dense_fast"]
@@ -338,6 +349,7 @@ CHECKS: tuple[Callable[[Pages], Iterator[str]], ...] = (
     default_run,
     balance,
     fast_iteration,
+    drawn_iteration,
 )
 
 

@@ -34,6 +34,7 @@ PRESETS = [
     "embedded_mixgrpo",
     "embedded_mixture",
     "embedded_paper",
+    "embedded_paper_drawn",
     "embedded_paper_fast",
     "embedded_pcpo",
     "embedded_return_to_go",
@@ -46,6 +47,7 @@ PRESETS = [
     "embedded_vgpo",
     "sd35_medium_pickscore",
     "sd35_medium_pickscore_24gb",
+    "sd35_medium_pickscore_drawn",
     "sd35_medium_pickscore_fast",
 ]
 EMBEDDED_DENSE = read_settings("embedded_dense")
