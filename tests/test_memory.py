@@ -26,8 +26,10 @@ from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, p
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.rewards.pickscore import PickScore
+from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.sampling.branches import BranchedRollout
 from densegrpo_fast.sampling.rollout import Rollout, Trajectory
+from densegrpo_fast.training import memory as training_memory
 from densegrpo_fast.training.memory import (
     GIB,
     MemoryEstimate,
@@ -159,6 +161,57 @@ def config(*overrides: str) -> Config:
     return parse_arguments(["--config", "embedded_paper", *overrides])[0]
 
 
+def test_a_graph_is_what_a_forward_keeps_for_its_backward(memory: ModelMemory, model: SD3) -> None:
+    """Against the tensors that autograd really saves, weights not counted, and less with checkpointing."""
+    network, inputs = model.network, {name: torch.randn(tensor.shape) for name, tensor in memory._inputs(ROWS).items()}
+    saved: dict[int, int] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    weights |= {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = network(**inputs, return_dict=False)[0]
+    found = memory.graph(ROWS, checkpointing=False)
+    assert found == pytest.approx(sum(saved.values()) + tensor_bytes([output]), rel=0.1)
+    assert memory.graph(ROWS, checkpointing=True) < found / 2
+
+
+def test_graphs_that_do_not_fit_are_replayed(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"optimizer.update": "streamed", "run.iterations": 1, "evaluation.every": 0}
+    settings |= {
+        "objective.trained_steps": "all_but_last",
+        "optimizer.updates_per_iteration": 1,
+        "run.memory_check": "refuse",
+    }
+    assert train(tmp_path / "plain", **settings) == 0
+    needed: list[MemoryEstimate] = []
+
+    def free(device: torch.device) -> int:
+        del device
+        graphs = needed[-1].state["graphs"]
+        return needed[0].to_come - needed[0].state["graphs"] if graphs or len(needed) > 1 else 0
+
+    def estimated(*arguments: Any) -> MemoryEstimate:
+        needed.append(own(*arguments))
+        return needed[-1]
+
+    own = training_memory.estimate_memory
+    monkeypatch.setattr(training_memory, "estimate_memory", estimated)
+    monkeypatch.setattr(training_memory, "free_bytes", free)
+    monkeypatch.setattr(training_memory, "_CLEARLY", 1.0)
+    assert train(tmp_path / "small", **settings) == 0
+    assert needed[0].state["graphs"] > 0 == needed[1].state["graphs"]
+    (plain,), (small,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "small"))
+    # the same update, with its trained steps' forwards repeated
+    assert small["grad_norm"] == plain["grad_norm"]
+    assert small["nfe/update"] > plain["nfe/update"]
+
+
 def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     # 2 prompts x 4 samples, 5 steps of which the first 4 are noisy (cps may switch the last one off by a level of 0)
     chosen = config(
@@ -191,6 +244,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "trajectories": 8 * latents * 11,
         "lookahead features": 19,
         "hidden tokens": 0,
+        "graphs": 0,
     }
     assert found.phases == {
         "rollout": memory.forward(2),
@@ -223,6 +277,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "trajectories": samples * latents * 21,
         "lookahead features": 0,
         "hidden tokens": 0,
+        "graphs": 0,
     }
 
 

@@ -42,6 +42,8 @@ _ADVICE = {
     "trajectories": "fewer samples (data.num_prompts, sampler.group_size)",
     "lookahead features": "fewer lookahead.nodes, lookahead.guidance cond_only, lookahead.cache text in the place of "
     "text:own or reuse, or null",
+    "graphs": "optimizer.update replayed, model.gradient_checkpointing true, or fewer samples (data.num_prompts, "
+    "sampler.group_size)",
     "hidden tokens": "lookahead.head null, or fewer samples (data.num_prompts, sampler.group_size)",
     "evaluation": "fewer held-out pictures (evaluation.num_prompts, evaluation.samples_per_prompt), model.vae_decode "
     "sliced, or a smaller sampler.micro_batch",
@@ -134,6 +136,7 @@ def estimate(
     held_out_rows = held_out.num_prompts * held_out.samples_per_prompt
     graphs = 1 + int(guided and config.objective.guidance_gradient == "full")
     further = 1 + int(guided) - graphs + (1 + int(guided)) * int(config.objective.kl_coef != 0)
+    kept = memory.graph(sampler.micro_batch, checkpointing=model.gradient_checkpointing) if _streams(config) else 0
     picture, completed = memory.picture, states * samples
     hidden = memory.hidden if dense and config.lookahead.head is not None else 0
     phases = {
@@ -168,6 +171,8 @@ def estimate(
             "trajectories": samples * latents * (per_state * steps + 1),
             "lookahead features": features,
             "hidden tokens": samples * steps * hidden,
+            # of two steps, and of both halves of guidance if both have a gradient
+            "graphs": 2 * graphs * kept * samples // sampler.micro_batch,
         },
         phases=phases,
     )
@@ -183,6 +188,10 @@ def _completed_states(config: Config) -> int:
     if isinstance(trained, int):
         return min(states, 2 * trained)
     return len({step + end for step in config.noisy_among(trained) for end in (0, 1)} - {config.sampler.num_steps})
+
+
+def _streams(config: Config) -> bool:
+    return config.optimizer.update == "streamed"
 
 
 def _evaluations(config: Config) -> int:
@@ -285,7 +294,7 @@ def prepare(
     lookahead: Lookahead | None,
     prompts: Sequence[str],
     reward: RewardMixture | None = None,
-) -> None:
+) -> bool:
     """Encode a run's prompts into its cache, say how its network runs, and see whether the memory will do.
 
     Args:
@@ -295,11 +304,14 @@ def prepare(
         prompts: all that the run will use, training and held-out.
         reward: all that the run scores with; networks on the model's device are counted.
 
+    Returns:
+        Whether a streamed update fits; False where the run must replay instead.
+
     Raises:
         SetupError: the device's free memory is clearly too small; OutputError: the cache cannot be written.
     """
     if not isinstance(model, SD3):
-        return
+        return True
     encoded = model.prepare(list(prompts))
     if encoded:
         print(f"encoded {encoded} prompts into {config.model.prompt_cache}", flush=True)
@@ -307,17 +319,28 @@ def prepare(
         by = "PyTorch's own" if model.attention == "auto" else f"{model.attention} through diffusers' dispatcher"
         print(f"attention: {by}, {str(model.transformer.dtype).removeprefix('torch.')} on {model.device}", flush=True)
     if config.run.memory_check == "off":
-        return
+        return True
     needed = estimate_memory(config, model, lookahead, reward)
     print(needed, flush=True)
-    problem = check(needed, free_bytes(model.device), str(model.device))
+    problem, streams = check(needed, free_bytes(model.device), str(model.device)), True
+    if problem is not None and _streams(config):
+        logger.warning(
+            "optimizer.update: the graphs of two steps need about %s, which do not fit; every trained step's forward "
+            "is replayed instead, with the same gradient",
+            readable(needed.state["graphs"]),
+        )
+        streams = False
+        config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"update": "replayed"})})
+        needed = estimate_memory(config, model, lookahead, reward)
+        problem = check(needed, free_bytes(model.device), str(model.device))
     if problem is None:
-        return
+        return streams
     if model.device.type != "cuda":
         problem += "; without a GPU, the embedded model trains in minutes: python -m densegrpo_fast.train"
     if config.run.memory_check == "refuse":
         raise refuse(problem)
     logger.warning("%s", problem)
+    return streams
 
 
 def estimate_memory(

@@ -55,7 +55,7 @@ from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
 from densegrpo_fast.training.records import RunRecords, iteration_record
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
-from densegrpo_fast.training.strategies import Experience, UpdateStrategy, strategy_of
+from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
 
 
 class RunResult(NamedTuple):
@@ -317,7 +317,9 @@ class Trainer:
         """`run` in a directory that `open_run_directory` has opened."""
         config, total = self.config, self.config.run.iterations
         prompts = self.prompts.used(total) + self.held_out.prompts
-        prepare(config, self.model, self.lookahead, prompts, self.observed)
+        streams = prepare(config, self.model, self.lookahead, prompts, self.observed)
+        if isinstance(self.strategy, Streamed):
+            self.strategy.fits = streams
         records = RunRecords(directory, config, self.model)
         print(
             f"{config.preset}: {total} iterations of {config.data.num_prompts} prompts x {config.sampler.group_size} "
