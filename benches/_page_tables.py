@@ -192,7 +192,7 @@ def price() -> str:
                 else "",
             ]
         )
-    return f"{source('price', document)}\n\n{table(header, lines)}"
+    return table(header, lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
