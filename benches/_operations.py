@@ -34,7 +34,7 @@ CHECKS = ("calibration", "monitor", "guard")
 def operations(settings: Mapping[str, Any], run: Mapping[str, Any]) -> list[float] | None:
     """TFLOP that a run had spent at each of its evaluations; None where its model, lookahead or settings are not known.
 
-    Known is the embedded model, with any lookahead but one with a completion head, which is a file.
+    Known is the embedded model.
 
     Args:
         settings: of its variant, as a study records them; options that are newer than the record are the base preset's.
@@ -44,7 +44,7 @@ def operations(settings: Mapping[str, Any], run: Mapping[str, Any]) -> list[floa
         config = config_of(settings, run["seed"])
     except ValidationError:
         return None
-    if config.model.path != "embedded" or config.model.height or config.lookahead.head is not None:
+    if config.model.path != "embedded" or config.model.height:
         return None
     counted = IterationOperations(config)
     spent, found, done = 0.0, [], 0

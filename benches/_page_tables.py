@@ -1,4 +1,4 @@
-"""Recorded measurements as Markdown: of lookaheads (fidelity, `head_study.py`, `chunk_gains.py`) and calibrations.
+"""Recorded measurements as Markdown: of lookaheads (fidelity, `chunk_gains.py`) and calibrations.
 
 `TABLES` has all tables that a page may name (`_pages.py`), those of `_measured_tables.py` and `_method_tables.py` too.
 """
@@ -49,8 +49,8 @@ def agreement(stem: str) -> str:
 
 
 def extras(record: Mapping[str, Any]) -> str:
-    """What a variant's completions are helped by, such as "head, bfloat16 copy, cache text"."""
-    parts = ["head"] if record["head"] else []
+    """What a variant's completions are helped by, such as "bfloat16 copy, cache text"."""
+    parts = []
     if copied := record["copy"]:
         parts.append("copy" if copied is True else f"{copied} copy")
     return ", ".join([*parts, f"cache `{record['cache']}`"] if record["cache"] else parts)
@@ -75,33 +75,6 @@ def search(stem: str) -> str:
         outside = [f"{own['iteration_flops_ratio']:.2f}", *map(short, correlations(own, document))]
         front.append(["the chosen one on the other half", *outside])
     return f"{source(stem, document)}\n\n{table(header, front)}"
-
-
-def head_data(stem: str) -> str:
-    """What more data makes of a completion head."""
-    document = read(stem)
-    header = ["plan", "head of", "iteration / sparse, operations", "rewards", "gains", "worst step"]
-    lines, told = [], set()
-    for record in document["data"]:
-        names = ["with"] if record["plan"] in told else ["without", "with"]
-        told.add(record["plan"])
-        for name in names:
-            label = "-" if name == "without" else f"{record['trajectories']} trajectories"
-            numbers = map(short, correlations(record[name], document))
-            lines.append([record["plan"], label, f"{record[name]['iteration_flops_ratio']:.2f}", *numbers])
-    return f"{source(stem, document)}\n\n{table(header, lines)}"
-
-
-def head_run(stem: str) -> str:
-    """What becomes of a completion head while the policy it was made for learns: rewards / gains / worst step."""
-    document = read(stem)
-    kinds = {"without": "no head", "kept": "the head as it was", "refreshed": "the refreshed head"}
-    lines = [
-        [str(record["iteration"])]
-        + [" / ".join(short(value, 3) for value in correlations(record[kind], document)) for kind in kinds]
-        for record in document["run"]
-    ]
-    return table(["iterations", *kinds.values()], lines)
 
 
 def chunks(stem: str) -> str:
@@ -207,8 +180,6 @@ TABLES: dict[str, Callable[[], str]] = {
         for name in ("embedded", "late", "cache", "branched", "branched_paper", "fast")
     },
     "search_late": partial(search, "fidelity_late"),
-    "head_data": partial(head_data, "head_study"),
-    "head_run": partial(head_run, "head_study"),
     "chunks": partial(chunks, "chunk_gains"),
     "noise_levels": noise_levels,
     **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched")},

@@ -307,10 +307,6 @@ def test_refusals_name_the_key_and_the_reason(argument: str, expected: str) -> N
             ["model.compile=default", "lookahead.cache=text"],
             "lookahead.cache: expected null with model.compile, which hides the network's blocks, got",
         ),
-        (
-            ["model.compile=default", "lookahead.head=head.safetensors"],
-            "lookahead.head: expected null with model.compile, which hides the network's blocks, got",
-        ),
         (["model.compile=reduce-overhead"], 'expected "default" or "max-autotune-no-cudagraphs"'),
         (["seed=1", "--seed", "1"], "option seed is given twice"),
         (["--dry-run", "--dry-run"], "option --dry-run is given twice"),

@@ -161,11 +161,6 @@ class ModelMemory:
         text = self._inputs(1)["encoder_hidden_states"].shape[1]
         return height * width // self.network.config.patch_size**2, text
 
-    @property
-    def hidden(self) -> int:
-        """Bytes of one row's last hidden tokens, which a completion head reads."""
-        return self.tokens[0] * self.network.inner_dim * self.network.dtype.itemsize
-
     def forward(self, rows: int) -> int:
         """One velocity of `rows` rows without gradient, the result included."""
         inputs = self._inputs(rows)
