@@ -9,6 +9,7 @@ model's own is image analysis), nor are held-out evaluations, as in the training
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -33,7 +34,7 @@ CHECKS = ("calibration", "monitor", "guard")
 def operations(settings: Mapping[str, Any], run: Mapping[str, Any]) -> list[float] | None:
     """TFLOP that a run had spent at each of its evaluations; None where its model, lookahead or settings are not known.
 
-    Known is the embedded model, with any lookahead but one with a completion head, which is a file.
+    Known is the embedded model.
 
     Args:
         settings: of its variant, as a study records them; options that are newer than the record are the base preset's.
@@ -43,7 +44,7 @@ def operations(settings: Mapping[str, Any], run: Mapping[str, Any]) -> list[floa
         config = config_of(settings, run["seed"])
     except ValidationError:
         return None
-    if config.model.path != "embedded" or config.model.height or config.lookahead.head is not None:
+    if config.model.path != "embedded" or config.model.height:
         return None
     counted = IterationOperations(config)
     spent, found, done = 0.0, [], 0
@@ -170,15 +171,35 @@ class IterationOperations:
         return tuple(step in window and levels[step] > 0 for step in range(steps))
 
 
-def schedule_of(config: Config) -> Schedule:
-    """Which steps a configuration's iterations take; that does not depend on the model, so there need not be one."""
+def schedule_of(config: Config, sigmas: Any = None) -> Schedule:
+    """Which steps a configuration's iterations take; that does not depend on the model, so there need not be one.
+
+    Args:
+        sigmas: [T+1] of the steps, where the weights of drawn steps matter; None = SD3's.
+    """
     import torch
 
     from densegrpo_fast.flow.schedule import sd3_sigmas
     from densegrpo_fast.training.schedule import Schedule
 
-    grid: Any = SimpleNamespace(device=torch.device("cpu"), sigmas=lambda steps: sd3_sigmas(steps, shift=3.0))
+    grid: Any = SimpleNamespace(
+        device=torch.device("cpu"), sigmas=lambda steps: sd3_sigmas(steps, shift=3.0) if sigmas is None else sigmas
+    )
     return Schedule(config, grid)
+
+
+DRAWS = 1000
+"""Iterations over which draws of the trained steps are averaged."""
+
+
+def draws(config: Config, sigmas: Any = None) -> list[tuple[tuple[int, ...], Any, int]]:
+    """Every set of steps that iterations train, the factors [T] of its steps' losses, and in how many of `DRAWS`."""
+    schedule = schedule_of(config, sigmas)
+    factors = schedule.draw_weights(0)
+    if not isinstance(config.objective.trained_steps, int):
+        return [(tuple(schedule.trained_steps(0)), factors, DRAWS)]
+    counted = Counter(tuple(schedule.trained_steps(iteration)) for iteration in range(DRAWS))
+    return [(steps, factors, count) for steps, count in counted.items()]
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Recorded measurements as Markdown: of lookaheads (fidelity, `head_study.py`, `chunk_gains.py`) and calibrations.
+"""Recorded measurements as Markdown: of lookaheads (fidelity, `chunk_gains.py`) and calibrations.
 
 `TABLES` has all tables that a page may name (`_pages.py`), those of `_measured_tables.py` and `_method_tables.py` too.
 """
@@ -49,8 +49,8 @@ def agreement(stem: str) -> str:
 
 
 def extras(record: Mapping[str, Any]) -> str:
-    """What a variant's completions are helped by, such as "head, bfloat16 copy, cache text"."""
-    parts = ["head"] if record["head"] else []
+    """What a variant's completions are helped by, such as "bfloat16 copy, cache text"."""
+    parts = []
     if copied := record["copy"]:
         parts.append("copy" if copied is True else f"{copied} copy")
     return ", ".join([*parts, f"cache `{record['cache']}`"] if record["cache"] else parts)
@@ -75,33 +75,6 @@ def search(stem: str) -> str:
         outside = [f"{own['iteration_flops_ratio']:.2f}", *map(short, correlations(own, document))]
         front.append(["the chosen one on the other half", *outside])
     return f"{source(stem, document)}\n\n{table(header, front)}"
-
-
-def head_data(stem: str) -> str:
-    """What more data makes of a completion head."""
-    document = read(stem)
-    header = ["plan", "head of", "iteration / sparse, operations", "rewards", "gains", "worst step"]
-    lines, told = [], set()
-    for record in document["data"]:
-        names = ["with"] if record["plan"] in told else ["without", "with"]
-        told.add(record["plan"])
-        for name in names:
-            label = "-" if name == "without" else f"{record['trajectories']} trajectories"
-            numbers = map(short, correlations(record[name], document))
-            lines.append([record["plan"], label, f"{record[name]['iteration_flops_ratio']:.2f}", *numbers])
-    return f"{source(stem, document)}\n\n{table(header, lines)}"
-
-
-def head_run(stem: str) -> str:
-    """What becomes of a completion head while the policy it was made for learns: rewards / gains / worst step."""
-    document = read(stem)
-    kinds = {"without": "no head", "kept": "the head as it was", "refreshed": "the refreshed head"}
-    lines = [
-        [str(record["iteration"])]
-        + [" / ".join(short(value, 3) for value in correlations(record[kind], document)) for kind in kinds]
-        for record in document["run"]
-    ]
-    return table(["iterations", *kinds.values()], lines)
 
 
 def chunks(stem: str) -> str:
@@ -172,7 +145,46 @@ def noise_levels() -> str:
     return table(header, lines)
 
 
+def price() -> str:
+    """What DenseGRPO costs in its forms, in sparse iterations, and the variance of a drawn form's gradient."""
+    document = read("price")
+    models = [document[name] for name in ("sd35_medium", "flux1_dev", "embedded")]
+    header = [
+        "DenseGRPO",
+        "SD3.5-M",
+        "no KL",
+        "over sparse without a repeated forward",
+        "over sparse of as many steps",
+        "FLUX.1-dev",
+        "embedded",
+        "seconds, embedded",
+        "variance x operations",
+    ]
+    lines = []
+    for name in (name for name in models[0] if name != "title"):
+        medium, flux, own = (model[name] for model in models)
+        ratios = medium["operations"]
+        varied = own.get("variance")
+        lines.append(
+            [
+                name,
+                f"**{ratios['over_replayed_sparse']:.2f}**",
+                f"{medium['operations_without_kl']['over_replayed_sparse']:.2f}",
+                f"{ratios['over_streamed_sparse']:.2f}",
+                f"{ratios['over_sparse_of_as_many_steps']:.2f}",
+                f"{flux['operations']['over_replayed_sparse']:.2f}",
+                f"{own['operations']['over_replayed_sparse']:.2f}",
+                f"{own['seconds']['over_replayed_sparse']:.2f}" if own["seconds"] else "",
+                f"{varied['variance_over_all_steps']['3']:.2f} x {varied['operations_over_all_steps']:.2f}"
+                if varied and name.startswith("exact") and "streamed" not in name
+                else "",
+            ]
+        )
+    return table(header, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "price": price,
     "study": _measured_tables.study,
     "steps": _measured_tables.steps,
     **{f"dropin_{host}": partial(_measured_tables.dropin, host) for host in _measured_tables.KINDS},
@@ -183,8 +195,6 @@ TABLES: dict[str, Callable[[], str]] = {
         for name in ("embedded", "late", "cache", "branched", "branched_paper", "fast")
     },
     "search_late": partial(search, "fidelity_late"),
-    "head_data": partial(head_data, "head_study"),
-    "head_run": partial(head_run, "head_study"),
     "chunks": partial(chunks, "chunk_gains"),
     "smoothness": smoothness,
     "noise_levels": noise_levels,

@@ -59,7 +59,7 @@ class Protocol:
         guidance, decoder: of their lookahead.
         copy_dtype: of the model's copy that it evaluates; "null" for no copy.
         vae_dtype: of the full decoder of sparse, dense_fast and dense_trajectories; the others' is float32.
-        head, cache: of dense_trajectories', as in the configuration; "null" for none.
+        cache: of dense_trajectories', as in the configuration; "null" for none.
         overrides: further options of all variants, as `key=value`, such as a micro-batch that fits the memory.
     """
 
@@ -71,7 +71,6 @@ class Protocol:
     decoder: str = "full"
     copy_dtype: str = "float32"
     vae_dtype: str = "bfloat16"
-    head: str = "null"
     cache: str = "null"
     overrides: tuple[str, ...] = ()
 
@@ -90,7 +89,7 @@ class Protocol:
         else:
             lookahead = _plan("exact") | {"lookahead.guidance": "full", "lookahead.decoder": "full"}
         if name == DENSE_TRAJECTORIES:
-            lookahead |= {"lookahead.head": self.head, "lookahead.cache": self.cache}
+            lookahead |= {"lookahead.cache": self.cache}
         methods = {DENSE_FAST: "branch"} | dict.fromkeys((SPARSE, SPARSE_RETAINED, STOCK_SPARSE), "sparse")
         fixed = lookahead | {
             "model.vae_dtype": "float32" if name == DENSE_EXACT else self.vae_dtype,
@@ -217,8 +216,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         default=default.vae_dtype,
         help="precision of the full decoder of both and of sparse; default: %(default)s",
     )
-    add("--head", default=default.head, metavar="FILE", help="completion head of dense_trajectories")
-    add("--cache", default=default.cache, metavar="SPEC", help="features that it takes over from the rollout")
+    add("--cache", default=default.cache, metavar="SPEC", help="features that dense_trajectories takes over")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="further options of all variants")
     add("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N", help="timed rounds; default: %(default)s")
     add(

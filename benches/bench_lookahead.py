@@ -5,7 +5,7 @@
 
     serial      every state by itself over all remaining steps, as TurningPoint-GRPO runs it (`_stock.py`)
     exact       the same completions: states at one sigma together, the rollout's velocities reused
-    nodes       the plan, guidance, copy, head and cache that are asked for; else nodes {4, 7} by the policy itself
+    nodes       the plan, guidance, copy and cache that are asked for; else nodes {4, 7} by the policy itself
     one_step    no evaluation: the clean estimates from the rollout's velocities
     copy        exact, by a copy of the model with the adapter merged: in float32, or the precision that is asked for
     cached      exact, with features of the rollout: each sample's own text features and the residual of blocks 2 to 5,
@@ -143,7 +143,7 @@ def configurations(protocol: Protocol) -> dict[str, Config]:
     Raises:
         UserError: an option is wrong.
     """
-    plain = replace(protocol, plan="exact", guidance="full", head="null", cache="null", copy_dtype="null")
+    plain = replace(protocol, plan="exact", guidance="full", cache="null", copy_dtype="null")
     asked = {
         "exact": plain,
         "nodes": protocol,

@@ -132,25 +132,30 @@ def _quoted() -> Iterator[tuple[str, str]]:
     fast = _fast_lookahead()
     _, gains, worst = correlations(fast, read("fidelity_fast"))
     yield "the fast lookahead", f"({gains:.2f}, worst step {worst:.2f}, 64 held-out groups of 16;"
-    yield "the fast lookahead", f"By operations the first line is {fast['iteration_flops_ratio']:.2f} with KL"
 
     seconds = read("iteration_cpu")
     for words, key in (
-        ("branches, all steps but the last, float32 copy, full decoder / sparse", "dense_fast/sparse"),
-        ("the same / stock sparse", "dense_fast/stock_sparse"),
-        ("the same along trajectories / sparse", "dense_trajectories/sparse"),
-        ("dense exact / sparse", "dense_exact/sparse"),
+        ("DenseGRPO, exact completions / sparse", "dense_exact/sparse"),
+        ("DenseGRPO / sparse", "dense_trajectories/sparse"),
+        ("DenseGRPO, 4 of nine steps drawn / sparse", "dense_drawn/sparse"),
+        ("the same, streamed (`embedded_paper_drawn`) / sparse", "dense_streamed/sparse"),
+        ("the same / sparse without a repeated forward", "dense_streamed/sparse_retained"),
+        ("sparse without a repeated forward / sparse", "sparse_retained/sparse"),
+        ("branches (`embedded_paper_fast`), a relative / sparse", "dense_fast/sparse"),
         ("stock dense / stock sparse", "stock_dense/stock_sparse"),
-        ("dense exact / stock dense", "dense_exact/stock_dense"),
+        ("DenseGRPO, exact completions / stock dense", "dense_exact/stock_dense"),
     ):
         yield "seconds", f"| {words} | {seconds['ratios'][key]:.2f} | {seconds['no_kl']['ratios'][key]:.2f} |"
 
-    for words, key in (
-        ("DenseGRPO: independent trajectories, exact completions", "dense_exact/sparse"),
-        ("DenseGRPO, completions over all steps but the last", "dense_trajectories/sparse"),
-        ("branches, likewise", "dense_fast/sparse"),
+    counted = read("price")["sd35_medium"]
+    for words, key, form in (
+        ("DenseGRPO: independent trajectories, exact completions", "dense_exact", "exact"),
+        ("DenseGRPO, completions over all steps but the last", "dense_trajectories", "all but the last step"),
+        ("drawn by their gradients", "dense_drawn", "all but the last step, 4 of nine"),
+        ("(preset `embedded_paper_drawn`)", "dense_streamed", "all but the last step, 4 of nine, streamed"),
     ):
-        yield "an iteration's price", f"| {words} | {seconds['ratios'][key]:.2f} |"
+        ratio = counted[form]["operations"]["over_replayed_sparse"]
+        yield "an iteration's price", f"{words} | {seconds['ratios'][f'{key}/sparse']:.2f} | {ratio:.2f} |"
 
     for name, words in (("learning_branched", "6 steps as in training"), ("learning_branched_10steps", "10 steps")):
         document = read(name)
@@ -309,6 +314,17 @@ def fast_iteration(_: Pages) -> Iterator[str]:
         yield "the fast lookahead is below a bar of its fidelity"
 
 
+def drawn_iteration(_: Pages) -> Iterator[str]:
+    """What is timed as dense_streamed is the preset embedded_paper_drawn."""
+    timed = complete_settings(read("iteration_cpu")["settings"]["variants"]["dense_streamed"])
+    preset = parse_arguments(["--config", "embedded_paper_drawn"])[0].model_dump(mode="json")
+    for section, apart in (("lookahead", {"monitor_every"}), ("credit", set()), ("objective", set())):
+        if any(preset[section][key] != value for key, value in timed[section].items() if key not in apart):
+            yield f"what was timed as dense_streamed is not embedded_paper_drawn in {section}"
+    if timed["optimizer"]["update"] != preset["optimizer"]["update"]:
+        yield "what was timed as dense_streamed is not streamed"
+
+
 def _fast_lookahead() -> dict[str, Any]:
     """The fidelity of what is timed as dense_fast."""
     config = read("iteration_cpu")["settings"]["variants"]["dense_fast"]
@@ -338,6 +354,7 @@ CHECKS: tuple[Callable[[Pages], Iterator[str]], ...] = (
     default_run,
     balance,
     fast_iteration,
+    drawn_iteration,
 )
 
 

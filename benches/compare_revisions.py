@@ -58,8 +58,8 @@ RENAMED: dict[str, str] = {
 PHASES = {"guard": "monitor"}
 """Old name -> new name of a phase, as a dry run prints it."""
 
-IGNORED = ("time/", "memory/", "cpu_seconds", "metrics_position", "run.output_dir")
-"""Beginnings of names that are measured, or that say where a run is."""
+IGNORED = ("time/", "memory/", "cpu_seconds", "metrics_position", "run.output_dir", "lookahead.head")
+"""Beginnings of names that are measured, that say where a run is, or of options that are gone and had no effect."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16": ("embedded_dense", {"model.dtype": "bfloat16", "credit.smoothing": 1.0}),

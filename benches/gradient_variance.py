@@ -24,13 +24,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from _operations import IterationOperations
+from _operations import DRAWS, IterationOperations, draws
 from _record import RESULTS, load_average, portable, provenance, write_json
 from torch import Tensor
 
@@ -48,7 +47,6 @@ COUNTS = (2, 3, 4, 5)
 """Of nine, how many steps are drawn."""
 WEIGHTS = ("none", "noise_aware", "flash")
 """`objective.step_weight`."""
-_DRAWS = 2000
 
 
 def settings(weight: str, **further: Any) -> Config:
@@ -97,16 +95,6 @@ def products(gradients: Tensor) -> tuple[Tensor, Tensor]:
     return own / count, (total @ total.T - own) / (count * (count - 1))
 
 
-def draws(config: Config) -> list[tuple[tuple[int, ...], Tensor, float]]:
-    """Every set of steps that is drawn, the factors [T] of its steps' losses, and its probability (counted)."""
-    schedule = IterationOperations(config).schedule
-    if not isinstance(config.objective.trained_steps, int):
-        return [(tuple(schedule.trained_steps(0)), schedule.draw_weights(0), 1.0)]
-    counted = Counter(tuple(schedule.trained_steps(iteration)) for iteration in range(_DRAWS))
-    factors = schedule.draw_weights(0)
-    return [(steps, factors, count / _DRAWS) for steps, count in counted.items()]
-
-
 def variance(config: Config, within: Tensor, between: Tensor, groups: int) -> float:
     """Total variance of the mean gradient of so many groups that share a draw.
 
@@ -116,12 +104,12 @@ def variance(config: Config, within: Tensor, between: Tensor, groups: int) -> fl
     """
     weights = IterationOperations(config).schedule.step_weights()[: len(within)].double()
     second = torch.zeros((), dtype=torch.float64)
-    for steps, factors, probability in draws(config):
+    for steps, factors, times in draws(config):
         share = torch.zeros(len(within), dtype=torch.float64)
         share[list(steps)] = factors[list(steps)].double() / len(steps)
         share *= weights
         mean_square = (within / groups + between * (1 - 1 / groups)).mul(share[:, None] * share).sum()
-        second += probability * mean_square
+        second += times / DRAWS * mean_square
     every = weights / len(within)
     return (second - between.mul(every[:, None] * every).sum()).item()
 
@@ -131,12 +119,12 @@ def operations(config: Config, unit: ModelFlops, *, sparse: bool = False, stream
     steps = config.sampler.num_steps
     own = {"guided": config.sampler.guidance_scale != 1.0, "kl": kl}
     schedule, total = IterationOperations(config).schedule, 0.0
-    for trained, _, probability in draws(config):
+    for trained, _, times in draws(config):
         cost: IterationCost = sparse_iteration(steps, trained_steps=len(trained), **own)
         if not sparse:
             completed = schedule.completed_states((True,) * steps, trained)
             cost = dense_iteration(exact(steps), trained_steps=len(trained), completed=completed, **own)
-        total += probability * replace(cost, streamed=streamed).flops(unit)
+        total += times / DRAWS * replace(cost, streamed=streamed).flops(unit)
     return total
 
 
@@ -197,9 +185,9 @@ def schedule_probabilities(config: Config) -> list[float]:
     """Of each step that could be trained, that it is (counted over draws)."""
     count = config.sampler.num_steps - 1
     shares = [0.0] * count
-    for steps, _, probability in draws(config):
+    for steps, _, times in draws(config):
         for step in steps:
-            shares[step] += probability
+            shares[step] += times / DRAWS
     return [round(share, 4) for share in shares]
 
 

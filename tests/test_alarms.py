@@ -74,7 +74,7 @@ def test_drift_stays_as_it_was_seen_last() -> None:
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        (["lookahead.plan=exact", "lookahead.decoder=full"], "leave out lookahead.copy_dtype, cache and head; "),
+        (["lookahead.plan=exact", "lookahead.decoder=full"], "leave out lookahead.copy_dtype and cache; "),
         (["lookahead.plan=one_step", "lookahead.decoder=full"], "choose a plan with more nodes; python"),
         (
             ["lookahead.plan=one_step", "lookahead.guidance=cond_only", "lookahead.decoder=preview"],

@@ -1,4 +1,5 @@
-"""Old names of options and metrics are read, with a warning; what is stored means what it meant, also by omission."""
+"""Old names of options and metrics are read, with a warning; what is stored means what it meant, also by omission; an
+option that is gone may stand where it has no effect."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from densegrpo_fast.common.aliases import ADDED, OPTIONS, current_settings
-from densegrpo_fast.common.errors import CheckpointError
+from densegrpo_fast.common.aliases import ADDED, OPTIONS, REMOVED, current_settings
+from densegrpo_fast.common.errors import CheckpointError, UsageError
 from densegrpo_fast.config.cli import load_config, parse_arguments, split_overrides
 from densegrpo_fast.config.schema import Config, options
 from densegrpo_fast.config.yaml_files import dump_yaml
@@ -21,7 +22,7 @@ from densegrpo_fast.run_files.metrics import read_metrics
 
 def test_every_old_name_leads_to_an_option() -> None:
     assert set(OPTIONS.values()) <= set(options())
-    assert not set(OPTIONS) & set(options())
+    assert not {*OPTIONS, *REMOVED} & set(options())
 
 
 @pytest.mark.parametrize("form", [["--lookahead.guard_every", "7"], ["lookahead.guard_every=7"]])
@@ -121,6 +122,50 @@ def test_without_guidance_an_old_checkpoint_goes_on_under_either(tmp_path: Path)
     assert (config.sampler.guidance_scale, config.objective.guidance_gradient) == (1.0, "full")
     CheckpointManager(tmp_path, 1, stored_before(config, key)).save(1, {"adapter": {"weight": torch.ones(1)}}, {})
     assert CheckpointManager(tmp_path, 1, config.resume_settings()).load_latest().step == 1
+
+
+NEUTRAL = "lookahead:\n  head: null\n  head_refresh: 0\n"
+GONE = r"completion heads were removed.*\.929 to \.939"
+
+
+def test_an_option_that_is_gone_may_have_no_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    now = load_config("embedded_dense")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(now).replace("lookahead:\n", NEUTRAL))
+    assert load_config(path) == now
+    path.write_text(f"preset: embedded_dense\nextends: embedded_dense\n{NEUTRAL}")
+    assert load_config(path) == now
+    assert load_config("embedded_dense", {"lookahead.head": None, "lookahead.head_refresh": 0}) == now
+    for form in (["--lookahead.head", "null", "--lookahead.head_refresh=0"], ["lookahead.head=null"]):
+        assert parse_arguments(["--config", "embedded_dense", *form])[0] == now
+        assert split_overrides([*form, "file.png"])[0] == ["file.png"]
+    settings = now.resume_settings()
+    stored = {**settings, "lookahead": {**settings["lookahead"], "head": None, "head_refresh": 0}}
+    CheckpointManager(tmp_path, 1, stored).save(1, {"adapter": {"weight": torch.ones(1)}}, {})
+    assert CheckpointManager(tmp_path, 1, settings).load_latest().step == 1
+    assert newest_settings(tmp_path) == settings
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("name", "value"), [("head", "head.safetensors"), ("head_refresh", 50)])
+def test_an_option_that_is_gone_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
+    message = rf"lookahead\.{name} {value}: {GONE}"
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"lookahead:\n  {name}: {value}\n")
+    with pytest.raises(UsageError, match=rf"mine\.yaml: {message}"):
+        load_config(path)
+    with pytest.raises(UsageError, match=rf"command line: {message}"):
+        parse_arguments([f"--lookahead.{name}", str(value)])
+    with pytest.raises(UsageError, match=message):
+        load_config("embedded_dense", {f"lookahead.{name}": value})
+    settings = load_config("embedded_dense").resume_settings()
+    stored = {**settings, "lookahead": {**settings["lookahead"], name: value}}
+    CheckpointManager(tmp_path, 1, stored).save(1, {"adapter": {"weight": torch.ones(1)}}, {})
+    with pytest.raises(CheckpointError, match=rf"step-00000001.*{message}"):
+        CheckpointManager(tmp_path, 1, settings).load_latest()
+    with pytest.raises(CheckpointError, match=message):
+        newest_settings(tmp_path)
 
 
 def test_old_metrics_are_read_under_their_new_names(tmp_path: Path) -> None:

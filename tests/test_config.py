@@ -34,6 +34,7 @@ PRESETS = [
     "embedded_mixgrpo",
     "embedded_mixture",
     "embedded_paper",
+    "embedded_paper_drawn",
     "embedded_paper_fast",
     "embedded_pcpo",
     "embedded_return_to_go",
@@ -46,6 +47,7 @@ PRESETS = [
     "embedded_vgpo",
     "sd35_medium_pickscore",
     "sd35_medium_pickscore_24gb",
+    "sd35_medium_pickscore_drawn",
     "sd35_medium_pickscore_fast",
 ]
 EMBEDDED_DENSE = read_settings("embedded_dense")
@@ -304,10 +306,6 @@ def test_refusals_name_the_key_and_the_reason(argument: str, expected: str) -> N
         (
             ["model.compile=default", "lookahead.cache=text"],
             "lookahead.cache: expected null with model.compile, which hides the network's blocks, got",
-        ),
-        (
-            ["model.compile=default", "lookahead.head=head.safetensors"],
-            "lookahead.head: expected null with model.compile, which hides the network's blocks, got",
         ),
         (["model.compile=reduce-overhead"], 'expected "default" or "max-autotune-no-cudagraphs"'),
         (["seed=1", "--seed", "1"], "option seed is given twice"),

@@ -69,11 +69,6 @@ def config(*argv: str) -> Config:
             [*BRANCHES, "credit.method=granular"],
             "lookahead.plan: expected exact, by which the rewards of credit.method",
         ),
-        (
-            [*GRANULAR, "lookahead.head=head.st"],
-            "lookahead.head: expected null with exact, by which the rewards of credit.method granular are defined, "
-            "got head.st",
-        ),
         ([*GRANULAR, "credit.granularities=[2,1]"], "credit.granularities: expected increasing step sizes, got [2, 1]"),
         ([*GRANULAR, "credit.granularities=[1,8]"], "credit.granularities: expected at most 7"),
         ([*GRANULAR, "credit.granularities=[0,2]"], "credit.granularities"),
@@ -112,13 +107,6 @@ def test_nodes_after_the_first_branches_are_enough() -> None:
     config(*BRANCHES, *NODES, "lookahead.nodes=[4,6]", "objective.trained_steps=1")
     # of six states one alone has no path, and three are drawn
     config(*BRANCHES, *PATHS, "lookahead.paths=[[],[4],[],[4],[5],[6],[7],[]]", "objective.trained_steps=3")
-
-
-def test_branches_may_be_completed_with_a_head() -> None:
-    lookahead = config(
-        *BRANCHES, "lookahead.plan=one_step", "lookahead.head=head.st", "lookahead.head_refresh=5"
-    ).lookahead
-    assert (lookahead.head, lookahead.head_refresh) == ("head.st", 5)
 
 
 def test_trajectories_branch_at_the_steps_that_are_trained(mixture_model: FlowModel) -> None:

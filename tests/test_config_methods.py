@@ -70,10 +70,6 @@ def test_every_policy_loss_goes_with_every_step_weight(policy: str, weight: str)
     [
         ("credit.method=turning_pont", 'credit.method: unknown method "turning_pont"; did you mean "turning_point"?'),
         ("credit.method=vgpo", "lookahead.plan: expected one_step, by which the rewards of credit.method vgpo are"),
-        (
-            "credit.method=vgpo lookahead.plan=one_step lookahead.head=head.safetensors",
-            "lookahead.head: expected null with one_step, by which the rewards of credit.method vgpo are defined, got",
-        ),
         ("credit.method=coca credit.window=3", "credit.window: expected a divisor of the 8 steps, got 3"),
         (  # floor((5 + 1) * .6) - 1 = 2 steps after the window of 3
             "credit.method=coca credit.window=4 window.remainder_share=0.6",

@@ -37,33 +37,12 @@ class Unit:
     full_decode: float = 1e7
     preview_decode: float = 1e9
     reward: float = 1e11
-    head: float = 1e14
-
-
-class HeadOfEarlyStates:
-    """A completion head that applies to states 0 and 1 alone."""
-
-    def applies(self, state: int) -> bool:
-        return state < 2
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        raise AssertionError("costs are counted without running anything")
 
 
 def test_forwards_of_the_lookahead_may_cost_less() -> None:
     cost = dense_iteration(plans.exact(10), trained_steps=9, guided=False, kl=False)
     # 45 forwards at half the price
     assert cost.flops(Unit()) - cost.flops(Unit(), lookahead_forward=0.5) == pytest.approx(22.5)
-
-
-def test_a_head_costs_a_row_for_each_state_that_it_corrects() -> None:
-    shape = {"trained_steps": 9, "guided": False, "kl": False}
-    plain = dense_iteration(plans.one_step(10), **shape)
-    helped = dense_iteration(plans.one_step(10), **shape, head=HeadOfEarlyStates())
-    assert helped.flops(Unit()) - plain.flops(Unit()) == 2e14
-    # state 0 shares the completion of state 1, which alone is computed
-    noisy = (False, *(True,) * 9)
-    assert dense_iteration(plans.one_step(10), **shape, noisy=noisy, head=HeadOfEarlyStates()).corrections == 1
 
 
 @pytest.mark.parametrize(
@@ -139,12 +118,6 @@ def test_a_branched_iteration_by_hand() -> None:
     assert (cost.rollout.forwards, cost.lookahead.forwards) == (2.25, 18 + 72)
     assert (cost.policy.forwards, cost.reference.forwards, cost.backwards) == (2.25, 2.25, 2.25)
     assert (cost.full_decodes, cost.preview_decodes, cost.rewards) == (0, 9, 9)
-    assert cost.corrections == 0
-    # of nine states, 1 to 9, the head corrects the first
-    helped = branched_iteration(
-        plans.exact(10), branches=8, trained_steps=9, guided=True, kl=True, head=HeadOfEarlyStates()
-    )
-    assert helped.corrections == 1
     # a branch at the last step is a picture, with nothing to evaluate
     noisy = (False,) * 3 + (True,)
     last = branched_iteration(plans.exact(4), branches=2, trained_steps=1, guided=False, kl=False, noisy=noisy)

@@ -118,33 +118,6 @@ def test_what_is_taken_over_from_each_rollout_is_not_shared(mixture_model: Any) 
     assert Lookahead(mixture_model, plans.exact(T)).dedup(trajectory).group == G
 
 
-def test_a_head_and_a_cache(tiny_policy: Callable[..., FlowModel]) -> None:
-    from densegrpo_fast.models.cache_spec import CacheSpec
-    from densegrpo_fast.models.feature_cache import FeatureCache
-
-    model, plan = tiny_policy(spread=0.1), plans.nodes(T, [2])
-
-    class Shift:
-        rows = 0
-
-        def applies(self, state: int) -> bool:
-            return True
-
-        def __call__(self, hidden: torch.Tensor, latents: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-            self.rows += len(latents)
-            return latents + hidden.mean()
-
-    head = Shift()
-    trajectory = sampled(model, keep_hidden=True)
-    expected = Lookahead(model, plan, head=head).complete(trajectory)
-    assert head.rows == T * len(PROMPTS)
-    found = Lookahead(model, plan, head=head).complete(replace(trajectory, shared=G))
-    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-5, atol=1e-5)
-    assert head.rows == (2 * T - 1) * len(PROMPTS) + len(PROMPTS) // G
-    cache = FeatureCache(model.network, CacheSpec(text=True), nodes=plan.nodes(), rows=len(PROMPTS))
-    assert Lookahead(model, plan, cache=cache).dedup(replace(trajectory, shared=G)).group == 1
-
-
 @pytest.mark.parametrize(("text", "shared"), [("text", G), ("text:own", 1), ("text+reuse:0-1", 1), ("skip:0", G)])
 def test_a_prompt_s_features_leave_its_samples_alike(
     tiny_policy: Callable[..., FlowModel], text: str, shared: int

@@ -177,7 +177,7 @@ def test_operations_come_before_forwards(target: FidelityTarget) -> None:
 
     class Flops:
         forward = reference_forward = backward = 1.0
-        full_decode, preview_decode, reward, head = 1000.0, 10.0, 0.0, 0.0
+        full_decode, preview_decode, reward = 1000.0, 10.0, 0.0
 
     known = replace(target, flops=Flops())
     ways = [Variant(plans.exact(5), "full", decoder) for decoder in ("full", "preview")]

@@ -94,7 +94,7 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
         # three of the steps 0..8 drawn: a state is at an end of one in all but (7 choose 3) of (9 choose 3) draws, the
         # states 0 and 9 but (8 choose 3); all have noise, and the image is decoded and scored besides
         inner, outer = 1 - 35 / 84, 1 - 56 / 84
-        own = (13 + outer * 9 + inner * 36) * forward + 3 * (reference + unit["backward"])
+        own = (13 + outer * 9 + inner * 36) * forward + 3 * (reference + backward)
         own += (8 * inner + 2 * outer + 1) * (unit["full_decode"] + unit["reward"])
         row = record["plans"]["exact/full/full, 3 steps drawn"]
         assert row["ratio_kl"] == pytest.approx(own / sparse)
@@ -109,7 +109,7 @@ def test_costs_of_cheaper_forwards_by_hand(
 
     out = tmp_path / "cost.json"
     arguments = ["--cost", "--plans", "nodes:4", "--guidance", "cond_only", "--json", str(out)]
-    assert fidelity.main([*arguments, "--head", "--copy-dtype", "bfloat16", "--cache", "text", "reuse:6-18"]) == 0
+    assert fidelity.main([*arguments, "--copy-dtype", "bfloat16", "--cache", "text", "reuse:6-18"]) == 0
     models = json.loads(out.read_text())["models"]
     record = models["sd35_medium"]
     unit, found = record["flops"], record["plans"]
@@ -118,24 +118,16 @@ def test_costs_of_cheaper_forwards_by_hand(
     def saved(extras: str) -> float:
         return plain - found[f"nodes{{4}}{extras}/cond_only/preview"]["extra_flops"]
 
-    # states 0..3 evaluate once each; of the states 0..8 each leaves a step out
+    # states 0..3 evaluate once each
     assert saved("+copy(bfloat16)") == pytest.approx(4 * (unit["forward"] - unit["reference_forward"]), rel=1e-6)
-    assert saved("+head") == pytest.approx(-9 * unit["head"], rel=1e-6)
     # 12 of 24 blocks of which 7 have a second attention: about half of the forward
     row = found["nodes{4}+copy(bfloat16)+cache(reuse:6-18)/cond_only/preview"]
     assert saved("+copy(bfloat16)+cache(reuse:6-18)") == pytest.approx(4 * (unit["forward"] - row["lookahead_forward"]))
     assert 0.45 < row["lookahead_forward"] / unit["reference_forward"] < 0.55
-    assert (row["copy"], row["cache"], row["head"]) == ("bfloat16", "reuse:6-18", False)
-    assert found["nodes{4}+head/cond_only/preview"]["corrections"] == 9
-    # branches of the steps 0 to 8 lead to the states 1 to 9, of which the last leaves no step out; about a tenth each
-    assert found["nodes{4}+head/cond_only/preview, 8 branches"]["corrections"] == 8
-    assert all(
-        0.05 < models[name]["flops"]["head"] / models[name]["flops"]["forward"] < 0.2
-        for name in ("embedded", "sd35_medium")
-    )
+    assert (row["copy"], row["cache"]) == ("bfloat16", "reuse:6-18")
     # what does not fit a model is left out, and said
     assert list(models["embedded"]["left_out"]) == ["cache(reuse:6-18)"] and not record["left_out"]
-    assert list(models["flux"]["left_out"]) == ["head", "copy(bfloat16)", "cache(text)", "cache(reuse:6-18)"]
+    assert list(models["flux"]["left_out"]) == ["copy(bfloat16)", "cache(text)", "cache(reuse:6-18)"]
     assert "left out: cache(reuse:6-18): lookahead.cache: expected reuse with an end of" in capsys.readouterr().out
     monkeypatch.setattr(costs, "ARCHITECTURES", {"embedded": flops.embedded})
     with pytest.raises(SystemExit):
@@ -235,10 +227,7 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
         (["--group-size", "1"], "expected a whole number of at least 2, got '1'"),
         (["--threshold-gains", "2"], "expected a number in [-1, 1], got '2'"),
         (["--search", "--groups", "1"], "--search needs --groups of at least 2"),
-        (["--search", "--head", "a.safetensors"], "--search and --head exclude each other"),
         (["--cost", "--analytic"], "--cost and --analytic exclude each other"),
-        (["--cost", "--head", "a.safetensors"], "--cost --head counts a head of the usual size; leave its FILE out"),
-        (["--head"], "--head needs the FILE of a head"),
         (["--analytic", "--config", "embedded_dense"], "--analytic and --config exclude each other"),
         (["--analytic", "--sampler.num_steps", "4"], "--analytic takes no configuration"),
         (["--sampler.steps", "4"], 'unknown option "sampler.steps"'),

@@ -22,7 +22,7 @@ THRESHOLDS = {"rewards": 0.95, "gains": 0.9, "worst": 0.75}
 
 def record(cost: float | None, fidelity: float, **other: Any) -> dict[str, Any]:
     keys = ("spearman_rewards_mean", "spearman_gains_mean", "spearman_gains_worst_step")
-    own = {"guidance": "full", "decoder": "full", "head": False, "copy": None, "cache": None, "forwards": 3}
+    own = {"guidance": "full", "decoder": "full", "copy": None, "cache": None, "forwards": 3}
     return own | {"iteration_flops_ratio": cost} | dict.fromkeys(keys, fidelity) | other
 
 

@@ -61,9 +61,8 @@ def chosen(directory: Path, arguments: list[str], *overrides: str, preset: str =
                 "--lookahead.guidance=reuse",
                 "--lookahead.copy_dtype=bfloat16",
                 "--lookahead.cache=text",
-                "--lookahead.head=a.safetensors",
             ],
-            ["exact_but_last+head+copy(bfloat16)+cache(text)/reuse/full"],
+            ["exact_but_last+copy(bfloat16)+cache(text)/reuse/full"],
         ),
     ],
 )
@@ -155,11 +154,6 @@ def test_what_one_measurement_cannot_show_is_refused(
     if preset == "embedded_fast":
         fixed = chosen(pipeline_directory, ["--plans", "one_step"], "--window.schedule=fixed", preset=preset)
         assert fixed.target.coefficients.noisy == (True, True, False, False)
-
-
-def test_two_heads_are_refused(pipeline_directory: Path) -> None:
-    with pytest.raises(UserError, match="--head: the configuration has lookahead.head a.safetensors; name --plans, or"):
-        chosen(pipeline_directory, ["--head", "b.safetensors"], "--lookahead.head=a.safetensors")
 
 
 def test_the_search_tries_copies_caches_and_decoders_too(pipeline_directory: Path) -> None:

@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from densegrpo_fast.models import feature_cache, flops
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.completion_head import HeadConfig, usual_width
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +71,6 @@ def flux_forward() -> float:
 def test_figure_of_flux(flux_forward: float) -> None:
     assert flux_forward / 1e12 == pytest.approx(17.69, rel=1e-3)
     assert not flops.flux().guided
-
-
-def test_a_usual_head_is_about_a_tenth_of_a_forward(
-    embedded: flops.ModelFlops, sd35: flops.ModelFlops, flux_forward: float
-) -> None:
-    """By width and blocks of each transformer (FLUX has 19 double and 38 single ones), for heads of two blocks."""
-    for architecture, hidden, blocks, forward, width, share in (
-        (flops.embedded(), 128, 6, embedded.forward, 80, 0.108),
-        (flops.sd35_medium(), 1536, 24, sd35.forward, 1840, 0.084),
-        (flops.flux(), 3072, 19 + 38, flux_forward, 5680, 0.094),
-    ):
-        assert usual_width(hidden, blocks, 2) == width
-        config = HeadConfig(10, (), architecture.latent_shape, patch=2, hidden=hidden, width=width)
-        assert flops.completion_head(config) / forward == pytest.approx(share, abs=0.001)
-    # by one block or four, for the embedded model: the last step of 16 channels is a large one there
-    for depth in (1, 4):
-        config = HeadConfig(10, (), (4, 16, 16), 2, 128, width=usual_width(128, 6, depth), depth=depth)
-        assert 0.08 < flops.completion_head(config) / embedded.forward < 0.11
 
 
 def test_the_embedded_model_is_ordered_as_it_should_be(embedded: flops.ModelFlops) -> None:

@@ -270,23 +270,6 @@ def test_features_of_the_latest_rollout_are_taken_over(setting: Setting, group: 
     assert len(runner.graphs) == 4
 
 
-def test_hidden_tokens_for_a_head(setting: Setting) -> None:
-    class Head:
-        def applies(self, state: int) -> bool:
-            return True
-
-        def __call__(self, hidden: Tensor, latents: Tensor, estimate: Tensor, state: Tensor) -> Tensor:
-            return hidden.mean(dim=(1, 2)).view(-1, 1, 1, 1).expand_as(estimate)
-
-    model = setting.policy()
-    options: dict[str, Any] = {"chunk": 2, "head": Head()}
-    graphed = Lookahead(model, plans.nodes(T, [2]), **options, step_runner=GraphedStepRunner(setting.capturer))
-    eager = Lookahead(model, plans.nodes(T, [2]), **options)
-    for iteration in range(2):
-        trajectory = sampled(model, iteration, scale=2.0, keep_hidden=True)
-        setting.close(graphed.complete(trajectory), eager.complete(trajectory))
-
-
 def test_gradients_are_refused(setting: Setting) -> None:
     model = setting.policy()
     lookahead = Lookahead(model, plans.nodes(T, [2]), step_runner=GraphedStepRunner(setting.capturer))

@@ -18,7 +18,6 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models import flops
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.features import Layout
 from densegrpo_fast.models.lora import add_lora
@@ -26,8 +25,9 @@ from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, p
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.rewards.pickscore import PickScore
-from densegrpo_fast.sampling.branches import BranchedRollout
-from densegrpo_fast.sampling.rollout import Rollout, Trajectory
+from densegrpo_fast.run_files.metrics import read_metrics
+from densegrpo_fast.sampling.rollout import Rollout
+from densegrpo_fast.training import memory as training_memory
 from densegrpo_fast.training.memory import (
     GIB,
     MemoryEstimate,
@@ -159,6 +159,57 @@ def config(*overrides: str) -> Config:
     return parse_arguments(["--config", "embedded_paper", *overrides])[0]
 
 
+def test_a_graph_is_what_a_forward_keeps_for_its_backward(memory: ModelMemory, model: SD3) -> None:
+    """Against the tensors that autograd really saves, weights not counted, and less with checkpointing."""
+    network, inputs = model.network, {name: torch.randn(tensor.shape) for name, tensor in memory._inputs(ROWS).items()}
+    saved: dict[int, int] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    weights |= {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = network(**inputs, return_dict=False)[0]
+    found = memory.graph(ROWS, checkpointing=False)
+    assert found == pytest.approx(sum(saved.values()) + tensor_bytes([output]), rel=0.1)
+    assert memory.graph(ROWS, checkpointing=True) < found / 2
+
+
+def test_graphs_that_do_not_fit_are_replayed(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"optimizer.update": "streamed", "run.iterations": 1, "evaluation.every": 0}
+    settings |= {
+        "objective.trained_steps": "all_but_last",
+        "optimizer.updates_per_iteration": 1,
+        "run.memory_check": "refuse",
+    }
+    assert train(tmp_path / "plain", **settings) == 0
+    needed: list[MemoryEstimate] = []
+
+    def free(device: torch.device) -> int:
+        del device
+        graphs = needed[-1].state["graphs"]
+        return needed[0].to_come - needed[0].state["graphs"] if graphs or len(needed) > 1 else 0
+
+    def estimated(*arguments: Any) -> MemoryEstimate:
+        needed.append(own(*arguments))
+        return needed[-1]
+
+    own = training_memory.estimate_memory
+    monkeypatch.setattr(training_memory, "estimate_memory", estimated)
+    monkeypatch.setattr(training_memory, "free_bytes", free)
+    monkeypatch.setattr(training_memory, "_CLEARLY", 1.0)
+    assert train(tmp_path / "small", **settings) == 0
+    assert needed[0].state["graphs"] > 0 == needed[1].state["graphs"]
+    (plain,), (small,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "small"))
+    # the same update, with its trained steps' forwards repeated
+    assert small["grad_norm"] == plain["grad_norm"]
+    assert small["nfe/update"] > plain["nfe/update"]
+
+
 def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     # 2 prompts x 4 samples, 5 steps of which the first 4 are noisy (cps may switch the last one off by a level of 0)
     chosen = config(
@@ -174,7 +225,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "evaluation.num_prompts=3",
         "evaluation.samples_per_prompt=2",
     )
-    found = estimate(chosen, memory, encoders=7, rewards=11, copy=13, head=17, features=19)
+    found = estimate(chosen, memory, encoders=7, rewards=11, copy=13, features=19)
     latents, picture = 4 * 16 * 8 * 8, 4 * 3 * 64 * 64
     assert found.weights == {
         "transformer": memory.transformer,
@@ -182,7 +233,6 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "text encoders": 7,
         "decoders": memory.full_decoder + memory.preview_decoder,
         "lookahead copy": 13,
-        "completion head": 17,
         "rewards": 11,
     }
     # gradients, two moments, the average, and the adapter while the average is in its place; 6 states and 5 velocities
@@ -190,7 +240,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "training": 5 * memory.adapter,
         "trajectories": 8 * latents * 11,
         "lookahead features": 19,
-        "hidden tokens": 0,
+        "graphs": 0,
     }
     assert found.phases == {
         "rollout": memory.forward(2),
@@ -222,7 +272,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "training": 3 * memory.adapter,
         "trajectories": samples * latents * 21,
         "lookahead features": 0,
-        "hidden tokens": 0,
+        "graphs": 0,
     }
 
 
@@ -282,42 +332,6 @@ def test_features_take_what_was_counted(
     assert ("lookahead features" in str(counted).split("kept: ")[1].split("\n")[0]) == bool(size)
     assert lookahead.complete(trajectory).isfinite().all()
     assert lookahead.cache.bytes() == size
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_tokens_take_what_was_counted(tiny_policy: Callable[..., SD3], dtype: torch.dtype) -> None:
-    model = tiny_policy()
-    weights = [model.network.get_parameter(n) for n, p in model.network.named_parameters() if not p.requires_grad]
-    for weight in weights:
-        weight.data = weight.data.to(dtype)
-    plain = of_the_rollout("lookahead.plan=nodes", "lookahead.nodes=[2, 4]")
-    chosen = plain.model_copy(update={"lookahead": plain.lookahead.model_copy(update={"head": "head.safetensors"})})
-    head = CompletionHead(HeadConfig(5, ((2, 4), (2, 4), (4,), (4,), ()), model.latent_shape, 2, 32))
-    trainer = Trainer(chosen, model=model, head=head)
-    trajectory = sampled(trainer)
-    assert isinstance(trajectory, Trajectory) and trajectory.hidden is not None
-    without, found = estimate_memory(plain, model), estimate_memory(chosen, model, trainer.lookahead)
-    row = 16 * 32 * dtype.itemsize
-    assert found.state["hidden tokens"] == tensor_bytes([trajectory.hidden]) == 8 * 5 * row
-    assert found.weights["completion head"] == module_bytes(head)
-    assert "hidden tokens" in str(found) and "completion head" in str(found)
-    # 5 noisy states of 8 samples; two nodes: where the completions stand, and where they go
-    assert found.phases["lookahead"] - without.phases["lookahead"] == 2 * 5 * 8 * row
-    assert found.to_come - without.to_come >= found.state["hidden tokens"]
-
-
-def test_hidden_tokens_of_branches_take_no_more_than_was_counted(tiny_policy: Callable[..., SD3]) -> None:
-    model, branches = tiny_policy(), ("credit.method=branch", "sampler.branches=2", "lookahead.plan=one_step")
-    chosen = of_the_rollout("window.schedule=none", "window.size=null", *branches, "lookahead.head=head.safetensors")
-    head = CompletionHead(HeadConfig(5, ((),) * 5, model.latent_shape, 2, 32))
-    trainer = Trainer(chosen, model=model, head=head)
-    branched = sampled(trainer)
-    assert isinstance(branched, BranchedRollout) and trainer.lookahead is not None
-    hidden = branched.evaluated(trainer.lookahead).branch_hidden
-    assert hidden is not None
-    # branches of the steps 0..3 lead to four states; the estimate allows for one at every step
-    assert tensor_bytes([hidden]) == 8 * 4 * 16 * 32 * 4
-    assert estimate_memory(chosen, model).state["hidden tokens"] == 8 * 5 * 16 * 32 * 4
 
 
 def test_text_of_every_sample_would_not_fit() -> None:

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling import plan as plans
@@ -94,7 +93,6 @@ def test_nothing_is_read_back(
         guidance_scale=guidance_scale,
         micro_batch=3,
         keep_guidance=True,
-        keep_hidden=True,
         cache=cache,
     )
     assert Lookahead(model, plans.nodes(T, [2]), chunk=4, cache=cache).complete(trajectory).device.type == "meta"
@@ -117,15 +115,13 @@ def test_nothing_of_branches_is_read_back(
     index = torch.arange(0, B, 3, device="meta")
     noise = initial_noise(model, index, seed=0, iteration=0)
     table = coefficients(model.sigmas(T), [0.7, 0.0, 0.7, 0.7], "flow_sde").to(torch.device("meta"))
-    counters, plan = {"sample_index": index, "seed": 0, "iteration": 0}, plans.nodes(T, [2])
-    with torch.device("meta"):
-        head = CompletionHead(HeadConfig(T, plan.paths, model.latent_shape, 2, model.network.inner_dim, width=16))
+    counters = {"sample_index": index, "seed": 0, "iteration": 0}
     nothing_sent()
     branched = branch_rollout(
         model, noise, conditioning, table, branches=3, **counters, guidance_scale=guidance_scale, micro_batch=1
     )
     ways = [Lookahead(model, plans.exact(T), guidance=guidance, chunk=4) for guidance in ("full", "cond_only")]
-    for lookahead in (*ways, Lookahead(model, plan, chunk=4, head=head)):
+    for lookahead in (*ways, Lookahead(model, plans.nodes(T, [2]), chunk=4)):
         for each in (branched, branched.evaluated(lookahead), branched.select(slice(0, 2))):
             clean = lookahead.complete(each)
             assert clean.device.type == "meta" and clean.shape == (3, B, *model.latent_shape)

@@ -225,6 +225,7 @@ def test_the_monitor_and_its_decodes_go_on_with_fewer_rows(
     # rollout and update have 2 rows per forward, the monitor at first 6: one group of 2 in each of three states
     settings = {"sampler.num_steps": 4, "lookahead.chunk": 6, "lookahead.monitor_every": 1, "run.memory_check": "off"}
     settings |= {"lookahead.plan": "one_step", "run.iterations": 1, "evaluation.every": 0}
+    settings |= {"objective.trained_steps": "all_but_last"}
     assert train(tmp_path / "plain", **settings) == 0
     monkeypatch.setattr(SD3, "_forward", narrow(forward, 2))
     monkeypatch.setattr(SD3, "decode", narrow(decode, 3))

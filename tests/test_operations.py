@@ -84,9 +84,8 @@ def test_granularities_share_first_velocities():
     assert (both.rollout, both.policy) == (one.rollout, one.policy)
 
 
-def test_a_model_or_a_head_that_is_not_known_has_no_count():
+def test_a_model_or_an_option_that_is_not_known_has_no_count():
     assert operations(settings_of("embedded_sparse", "model.path=somewhere/else"), run_of(3)) is None
-    assert operations(settings_of("embedded_dense", "lookahead.head=head.safetensors"), run_of(3)) is None
     gone = settings_of("embedded_sparse")
     gone["sampler"]["an_option_of_old"] = 1
     assert operations(gone, run_of(3)) is None

@@ -60,11 +60,13 @@ def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> No
 
 def test_a_policy_alone_needs_nothing_that_completions_do(train: Any, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import parse_arguments
+    from densegrpo_fast.training.meter import underlying
     from densegrpo_fast.training.policy_samples import policy_alone
 
-    own = {"lookahead.head": tmp_path / "missing.safetensors", "lookahead.plan": "one_step", "lookahead.cache": "text"}
-    lookahead = policy_alone(parse_arguments(train.arguments(tmp_path / "unused", **SMALL, **own))[0]).lookahead
-    assert lookahead is not None and lookahead.head is None and lookahead.cache is None
+    own = {"lookahead.copy_dtype": "float32", "lookahead.cache": "text"}
+    trainer = policy_alone(parse_arguments(train.arguments(tmp_path / "unused", **SMALL, **own))[0])
+    assert trainer.lookahead is not None and trainer.lookahead.cache is None
+    assert underlying(trainer.lookahead.model) is trainer.model
 
 
 def test_the_command_writes_a_decoder_that_a_model_takes(

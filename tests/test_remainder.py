@@ -222,11 +222,6 @@ def configured(**options: object) -> Config:
             "lookahead.plan: expected exact, exact_but_last",
         ),
         ({"lookahead.cache": "text"}, "lookahead.cache: expected null with window.remainder_share below 1"),
-        ({"lookahead.head": "head.safetensors"}, "lookahead.head: expected null with window.remainder_share below 1"),
-        (
-            {"lookahead.head": "head.safetensors", "window.remainder_share": 1},
-            "lookahead.head: a head corrects Euler's last jump; expected null with window.remainder dpm_solver",
-        ),
     ],
 )
 def test_remainders_that_mean_nothing_are_refused(options: dict[str, object], expected: str) -> None:

@@ -240,11 +240,19 @@ def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl:
     found = {name: evaluations(variant.cost) for name, variant in bench.variants.items()}
     # nodes {4, 7}: of the states 0..8 four meet at 4 and seven at 7, without guidance
     trajectories = {"dense_trajectories": 4 + 7, "dense_exact": 2 * 45, "stock_dense": 2 * 55}
-    lookahead = {"sparse": 0, "stock_sparse": 0} | trajectories
+    lookahead = {"sparse": 0, "sparse_retained": 0, "stock_sparse": 0} | trajectories
     branched = found.pop("dense_fast")
+    drawn, streamed = (found.pop(name) for name in ("dense_drawn", "dense_streamed"))
+    retained = found.pop("sparse_retained")
+    del lookahead["sparse_retained"]
     assert {name: cost["lookahead"] for name, cost in found.items()} == lookahead
     for name, cost in found.items():
         assert cost["total"] == 20 + 18 + (18 if kl else 0) + lookahead[name]
+    # no forward is repeated
+    assert retained["total"] == 20 + (18 if kl else 0)
+    # four of the nine steps, with one forward and its backward each, and the states at their ends alone
+    assert (drawn["policy"], drawn["reference"]) == (8, 8 if kl else 0) and drawn["lookahead"] <= 4 + 7
+    assert streamed["total"] == drawn["total"] - 8
     # two branches share nine evaluations of the trunk and of its replay; states 1..9 are evaluated with guidance, and
     # then 1..3 meet at 4 and 1..6 at 7 without
     assert branched["rollout"] == 2 * 9 / 2
@@ -290,13 +298,20 @@ def test_variants_differ_in_rewards_and_lookahead_alone() -> None:
     )
     configs = {name: protocol.config(name, kl=True) for name in NAMES}
     branched = configs.pop("dense_fast")
+    drawn = {name: configs.pop(name) for name in ("dense_drawn", "dense_streamed")}
     own = {"lookahead": True, "credit": {"method"}, "model": {"vae_dtype"}}
     shared = [config.model_dump(exclude=own) for config in configs.values()]
     assert all(settings == shared[0] for settings in shared)
     ahead, exact = configs["dense_trajectories"].lookahead, configs["dense_exact"].lookahead
     assert (ahead.plan, ahead.n, ahead.guidance, ahead.decoder, ahead.chunk) == ("n_step", 2, "cond_only", "preview", 3)
     assert (exact.plan, exact.n, exact.guidance, exact.decoder, exact.chunk) == ("exact", None, "full", "full", 3)
-    assert [name for name, config in configs.items() if config.credit.method == "sparse"] == ["sparse", "stock_sparse"]
+    sparse = [name for name, config in configs.items() if config.credit.method == "sparse"]
+    assert sparse == ["sparse", "sparse_retained", "stock_sparse"]
+    for name, config in drawn.items():
+        own_choice = {"objective": {"trained_steps", "step_sampling"}, "optimizer": {"update"}}
+        assert config.model_dump(exclude=own_choice) == configs["dense_trajectories"].model_dump(exclude=own_choice)
+        assert (config.objective.trained_steps, config.objective.step_sampling) == (4, "importance")
+        assert config.optimizer.update == ("streamed" if name == "dense_streamed" else "replayed")
     own |= {"sampler": {"branches", "micro_batch"}}
     assert branched.model_dump(exclude=own) == configs["dense_exact"].model_dump(exclude=own)
     assert (branched.sampler.branches, branched.sampler.micro_batch) == (8, 2)
@@ -306,7 +321,7 @@ def test_variants_differ_in_rewards_and_lookahead_alone() -> None:
 def test_ours_decodes_in_one_precision_and_the_baseline_in_its_own() -> None:
     configs = {name: Protocol(overrides=("model.vae_decode=sliced",)).config(name, kl=True) for name in NAMES}
     decoding = {name: (config.model.vae_dtype, config.model.vae_decode) for name, config in configs.items()}
-    ours = ("sparse", "dense_fast", "dense_trajectories")
+    ours = ("sparse", "sparse_retained", "dense_fast", "dense_trajectories", "dense_drawn", "dense_streamed")
     assert {decoding.pop(name) for name in ours} == {("bfloat16", "sliced")}
     assert decoding.pop("dense_exact") == ("float32", "sliced")
     assert decoding == dict.fromkeys(("stock_sparse", "stock_dense"), ("float32", "whole"))

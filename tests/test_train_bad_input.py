@@ -108,7 +108,6 @@ def test_broken_prompt_files_are_refused_with_the_line(
         ),
         ("--lookahead.cache skip:6", "lookahead.cache: expected skip with blocks of this model, 0..5, got skip:6"),
         ("--lookahead.cache texts", "lookahead.cache: expected text (or text:own), reuse:2-5 or skip:0,6, joined by"),
-        ("--lookahead.head none.safetensors", "lookahead.head: none.safetensors is no completion head (No such file"),
         ("--lora.targets [attn.none]", "lora.targets: 'attn.none' matches no module of SD3Transformer2DModel"),
         ("--sampler.calibration none.json", "sampler.calibration: cannot read none.json: No such file"),
     ],

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ from densegrpo_fast.common.errors import RewardError, UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, parse_arguments
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.training.lookahead import build_plan
 from densegrpo_fast.training.trainer import Trainer
 
 Policy = Callable[..., FlowModel]
@@ -198,30 +195,6 @@ def test_parts_that_are_given_are_looked_at(tiny_policy: Policy, mixture_model: 
     mixture_model.trainable_parameters = dict
     with pytest.raises(UsageError, match="has no adapter"):
         Trainer(configured(**{"sampler.guidance_scale": 1}), model=mixture_model, reward=REWARD)
-
-
-@pytest.mark.parametrize("limit", [None, 2])
-def test_a_head_that_is_given_is_used_and_may_run_out_of_memory(tiny_policy: Policy, limit: int | None) -> None:
-    config = configured(**{"lookahead.plan": "nodes", "lookahead.nodes": "[2]"})
-    model = tiny_policy()
-    paths = build_plan(config, 4).paths
-    shape = HeadConfig(4, paths, model.latent_shape, 2, model.network.inner_dim, width=16)
-    head = CompletionHead(shape)
-    sizes, forward = [], head.forward
-
-    def limited(hidden: Tensor, *rest: Tensor) -> Tensor:
-        sizes.append(len(hidden))
-        if limit is not None and len(hidden) > limit:
-            raise torch.OutOfMemoryError("too many")
-        return forward(hidden, *rest)
-
-    head.forward = limited  # type: ignore[method-assign]
-    record = Trainer(config, model=model, reward=REWARD, head=head).step(0)
-    assert sizes and torch.isfinite(torch.tensor(record["reward"]))
-    assert limit is None or (max(sizes) > limit and sizes[-1] <= limit)
-    other = CompletionHead(replace(shape, paths=build_plan(configured(**{"lookahead.plan": "one_step"}), 4).paths))
-    with pytest.raises(UsageError, match="was made for another plan"):
-        Trainer(config, model=tiny_policy(), reward=REWARD, head=other)
 
 
 def test_paths_of_each_state_pass_the_memory_check(train: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Old names of options and metrics, and old meanings of options that came later.
+"""Old names of options and metrics, old meanings of options that came later, and options that are gone.
 
 They are still read; everything that is written has the new names, and every option.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import Any
+
+from densegrpo_fast.common.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,14 @@ ADDED = {
     "objective.step_sampling": "uniform",
 }
 """Dotted key of an option that older complete settings lack -> the value that they mean."""
+
+_HEADS = (
+    "completion heads were removed, since they raised the rank correlation of the gains by .01 only, from .929 to .939 "
+    "at best"
+)
+
+REMOVED = {"lookahead.head": (None, _HEADS), "lookahead.head_refresh": (0, _HEADS)}
+"""Dotted key of an option that is gone -> its value without effect, which may still be given, and why it is gone."""
 
 _PHASES = ("time", "nfe", "nfe_guided", "nfe_unguided", "flops")
 
@@ -40,11 +50,32 @@ def current_option(key: str, where: str) -> str:
     return OPTIONS[key]
 
 
+def is_removed(key: str, value: Any, where: str | None) -> bool:
+    """Whether an option is gone, in which case its value has no effect.
+
+    Args:
+        key: dotted.
+        where: as in `current_settings`.
+
+    Raises:
+        UsageError: it is gone, and its value would have an effect.
+    """
+    if key not in REMOVED:
+        return False
+    neutral, reason = REMOVED[key]
+    if value != neutral:
+        raise UsageError(f"{'' if where is None else f'{where}: '}{key} {value}: {reason}")
+    return True
+
+
 def current_settings(settings: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
     """Nested settings with the keys of today; a new key wins over an old one beside it.
 
     Args:
         where: as in `current_option`; None = no warning, for what a run has stored itself.
+
+    Raises:
+        UsageError: an option that is gone has a value with an effect.
     """
     renamed = dict(settings)
     for old, new in OPTIONS.items():
@@ -57,11 +88,20 @@ def current_settings(settings: Mapping[str, Any], where: str | None = None) -> d
                 name: value for name, value in options.items() if name == new_name
             }
             renamed[section] = options
+    for key in REMOVED:
+        section, name = key.split(".")
+        options = renamed.get(section)
+        if isinstance(options, Mapping) and name in options and is_removed(key, options[name], where):
+            renamed[section] = {other: value for other, value in options.items() if other != name}
     return renamed
 
 
 def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a run has stored whole, with the keys of today and the old meaning of what older ones lack."""
+    """Settings that a run has stored whole, with the keys of today and the old meaning of what older ones lack.
+
+    Raises:
+        UsageError: as `current_settings`.
+    """
     complete = current_settings(settings)
     for key, meaning in ADDED.items():
         section, name = key.split(".")
@@ -71,7 +111,11 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`complete_settings` with one value for each option that has no effect, so that equal runs have equal settings."""
+    """`complete_settings` with one value for each option that has no effect, so that equal runs have equal settings.
+
+    Raises:
+        UsageError: as `current_settings`.
+    """
     complete = complete_settings(settings)
     objective, sampler = complete.get("objective"), complete.get("sampler")
     if isinstance(objective, Mapping) and isinstance(sampler, Mapping):

@@ -135,15 +135,9 @@ def _noise(config: Config) -> str | None:
 
 def _lookahead(config: Config) -> str | None:
     steps, lookahead = config.sampler.num_steps, config.lookahead
-    for name in ("head", "cache"):
-        if config.model.compile is not None and getattr(lookahead, name) is not None:
-            hides = "expected null with model.compile, which hides the network's blocks"
-            return f"lookahead.{name}: {hides}, got {getattr(lookahead, name)}"
-    refresh = lookahead.head_refresh
-    if refresh and lookahead.head is None:
-        return f"lookahead.head_refresh: expected 0 without lookahead.head, got {refresh}"
-    if refresh and not lookahead.monitor_every:
-        return f"lookahead.head_refresh: expected 0 without lookahead.monitor_every, got {refresh}"
+    if config.model.compile is not None and lookahead.cache is not None:
+        hides = "expected null with model.compile, which hides the network's blocks"
+        return f"lookahead.cache: {hides}, got {lookahead.cache}"
     if lookahead.nodes and lookahead.nodes[-1] > steps - 1:
         return f"lookahead.nodes: expected steps in 1..{steps - 1}, got {lookahead.nodes}"
     if lookahead.n is not None and lookahead.n > steps:
@@ -176,8 +170,6 @@ def _credit(config: Config) -> str | None:
         defined = f"{method.plan}, by which the rewards of credit.method {credit.method} are defined"
         if lookahead.plan != method.plan:
             return f"lookahead.plan: expected {defined}, got {lookahead.plan}"
-        if lookahead.head is not None:
-            return f"lookahead.head: expected null with {defined}, got {lookahead.head}"
     if "window" in method.options:
         for steps in config.lengths():
             if steps % credit.window:
@@ -257,14 +249,8 @@ def _remainder(config: Config) -> str | None:
         whole = "with window.remainder_share below 1, which leaves out grid points, got"
         if lookahead.plan in ("nodes", "paths"):
             return f"lookahead.plan: expected exact, exact_but_last, n_step or one_step {whole} {lookahead.plan}"
-        for name in ("head", "cache"):
-            if (given := getattr(lookahead, name)) is not None:
-                return f"lookahead.{name}: expected null {whole} {given}"
-    if window.remainder == "dpm_solver" and config.uses_lookahead and lookahead.head is not None:
-        return (
-            "lookahead.head: a head corrects Euler's last jump; expected null with window.remainder dpm_solver, "
-            f"got {lookahead.head}"
-        )
+        if lookahead.cache is not None:
+            return f"lookahead.cache: expected null {whole} {lookahead.cache}"
     return None
 
 

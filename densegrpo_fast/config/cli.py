@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from densegrpo_fast.calibration.store import Calibration, read_calibration
-from densegrpo_fast.common.aliases import OPTIONS, current_option
+from densegrpo_fast.common.aliases import OPTIONS, REMOVED, current_option, is_removed
 from densegrpo_fast.common.errors import CheckpointError, UsageError, UserError
 from densegrpo_fast.common.exit_codes import ExitCode
 from densegrpo_fast.common.suggest import did_you_mean
@@ -128,6 +128,8 @@ def load_config(source: str | PurePath = DEFAULT_PRESET, overrides: Mapping[str,
     settings = read_settings(os.fspath(source))
     for key, value in (overrides or {}).items():
         current = current_option(str(key), "overrides")
+        if is_removed(current, value, "overrides"):
+            continue
         if current in sections():
             raise UsageError(f'overrides: "{key}" is a section; give its options by dotted keys, such as "{key}.NAME"')
         if current not in options():
@@ -156,7 +158,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while rest and rest[0] != "--":
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if _DOTTED.fullmatch(name) or (equals and "." in name and name in (*options(), *OPTIONS)):
+        if _DOTTED.fullmatch(name) or (equals and "." in name and name in (*options(), *OPTIONS, *REMOVED)):
             overrides.append(f"{name.removeprefix('--')}={_take_override(name, value if equals else None, rest)}")
         else:
             own.append(word)
@@ -273,12 +275,12 @@ def _take_override(name: str, given: str | None, rest: list[str]) -> str:
         raise UsageError(
             f'unexpected argument "{name}": an option is written --section.key VALUE or section.key=VALUE',
         )
-    if current not in known:
+    if current not in known and current not in REMOVED:
         flag = did_you_mean(name, _FLAGS) if key != name and "." not in key else ""
         raise UsageError(f'unknown option "{key}"{did_you_mean(key, known) or flag}')
     if given is not None:
         return given
-    if known[current].annotation is bool and (not rest or rest[0] not in ("true", "false")):
+    if current in known and known[current].annotation is bool and (not rest or rest[0] not in ("true", "false")):
         return "true"
     return _next_value(name, rest)
 
@@ -290,6 +292,8 @@ def _next_value(name: str, rest: list[str]) -> str:
 
 
 def _override(settings: dict[str, Any], key: str, text: str) -> None:
+    if key in REMOVED and is_removed(key, parse_yaml(text, f"option {key}"), "command line"):
+        return
     verbatim = takes_text(options()[key]) and text != "null"
     _set(settings, key, text if verbatim else parse_yaml(text, f"option {key}"))
 

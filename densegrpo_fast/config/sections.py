@@ -211,9 +211,6 @@ class LookaheadOptions(Section):
     guidance: Literal["full", "cond_only", "reuse"] = Field(
         description="guidance after a completion's first velocity; reuse = the rollout's at the same step"
     )
-    head: Text | None = Field(
-        description="completion head for this plan (a file of densegrpo_fast.completion); null = plain last jumps"
-    )
     copy_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         description="evaluate a copy of the model with the adapter merged, in this precision; null = the policy itself"
     )
@@ -229,7 +226,7 @@ class LookaheadOptions(Section):
     chunk: PositiveInt = Field(description="rows per forward of the lookahead and per decode, at most")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(
         description="memory (1e9 bytes) that one forward of the lookahead, or one decode, may take: lowers chunk as "
-        "far as needed. Not in it: weights, trajectories, completions, and what cache and head keep of the rollout, "
+        "far as needed. Not in it: weights, trajectories, completions, and what cache keeps of the rollout, "
         "which run.memory_check counts; null = no limit"
     )
     monitor_every: int = Field(
@@ -239,12 +236,6 @@ class LookaheadOptions(Section):
     )
     monitor_alarm: float = Field(
         ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which an alarm is on"
-    )
-    head_refresh: int = Field(
-        ge=0,
-        le=10000,
-        description="optimiser steps by which each such re-scoring trains the completion head further, so that it "
-        "follows the policy; 0 = the head stays as it is",
     )
 
     @model_validator(mode="after")

@@ -6,17 +6,16 @@
     python -m densegrpo_fast.fidelity --config embedded_tempflow        branches of one trajectory, as in that preset
     python -m densegrpo_fast.fidelity --analytic                        an exact flow; needs torch alone
     python -m densegrpo_fast.fidelity --cost                            costs for known models, without weights
-    python -m densegrpo_fast.fidelity --cost --plans nodes:4,7 --head --copy-dtype bfloat16 --cache text reuse:6-18
+    python -m densegrpo_fast.fidelity --cost --plans nodes:4,7 --copy-dtype bfloat16 --cache text reuse:6-18
 
-Without --plans the configuration's own lookahead is measured, with its head, copy and cache, and a few plans beside it.
+Without --plans the configuration's own lookahead is measured, with its copy and cache, and a few plans beside it.
 The reference is the exact plan with full guidance and the full decoder, in the precision and way of model.vae_dtype and
 model.vae_decode. All plans complete the same trajectories, and agreement is rank correlation inside each group, over
 the states 0..T-2 that have a completion of their own and their gains. With a preset that has sampler.branches a group
 is the branches of one noise-free trajectory, and agreement that of their rewards in every step that leads to a state up
 to T-2; the steps after it are shown and not counted. All of it is measured with the same noisy steps, so a
 configuration that draws or moves them is refused. What --search finds beyond node sets is a path for each state, which
-training takes as lookahead.plan paths; it searches in every way that the other options name, but for --head, which is
-for one plan.
+training takes as lookahead.plan paths; it searches in every way that the other options name.
 Options of the preset may be overridden as in training: `--sampler.num_steps 10`. Exit codes are in `exit_codes.py`.
 Options are parsed before torch is imported.
 """
@@ -67,7 +66,6 @@ def costs(options: argparse.Namespace) -> ExitCode:
             plans_of(options),
             options.guidance or ["full", "cond_only"],
             options.decoder or ["preview"],
-            head=options.head is not None,
             copies=list(dict.fromkeys(options.copy_dtype or ())),
             caches=list(dict.fromkeys(options.cache or ())),
         )

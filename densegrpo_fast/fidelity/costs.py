@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
@@ -13,14 +13,12 @@ from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.variants import Variant, expanded
 from densegrpo_fast.models.base import Decoder
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig, usual_width
 from densegrpo_fast.models.flops import (
     ARCHITECTURES,
     Architecture,
     ModelFlops,
     cached_forward,
     clip_h_image,
-    completion_head,
     count,
 )
 from densegrpo_fast.sampling import plan as plans
@@ -47,7 +45,6 @@ def cost_records(
     guidances: Sequence[Guidance],
     decoders: Sequence[Decoder],
     *,
-    head: bool = False,
     copies: Sequence[str] = (),
     caches: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -58,13 +55,12 @@ def cost_records(
     trajectories of which 3 trained steps are drawn, whose states alone are completed: the mean over all draws.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
-    and the full decoder, comes first. Head, copies and caches are for SD3's transformers, caches not for branches; what
-    does not fit a model is named in its record's `left_out`.
+    and the full decoder, comes first. Copies and caches are for SD3's transformers, caches not for branches; what does
+    not fit a model is named in its record's `left_out`.
 
     Args:
         make_plans: from T to a plan.
         guidances, decoders: to combine with every plan.
-        head: whether to count every plan that leaves steps out with a completion head of the usual size too.
         copies: dtypes of copies, with the adapter merged, to count every plan with too.
         caches: specs of features that are reused, to count every plan with too.
 
@@ -78,9 +74,8 @@ def cost_records(
         built, rank = architecture(), _RANKS.get(name, _RANK)
         # the embedded model's own reward is image analysis: no arithmetic to speak of
         unit = count(built, lora_rank=rank, reward=0.0 if name == "embedded" else clip_h_image())
-        extras = _Extras.of(built, unit, rank, head=head, copies=copies, caches=caches)
-        corrected = _leaves_out if extras.head is not None else _never
-        variants = expanded(plain, head=corrected, copies=extras.copies, caches=extras.caches)
+        extras = _Extras.of(built, unit, rank, copies=copies, caches=caches)
+        variants = expanded(plain, copies=extras.copies, caches=extras.caches)
         published = Variant(plans.exact(STEPS), "full", "full")
         records[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
     return records
@@ -91,7 +86,7 @@ def cost_text(records: dict[str, Any]) -> str:
     blocks = []
     for record in records.values():
         unit = record["flops"]
-        parts = ("forward", "backward", "full_decode", "preview_decode", "reward", "head")
+        parts = ("forward", "backward", "full_decode", "preview_decode", "reward")
         named = ", ".join(f"{part.replace('_', ' ')} {_amount(unit[part])}" for part in parts if unit[part] >= 0)
         guidance = "guided" if record["guided"] else "no second forward for guidance"
         header = ["plan/guidance/decoder", "guided", "unguided", "each", "decodes", "rewards", "extra", "KL", "no KL"]
@@ -131,16 +126,14 @@ class _Extras:
     """What a model's lookahead may do besides.
 
     Attributes:
-        unit: operations of each part, the head's too if there is one.
+        unit: operations of each part.
         forwards: operations of one lookahead forward, by (dtype of the copy, cache spec), either or None.
-        head: shape of the completion head, for any plan; None without.
         copies, caches: those that fit.
         left_out: what does not, and why.
     """
 
     unit: ModelFlops
     forwards: dict[tuple[str | None, str | None], float]
-    head: HeadConfig | None
     copies: tuple[str, ...]
     caches: tuple[str, ...]
     left_out: dict[str, str]
@@ -152,7 +145,6 @@ class _Extras:
         unit: ModelFlops,
         rank: int,
         *,
-        head: bool,
         copies: Sequence[str],
         caches: Sequence[str],
     ) -> _Extras:
@@ -163,15 +155,9 @@ class _Extras:
         with torch.device("meta"):
             network = built.network()
         if not isinstance(network, SD3Transformer2DModel):
-            wishes = [*(["head"] if head else []), *(f"copy({dtype})" for dtype in copies)]
-            wishes += [f"cache({spec})" for spec in caches]
+            wishes = [*(f"copy({dtype})" for dtype in copies), *(f"cache({spec})" for spec in caches)]
             reason = f"for SD3's transformer alone, this is {type(network).__name__}"
-            return cls(unit, forwards, None, (), (), dict.fromkeys(wishes, reason))
-        shape = None
-        if head:
-            width = usual_width(network.inner_dim, network.config.num_layers, HeadConfig.depth)
-            shape = HeadConfig(STEPS, (), built.latent_shape, network.config.patch_size, network.inner_dim, width)
-            unit = replace(unit, head=completion_head(shape))
+            return cls(unit, forwards, (), (), dict.fromkeys(wishes, reason))
         forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
         left_out, fitting = {}, []
         for spec in caches:
@@ -183,15 +169,7 @@ class _Extras:
                 continue
             fitting.append(spec)
             forwards |= {(dtype, spec): operations for dtype in copies or (None,)}
-        return cls(unit, forwards, shape, tuple(copies), tuple(fitting), left_out)
-
-
-def _leaves_out(plan: Plan) -> bool:
-    return plan.paths != plans.exact(plan.num_steps).paths
-
-
-def _never(plan: Plan) -> bool:
-    return False
+        return cls(unit, forwards, tuple(copies), tuple(fitting), left_out)
 
 
 def _model_record(architecture: Architecture, extras: _Extras, variants: Sequence[Variant]) -> dict[str, Any]:
@@ -216,16 +194,12 @@ def _model_record(architecture: Architecture, extras: _Extras, variants: Sequenc
             if branches is not None and variant.cache is not None:
                 continue
             trained = WINDOW if window or drawn else TRAINED
-            cost, without = (
-                _cost(variant, branches, trained, drawn, guided=guided, kl=kl, shape=extras.head)
-                for kl in (True, False)
-            )
+            cost, without = (_cost(variant, branches, trained, drawn, guided=guided, kl=kl) for kl in (True, False))
             operations = cost.flops(unit, forward)
             rows[title] = {
                 "branches": branches,
                 "window": list(range(WINDOW)) if window else None,
                 "drawn": WINDOW if drawn else None,
-                "head": variant.head,
                 "copy": variant.copy,
                 "cache": variant.cache,
                 "nfe_guided": cost.lookahead.guided,
@@ -233,7 +207,6 @@ def _model_record(architecture: Architecture, extras: _Extras, variants: Sequenc
                 "lookahead_forward": forward,
                 "decodes": cost.full_decodes + cost.preview_decodes,
                 "rewards": cost.rewards,
-                "corrections": cost.corrections,
                 "extra_flops": operations - sparse[trained, True],
                 "ratio_kl": operations / sparse[trained, True],
                 "ratio_no_kl": without.flops(unit, forward) / sparse[trained, False],
@@ -252,21 +225,11 @@ def _model_record(architecture: Architecture, extras: _Extras, variants: Sequenc
 
 
 def _cost(
-    variant: Variant,
-    branches: int | None,
-    trained: int,
-    drawn: bool,
-    *,
-    guided: bool,
-    kl: bool,
-    shape: HeadConfig | None,
+    variant: Variant, branches: int | None, trained: int, drawn: bool, *, guided: bool, kl: bool
 ) -> IterationCost:
     options: dict[str, Any] = {"trained_steps": trained, "guided": guided, "kl": kl}
     options |= {"guidance": variant.guidance, "decoder": variant.decoder}
     noisy = tuple(step < trained for step in range(STEPS))
-    if variant.head and shape is not None:
-        with torch.device("meta"):
-            options["head"] = CompletionHead(replace(shape, paths=variant.plan.paths))
     if branches is not None:
         return branched_iteration(variant.plan, branches=branches, noisy=noisy, **options)
     if drawn:

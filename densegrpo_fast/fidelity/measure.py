@@ -32,7 +32,6 @@ def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> Iterat
         "guidance": variant.guidance,
         "decoder": variant.decoder,
         "noisy": target.coefficients.noisy,
-        "head": target.head if variant.head else None,
     }
     if target.branched:
         return branched_iteration(variant.plan, branches=group_size, **options)
@@ -69,7 +68,6 @@ def lookahead_of(target: FidelityTarget, variant: Variant, batch: Batch) -> Look
         variant.plan,
         guidance=variant.guidance,
         chunk=target.chunk,
-        head=target.head if variant.head else None,
         cache=None if variant.cache is None else batch.caches[variant.copy, variant.cache],
         step_runner=target.step_runner,
     )
@@ -168,7 +166,6 @@ def trajectories(target: FidelityTarget, groups: range, *, group_size: int, seed
             iteration=0,
             guidance_scale=target.guidance_scale,
             keep_guidance=True,
-            keep_hidden=target.head is not None,
             cache=SideBySide(caches.values()) if caches else None,
             # a group that is larger than the chunk is split evenly
             micro_batch=None if len(rows) <= target.chunk else math.gcd(len(rows), target.chunk),

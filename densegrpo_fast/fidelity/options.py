@@ -16,8 +16,7 @@ MakePlan = Callable[[int], Plan]
 
 _EXCLUDED = {
     "cost": ("analytic", "search", "config", "adapter", "vae_dtype", "plot"),
-    "analytic": ("config", "adapter", "head", "copy_dtype", "vae_dtype", "cache"),
-    "search": ("head",),
+    "analytic": ("config", "adapter", "copy_dtype", "vae_dtype", "cache"),
 }
 _DEFAULT_PLANS = ("exact_but_last", "n_step:2", "one_step")
 
@@ -40,11 +39,8 @@ def parse(arguments: Sequence[str], docstring: str | None = None) -> tuple[argpa
         for name in excluded:
             if getattr(options, name):
                 parser.error(f"--{mode} and --{name.replace('_', '-')} exclude each other")
-        if overrides and mode != "search":
+        if overrides:
             parser.error(f"--{mode} takes no configuration, got {' '.join(overrides)}")
-    if options.head is not None and (options.head is True) != options.cost:
-        problem = "counts a head of the usual size; leave its FILE out" if options.cost else "needs the FILE of a head"
-        parser.error(f"{'--cost ' if options.cost else ''}--head {problem}")
     if options.search and options.groups < 2:
         parser.error(
             f"--search needs --groups of at least 2, one half to search and one to judge, got {options.groups}"
@@ -116,15 +112,6 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", help="preset or configuration file; default: embedded_dense")
     add("--adapter", type=Path, metavar="DIR", help="a run's adapter directory; default: the model as it comes")
-    add(
-        "--head",
-        type=Path,
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="completion head to measure too, on the plan it was made for; with --cost no FILE, for one of the usual "
-        "size on every plan that leaves steps out",
-    )
     add(
         "--copy-dtype",
         nargs="+",

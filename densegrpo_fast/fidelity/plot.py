@@ -180,7 +180,7 @@ def _number(axis: Any, values: Sequence[tuple[float, float]], scale: float) -> N
 def _style(record: Mapping[str, Any]) -> dict[str, Any]:
     """Marker by decoder, colour by guidance; filled where the model itself computes everything."""
     colour = _COLOURS[record["guidance"]]
-    plain = not (record["head"] or record["copy"] or record["cache"])
+    plain = not (record["copy"] or record["cache"])
     return {
         "marker": _MARKERS[record["decoder"]],
         "linestyle": "none",

@@ -98,8 +98,7 @@ def search(
     Args:
         target: what is measured.
         groups: indices of the prompts to search on.
-        ways: how to complete and decode, every plan in each of them; their own plans have no part in it, and none has a
-            head, which is for one plan.
+        ways: how to complete and decode, every plan in each of them; their own plans have no part in it.
         max_nodes: evaluations of the longest path.
         group_size: G.
         seed: of all noise.
@@ -178,7 +177,7 @@ def completions(lookahead: Lookahead, rollout: Rollout, *, max_nodes: int) -> It
     """Complete every state along every path: a tree, whose root is the state with the rollout's velocity.
 
     Args:
-        lookahead: completes them, in every way but its own plan, and without its head, which is for that plan.
+        lookahead: completes them, in every way but its own plan.
         rollout: what is completed; states that a noise-free step joins to the next are left out, as their completions
             are that one's.
         max_nodes: evaluations of the longest path, at least 0.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,11 @@ from densegrpo_fast.models.base import Cache, Decoder, FlowModel, GuidanceGradie
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import UnitFlops
-from densegrpo_fast.sampling.plan import Plan
 from densegrpo_fast.sampling.step_runner import StepRunner
 from densegrpo_fast.training.prompts import PromptSet, prompt_set
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
-    from densegrpo_fast.models.completion_head import CompletionHead
 
 _STEPS, _GUIDANCE, _NOISE = 10, 4.5, 0.7
 _COMPONENTS, _ALLOWED, _SHAPE = 48, 12, (3, 4, 4)
@@ -47,7 +45,6 @@ class FidelityTarget:
         kl: whether its loss has a KL term.
         flops: of each part of the model; None where that means nothing.
         branched: whether the samples of a group are branches of one noise-free trajectory instead of trajectories.
-        head: for the variants with one, or None.
         copies: of the model by their dtype, for the variants that evaluate one.
         vaes: the model with its full decoder in another precision, by that.
         caches: by (dtype of the copy that reads it, or None, and spec) what makes a feature cache for so many rows in
@@ -70,7 +67,6 @@ class FidelityTarget:
     kl: bool
     flops: UnitFlops | None
     settings: dict[str, Any]
-    head: CompletionHead | None = None
     copies: Mapping[str, FlowModel] = field(default_factory=dict)
     vaes: Mapping[str, FlowModel] = field(default_factory=dict)
     caches: Mapping[tuple[str | None, str], Callable[[int, int], Cache]] = field(default_factory=dict)
@@ -91,8 +87,6 @@ def pipeline_target(
     adapter: Path | None,
     groups: int,
     *,
-    head: Path | None = None,
-    head_plan: Plan | None = None,
     copy_dtypes: Sequence[str] = (),
     vae_dtypes: Sequence[str] = (),
     caches: Sequence[tuple[str | None, str]] = (),
@@ -103,8 +97,6 @@ def pipeline_target(
         config: a run's, in whose every iteration the same steps are noisy; its batch sizes are not used.
         adapter: adapter directory of a run, or None for the model as it comes.
         groups: how many held-out prompts to use.
-        head: file of a completion head, or None.
-        head_plan: that the head must be for; None = any.
         copy_dtypes: precisions of copies with the adapter merged.
         vae_dtypes: further precisions of the full decoder.
         caches: specs of features to take over from the rollout, as in the configuration, each with the precision of the
@@ -113,16 +105,9 @@ def pipeline_target(
     Raises:
         UserError: something cannot be loaded, or there are too few prompts.
     """
-    from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, completion_head, count
+    from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, count
     from densegrpo_fast.models.loading import resolve_dtype
-    from densegrpo_fast.training.lookahead import (
-        build_cache,
-        build_copy,
-        build_head,
-        build_step_runner,
-        lookahead_chunks,
-        read_head,
-    )
+    from densegrpo_fast.training.lookahead import build_cache, build_copy, build_step_runner, lookahead_chunks
     from densegrpo_fast.training.models import check_calibration, default_device, load_model
     from densegrpo_fast.training.rewarding import build_reward
     from densegrpo_fast.training.schedule import Schedule
@@ -135,9 +120,7 @@ def pipeline_target(
     if adapter is not None:
         _load_adapter(model.network, adapter)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
-    lora, corrector = config.lora, None
-    if head is not None:
-        corrector = read_head(head, model) if head_plan is None else build_head(head, head_plan, model)
+    lora = config.lora
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
     copies: dict[str, FlowModel] = {dtype: build_copy(model, dtype) for dtype in copy_dtypes}
     chunks, schedule = lookahead_chunks(config, model, "full"), Schedule(config, model)
@@ -164,8 +147,7 @@ def pipeline_target(
         chunk=min(chunks.forward, chunks.decode),
         trained_steps=len(schedule.trained_steps(0)),
         kl=config.objective.kl_coef > 0,
-        flops=unit if corrector is None else replace(unit, head=completion_head(corrector.config)),
-        head=corrector,
+        flops=unit,
         copies=copies,
         vaes={dtype: model.decoding_in(resolve_dtype(dtype, model.device)) for dtype in vae_dtypes},
         caches=features,
@@ -179,7 +161,6 @@ def pipeline_target(
             # the directory of this machine is nobody else's business
             "model": Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path,
             "adapter": None if adapter is None else adapter.name,
-            "head": None if head is None else head.name,
             "copy_dtypes": list(copy_dtypes),
             "vae_dtypes": [config.model.vae_dtype, *vae_dtypes],
             "vae_decode": config.model.vae_decode,

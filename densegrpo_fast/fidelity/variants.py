@@ -1,6 +1,6 @@
 """Which lookaheads a fidelity run measures, and on what, by its options and its configuration.
 
-Unless plans are named, the lookahead that the configuration trains with is among them, with its head, copy and cache.
+Unless plans are named, the lookahead that the configuration trains with is among them, with its copy and cache.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from densegrpo_fast.common.errors import UsageError
@@ -34,7 +33,6 @@ class Variant:
         plan: where completions evaluate the model.
         guidance: of completions after their first velocity.
         decoder: of all images.
-        head: whether the target's completion head corrects the last jumps.
         copy: dtype of the target's copy that is evaluated instead of the policy, or None.
         cache: spec of the features that its forwards take over from the rollout, or None.
         vae: precision of the full decoder, or None for the target's own.
@@ -43,17 +41,15 @@ class Variant:
     plan: Plan
     guidance: Guidance
     decoder: Decoder
-    head: bool = False
     copy: str | None = None
     cache: str | None = None
     vae: str | None = None
 
     @property
     def name(self) -> str:
-        """Such as "nodes{3,6}+head+copy(bfloat16)+cache(text)/cond_only/preview" or "exact/full/full(bfloat16)"."""
+        """Such as "nodes{3,6}+copy(bfloat16)+cache(text)/cond_only/preview" or "exact/full/full(bfloat16)"."""
         decoder = self.decoder if self.vae is None else f"{self.decoder}({self.vae})"
-        extras = "+head" if self.head else ""
-        extras += "".join(f"+{name}({value})" for name in ("copy", "cache") if (value := getattr(self, name)))
+        extras = "".join(f"+{name}({value})" for name in ("copy", "cache") if (value := getattr(self, name)))
         return f"{self.plan.name}{extras}/{self.guidance}/{decoder}"
 
 
@@ -65,7 +61,6 @@ def reference(num_steps: int) -> Variant:
 def expanded(
     variants: Sequence[Variant],
     *,
-    head: Callable[[Plan], bool],
     copies: Iterable[str],
     caches: Iterable[str],
     vaes: Iterable[str] = (),
@@ -74,12 +69,11 @@ def expanded(
 
     Args:
         variants: without any of that.
-        head: whether a plan's last jumps are corrected too.
         copies: dtypes of copies to evaluate too, where anything is evaluated.
         caches: specs of features to take over too, by the copies or, without any, by the model itself.
         vaes: precisions in which the full decoder decodes too, whatever the completions do.
     """
-    wanted = [*variants, *(replace(variant, head=True) for variant in variants if head(variant.plan))]
+    wanted = [*variants]
     evaluating, dtypes = [variant for variant in wanted if variant.plan.evaluations], list(copies)
     wanted += [replace(variant, copy=dtype) for dtype in dtypes for variant in evaluating]
     readers: list[str | None] = [*dtypes] or [None]
@@ -131,26 +125,23 @@ def choose(options: argparse.Namespace, config: Config | None) -> Choice:
     if not target.guided:
         # without guidance there is nothing to drop after the first velocity
         guidances = ["full"]
-    steps, head = target.coefficients.num_steps, target.head if options.head else None
+    steps = target.coefficients.num_steps
     chosen = [*(variant.plan for variant in configured), *(_made(make, steps) for make in makers)]
     exact = plans.exact(steps)
 
     def beside(variants: list[Variant]) -> list[Variant]:
         return expanded(
             variants,
-            head=lambda plan: head is not None and plan.paths == head.config.paths,
             copies=_once(options.copy_dtype),
             caches=_once(options.cache),
             vaes=_once(options.vae_dtype),
         )
 
     asked = beside([variant for plan in chosen for variant in _crossed(plan, guidances, decoders)])
-    if head is not None and not any(variant.head for variant in asked):
-        raise UsageError("--head: none of --plans is the one that it was made for")
     variants = [*configured, *asked]
     if any(variant.decoder == "preview" for variant in variants):
         variants = [Variant(exact, "full", "preview"), *variants]
-    ways = [way for way in beside(_crossed(exact, guidances, decoders)) if not way.head]
+    ways = beside(_crossed(exact, guidances, decoders))
     ways += [Variant(exact, v.guidance, v.decoder, copy=v.copy, cache=v.cache) for v in configured]
     return Choice(target, _once(variants), configured, _once(ways))
 
@@ -166,7 +157,7 @@ def configured_variants(config: Config) -> list[Variant]:
     if "granularities" in registry.find(config.credit.method).options:
         chosen = [plans.strided(steps, stride) for stride in config.credit.granularities]
     guidance: Guidance = "full" if config.sampler.guidance_scale == 1.0 else options.guidance
-    extras: dict[str, Any] = {"head": options.head is not None, "copy": options.copy_dtype, "cache": options.cache}
+    extras: dict[str, Any] = {"copy": options.copy_dtype, "cache": options.cache}
     return [Variant(plan, guidance, options.decoder, **extras) for plan in chosen]
 
 
@@ -182,18 +173,10 @@ def _crossed(plan: Plan, guidances: list[Guidance], decoders: list[Decoder]) -> 
 def _pipeline(options: argparse.Namespace, config: Config, configured: list[Variant]) -> FidelityTarget:
     """The configuration's target, with what the options and its own lookahead ask for."""
     dtypes, specs = _once(options.copy_dtype), _once(options.cache)
-    head, head_plan = options.head, None
-    if configured and configured[0].head:
-        if head is not None:
-            problem = f"the configuration has lookahead.head {config.lookahead.head}; name --plans, or leave one out"
-            raise UsageError(f"--head: {problem}")
-        head, head_plan = Path(str(config.lookahead.head)), configured[0].plan
     return pipeline_target(
         config,
         options.adapter,
         options.groups,
-        head=head,
-        head_plan=head_plan,
         copy_dtypes=_once([*dtypes, *(variant.copy for variant in configured if variant.copy)]),
         vae_dtypes=_once(options.vae_dtype),
         caches=_once(

@@ -73,16 +73,6 @@ class Velocity:
         return self.uncond + self.guidance_scale * (self.cond - self.uncond)
 
 
-class Head(Protocol):
-    """Improves the last jump of a completion: `models/completion_head.py`."""
-
-    def applies(self, state: int) -> bool:
-        """Whether completions of this state are to be corrected."""
-
-    def __call__(self, hidden: Tensor, latents: Tensor, estimate: Tensor, state: Tensor) -> Tensor:
-        """What to add to the one-step estimates [B, ...] of the states [B]."""
-
-
 class Recorder(Protocol):
     """What keeps features of the rollout's forwards."""
 
@@ -163,16 +153,6 @@ class FlowModel(ABC):
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:
         """The model's own noise levels for `num_steps` steps: [num_steps + 1] float32, from 1 down to 0."""
-
-    def tap(self) -> AbstractContextManager[list[Tensor]]:
-        """Within the context every network forward appends its last hidden image tokens [B, N, D] to the list.
-
-        Of a guided velocity the conditional forward comes first. Nothing that the model computes changes.
-
-        Raises:
-            ValueError: the model has no such tokens.
-        """
-        raise ValueError(f"{type(self).__name__} has no hidden tokens to tap")
 
     def compile(self, mode: str | None, backend: str = "inductor") -> None:
         """Compile the network's forward with `torch.compile`, of which `mode` and `backend` are options.

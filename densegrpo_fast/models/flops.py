@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.completion_head import CompletionHead, HeadConfig
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.sd3 import SD3
 
@@ -98,7 +97,6 @@ class ModelFlops:
         full_decode: one image through the pipeline's autoencoder.
         preview_decode: one image through the preview decoder; NaN without one.
         reward: one image through the reward model.
-        head: one row through the completion head; NaN without one.
     """
 
     forward: float
@@ -107,7 +105,6 @@ class ModelFlops:
     full_decode: float
     preview_decode: float
     reward: float
-    head: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -287,16 +284,6 @@ def clip_h_image() -> float:
         tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_H))
         pixels = torch.empty(1, 3, CLIP_H["image_size"], CLIP_H["image_size"])
         return counted(lambda: tower(pixel_values=pixels))
-
-
-def completion_head(config: HeadConfig) -> float:
-    """Operations of one row through a completion head."""
-    with torch.device("meta"), torch.no_grad():
-        head = CompletionHead(config)
-        latents = torch.empty(1, *config.latent_shape)
-        hidden = torch.empty(1, len(head.position), config.hidden)
-        # in training mode the blocks run operation by operation, so that the counter sees them
-        return counted(lambda: head(hidden, latents, latents, torch.zeros(1, dtype=torch.int64)))
 
 
 def counted(call: Callable[[], object]) -> float:

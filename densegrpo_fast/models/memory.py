@@ -161,16 +161,25 @@ class ModelMemory:
         text = self._inputs(1)["encoder_hidden_states"].shape[1]
         return height * width // self.network.config.patch_size**2, text
 
-    @property
-    def hidden(self) -> int:
-        """Bytes of one row's last hidden tokens, which a completion head reads."""
-        return self.tokens[0] * self.network.inner_dim * self.network.dtype.itemsize
-
     def forward(self, rows: int) -> int:
         """One velocity of `rows` rows without gradient, the result included."""
         inputs = self._inputs(rows)
         with torch.no_grad():
             return peak_bytes(lambda: self.network(**inputs))
+
+    def graph(self, rows: int, *, checkpointing: bool) -> int:
+        """What one forward of `rows` rows keeps for its backward, the result included.
+
+        Args:
+            checkpointing: keep the blocks' inputs alone.
+        """
+        self._checkpoint(checkpointing)
+        inputs = self._inputs(rows)
+        with _fused_attention(), PeakBytes() as memory:
+            output = self.network(**inputs, return_dict=False)[0]
+            kept = memory.live
+            del output
+        return kept
 
     def update(self, rows: int, *, forwards: int, checkpointing: bool, graphs: int = 1) -> int:
         """Forward and backward of a micro-batch, the adapter's gradients included.
@@ -182,7 +191,7 @@ class ModelMemory:
             checkpointing: keep the blocks' inputs alone, and compute the rest again.
             graphs: forwards with gradient, whose graphs live until the one backward: 2 for both halves of guidance.
         """
-        (self.network.enable_gradient_checkpointing if checkpointing else self.network.disable_gradient_checkpointing)()
+        self._checkpoint(checkpointing)
         inputs = self._inputs(rows)
 
         def step() -> object:
@@ -203,6 +212,9 @@ class ModelMemory:
         latents = torch.empty(together, *self.architecture.latent_shape, device="meta", dtype=part.dtype)
         with torch.no_grad():
             return peak_bytes(lambda: part.decode(latents).sample.float()) + (rows - together) * self.picture
+
+    def _checkpoint(self, on: bool) -> None:
+        (self.network.enable_gradient_checkpointing if on else self.network.disable_gradient_checkpointing)()
 
     def _preview(self) -> Any:
         if self.preview is None:

@@ -253,18 +253,6 @@ class SD3(FlowModel):
         return other
 
     @contextmanager
-    def tap(self) -> Iterator[list[Tensor]]:
-        if self._compiled:
-            raise ValueError("a compiled network hides its hidden tokens; set model.compile to null")
-        tokens: list[Tensor] = []
-        # what enters the final modulation and projection
-        handle = self.transformer.norm_out.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
-        try:
-            yield tokens
-        finally:
-            handle.remove()
-
-    @contextmanager
     def reference(self) -> Iterator[None]:
         before, self.mode = self.mode, "reference"
         self.transformer.disable_adapters()

@@ -164,7 +164,7 @@ def _closer(config: Config) -> str:
         ways.append("lookahead.guidance full")
     if options.decoder != "full":
         ways.append("lookahead.decoder full, or a decoder fitted by python -m densegrpo_fast.preview")
-    return f"choose {'; or '.join(ways)}" if ways else "leave out lookahead.copy_dtype, cache and head"
+    return f"choose {'; or '.join(ways)}" if ways else "leave out lookahead.copy_dtype and cache"
 
 
 def _below(number: float, limit: float) -> bool | None:

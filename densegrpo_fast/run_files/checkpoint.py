@@ -14,13 +14,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.aliases import comparable_settings, complete_settings
-from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
+from densegrpo_fast.common.errors import CheckpointError, NonFiniteError, UsageError
 from densegrpo_fast.common.files import output_errors, sync_directory, unused_name, write_durably
 from densegrpo_fast.common.fingerprint import canonical_json, differences, fingerprint
 
@@ -183,7 +184,8 @@ class CheckpointManager:
             raise OSError(f"what was read back differs from what was written ({error})") from error
 
     def _refuse_other_settings(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        stored = comparable_settings(manifest["settings"])
+        with _named(path):
+            stored = comparable_settings(manifest["settings"])
         if fingerprint(stored) != fingerprint(self.settings):
             differing = "\n  ".join(differences(stored, self.settings))
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  {differing}")
@@ -203,6 +205,9 @@ def newest_settings(directory: Path) -> dict[str, Any] | None:
 
     Returns:
         None without any.
+
+    Raises:
+        CheckpointError: an option that is gone has a value with an effect.
     """
     for path in sorted(directory.glob(f"step-*/{_MANIFEST}"), reverse=True):
         try:
@@ -210,8 +215,18 @@ def newest_settings(directory: Path) -> dict[str, Any] | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(settings, dict):
-            return complete_settings(settings)
+            with _named(path.parent):
+                return complete_settings(settings)
     return None
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the checkpoint whose settings have an option that is gone."""
+    try:
+        yield
+    except UsageError as error:
+        raise CheckpointError(f"{path} belongs to a run with other settings: {error}") from None
 
 
 def _serialise(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> dict[str, bytes]:

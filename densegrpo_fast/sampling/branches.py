@@ -39,7 +39,6 @@ class BranchedRollout:
         branches: K.
         branch_velocities: [M', B, ...] float32, the guided velocity where the branches of each step lead, as far as
             that is not the image; None until `evaluated`.
-        branch_hidden: [M', B, N, D] the network's last hidden tokens there; None if nothing asked for them.
     """
 
     ode_trajectory: Trajectory
@@ -49,7 +48,6 @@ class BranchedRollout:
     sample_conditioning: Conditioning
     branches: int
     branch_velocities: Tensor | None = None
-    branch_hidden: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -88,8 +86,7 @@ class BranchedRollout:
 
     def select(self, rows: slice) -> BranchedRollout:
         """Some trajectories with their branches; tensors are shared, not copied."""
-        samples = self.sample_rows(rows)
-        velocities, hidden = self.branch_velocities, self.branch_hidden
+        samples, velocities = self.sample_rows(rows), self.branch_velocities
         return replace(
             self,
             ode_trajectory=self.ode_trajectory.select(rows),
@@ -97,7 +94,6 @@ class BranchedRollout:
             log_probs=self.log_probs[:, samples],
             sample_conditioning=self.sample_conditioning.select(samples),
             branch_velocities=None if velocities is None else velocities[:, samples],
-            branch_hidden=None if hidden is None else hidden[:, samples],
         )
 
     def sample_rows(self, rows: slice) -> slice:
@@ -111,8 +107,7 @@ class BranchedRollout:
         latents = self.branch_latents[place]
         if self.branch_velocities is None or index == self.coefficients.num_steps:
             return RolloutState(latents)
-        hidden = None if self.branch_hidden is None else self.branch_hidden[place]
-        return RolloutState(latents, self.branch_velocities[place], hidden)
+        return RolloutState(latents, self.branch_velocities[place])
 
     def dedup(self, *, own: bool = False) -> CompletionDedup:
         """Every branch has a completion of its own."""
@@ -125,22 +120,16 @@ class BranchedRollout:
         A rollout that has them already stays as it is, so that several ways to complete it share them.
 
         Args:
-            lookahead: evaluates them by its own model, as nothing but completions starts there. With a completion head
-                the hidden tokens are kept too.
+            lookahead: evaluates them by its own model, as nothing but completions starts there.
         """
         if self.branch_velocities is not None:
             return self
         inner = [state for state in self.completed if state < self.coefficients.num_steps]
         velocities = self.branch_latents.new_empty(len(inner), *self.branch_latents.shape[1:])
-        hidden = None
         lookahead.step_runner.begin(lookahead.model)
         for place, state in enumerate(inner):
-            output = lookahead.evaluate_state(self, state)
-            velocities[place] = output.velocity
-            if output.hidden is not None:
-                hidden = output.hidden.new_empty(len(inner), *output.hidden.shape) if hidden is None else hidden
-                hidden[place] = output.hidden
-        return replace(self, branch_velocities=velocities, branch_hidden=hidden)
+            velocities[place] = lookahead.evaluate_state(self, state).velocity
+        return replace(self, branch_velocities=velocities)
 
     def group_rewards(self, values: Tensor, group_size: int) -> GroupedRewards:
         by_way = values.view(-1, len(self.steps), self.batch * self.branches // group_size, group_size)

@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
-from densegrpo_fast.models.base import Decoder, GuidanceGradient, Head
+from densegrpo_fast.models.base import Decoder, GuidanceGradient
 from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.lookahead import Guidance
 from densegrpo_fast.sampling.plan import Plan
@@ -67,10 +67,6 @@ class UnitFlops(Protocol):
     @property
     def reward(self) -> float:
         """One image through the reward model."""
-
-    @property
-    def head(self) -> float:
-        """One row through the completion head; NaN without one."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,6 @@ class IterationCost:
         full_decodes: images through the pipeline's autoencoder.
         preview_decodes: images through the preview decoder.
         rewards: images scored.
-        corrections: rows through the completion head.
         guidance_gradient: the halves of guided evaluations that the replay's backward goes through.
         streamed: whether the backward goes through the rollout's own evaluations, so that none is repeated.
     """
@@ -128,7 +123,6 @@ class IterationCost:
     full_decodes: int | float
     preview_decodes: int | float
     rewards: int | float
-    corrections: int | float
     guidance_gradient: GuidanceGradient = "full"
     streamed: bool = False
 
@@ -163,8 +157,6 @@ class IterationCost:
             total += self.full_decodes * unit.full_decode
         if self.preview_decodes:
             total += self.preview_decodes * unit.preview_decode
-        if self.corrections:
-            total += self.corrections * unit.head
         return total
 
 
@@ -216,7 +208,6 @@ def sparse_iteration(
         full_decodes=1,
         preview_decodes=0,
         rewards=1,
-        corrections=0,
         guidance_gradient=guidance_gradient,
     )
 
@@ -231,7 +222,6 @@ def dense_iteration(
     guidance: Guidance = "full",
     decoder: Decoder = "full",
     noisy: tuple[bool, ...] | None = None,
-    head: Head | None = None,
     shared: int = 1,
     completed: tuple[int, ...] | None = None,
 ) -> IterationCost:
@@ -245,7 +235,6 @@ def dense_iteration(
         trained_steps, guided, kl, guidance_gradient: as in `sparse_iteration`.
         guidance, noisy, shared, completed: as in `lookahead_evaluations`.
         decoder: of the images that gains compare.
-        head: corrects the last jumps of the states that it applies to.
 
     Raises:
         ValueError: `trained_steps` or `noisy` does not fit the plan's number of steps.
@@ -261,7 +250,6 @@ def dense_iteration(
         full_decodes=images if decoder == "full" else finals,
         preview_decodes=images if decoder == "preview" else 0,
         rewards=images if decoder == "full" else images + finals,
-        corrections=sharing.per_trajectory(lambda j: int(head is not None and j < plan.num_steps and head.applies(j))),
         guidance_gradient=guidance_gradient,
     )
 
@@ -277,7 +265,6 @@ def branched_iteration(
     guidance: Guidance = "full",
     decoder: Decoder = "full",
     noisy: tuple[bool, ...] | None = None,
-    head: Head | None = None,
     others: Sequence[Plan] = (),
 ) -> IterationCost:
     """Cost of an iteration with a reward per branch (`sampling/branches.py`), for one of the samples of a trajectory.
@@ -288,7 +275,6 @@ def branched_iteration(
         trained_steps, guided, kl, guidance_gradient: as in `sparse_iteration`.
         guidance, noisy: as in `lookahead_evaluations`.
         decoder: of the images.
-        head: corrects the last jumps by `plan` of the states that it applies to.
         others: further plans, by each of which every branch is completed and scored besides (Granular-GRPO).
 
     Raises:
@@ -315,7 +301,6 @@ def branched_iteration(
         full_decodes=images if decoder == "full" else 0,
         preview_decodes=images if decoder == "preview" else 0,
         rewards=images,
-        corrections=sum(head.applies(state) for state in inner) if head is not None else 0,
         guidance_gradient=guidance_gradient,
     )
 

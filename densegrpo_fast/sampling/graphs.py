@@ -169,7 +169,7 @@ class GraphedStepRunner(StepRunner):
         self._addresses[model] = addresses
 
     def __call__(
-        self, model: FlowModel, rows: StepInput, step_index: int, scale: float, *, tap: bool, cache: Cache | None
+        self, model: FlowModel, rows: StepInput, step_index: int, scale: float, *, cache: Cache | None
     ) -> StepOutput:
         """As `StepRunner`; in a graph the result's tensors are overwritten by the next call.
 
@@ -182,17 +182,17 @@ class GraphedStepRunner(StepRunner):
         reason = "" if self._eager else self.graphs.capturer.why_not(rows.latents.device)
         if self._eager or reason:
             self._give_up(reason)
-            return eager(model, rows, step_index, scale, tap=tap, cache=cache)
+            return eager(model, rows, step_index, scale, cache=cache)
 
         def evaluate(static: Mapping[str, Tensor]) -> StepOutput:
-            return eager(model, _step_input(static), step_index, scale, tap=tap, cache=cache)
+            return eager(model, _step_input(static), step_index, scale, cache=cache)
 
         conditioning = rows.conditioning
         inputs = {name: getattr(rows, name) for name in _ROWS if getattr(rows, name) is not None}
         inputs["rows"] = conditioning.rows
         constants = {name: getattr(conditioning, name) for name in _PROMPTS}
         # without a cache the step index is only a noise level
-        key = (model, model.mode, scale, tap, cache, None if cache is None else step_index)
+        key = (model, model.mode, scale, cache, None if cache is None else step_index)
         try:
             # counted here: a capture runs more forwards than the lookahead asked for, a replay calls no velocity
             with model.uncounted():
@@ -201,7 +201,7 @@ class GraphedStepRunner(StepRunner):
             return output
         except RuntimeError as error:
             self._give_up(f"the evaluation cannot be captured: {error}")
-            return eager(model, rows, step_index, scale, tap=tap, cache=cache)
+            return eager(model, rows, step_index, scale, cache=cache)
 
     def _give_up(self, reason: str) -> None:
         if not self._eager:

@@ -17,7 +17,7 @@ from torch import Tensor
 from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import StepCoefficients
 from densegrpo_fast.flow.remainder import Remainder, Visited
-from densegrpo_fast.models.base import Cache, Decoder, FlowModel, Head
+from densegrpo_fast.models.base import Cache, Decoder, FlowModel
 from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.plan import Plan
@@ -34,14 +34,12 @@ class CompletionState:
     Attributes:
         index: step index of its last evaluation.
         latents, velocity: [m, ...] float32, what that saw and gave.
-        hidden: [m, N, D] hidden tokens of it, or None.
         before: the evaluation before it, where a second-order step needs one.
     """
 
     index: int
     latents: Tensor
     velocity: Tensor
-    hidden: Tensor | None
     before: Visited | None = None
 
     def slope(self, step_index: int, remainder: Remainder | None) -> Tensor:
@@ -100,7 +98,6 @@ class Lookahead:
         chunk: most rows per forward, and per decode unless `decode_chunk` says otherwise; an `OomBackoff` goes on with
             fewer if a GPU's memory runs out.
         decode_chunk: most rows per decode; None = `chunk`.
-        head: corrects the last jump of the completions that leave steps out; None = Euler's jump as it is.
         cache: what the rollout recorded, for the completions' own forwards to reuse; None = they compute it all.
         step_runner: how a jump and its forward are run; None = operation by operation.
         replan: makes the plan for rollouts of another number of steps; None = there are none.
@@ -117,7 +114,6 @@ class Lookahead:
         guidance: Guidance = "full",
         chunk: int | OomBackoff = 64,
         decode_chunk: int | OomBackoff | None = None,
-        head: Head | None = None,
         cache: Cache | None = None,
         step_runner: StepRunner | None = None,
         replan: Callable[[int], Plan] | None = None,
@@ -134,7 +130,7 @@ class Lookahead:
                 f"lookahead chunk must be at least 1 row, got {min(self.rows.rows, self.decode_rows.rows)}"
             )
         self.model, self.plan, self.guidance = model, plan, guidance
-        self.head, self.cache, self.replan = head, cache, replan
+        self.cache, self.replan = cache, replan
         self.step_runner = StepRunner() if step_runner is None else step_runner
 
     @torch.no_grad()
@@ -189,10 +185,7 @@ class Lookahead:
             if index < rollout.coefficients.num_steps:
                 at = rollout.state(index)
                 assert at.velocity is not None
-                hidden = None if at.hidden is None else dedup.rows(index, at.hidden)
-                states[index] = CompletionState(
-                    index, dedup.rows(index, at.latents), dedup.rows(index, at.velocity), hidden
-                )
+                states[index] = CompletionState(index, dedup.rows(index, at.latents), dedup.rows(index, at.velocity))
         return states
 
     def advance(
@@ -228,12 +221,11 @@ class Lookahead:
         if self.guidance == "reuse" and rollout.guidance_terms is not None:
             # no completion is shared then
             output.velocity.unflatten(0, (len(states), -1)).add_(rollout.guidance_terms[step_index])
-        parts = [None] * len(states) if output.hidden is None else output.hidden.split(sizes)
         assert output.latents is not None
-        split = zip(output.latents.split(sizes), output.velocity.split(sizes), parts, strict=True)
+        split = zip(output.latents.split(sizes), output.velocity.split(sizes), strict=True)
         return {
-            state: CompletionState(step_index, latents, velocity, hidden, at.remembered(remainder))
-            for (state, at), (latents, velocity, hidden) in zip(states.items(), split, strict=True)
+            state: CompletionState(step_index, latents, velocity, at.remembered(remainder))
+            for (state, at), (latents, velocity) in zip(states.items(), split, strict=True)
         }
 
     def evaluate_state(self, rollout: Rollout, index: int) -> StepOutput:
@@ -317,45 +309,25 @@ class Lookahead:
         self.plan_for(steps)
         rollout = rollout.evaluated(self)
         states = self.evaluate(rollout)
-        if self.head is not None and any(at.hidden is None for at in states.values()):
-            raise ValueError("a completion head needs a rollout, or branches evaluated, with keep_hidden=True")
         ends = {}
         if states:
             done = self.jump(list(states.values()), steps, rollout.coefficients)
-            for state, end in zip(states, done.split([len(at.latents) for at in states.values()]), strict=True):
-                ends[state] = self._correct(state, states[state], end)
+            ends = dict(zip(states, done.split([len(at.latents) for at in states.values()]), strict=True))
         if steps in dedup.states:
             ends[steps] = dedup.rows(steps, rollout.state(steps).latents)
         return ends
-
-    def _correct(self, state: int, at: CompletionState, estimate: Tensor) -> Tensor:
-        if self.head is None or at.hidden is None or not self.head.applies(state):
-            return estimate
-        index = torch.full((len(estimate),), state, device=estimate.device)
-        head, hidden = self.head, at.hidden
-
-        def correction(rows: slice) -> Tensor:
-            return head(hidden[rows], at.latents[rows], estimate[rows], index[rows])
-
-        return estimate + torch.cat(list(self.rows.each(slice(0, len(index)), correction)))
 
     def _run(self, rows: StepInput, step_index: int, scale: float, cache: Cache | None) -> StepOutput:
         """Take rows to a step index and evaluate the model there, at most `chunk` rows at a time."""
         latents, velocity = rows.latents, torch.empty_like(rows.latents)
         if rows.velocity is not None:
             latents = torch.empty_like(latents)
-        hidden = None
 
         def run(part: slice) -> tuple[slice, StepOutput]:
-            tap = self.head is not None
-            return part, self.step_runner(self.model, rows.select(part), step_index, scale, tap=tap, cache=cache)
+            return part, self.step_runner(self.model, rows.select(part), step_index, scale, cache=cache)
 
         for part, output in self.rows.each(slice(0, len(rows)), run):
             velocity[part] = output.velocity
             if output.latents is not None:
                 latents[part] = output.latents
-            if output.hidden is not None:
-                if hidden is None:
-                    hidden = output.hidden.new_empty(len(rows), *output.hidden.shape[1:])
-                hidden[part] = output.hidden
-        return StepOutput(latents, velocity, hidden)
+        return StepOutput(latents, velocity)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -28,12 +28,10 @@ class RolloutState(NamedTuple):
     Attributes:
         latents: [B, ...] float32.
         velocity: [B, ...] float32, guided; None where nothing has evaluated it yet.
-        hidden: [B, N, D] the network's last hidden tokens there; None if they were not kept.
     """
 
     latents: Tensor
     velocity: Tensor | None = None
-    hidden: Tensor | None = None
 
 
 class GroupedRewards(NamedTuple):
@@ -142,7 +140,6 @@ class Trajectory:
         conditioning: the prompts of the B rows.
         guidance_scale: of `velocities`.
         guidance_terms: [T, B, ...] float32, `velocities` minus the conditional ones; None if they were not kept.
-        hidden: [T, B, N, D] the network's last hidden tokens at each state, in its dtype; None if they were not kept.
         shared: rows, in consecutive blocks, that have prompt and initial noise in common; 1 = each row its own.
         completed_states: the states to complete, increasing, each with a completion of its own; None = all T+1.
     """
@@ -154,7 +151,6 @@ class Trajectory:
     conditioning: Conditioning
     guidance_scale: float
     guidance_terms: Tensor | None = None
-    hidden: Tensor | None = None
     shared: int = 1
     completed_states: tuple[int, ...] | None = None
 
@@ -191,7 +187,6 @@ class Trajectory:
             log_probs=self.log_probs[:, rows],
             conditioning=self.conditioning.select(rows),
             guidance_terms=None if self.guidance_terms is None else self.guidance_terms[:, rows],
-            hidden=None if self.hidden is None else self.hidden[:, rows],
             # only of whole blocks is it known
             shared=self.shared if not (rows.start or 0) % self.shared and not batch % self.shared else 1,
         )
@@ -205,9 +200,7 @@ class Trajectory:
     def state(self, index: int) -> RolloutState:
         if index == self.num_steps:
             return RolloutState(self.latents[index])
-        return RolloutState(
-            self.latents[index], self.velocities[index], None if self.hidden is None else self.hidden[index]
-        )
+        return RolloutState(self.latents[index], self.velocities[index])
 
     def dedup(self, *, own: bool = False) -> CompletionDedup:
         """States that noise-free steps join share a completion, and so do samples of one noise before any other."""
@@ -254,7 +247,6 @@ class TrajectorySampler:
         micro_batch: rows per forward. The replay in training must use the same split: a forward's rounding may depend
             on its batch shape, and the importance ratio of an unchanged policy shall be 1. None means all rows.
         keep_guidance: keep the guidance terms for a lookahead that reuses them.
-        keep_hidden: keep the network's last hidden tokens for a lookahead with a completion head.
         cache: where the forwards leave features for the lookahead; their numbers stay the same to the bit.
         stream: purpose of the steps' noise.
         steps: how many steps are taken, the first ones of T; None = all.
@@ -276,7 +268,6 @@ class TrajectorySampler:
         guidance_scale: float = 1.0,
         micro_batch: int | None = None,
         keep_guidance: bool = False,
-        keep_hidden: bool = False,
         cache: Recorder | None = None,
         stream: int = Stream.STEP,
         steps: int | None = None,
@@ -285,7 +276,7 @@ class TrajectorySampler:
         size = micro_batch or batch
         if batch % size:
             raise ValueError(f"micro_batch must divide the number of samples: {batch} samples, micro_batch {size}")
-        self.model, self.cache, self.keep_hidden = model, cache, keep_hidden
+        self.model, self.cache = model, cache
         self.counters: dict[str, Any] = {"seed": seed, "sample_index": sample_index, "iteration": iteration}
         self.counters["stream"] = stream
         self.parts = [slice(start, start + size) for start in range(0, batch, size)]
@@ -315,7 +306,7 @@ class TrajectorySampler:
             The guided velocity of each micro-batch [m, ...] float32, with its graph if that was asked for.
         """
         done, found = self.trajectory, []
-        with torch.set_grad_enabled(guidance_gradient is not None), self._tapped() as tokens:
+        with torch.set_grad_enabled(guidance_gradient is not None):
             for rows in self.parts:
                 sigma = done.coefficients.sigmas[step].expand(rows.stop - rows.start)
                 with nullcontext() if self.cache is None else self.cache.record(step, rows):
@@ -330,17 +321,7 @@ class TrajectorySampler:
                 done.velocities[step, rows] = found[-1].detach()
                 if done.guidance_terms is not None:
                     done.guidance_terms[step, rows] = velocity.guidance_term.detach()
-                if self.keep_hidden:
-                    if done.hidden is None:
-                        hidden = tokens[0].new_empty(self.steps, done.batch, *tokens[0].shape[1:])
-                        self.trajectory = done = replace(done, hidden=hidden)
-                    assert done.hidden is not None
-                    done.hidden[step, rows] = tokens[0].detach()
-                    tokens.clear()
         return found
-
-    def _tapped(self) -> AbstractContextManager[list[Tensor]]:
-        return self.model.tap() if self.keep_hidden else nullcontext([])
 
     @torch.no_grad()
     def advance(self, step: int) -> None:

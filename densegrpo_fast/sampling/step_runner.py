@@ -48,12 +48,10 @@ class StepOutput(NamedTuple):
     Attributes:
         latents: [m, ...] float32 at the step index; None without a jump, as they were there already.
         velocity: [m, ...] float32 there, guided if that was asked for.
-        hidden: [m, N, D] the network's last hidden tokens, of the conditional forward; None if they were not asked for.
     """
 
     latents: Tensor | None
     velocity: Tensor
-    hidden: Tensor | None
 
 
 class StepRunner:
@@ -63,7 +61,7 @@ class StepRunner:
         """Called before the evaluations of a rollout's completions."""
 
     def __call__(
-        self, model: FlowModel, rows: StepInput, step_index: int, scale: float, *, tap: bool, cache: Cache | None
+        self, model: FlowModel, rows: StepInput, step_index: int, scale: float, *, cache: Cache | None
     ) -> StepOutput:
         """Jump and evaluate. The result's tensors are the caller's to use until the next call.
 
@@ -72,7 +70,6 @@ class StepRunner:
             rows: what is evaluated.
             step_index: grid index where the rows meet.
             scale: guidance there; 1 = off.
-            tap: whether the hidden tokens are wanted.
             cache: features of the rollout to reuse, or None.
         """
         arrived = None
@@ -83,6 +80,6 @@ class StepRunner:
         if cache is not None:
             assert rows.samples is not None
             reusing = cache.reuse(step_index, rows.samples)
-        with model.tap() if tap else nullcontext([]) as tokens, reusing:
+        with reusing:
             velocity = model.velocity(latents, rows.next_sigma, rows.conditioning, scale).combined()
-        return StepOutput(arrived, velocity, tokens[0] if tap else None)
+        return StepOutput(arrived, velocity)

@@ -8,14 +8,12 @@ from functools import cached_property
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.flops import (
     ModelFlops,
     architecture_of,
     cached_forward,
     clip_h_image,
-    completion_head,
     count,
 )
 from densegrpo_fast.models.sd3 import SD3
@@ -42,7 +40,7 @@ class Prices:
     lookahead: float
 
     def flops(self, counts: Counts) -> float:
-        """Floating-point operations; a backward through the head costs two forwards."""
+        """Floating-point operations of what was counted."""
         unit = self.unit
         total = counts.policy * unit.forward + counts.backward * unit.backward
         total += counts.lookahead * self.lookahead
@@ -50,7 +48,6 @@ class Prices:
         for rows, price in (
             (counts.full_decodes, unit.full_decode),
             (counts.preview_decodes, unit.preview_decode),
-            (counts.corrected + 3 * counts.learned, unit.head),
         ):
             # a part that the model does not have costs NaN
             if rows:
@@ -129,18 +126,15 @@ def _prices(config: Config, model: SD3, lookahead: Lookahead | None) -> Prices:
     architecture, lora, targets = architecture_of(model), config.lora, tuple(config.lora.targets)
     parts = (model.transformer, model.pipeline.vae, model.preview_decoder)
     configs = [None if part is None else dict(part.config) for part in parts]
-    copied, head, cache = False, None, None
+    copied, cache = False, None
     if lookahead is not None:
-        copied, head, cache = underlying(lookahead.model) is not model, underlying(lookahead.head), lookahead.cache
-    shape = head.config if isinstance(head, CompletionHead) else None
+        copied, cache = underlying(lookahead.model) is not model, lookahead.cache
     spec = cache.spec if isinstance(cache, FeatureCache) else None
     pickscore = "pickscore" in config.reward.terms
     again = config.model.gradient_checkpointing
-    key = repr((architecture.title, configs, lora.rank, targets, copied, spec, shape, pickscore, again))
+    key = repr((architecture.title, configs, lora.rank, targets, copied, spec, pickscore, again))
     if key not in _counted:
         unit = count(architecture, lora_rank=lora.rank, lora_targets=targets, reward=clip_h_image() if pickscore else 0)
-        if shape is not None:
-            unit = replace(unit, head=completion_head(shape))
         if again:
             unit = replace(unit, backward=unit.backward + unit.forward)
         forward = unit.reference_forward if copied else unit.forward

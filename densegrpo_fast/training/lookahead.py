@@ -6,14 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit import registry
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.completion_head import CompletionHead, load_head
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.loading import resolve_dtype
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
@@ -30,11 +28,8 @@ GB = 1e9
 """Bytes of one unit of `lookahead.memory_gb`."""
 
 
-def build_lookahead(config: Config, model: FlowModel, head: CompletionHead | None = None) -> Lookahead | None:
+def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
     """The lookahead that the credit method needs; None if it needs none.
-
-    Args:
-        head: ready made, in the place of the one that `lookahead.head` names.
 
     Raises:
         UsageError: an option does not fit the model.
@@ -43,10 +38,6 @@ def build_lookahead(config: Config, model: FlowModel, head: CompletionHead | Non
         return None
     options, replan = config.lookahead, partial(build_plan, config)
     plan = replan(config.sampler.num_steps)
-    if head is not None:
-        check_head(head, plan, model, "the completion head that was given")
-    elif options.head is not None:
-        head = build_head(Path(options.head), plan, model)
     step_runner = build_step_runner(config, model)
     evaluated = model if options.copy_dtype is None else build_copy(model, options.copy_dtype)
     if evaluated is not model and config.model.compile is not None:
@@ -64,7 +55,6 @@ def build_lookahead(config: Config, model: FlowModel, head: CompletionHead | Non
         guidance=options.guidance,
         chunk=OomBackoff(chunks.forward, "lookahead.chunk"),
         decode_chunk=OomBackoff(chunks.decode, "lookahead.chunk, of decodes", "set model.vae_decode to tiled"),
-        head=head,
         cache=cache,
         step_runner=step_runner,
         replan=replan,
@@ -133,55 +123,6 @@ def build_cache(
         raise UsageError(str(error)) from None
 
 
-def build_head(path: Path, plan: Plan, model: FlowModel) -> CompletionHead:
-    """A completion head from its file, if it was made for this plan and model.
-
-    Raises:
-        UsageError: it cannot be read, or was made for another plan or model.
-    """
-    head = read_head(path, model, "lookahead.head")
-    check_head(head, plan, model, f"lookahead.head: {path}")
-    return head
-
-
-def read_head(path: Path, model: FlowModel, option: str = "--head") -> CompletionHead:
-    """A completion head from its file, on the model's device.
-
-    Args:
-        path: the file.
-        model: whose rollouts it corrects.
-        option: that named the file, for the message.
-
-    Raises:
-        UsageError: it cannot be read, or was made for a model of another shape.
-    """
-    try:
-        head = load_head(path)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from None
-    check_head(head, None, model, f"{option}: {path}")
-    return head.to(model.device)
-
-
-def check_head(head: CompletionHead, plan: Plan | None, model: FlowModel, what: str) -> None:
-    """Refuse a completion head that was made for something else.
-
-    Args:
-        plan: of the lookahead; None = any.
-        what: to call it in the message.
-
-    Raises:
-        UsageError: it was made for a model of another shape, or for another plan.
-    """
-    made, own = (head.config.latent_shape, head.config.hidden), (model.latent_shape, model.network.inner_dim)
-    if made != own:
-        raise UsageError(f"{what} was made for latents and hidden width {made}, this model has {own}")
-    if plan is not None and head.config.paths != plan.paths:
-        raise UsageError(
-            f"{what} was made for another plan than {plan.name}; make one with python -m densegrpo_fast.completion"
-        )
-
-
 @dataclass(frozen=True)
 class Chunks:
     """Rows at a time.
@@ -200,8 +141,8 @@ def lookahead_chunks(config: Config, model: FlowModel, decoder: Decoder) -> Chun
 
     What rows need is counted on the model's own architecture (`models/memory.py`): the tensors of a forward or decode
     that are alive at the same time, without the workspaces of kernels. What is kept between forwards is not in the
-    budget: trajectories, where completions stand, the features of `lookahead.cache`, and the hidden tokens of
-    `lookahead.head`; it is in the estimate that a run begins with (`training/memory.py`).
+    budget: trajectories, where completions stand, and the features of `lookahead.cache`; it is in the estimate that a
+    run begins with (`training/memory.py`).
 
     Args:
         config: the run's.

@@ -15,7 +15,6 @@ from torch import nn
 from densegrpo_fast.common.errors import SetupError, UserError
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.flops import architecture_of
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
@@ -23,7 +22,7 @@ from densegrpo_fast.models.memory import ModelMemory, module_bytes, tensor_bytes
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.lookahead import Lookahead
-from densegrpo_fast.training.lookahead import GB, Chunks, build_plan
+from densegrpo_fast.training.lookahead import GB, Chunks
 from densegrpo_fast.training.meter import underlying
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,8 @@ _ADVICE = {
     "trajectories": "fewer samples (data.num_prompts, sampler.group_size)",
     "lookahead features": "fewer lookahead.nodes, lookahead.guidance cond_only, lookahead.cache text in the place of "
     "text:own or reuse, or null",
-    "hidden tokens": "lookahead.head null, or fewer samples (data.num_prompts, sampler.group_size)",
+    "graphs": "optimizer.update replayed, model.gradient_checkpointing true, or fewer samples (data.num_prompts, "
+    "sampler.group_size)",
     "evaluation": "fewer held-out pictures (evaluation.num_prompts, evaluation.samples_per_prompt), model.vae_decode "
     "sliced, or a smaller sampler.micro_batch",
 }
@@ -54,8 +54,8 @@ class MemoryEstimate:
 
     Attributes:
         weights: of each network, loaded before the first iteration.
-        state: what stays from then on: gradients, moments and average of the adapter, the trajectories, and what the
-            rollout leaves for the lookahead: features (`models/feature_cache.py`), hidden tokens for a completion head.
+        state: what stays from then on: gradients, moments and average of the adapter, the trajectories, and the
+            features that the rollout leaves for the lookahead (`models/feature_cache.py`).
         phases: the most that each phase needs beside that; only one runs at a time.
     """
 
@@ -96,7 +96,6 @@ def estimate(
     encoders: int = 0,
     rewards: int = 0,
     copy: int = 0,
-    head: int = 0,
     features: int = 0,
 ) -> MemoryEstimate:
     """What a run with these settings needs; the arithmetic is in `models/memory.py`.
@@ -108,7 +107,6 @@ def estimate(
         encoders: bytes of the text encoders; 0 if they do not stay.
         rewards: bytes of the reward models on the same device.
         copy: bytes of a lookahead copy.
-        head: bytes of a completion head.
         features: bytes that the lookahead's cache will hold.
     """
     sampler, model, held_out = config.sampler, config.model, config.evaluation
@@ -134,16 +132,12 @@ def estimate(
     held_out_rows = held_out.num_prompts * held_out.samples_per_prompt
     graphs = 1 + int(guided and config.objective.guidance_gradient == "full")
     further = 1 + int(guided) - graphs + (1 + int(guided)) * int(config.objective.kl_coef != 0)
+    kept = memory.graph(sampler.micro_batch, checkpointing=model.gradient_checkpointing) if _streams(config) else 0
     picture, completed = memory.picture, states * samples
-    hidden = memory.hidden if dense and config.lookahead.head is not None else 0
     phases = {
         "rollout": memory.forward(sampler.micro_batch),
-        # where the completions stand and where they go, states and velocities, and hidden tokens that are not the
-        # rollout's
-        "lookahead": completed * (4 * latents + min(2, _evaluations(config)) * hidden)
-        + memory.forward(min(chunks.forward, completed))
-        if completed
-        else 0,
+        # where the completions stand and where they go, states and velocities
+        "lookahead": completed * 4 * latents + memory.forward(min(chunks.forward, completed)) if completed else 0,
         "pictures": pictures * picture + decoding,
         "update": memory.update(
             sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing, graphs=graphs
@@ -160,14 +154,14 @@ def estimate(
             "text encoders": encoders,
             "decoders": memory.full_decoder + memory.preview_decoder,
             "lookahead copy": copy,
-            "completion head": head,
             "rewards": rewards,
         },
         state={
             "training": copies * memory.adapter,
             "trajectories": samples * latents * (per_state * steps + 1),
             "lookahead features": features,
-            "hidden tokens": samples * steps * hidden,
+            # of two steps, and of both halves of guidance if both have a gradient
+            "graphs": 2 * graphs * kept * samples // sampler.micro_batch,
         },
         phases=phases,
     )
@@ -185,9 +179,8 @@ def _completed_states(config: Config) -> int:
     return len({step + end for step in config.noisy_among(trained) for end in (0, 1)} - {config.sampler.num_steps})
 
 
-def _evaluations(config: Config) -> int:
-    """Most evaluations that a completion of the lookahead takes one after another."""
-    return max(map(len, build_plan(config, config.sampler.num_steps).paths))
+def _streams(config: Config) -> bool:
+    return config.optimizer.update == "streamed"
 
 
 def check(estimated: MemoryEstimate, free: int | None, what: str) -> str | None:
@@ -285,7 +278,7 @@ def prepare(
     lookahead: Lookahead | None,
     prompts: Sequence[str],
     reward: RewardMixture | None = None,
-) -> None:
+) -> bool:
     """Encode a run's prompts into its cache, say how its network runs, and see whether the memory will do.
 
     Args:
@@ -295,11 +288,14 @@ def prepare(
         prompts: all that the run will use, training and held-out.
         reward: all that the run scores with; networks on the model's device are counted.
 
+    Returns:
+        Whether a streamed update fits; False where the run must replay instead.
+
     Raises:
         SetupError: the device's free memory is clearly too small; OutputError: the cache cannot be written.
     """
     if not isinstance(model, SD3):
-        return
+        return True
     encoded = model.prepare(list(prompts))
     if encoded:
         print(f"encoded {encoded} prompts into {config.model.prompt_cache}", flush=True)
@@ -307,17 +303,28 @@ def prepare(
         by = "PyTorch's own" if model.attention == "auto" else f"{model.attention} through diffusers' dispatcher"
         print(f"attention: {by}, {str(model.transformer.dtype).removeprefix('torch.')} on {model.device}", flush=True)
     if config.run.memory_check == "off":
-        return
+        return True
     needed = estimate_memory(config, model, lookahead, reward)
     print(needed, flush=True)
-    problem = check(needed, free_bytes(model.device), str(model.device))
+    problem, streams = check(needed, free_bytes(model.device), str(model.device)), True
+    if problem is not None and _streams(config):
+        logger.warning(
+            "optimizer.update: the graphs of two steps need about %s, which do not fit; every trained step's forward "
+            "is replayed instead, with the same gradient",
+            readable(needed.state["graphs"]),
+        )
+        streams = False
+        config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"update": "replayed"})})
+        needed = estimate_memory(config, model, lookahead, reward)
+        problem = check(needed, free_bytes(model.device), str(model.device))
     if problem is None:
-        return
+        return streams
     if model.device.type != "cuda":
         problem += "; without a GPU, the embedded model trains in minutes: python -m densegrpo_fast.train"
     if config.run.memory_check == "refuse":
         raise refuse(problem)
     logger.warning("%s", problem)
+    return streams
 
 
 def estimate_memory(
@@ -326,7 +333,7 @@ def estimate_memory(
     """What the run will need on the model's device, the model's own weights included.
 
     Args:
-        lookahead: the run's; its copy, its completion head and what its cache will hold are counted.
+        lookahead: the run's; its copy and what its cache will hold are counted.
         reward: of the run; its networks on the device are counted.
     """
     pipeline, lora = model.pipeline, config.lora
@@ -339,9 +346,7 @@ def estimate_memory(
         lora_targets=tuple(lora.targets),
     )
     chunks = None if lookahead is None else Chunks(lookahead.rows.rows, lookahead.decode_rows.rows)
-    evaluated, head, cache = (
-        None if lookahead is None else underlying(getattr(lookahead, name)) for name in ("model", "head", "cache")
-    )
+    evaluated, cache = (None, None) if lookahead is None else (underlying(lookahead.model), lookahead.cache)
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     return estimate(
         config,
@@ -350,6 +355,5 @@ def estimate_memory(
         encoders=sum(module_bytes(encoder) for encoder in encoders),
         rewards=0 if reward is None else held_bytes([scorer for scorer, _ in reward.terms.values()], model.device),
         copy=evaluated.bytes() if isinstance(evaluated, LookaheadCopy) else 0,
-        head=module_bytes(head) if isinstance(head, CompletionHead) else 0,
         features=cache.capacity(*memory.tokens) if isinstance(cache, FeatureCache) else 0,
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Head, Velocity
+from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity
 from densegrpo_fast.rewards.base import Scorer, Scores
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ class Counts:
         backward: forwards with a gradient.
         full_decodes, preview_decodes: pictures through either decoder.
         scored: pictures that the reward scored.
-        corrected, learned: rows through the completion head, and rows that it learned from.
     """
 
     guided: int = 0
@@ -50,8 +49,6 @@ class Counts:
     full_decodes: int = 0
     preview_decodes: int = 0
     scored: int = 0
-    corrected: int = 0
-    learned: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Counts)))
@@ -243,9 +240,6 @@ class MeteredModel(FlowModel):
     def sigmas(self, num_steps: int) -> Tensor:
         return self.model.sigmas(num_steps)
 
-    def tap(self) -> AbstractContextManager[list[Tensor]]:
-        return self.model.tap()
-
     def refresh(self) -> None:
         self.model.refresh()
 
@@ -253,26 +247,9 @@ class MeteredModel(FlowModel):
         return self.model.forwards(guidance_scale)
 
 
-@dataclass(frozen=True)
-class MeteredHead:
-    """A completion head that counts the rows it corrects."""
-
-    head: Head
-    meter: Meter
-
-    def applies(self, state: int) -> bool:
-        return self.head.applies(state)
-
-    def __call__(self, hidden: Tensor, latents: Tensor, estimate: Tensor, state: Tensor) -> Tensor:
-        self.meter.now.corrected += len(state)
-        return self.head(hidden, latents, estimate, state)
-
-
-def underlying(part: Any) -> Any:
-    """What a metered model or head stands for; anything else is itself."""
-    if isinstance(part, MeteredModel):
-        return part.model
-    return part.head if isinstance(part, MeteredHead) else part
+def underlying(model: Any) -> Any:
+    """What a metered model stands for; anything else is itself."""
+    return model.model if isinstance(model, MeteredModel) else model
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def tiny_config(config: Config) -> Config:
     if config.sampler.branches is not None:
         settings["sampler"] |= {"branches": 2, "micro_batch": 1}
     settings["optimizer"] |= {"updates_per_iteration": 1}
-    settings["lookahead"] |= {"monitor_every": 0, "head_refresh": 0}
+    settings["lookahead"] |= {"monitor_every": 0}
     settings["calibration"] |= {"samples": Staircase.enough, "rounds": 1}
     if config.model.path != "embedded":
         settings["model"] |= {"height": 0, "width": 0}

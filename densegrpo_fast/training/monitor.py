@@ -5,15 +5,12 @@ from __future__ import annotations
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit import registry
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import Rollout
 from densegrpo_fast.training.agreement import compare, compare_branches
-from densegrpo_fast.training.head_training import Examples, HeadRefresher, exactly_completed, examples_of
 from densegrpo_fast.training.lookahead import lookahead_chunks
-from densegrpo_fast.training.meter import Meter, underlying
 from densegrpo_fast.training.prompts import PromptBatch
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer
 
@@ -22,35 +19,18 @@ class LookaheadMonitor:
     """Scores one prompt's samples again, exactly: every step, full guidance, full decoder.
 
     The prompts take turns. There is nothing to monitor without a lookahead, nor with a credit method that a plan of its
-    own defines. The exact completions also show the lookahead's completion head what the policy does by then, which it
-    learns from if `lookahead.head_refresh` says so.
+    own defines.
 
     Args:
         config: the run's.
         model: the policy.
         rewards: decodes and scores.
-        lookahead: what is monitored.
-        meter: is told how many rows the head learned from.
-
-    Attributes:
-        refresher: trains the completion head; None without one, or if it stays as it is.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: FlowModel,
-        rewards: RewardComputer,
-        lookahead: Lookahead | None,
-        meter: Meter | None = None,
-    ):
+    def __init__(self, config: Config, model: FlowModel, rewards: RewardComputer):
         self.options, self.rewards = config.lookahead, rewards
-        self.lookahead, self.meter = lookahead, Meter() if meter is None else meter
         method = registry.find(config.credit.method)
         self.applies = (method.uses_lookahead or method.uses_branches) and method.plan is None
-        head = None if lookahead is None else underlying(lookahead.head)
-        steps = self.options.head_refresh
-        self.refresher = HeadRefresher(head, steps, config.seed) if steps and isinstance(head, CompletionHead) else None
         chunk = lookahead_chunks(config, model, "full").forward
         exact = plans.exact(config.sampler.num_steps)
         rows = OomBackoff(chunk, "lookahead.chunk, of the lookahead monitor")
@@ -70,9 +50,7 @@ class LookaheadMonitor:
 
         Returns:
             `monitor/spearman_rewards`, `monitor/spearman_gains`, `monitor/spearman_gains_worst_step` and
-            `monitor/sign_agreement`, NaN where all exact values of the group are equal; and with a head that learns,
-            `monitor/head_explained` (what it was worth before it learned: see `HeadRefresher.refresh`) and
-            `monitor/head_rows` (that it learned from, forward and backward).
+            `monitor/sign_agreement`, NaN where all exact values of the group are equal.
 
         Raises:
             RewardError: the reward failed.
@@ -81,8 +59,7 @@ class LookaheadMonitor:
         prompt = (iteration // self.options.monitor_every) % (len(batch.prompts) // size)
         samples, states = slice(prompt * size, (prompt + 1) * size), size // rollout.branches
         group, noisy = rollout.select(slice(prompt * states, (prompt + 1) * states)), rollout.coefficients.noisy
-        shown = self.exact if self.lookahead is None or self.refresher is None else self.lookahead
-        evaluated, clean = self.exact.rows.fitting(lambda _: exactly_completed(self.exact, shown, group))
+        clean = self.exact.rows.fitting(lambda _: self.exact.complete(group))
         dedup = group.dedup(own=True)
         values = self.rewards.rewards_of(dedup.different(clean), batch.select(samples))
         exact = group.group_rewards(values.flatten(), size)
@@ -92,14 +69,7 @@ class LookaheadMonitor:
         else:
             assert exact.states is not None and rewards.lookahead_rewards is not None
             agreement = compare(exact.states, rewards.lookahead_rewards[prompt : prompt + 1].cpu(), noisy)
-        learned: dict[str, float] = {}
-        if self.lookahead is not None and self.refresher is not None:
-            parts = examples_of(self.lookahead, self.refresher.head, evaluated, clean, samples.start)
-            if parts:
-                explained, rows = self.refresher.refresh(Examples.joined(parts), iteration)
-                learned = {"monitor/head_explained": explained, "monitor/head_rows": rows}
-                self.meter.now.learned += rows
-        return learned | {
+        return {
             "monitor/spearman_rewards": agreement.spearman_rewards_mean,
             "monitor/spearman_gains": agreement.spearman_gains_mean,
             "monitor/spearman_gains_worst_step": agreement.spearman_gains_worst_step,

@@ -1,4 +1,4 @@
-"""Samples of the starting policy, from which the lookahead's helpers (head, preview decoder) learn before a run."""
+"""Samples of the starting policy, from which a preview decoder learns before a run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def policy_alone(config: Config, *, tiny: bool = False, reward: RewardMixture | 
     Raises:
         UserError: as `Trainer`.
     """
-    bare = {"head": None, "head_refresh": 0, "copy_dtype": None, "cache": None, "graphs": False}
+    bare = {"copy_dtype": None, "cache": None, "graphs": False}
     lookahead = config.lookahead.model_copy(update=bare)
     return Trainer(
         config.model_copy(update={"lookahead": lookahead}),

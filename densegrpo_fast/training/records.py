@@ -17,7 +17,6 @@ from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.completion_head import CompletionHead, save_head
 from densegrpo_fast.models.lora import base_fingerprint, save_lora
 from densegrpo_fast.run_files.alarms import alarms_for
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
@@ -170,16 +169,10 @@ class RunRecords:
         self.samples(when, evaluation.images, held_out)
         log.show({"iteration": done} | evaluation.metrics())
 
-    def finish(self, log: MetricsLog, head: CompletionHead | None) -> str:
-        """Write adapter and report (the model must hold the weights to export); returns the closing message.
-
-        Args:
-            head: the run's completion head, if it was trained further.
-        """
+    def finish(self, log: MetricsLog) -> str:
+        """Write adapter and report (the model must hold the weights to export); returns the closing message."""
         lora = self.config.lora
         with output_errors(f"cannot write in {self.directory}"):
-            if head is not None:
-                save_head(head, self.directory / "completion_head.safetensors")
             save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
             prompts, before = self._evaluation("before")
             _, after = self._evaluation("after")

@@ -67,6 +67,7 @@ class Schedule:
     def __init__(self, config: Config, model: FlowModel):
         self.config, self.model = config, model
         self.windows = config.schedule()
+        self._known: dict[tuple[float, ...], list[Fraction]] = {}
         self.coefficients()
 
     def at(self, iteration: int, levels: Sequence[float] | None = None) -> IterationSteps:
@@ -119,15 +120,18 @@ class Schedule:
 
     def _probabilities(self, candidates: list[int], count: int, levels: Sequence[float] | None) -> list[Fraction]:
         """Of each candidate, that it is drawn: in proportion to the size that its gradient is expected to have."""
-        table = self._every_step(levels)
-        weights = self.step_weights(levels).to(table.table.device)
-        noisy = [step for step in candidates if table.noisy[step]]
-        objective = Objective(objective_settings(self.config), table, noisy, weights)
-        sizes = [objective.gradient_size(step) if step in noisy else 0.0 for step in candidates]
-        try:
-            return inclusion_probabilities(sizes, count)
-        except ValueError as error:
-            raise UsageError(f"objective.trained_steps: {error}, the weights of the steps {candidates}") from None
+        key = (*candidates, *(levels or ()))
+        if key not in self._known:
+            table = self._every_step(levels)
+            weights = self.step_weights(levels).to(table.table.device)
+            noisy = [step for step in candidates if table.noisy[step]]
+            objective = Objective(objective_settings(self.config), table, noisy, weights)
+            sizes = [objective.gradient_size(step) if step in noisy else 0.0 for step in candidates]
+            try:
+                self._known[key] = inclusion_probabilities(sizes, count)
+            except ValueError as error:
+                raise UsageError(f"objective.trained_steps: {error}, the weights of the steps {candidates}") from None
+        return self._known[key]
 
     def completed_states(self, noisy: tuple[bool, ...], trained: Sequence[int]) -> tuple[int, ...]:
         """The states whose pictures an iteration's credit needs, the image always among those of a trajectory.

@@ -32,7 +32,6 @@ from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C, StepCoefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
-from densegrpo_fast.models.completion_head import CompletionHead
 from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 from densegrpo_fast.run_files.loggers import Loggers, RunFacts
@@ -47,7 +46,7 @@ from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 from densegrpo_fast.training.lookahead import build_lookahead, completion_ways
 from densegrpo_fast.training.memory import peak_metrics, prepare, start_peak
-from densegrpo_fast.training.meter import Meter, MeteredHead, MeteredModel, MeteredReward, PhaseTimer
+from densegrpo_fast.training.meter import Meter, MeteredModel, MeteredReward, PhaseTimer
 from densegrpo_fast.training.models import build_model, default_device, synchronizer
 from densegrpo_fast.training.monitor import LookaheadMonitor
 from densegrpo_fast.training.noise_levels import NoiseLevels
@@ -55,7 +54,7 @@ from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
 from densegrpo_fast.training.records import RunRecords, iteration_record
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
-from densegrpo_fast.training.strategies import Experience, UpdateStrategy, strategy_of
+from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
 
 
 class RunResult(NamedTuple):
@@ -81,7 +80,6 @@ class Trainer:
         strategy: order of the phases; None = what `optimizer.update` names.
         model: ready made, with its adapter, in the place of the one that the configuration names.
         reward: likewise, a mixture or a function of pictures, prompts and metadata; it scores held-out pictures, too.
-        head: likewise, the completion head of the lookahead.
 
     Raises:
         UserError: the model, a reward or a prompt file cannot be loaded, or does not fit the configuration.
@@ -95,7 +93,6 @@ class Trainer:
         strategy: UpdateStrategy | None = None,
         model: FlowModel | None = None,
         reward: RewardMixture | Reward | None = None,
-        head: CompletionHead | None = None,
     ):
         if not isinstance(config, Config):
             raise UsageError(
@@ -116,14 +113,12 @@ class Trainer:
         if not self.model.trainable_parameters():
             raise UsageError("Trainer: the model that was given has no adapter, so there is nothing to train")
         self.learner = Learner(self.policy, LearnerOptions.of(config))
-        self.lookahead = build_lookahead(config, self.model, head)
+        self.lookahead = build_lookahead(config, self.model)
         self.schedule = Schedule(config, self.model)
         if self.lookahead is not None:
             self.lookahead.model = MeteredModel(self.lookahead.model, self.meter, lookahead=True)
-            if self.lookahead.head is not None:
-                self.lookahead.head = MeteredHead(self.lookahead.head, self.meter)
         self.rewards = RewardComputer(config, self.policy, self.reward, self.lookahead, self.meter)
-        self.monitor = LookaheadMonitor(config, self.policy, self.rewards, self.lookahead, self.meter)
+        self.monitor = LookaheadMonitor(config, self.policy, self.rewards)
         metered = MeteredReward(self.reward, self.meter)
         self.noise_levels = NoiseLevels(config, self.policy, metered, self.prompts.prompts)
         self.costs = CostReport(config, self.model, self.lookahead, self.meter)
@@ -203,7 +198,6 @@ class Trainer:
     def _kept_for_the_lookahead(self) -> dict[str, Any]:
         return {
             "keep_guidance": self.config.uses_lookahead and self.config.lookahead.guidance == "reuse",
-            "keep_hidden": self.lookahead is not None and self.lookahead.head is not None,
             "cache": None if self.lookahead is None else self.lookahead.cache,
         }
 
@@ -280,9 +274,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint needs, by group and name."""
-        groups = self.learner.tensors() | {"rng": {"torch": torch.get_rng_state()}}
-        refresher = self.monitor.refresher
-        return groups if refresher is None else groups | refresher.tensors()
+        return self.learner.tensors() | {"rng": {"torch": torch.get_rng_state()}}
 
     def state(self) -> dict[str, Any]:
         """The counters that go with `tensors`, as JSON data."""
@@ -296,8 +288,6 @@ class Trainer:
         """
         self.learner.restore(tensors, state["learner"])
         self.noise_levels.restore(state.get("noise_level"))
-        if self.monitor.refresher is not None:
-            self.monitor.refresher.restore(tensors)
         torch.set_rng_state(tensors["rng"]["torch"])
 
     def run(self, *, resume: bool = False) -> RunResult:
@@ -317,7 +307,9 @@ class Trainer:
         """`run` in a directory that `open_run_directory` has opened."""
         config, total = self.config, self.config.run.iterations
         prompts = self.prompts.used(total) + self.held_out.prompts
-        prepare(config, self.model, self.lookahead, prompts, self.observed)
+        streams = prepare(config, self.model, self.lookahead, prompts, self.observed)
+        if isinstance(self.strategy, Streamed):
+            self.strategy.fits = streams
         records = RunRecords(directory, config, self.model)
         print(
             f"{config.preset}: {total} iterations of {config.data.num_prompts} prompts x {config.sampler.group_size} "
@@ -353,8 +345,7 @@ class Trainer:
             with self.learner.averaged():
                 evaluation = self.held_out.evaluate(self.model, self.observed)
                 records.evaluated("after", evaluation, self.held_out, log, total)
-                refresher = self.monitor.refresher
-                summary = records.finish(log, head=None if refresher is None else refresher.head)
+                summary = records.finish(log)
         return RunResult(total, summary, None)
 
     def evaluate(self) -> Evaluation:
