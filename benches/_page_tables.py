@@ -111,12 +111,14 @@ def smoothness() -> str:
     for path in sorted(RESULTS.glob("fidelity_smoothness_*.json")):
         document = read(path.stem)
         records = {record["plan"]: record for record in document["plans"].values()}
-        ranks = [" / ".join(map(short, correlations(records[plan], document)[:2])) for plan in plans]
+        ranks = [" / ".join(map(short, correlations(records[p], document)[:2])) if p in records else "" for p in plans]
         survived = document["persistence"]
-        (reward,) = document["settings"]["reward"]
-        cells = [f"[`{reward}`]({_LINK}/{path.name})", f"{document['settings']['sampler']['guidance_scale']:g}"]
+        settings = document["settings"]
+        (reward,) = settings["reward"]
+        cells = [f"[`{reward}`]({_LINK}/{path.name})", f"{settings['sampler']['guidance_scale']:g}"]
+        cells.append(str(settings["groups_measured"]))
         lines.append([*cells, *ranks, f"{short(min(survived))} to {short(max(survived))}"])
-    return table(["reward", "guidance", *plans, "a reward across a noisy step"], lines)
+    return table(["reward", "guidance", "groups", *plans, "a reward across a noisy step"], lines)
 
 
 def noise_levels() -> str:
