@@ -117,8 +117,8 @@ def smoothness() -> str:
         (reward,) = settings["reward"]
         cells = [f"[`{reward}`]({_LINK}/{path.name})", f"{settings['sampler']['guidance_scale']:g}"]
         cells.append(str(settings["groups_measured"]))
-        lines.append([*cells, *ranks, f"{short(min(survived))} to {short(max(survived))}"])
-    return table(["reward", "guidance", "groups", *plans, "a reward across a noisy step"], lines)
+        lines.append([*cells, *ranks, short(fmean(survived[:5])), short(fmean(survived[5:]))])
+    return table(["reward", "guidance", "groups", *plans, "across steps 0 to 4", "5 to 9"], lines)
 
 
 def noise_levels() -> str:
