@@ -47,8 +47,13 @@ METHODS = {
 
 
 def late_runs() -> list[dict[str, Any]]:
-    """The runs of one seed at late noise, of all variants that have one."""
-    return [run for study in LATE_STUDIES for run in _runs(study) if run["seed"] == LATE_SEED]
+    """The runs of one seed at late noise, of all variants that have one; the first study that has a variant counts."""
+    found: dict[str, dict[str, Any]] = {}
+    for study in LATE_STUDIES:
+        for run in _runs(study):
+            if run["seed"] == LATE_SEED:
+                found.setdefault(run["variant"], run)
+    return list(found.values())
 
 
 def late() -> str:

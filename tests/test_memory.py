@@ -206,7 +206,7 @@ def test_graphs_that_do_not_fit_are_replayed(train: Any, tmp_path: Path, monkeyp
     assert needed[0].state["graphs"] > 0 == needed[1].state["graphs"]
     (plain,), (small,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "small"))
     # the same update, with its trained steps' forwards repeated
-    assert small["grad_norm"] == plain["grad_norm"]
+    assert small["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
     assert small["nfe/update"] > plain["nfe/update"]
 
 

@@ -23,6 +23,7 @@ ADDED = {
     "credit.closeness": 0.0,
     "objective.guidance_gradient": "conditional",
     "objective.step_sampling": "uniform",
+    "optimizer.update": "replayed",
 }
 """Dotted key of an option that older complete settings lack -> the value that they mean."""
 
