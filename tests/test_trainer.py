@@ -118,7 +118,16 @@ def test_where_memory_runs_out_a_streamed_update_is_replayed(
     ("options", "expected"),
     [
         ({"credit.method": "sparse"}, "credit.method sparse, which needs the rewards of all states first"),
-        ({"credit.normalize": "joint"}, "credit.method dense, which needs the rewards of all states first"),
+        (
+            {"credit.normalize": "joint"},
+            "credit.method dense and credit.normalize joint, which needs the rewards of all",
+        ),
+        ({"credit.closeness": 1.0}, "credit.closeness, which needs the end of every trajectory first"),
+        (
+            {"lookahead.guidance": "reuse", "sampler.guidance_scale": 3.0},
+            "lookahead.guidance reuse, which needs the whole rollout first",
+        ),
+        ({"lookahead.cache": "text"}, "lookahead.cache, which needs the whole rollout first"),
         ({"credit.smoothing": 1.0}, "credit.smoothing, which needs the rewards of all states first"),
         ({"optimizer.updates_per_iteration": 2, "sampler.micro_batch": 3}, "optimizer.updates_per_iteration 2"),
         ({"credit.method": "branch", "sampler.branches": 3, "sampler.micro_batch": 2}, "sampler.branches"),

@@ -210,6 +210,7 @@ IMPORTANCE = ("objective.step_sampling=importance", "sampler.dynamics=flow_sde")
         ("objective.step_weight=flash", "objective.trained_steps=2"),
         ("objective.policy=guard", "objective.clip_range=2e-6", "objective.trained_steps=3"),
         ("sampler.noise_level=[0.7, 0, 0.5, 0.7, 0.9, 0.7, 0.2, 0.3]", "objective.trained_steps=4"),
+        ("sampler.noise_level=[0, 0, 0, 0, 0.9, 0.7, 0.2, 0]", "objective.trained_steps=2"),
         ("window.schedule=random", "window.size=4", "window.last=6", "objective.trained_steps=2"),
     ],
 )

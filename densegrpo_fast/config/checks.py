@@ -117,7 +117,7 @@ def _noise(config: Config) -> str | None:
                     f"objective.trained_steps: expected at most the {len(noisy)} steps of {candidates[0]}.."
                     f"{candidates[-1]} that inject noise, got {trained}"
                 )
-            if isinstance(trained, int) and trained <= deterministic:
+            if config.objective.step_sampling == "uniform" and isinstance(trained, int) and trained <= deterministic:
                 return (
                     f"objective.trained_steps: expected at least {deterministic + 1} to draw where "
                     f"{deterministic} of the steps {candidates[0]}..{candidates[-1]} inject no noise, got {trained}"
@@ -369,10 +369,18 @@ def _streamed(config: Config) -> str | None:
     if config.optimizer.update != "streamed":
         return None
     why = None
-    if config.credit_scope == "whole":
-        why = f"credit.method {config.credit.method}, which needs the rewards of all states first"
-        if config.credit.smoothing:
-            why = "credit.smoothing, which needs the rewards of all states first"
+    if config.credit.smoothing:
+        why = "credit.smoothing, which needs the rewards of all states first"
+    elif config.credit.closeness:
+        why = "credit.closeness, which needs the end of every trajectory first"
+    elif config.credit_scope == "whole":
+        why = f"credit.method {config.credit.method}"
+        why += f" and credit.normalize {config.credit.normalize}" if config.credit.normalize == "joint" else ""
+        why += ", which needs the rewards of all states first"
+    elif config.lookahead.guidance == "reuse" and config.sampler.guidance_scale != 1:
+        why = "lookahead.guidance reuse, which needs the whole rollout first"
+    elif config.lookahead.cache is not None:
+        why = "lookahead.cache, which needs the whole rollout first"
     elif config.sampler.branches is not None:
         why = "sampler.branches"
     elif config.optimizer.updates_per_iteration > 1:
