@@ -67,8 +67,10 @@ STREAMED = [
 
 @pytest.mark.parametrize("options", STREAMED, ids=lambda options: ",".join(options) or "plain")
 def test_a_streamed_update_is_the_replayed_one(tiny_policy: Policy, options: dict[str, object]) -> None:
+    # a chunk that every state's rows fill, so that completions of one state and of all have batches of one shape
+    common = {"lookahead.chunk": 2, **options}
     trainers = [
-        Trainer(configured(**options, **{"optimizer.update": update}), model=tiny_policy(spread=0.1), reward=REWARD)
+        Trainer(configured(**common, **{"optimizer.update": update}), model=tiny_policy(spread=0.1), reward=REWARD)
         for update in ("replayed", "streamed")
     ]
     replayed, streamed = ([trainer.step(iteration) for iteration in range(2)] for trainer in trainers)
@@ -76,7 +78,6 @@ def test_a_streamed_update_is_the_replayed_one(tiny_policy: Policy, options: dic
         differing = {"nfe", "nfe_guided", "nfe_unguided", "flops", "time", "memory", "cpu_seconds"}
         same = {key for key in other if key.split("/")[0] not in differing}
         for key in same:
-            # completions are batched state by state, and a batch's shape may round
             assert own[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), key
         assert own["ratio_deviation"] <= 1e-6
         # the sampled steps' forwards are the update's, too: left are the reference policy's

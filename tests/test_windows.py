@@ -228,6 +228,20 @@ def test_the_loss_of_drawn_steps_is_on_average_that_of_all(mixture_model: Any, o
     assert difference.mean().abs() < 3 * difference.std() / len(difference) ** 0.5
 
 
+@pytest.mark.parametrize("weights", ["[1.0] * 3 + [0.0] * 5", "[math.nan] * 8", "[math.inf] + [1.0] * 7"])
+def test_step_weights_that_leave_too_little_to_draw_are_refused_at_once(
+    mixture_model: Any, tmp_path: Path, weights: str
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import math\nimport torch\nfrom densegrpo_fast.objective.registry import StepWeighting\n"
+        f"WEIGHTS = StepWeighting(lambda coefficients: torch.tensor({weights}))\n"
+    )
+    config = windowed(*IMPORTANCE, "objective.trained_steps=4", f"objective.step_weight={own}:WEIGHTS")
+    with pytest.raises(UserError, match="objective.step_weight: .*importance draws 4 of them"):
+        Schedule(config, mixture_model)
+
+
 def test_steps_of_larger_gradients_are_drawn_more_often(mixture_model: Any) -> None:
     schedule = Schedule(windowed(*IMPORTANCE, "objective.step_weight=none", "objective.trained_steps=3"), mixture_model)
     counts = Counter(step for iteration in range(300) for step in schedule.trained_steps(iteration))

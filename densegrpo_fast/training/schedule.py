@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ class Schedule:
         model: whose sigmas the steps have.
 
     Raises:
-        UsageError: a noise level does not fit the dynamics, whether or not its step is in a window.
+        UsageError: a noise level does not fit the dynamics, whether or not its step is in a window; or step weights
+            leave too few steps to draw.
     """
 
     def __init__(self, config: Config, model: FlowModel):
@@ -69,6 +71,7 @@ class Schedule:
         self.windows = config.schedule()
         self._known: dict[tuple[float, ...], list[Fraction]] = {}
         self.coefficients()
+        self.draw_weights(0)
 
     def at(self, iteration: int, levels: Sequence[float] | None = None) -> IterationSteps:
         """The steps of an iteration (from 0).
@@ -109,9 +112,9 @@ class Schedule:
 
     def draw_weights(self, iteration: int, levels: Sequence[float] | None = None) -> Tensor:
         """Factors [T] float32 with which the mean of the drawn steps' losses is, on average over the draws, the mean
-        over all that could be drawn; 1 where all steps are trained, or drawn alike."""
+        over all that could be drawn; on the CPU, 1 where all steps are trained, or drawn alike."""
         wanted, candidates = self.config.objective.trained_steps, self.candidates(iteration)
-        weights = torch.ones(self.config.sampler.num_steps, device=self.model.device)
+        weights = torch.ones(self.config.sampler.num_steps)
         if isinstance(wanted, int) and self.config.objective.step_sampling == "importance":
             for step, probability in zip(candidates, self._probabilities(candidates, wanted, levels), strict=True):
                 if probability:
@@ -127,10 +130,13 @@ class Schedule:
             noisy = [step for step in candidates if table.noisy[step]]
             objective = Objective(objective_settings(self.config), table, noisy, weights)
             sizes = [objective.gradient_size(step) if step in noisy else 0.0 for step in candidates]
-            try:
-                self._known[key] = inclusion_probabilities(sizes, count)
-            except ValueError as error:
-                raise UsageError(f"objective.trained_steps: {error}, the weights of the steps {candidates}") from None
+            if not all(map(isfinite, sizes)) or sum(size > 0 for size in sizes) < count:
+                raise UsageError(
+                    f"objective.step_weight: {self.config.objective.step_weight} gives the gradients of the steps "
+                    f"{candidates} the sizes {sizes}; objective.step_sampling importance draws {count} of them, so as "
+                    "many must be finite and above 0"
+                )
+            self._known[key] = inclusion_probabilities(sizes, count)
         return self._known[key]
 
     def completed_states(self, noisy: tuple[bool, ...], trained: Sequence[int]) -> tuple[int, ...]:
