@@ -44,7 +44,8 @@ def closeness(states: Tensor, rewards: Tensor) -> Tensor:
     for prompt in best.any(1).nonzero().flatten().tolist():
         latents = grouped[:, prompt]  # [K, G, D]
         # differences, not squares: near states would lose their distance to rounding
-        apart = torch.stack([(latents - latents[:, [g]]).square().mean(-1) for g in best[prompt].nonzero().flatten()])
+        members = best[prompt].nonzero().flatten().tolist()
+        apart = torch.stack([(latents - latents[:, g, None]).square().mean(-1) for g in members])
         found[prompt] = -apart.amin(0).sqrt().mT.to(found)
     return found.where((known & ~best).unsqueeze(-1), math.nan)
 
