@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, Staircase
-from densegrpo_fast.common.command_line import check_outputs, command_parser
+from densegrpo_fast.common.command_line import check_outputs, command_parser, refuse_processes
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     with user_errors_exit():
+        refuse_processes("calibrate")
         config = configuration(overrides)
         check_outputs(options, "output", "plot")
         return int(calibrate(config, options))

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from densegrpo_fast.common.command_line import check_outputs, command_parser
+from densegrpo_fast.common.command_line import check_outputs, command_parser, refuse_processes
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import write_json
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with user_errors_exit():
+        refuse_processes("evaluate")
         own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_intermixed_args(own)
         check_outputs(options, "json")

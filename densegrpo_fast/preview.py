@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.common.command_line import check_outputs, command_parser, positive
+from densegrpo_fast.common.command_line import check_outputs, command_parser, positive, refuse_processes
 from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     with user_errors_exit():
+        refuse_processes("preview")
         config = configuration(overrides)
         check_outputs(options, "output")
         if options.output.exists():

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from densegrpo_fast.common.command_line import command_parser
+from densegrpo_fast.common.command_line import command_parser, refuse_processes
 from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import output_errors, write_json
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with user_errors_exit():
+        refuse_processes("sample")
         own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_intermixed_args(own)
         prompts, ref = _prompts(options), locate(options.adapter)

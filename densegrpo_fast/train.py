@@ -5,6 +5,7 @@
     python -m densegrpo_fast.train --config embedded_sparse           Flow-GRPO's sparse reward instead
     python -m densegrpo_fast.train --run.iterations 200 --resume      go on with a run
     python -m densegrpo_fast.train --config sd35_medium_pickscore --dry-run
+    torchrun --nproc-per-node 2 -m densegrpo_fast.train               the same run on two processes (docs/scaling.md)
 
 What an iteration does is in `training/trainer.py`. Options are parsed before torch is imported, so help and errors are
 instant. Exit codes are in `common/exit_codes.py`.
@@ -39,32 +40,39 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     Raises:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
-    from densegrpo_fast.run_files.run_directory import open_run_directory
     from densegrpo_fast.training.models import check_device, default_device
+    from densegrpo_fast.training.processes import joined
+    from densegrpo_fast.training.records import run_directory
     from densegrpo_fast.training.trainer import Trainer
 
-    check_device(config, default_device())
-    # the directory is locked before anything is loaded
-    with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
-        result = Trainer(config).run_in(directory, resume=resume)
-        if result.signal is not None:
-            return OF_SIGNALS[result.signal]
-        print(result.summary)
+    with joined(config) as world:
+        check_device(config, default_device())
+        # the directory is locked before anything is loaded
+        with run_directory(config, world, resume=resume) as directory:
+            result = Trainer(config, world=world).run_in(directory, resume=resume)
+            if result.signal is not None:
+                return OF_SIGNALS[result.signal]
+            if world.main:
+                print(result.summary)
     return ExitCode.OK
 
 
 def dry_run(config: Config) -> ExitCode:
-    """One whole iteration on two samples of one prompt; writes nothing.
+    """One whole iteration on two samples of one prompt (or one for each process); writes nothing.
 
     A model that is not in the package is replaced by a tiny random one of the same classes, and its reward by JPEG
     compressibility, so that every option is tried without weights.
     """
+    from densegrpo_fast.training.meter import PHASES
     from densegrpo_fast.training.models import tiny_config
-    from densegrpo_fast.training.records import PHASES
+    from densegrpo_fast.training.processes import joined
     from densegrpo_fast.training.trainer import Trainer
 
-    small = tiny_config(config)
-    record = Trainer(small, tiny=True).step(0)
+    with joined(config) as world:
+        small = tiny_config(config, world.size)
+        record = Trainer(small, tiny=True, world=world).step(0)
+    if not world.main:
+        return ExitCode.OK
     samples = small.data.num_prompts * small.sampler.group_size
     print(f"dry run of {config.preset}: one iteration of {samples} samples, {small.sampler.num_steps} steps")
     for phase in PHASES:

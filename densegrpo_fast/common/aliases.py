@@ -27,6 +27,9 @@ ADDED = {
 }
 """Dotted key of an option that older complete settings lack -> the value that they mean."""
 
+ADDED_SECTIONS = {"distributed"}
+"""Sections that older complete settings lack."""
+
 _HEADS = (
     "completion heads were removed, since they raised the rank correlation of the gains by .01 only, from .929 to .939 "
     "at best"

@@ -6,9 +6,10 @@ Importing it needs the standard library alone, so that a command's `--help` work
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from densegrpo_fast.common.errors import OutputError
+from densegrpo_fast.common.errors import OutputError, UsageError
 
 
 def command_parser(name: str, docstring: str | None) -> argparse.ArgumentParser:
@@ -26,6 +27,19 @@ def command_parser(name: str, docstring: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def refuse_processes(name: str) -> None:
+    """Refuse to run a command on several processes that does everything in each of them.
+
+    Raises:
+        UsageError: torchrun, or a script in its place, has started more than one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(
+            f"densegrpo_fast.{name} runs in one process, and there are {os.environ['WORLD_SIZE']} (WORLD_SIZE): start "
+            "it without torchrun; densegrpo_fast.train shares its work among several"
+        )
 
 
 def check_outputs(options: argparse.Namespace, *names: str) -> None:

@@ -6,6 +6,7 @@ meaning.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,5 +81,7 @@ def user_errors_exit() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # of the processes that torchrun starts on a machine one says what all of them find
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(int(exit_code_of(error))) from None

@@ -20,6 +20,7 @@ from densegrpo_fast.config.sections import (
     CalibrationOptions,
     CreditOptions,
     DataOptions,
+    DistributedOptions,
     EmaOptions,
     EvaluationOptions,
     LookaheadOptions,
@@ -62,6 +63,7 @@ class Config(Section):
     ema: EmaOptions
     evaluation: EvaluationOptions
     run: RunOptions
+    distributed: DistributedOptions
 
     @model_validator(mode="after")
     def _options_agree(self) -> Config:
@@ -178,11 +180,11 @@ class Config(Section):
         """The options that a run must keep to be continued, as nested JSON data.
 
         Left out is what changes neither the weights nor the meaning of a logged number: the preset's name,
-        where and how long the run goes on, how often it evaluates, samples and saves, which file the noise
-        levels came from, where rewards are computed, and how memory is saved. The length of the run stays
-        in where `credit.closeness` fades by it.
+        where, on how many processes and how long the run goes on, how often it evaluates, samples and saves, which
+        file the noise levels came from, where rewards are computed, and how memory is saved. The length of the run
+        stays in where `credit.closeness` fades by it.
         """
-        settings = self.model_dump(mode="json", exclude={"preset", "run"})
+        settings = self.model_dump(mode="json", exclude={"preset", "run", "distributed"})
         settings["reward"]["options"] = score_affecting(self.reward.options)
         del settings["evaluation"]["every"], settings["sampler"]["calibration"]
         del settings["model"]["gradient_checkpointing"], settings["model"]["prompt_cache"]

@@ -463,3 +463,21 @@ class RunOptions(Section):
     loggers: Annotated[list[Literal["tensorboard", "trackio", "wandb"]], _once("logger")] = Field(
         description="shown there too, beside metrics.jsonl; one that fails is left out with a warning"
     )
+
+
+class DistributedOptions(Section):
+    """A run on several processes (torchrun); of no effect on one. Sizes elsewhere are totals over all processes."""
+
+    split: Literal["rows", "groups"] = Field(
+        description="what is shared out among the processes: rows = samples (with branches: trajectories), so that "
+        "several may share the group of a prompt; groups = whole groups"
+    )
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        description="what the processes talk by; auto = NCCL on GPUs, gloo on CPUs"
+    )
+    timeout: int = Field(
+        ge=1,
+        le=86400,
+        description="seconds that a process waits for the others, after which it is an error: longer than the slowest "
+        "reward may take",
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from densegrpo_fast.common.aliases import complete_settings, current_settings
+from densegrpo_fast.common.aliases import ADDED_SECTIONS, complete_settings, current_settings
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config.schema import Config, sections
@@ -139,7 +139,7 @@ def read_settings(source: str) -> dict[str, Any]:
     path = Path(source)
     settings = _read_mapping(path)
     extended = _pop_extends(settings, path)
-    if extended is None and settings.keys() >= sections().keys():
+    if extended is None and settings.keys() >= sections().keys() - ADDED_SECTIONS:
         settings = complete_settings(settings)
     base = _read_preset(extended or BASE_PRESET, ())
     settings.setdefault("preset", re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "config")

@@ -113,6 +113,11 @@ class CreditMethod:
         return "lookahead_rewards" in self.needs
 
     @property
+    def uses_states(self) -> bool:
+        """Whether it needs the latents of trajectories, or what is computed from them."""
+        return bool({*self.needs} & {*_OF_TRAJECTORIES})
+
+    @property
     def uses_branches(self) -> bool:
         """Whether it needs the rewards of several branches of one state (`sampler.branches`)."""
         return "branch_rewards" in self.needs

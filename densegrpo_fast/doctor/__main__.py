@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from densegrpo_fast.common.command_line import check_outputs, command_parser
+from densegrpo_fast.common.command_line import check_outputs, command_parser, refuse_processes
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import write_json
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tolerance is not None and not options.ratio:
         parser.error("--tolerance is an option of --ratio")
     with user_errors_exit():
+        refuse_processes("doctor")
         check_outputs(options, "json")
         examination = ratio if options.ratio else environment
         return int(examination(options, overrides))

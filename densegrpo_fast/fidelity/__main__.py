@@ -33,7 +33,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.common.command_line import check_outputs
+from densegrpo_fast.common.command_line import check_outputs, refuse_processes
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import write_json
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     options, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
     with user_errors_exit():
+        refuse_processes("fidelity")
         check_outputs(options, "json", "plot")
         return int(costs(options) if options.cost else fidelity(options, overrides))
 

@@ -132,7 +132,7 @@ class BranchedRollout:
         return replace(self, branch_velocities=velocities)
 
     def group_rewards(self, values: Tensor, group_size: int) -> GroupedRewards:
-        by_way = values.view(-1, len(self.steps), self.batch * self.branches // group_size, group_size)
+        by_way = values.view(-1, len(self.steps), values.shape[1] // group_size, group_size)
         grouped = by_way.permute(2, 3, 1, 0)  # [P, G, K, L]
         branches = grouped.unflatten(1, (group_size // self.branches, self.branches))
         return GroupedRewards(None, branches)

@@ -123,7 +123,8 @@ class Rollout(Protocol):
         """Rewards of completions by prompt.
 
         Args:
-            values: [L * K * B] float32, for L ways to complete K different states of B samples.
+            values: [L * K, B] float32, for L ways to complete K different states of B samples, whole groups: all of a
+                batch, of which the rollout itself may hold a part.
             group_size: G.
         """
 
@@ -211,7 +212,7 @@ class Trajectory:
         return self
 
     def group_rewards(self, values: Tensor, group_size: int) -> GroupedRewards:
-        by_prompt = values.view(-1, self.batch // group_size, group_size).permute(1, 2, 0)
+        by_prompt = values.unflatten(1, (-1, group_size)).permute(1, 2, 0)
         return GroupedRewards(self.dedup().every_state(by_prompt), None)
 
 

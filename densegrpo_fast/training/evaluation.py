@@ -15,6 +15,7 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
+from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.prompts import prompt_set
 
 
@@ -88,14 +89,20 @@ class HeldOut:
         )
 
     @torch.no_grad()
-    def evaluate(self, model: FlowModel, reward: RewardMixture) -> Evaluation:
+    def evaluate(self, model: FlowModel, reward: RewardMixture, world: World | None = None) -> Evaluation:
         """Draw and score all pictures with the model as it stands.
+
+        Args:
+            world: the processes that share the pictures; each gets all scores. None = this one alone.
 
         Raises:
             RewardError: a reward failed.
         """
-        rows = [prompt for prompt in self.prompts for _ in range(self.samples)]
-        noise = initial_noise(model, torch.arange(len(rows)), seed=self.seed, iteration=0, stream=Stream.EVALUATION)
+        total = len(self.prompts) * self.samples
+        share = (World() if world is None else world).share(total)
+        index = share.rows.tolist()
+        rows = [self.prompts[sample // self.samples] for sample in index]
+        noise = initial_noise(model, share.rows, seed=self.seed, iteration=0, stream=Stream.EVALUATION)
         conditioning, sigmas = model.encode(rows), model.sigmas(self.num_steps)
 
         def draw(part: slice) -> Tensor:
@@ -104,9 +111,9 @@ class HeldOut:
             return model.decode(latents)
 
         images = torch.cat(list(self.rows.each(slice(0, len(rows)), draw)))
-        metadata = [known for known in self.metadata for _ in range(self.samples)]
+        metadata = [self.metadata[sample // self.samples] for sample in index]
         try:
-            scores = reward(images, rows, metadata)
+            scores = share.gather_scores(reward(images, rows, metadata))
         except RewardError as error:
             if error.name is None or reward.terms[error.name][1]:
                 raise
@@ -114,4 +121,5 @@ class HeldOut:
             raise RewardError(f"{error}; {advice}", error.name) from error
         shape = (len(self.prompts), self.samples)
         per_reward = {name: values.view(shape) for name, values in scores.per_reward.items()}
-        return Evaluation({"reward": scores.values.view(shape), **per_reward}, images[:: self.samples].cpu())
+        first = torch.arange(0, total, self.samples)
+        return Evaluation({"reward": scores.values.view(shape), **per_reward}, share.pick(images, first).cpu())

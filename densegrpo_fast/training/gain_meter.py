@@ -10,7 +10,7 @@ the sample's number, the draw as iteration, and as step the denoising step or, f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -30,6 +30,7 @@ from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import Trajectory, rollout, sample_ode
+from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.lookahead import lookahead_chunks
 from densegrpo_fast.training.prompts import PromptSet
 from densegrpo_fast.training.rewarding import check_missing
@@ -71,6 +72,7 @@ class GainMeter:
         count: number of samples N.
         branched: whether each step is taken from a noise-free trajectory (`sampler.branches`), instead of from where
             the noise of the steps before it has led.
+        world: the processes that share the samples; each gets the gains of all.
         windows: steps that a trajectory has noise in; samples are shared out among several windows, in order. The steps
             after one are Euler's, all of them, whatever training takes instead.
     """
@@ -87,9 +89,18 @@ class GainMeter:
     count: int
     windows: tuple[range, ...]
     branched: bool = False
+    world: World = field(default_factory=World)
 
     @classmethod
-    def of(cls, config: Config, model: FlowModel, reward: Scorer, prompts: PromptSet, count: int) -> GainMeter:
+    def of(
+        cls,
+        config: Config,
+        model: FlowModel,
+        reward: Scorer,
+        prompts: PromptSet,
+        count: int,
+        world: World | None = None,
+    ) -> GainMeter:
         """The meter for a configuration's sampler."""
         chunks = lookahead_chunks(config, model, "full")
         branched, windows = config.sampler.branches is not None, config.schedule().reached()
@@ -109,6 +120,7 @@ class GainMeter:
             # a step that leaves a noise-free trajectory knows of no window
             windows=(range(config.sampler.num_steps),) if branched else tuple(windows),
             branched=branched,
+            world=World() if world is None else world,
         )
 
     def gains(
@@ -191,9 +203,12 @@ class GainMeter:
         time as the memory allows."""
         parts = []
         for window, samples in self._shares(count):
-            for part in self.rows.each(samples, partial(work, _within(window, levels))):
-                parts.append(part)
+            share, own = self.world.share(samples.stop - samples.start), []
+            first, last = samples.start + int(share.rows[0]), samples.start + int(share.rows[-1])
+            for part in self.rows.each(slice(first, last + 1), partial(work, _within(window, levels))):
+                own.append(part)
                 progress(len(part))
+            parts.append(share.gather(torch.cat(own)))
         return torch.cat(parts)
 
     def _shares(self, count: int) -> Iterator[tuple[range, slice]]:

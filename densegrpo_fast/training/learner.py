@@ -19,6 +19,7 @@ from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.replay import per_branch, replay, replay_kl
 from densegrpo_fast.sampling.rollout import Rollout
+from densegrpo_fast.training.distributed import Share, add_up_gradients
 from densegrpo_fast.training.schedule import objective_settings
 
 
@@ -74,6 +75,11 @@ class StepScores(NamedTuple):
     velocity: Tensor
     kl: Tensor | None = None
 
+    def select(self, rows: slice, branches: int) -> StepScores:
+        """Those of some of the m states."""
+        samples = slice(rows.start * branches, rows.stop * branches)
+        return StepScores(self.log_prob[samples], self.velocity[rows], None if self.kl is None else self.kl[samples])
+
 
 class UpdateSums:
     """What the parts of an update add up to.
@@ -102,10 +108,11 @@ class Learner:
     Args:
         model: the policy; `model.reference()` is the policy that the KL term holds it to.
         options: see `LearnerOptions`.
+        share: the rows of an iteration that this process trains on; None = all.
     """
 
-    def __init__(self, model: FlowModel, options: LearnerOptions):
-        self.model, self.options = model, options
+    def __init__(self, model: FlowModel, options: LearnerOptions, share: Share | None = None):
+        self.model, self.options, self.share = model, options, share
         self.parameters = model.trainable_parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -118,7 +125,8 @@ class Learner:
         self.updates = 0
         self.bad_steps = 0
         self.bad_in_a_row = 0
-        self.rows = OomBackoff(options.micro_batch, "sampler.micro_batch", "set model.gradient_checkpointing to true")
+        self._full_micro_batch = micro_batch = options.micro_batch if share is None else share.micro_batch
+        self.rows = OomBackoff(micro_batch, "sampler.micro_batch", "set model.gradient_checkpointing to true")
 
     def update(
         self,
@@ -170,6 +178,12 @@ class Learner:
         metrics["micro_batch"] = float(self.rows.rows)
         return metrics
 
+    def micro_batches(self, part: Sequence[slice]) -> float:
+        """How many micro-batches of this process's size the rows of an update make, over all processes."""
+        if self.share is None:
+            return len(part)
+        return self.share.total / self.options.updates_per_iteration / (part[0].stop - part[0].start)
+
     def begin_update(self) -> None:
         """Start an optimiser step: the learning rate of now, and no gradient yet."""
         for group in self.optimizer.param_groups:
@@ -186,7 +200,7 @@ class Learner:
         part: list[slice],
     ) -> dict[str, float]:
         self.begin_update()
-        share, sums = 1.0 / (len(part) * len(steps)), UpdateSums()
+        share, sums = 1.0 / (self.micro_batches(part) * len(steps)), UpdateSums()
         for step in steps:
             for whole in part:
 
@@ -222,6 +236,13 @@ class Learner:
             The loss and the metrics of the objective, times `weight`; and ratio_deviation, as it is.
         """
         scores = self.replay(rollout, step, rows, velocity)
+        owned = rows if self.share is None else self.share.owned(rows)
+        if owned == slice(owned.start, owned.start):
+            weight = 0.0
+        elif owned != rows:
+            scores = scores.select(slice(owned.start - rows.start, owned.stop - rows.start), rollout.branches)
+            weight *= (owned.stop - owned.start) / (rows.stop - rows.start)
+            rows = owned
         judged = advantages[rollout.sample_rows(rows), step]
         loss, metrics = self.loss(rollout, judged, objective, step, rows, scores)
         deviation = metrics.pop("ratio_deviation")
@@ -241,15 +262,19 @@ class Learner:
         Raises:
             NonFiniteError: too many updates in a row were skipped.
         """
+        totals, deviation = sums.totals, torch.stack(sums.deviations).max()
+        if self.share is not None:
+            totals = add_up_gradients(self.share.world, [*self.parameters.values()], totals)
+            deviation = self.share.world.max(deviation)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
-        record = {name: value.item() for name, value in sums.totals.items()}
+        record = {name: value.item() for name, value in totals.items()}
         record |= {
-            "ratio_deviation": torch.stack(sums.deviations).max().item(),
+            "ratio_deviation": deviation.item(),
             "grad_norm": norm.item(),
             "lr": self.optimizer.param_groups[0]["lr"],
             "skipped_updates": 0.0,
         }
-        if not all(torch.isfinite(value) for value in (sums.totals["loss"], norm)):
+        if not all(torch.isfinite(value) for value in (totals["loss"], norm)):
             self._skip()
             return dict.fromkeys(record, 0.0) | {"skipped_updates": 1.0}
         self.optimizer.step()
@@ -365,7 +390,7 @@ class Learner:
             "updates": self.updates,
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
-            "micro_batch": self.rows.rows,
+            "micro_batch": self.options.micro_batch if self.rows.rows == self._full_micro_batch else self.rows.rows,
             "ema_steps": self.average.optimization_step if self.average is not None else 0,
         }
 

@@ -22,17 +22,21 @@ from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.plan import Plan, make_plan
 from densegrpo_fast.sampling.step_runner import StepRunner
+from densegrpo_fast.training.distributed import Share
 from densegrpo_fast.training.meter import underlying
 
 GB = 1e9
 """Bytes of one unit of `lookahead.memory_gb`."""
 
 
-def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
+def build_lookahead(config: Config, model: FlowModel, share: Share | None = None) -> Lookahead | None:
     """The lookahead that the credit method needs; None if it needs none.
 
+    Args:
+        share: the rows of an iteration that this process completes; None = all.
+
     Raises:
-        UsageError: an option does not fit the model.
+        UsageError: an option does not fit the model, or the share.
     """
     if not (config.uses_lookahead or config.uses_branches):
         return None
@@ -46,7 +50,12 @@ def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
     if options.cache is not None:
         guided = options.guidance == "full" and config.sampler.guidance_scale != 1.0
         group = config.sampler.group_size
-        shape = {"rows": config.data.num_prompts * group, "group": group, "halves": 2 if guided else 1}
+        rows = config.data.num_prompts * group if share is None else len(share.rows)
+        if share is not None and not share.holds_blocks_of(group):
+            raise UsageError(
+                "distributed.split: expected groups with lookahead.cache, whose features the samples of a prompt share"
+            )
+        shape = {"rows": rows, "group": group, "halves": 2 if guided else 1}
         cache = build_cache(options.cache, model, evaluated, plan, **shape)
     chunks = lookahead_chunks(config, evaluated, options.decoder)
     return Lookahead(

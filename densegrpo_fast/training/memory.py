@@ -22,6 +22,7 @@ from densegrpo_fast.models.memory import ModelMemory, module_bytes, tensor_bytes
 from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.lookahead import GB, Chunks
 from densegrpo_fast.training.meter import underlying
 
@@ -97,6 +98,7 @@ def estimate(
     rewards: int = 0,
     copy: int = 0,
     features: int = 0,
+    processes: int = 1,
 ) -> MemoryEstimate:
     """What a run with these settings needs; the arithmetic is in `models/memory.py`.
 
@@ -108,14 +110,16 @@ def estimate(
         rewards: bytes of the reward models on the same device.
         copy: bytes of a lookahead copy.
         features: bytes that the lookahead's cache will hold.
+        processes: that share the samples; the estimate is of one of them.
     """
     sampler, model, held_out = config.sampler, config.model, config.evaluation
     channels, height, width = memory.architecture.latent_shape
     latents = 4 * channels * height * width
-    samples, steps = config.data.num_prompts * sampler.group_size, sampler.num_steps
+    samples, steps = -(-config.data.num_prompts * sampler.group_size // processes), sampler.num_steps
     guided, dense = sampler.guidance_scale != 1.0, config.uses_lookahead or config.uses_branches
     # with branches micro_batch counts trajectories, and evaluation has a row for each branch
-    evaluated = min(sampler.micro_batch * (sampler.branches or 1), held_out.num_prompts * held_out.samples_per_prompt)
+    held_out_rows = -(-held_out.num_prompts * held_out.samples_per_prompt // processes)
+    evaluated = min(sampler.micro_batch * (sampler.branches or 1), held_out_rows)
     states = _completed_states(config) if dense else 0
     per_state = 2 + int(dense and guided and config.lookahead.guidance == "reuse")
     decoder = config.lookahead.decoder if dense else "full"
@@ -129,7 +133,6 @@ def estimate(
         ends = memory.decode(min(config.lookahead.chunk, samples), "full", model.vae_decode)
         budget = config.lookahead.memory_gb
         decoding = max(decoding, ends if budget is None else min(ends, int(budget * GB)))
-    held_out_rows = held_out.num_prompts * held_out.samples_per_prompt
     graphs = 1 + int(guided and config.objective.guidance_gradient == "full")
     further = 1 + int(guided) - graphs + (1 + int(guided)) * int(config.objective.kl_coef != 0)
     kept = memory.graph(sampler.micro_batch, checkpointing=model.gradient_checkpointing) if _streams(config) else 0
@@ -278,6 +281,7 @@ def prepare(
     lookahead: Lookahead | None,
     prompts: Sequence[str],
     reward: RewardMixture | None = None,
+    world: World | None = None,
 ) -> bool:
     """Encode a run's prompts into its cache, say how its network runs, and see whether the memory will do.
 
@@ -287,6 +291,7 @@ def prepare(
         lookahead: the run's, whose model may be a copy.
         prompts: all that the run will use, training and held-out.
         reward: all that the run scores with; networks on the model's device are counted.
+        world: the processes that share the run: one encodes the prompts, and what the estimate says is of each.
 
     Returns:
         Whether a streamed update fits; False where the run must replay instead.
@@ -296,18 +301,23 @@ def prepare(
     """
     if not isinstance(model, SD3):
         return True
-    encoded = model.prepare(list(prompts))
+    world = World() if world is None else world
+    encoded = world.on_main(lambda: model.prepare(list(prompts)))
     if encoded:
         print(f"encoded {encoded} prompts into {config.model.prompt_cache}", flush=True)
-    if model.device.type == "cuda" or config.model.attention != "auto":
+    if not world.main:
+        # where the cache is not on a shared disk
+        model.prepare(list(prompts))
+    if world.main and (model.device.type == "cuda" or config.model.attention != "auto"):
         by = "PyTorch's own" if model.attention == "auto" else f"{model.attention} through diffusers' dispatcher"
         print(f"attention: {by}, {str(model.transformer.dtype).removeprefix('torch.')} on {model.device}", flush=True)
     if config.run.memory_check == "off":
         return True
-    needed = estimate_memory(config, model, lookahead, reward)
-    print(needed, flush=True)
+    needed = estimate_memory(config, model, lookahead, reward, processes=world.size)
+    if world.main:
+        print(needed, flush=True)
     problem, streams = check(needed, free_bytes(model.device), str(model.device)), True
-    if problem is not None and _streams(config):
+    if _streams(config) and world.largest(problem is not None):
         logger.warning(
             "optimizer.update: the graphs of two steps need about %s, which do not fit; every trained step's forward "
             "is replayed instead, with the same gradient",
@@ -315,7 +325,7 @@ def prepare(
         )
         streams = False
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"update": "replayed"})})
-        needed = estimate_memory(config, model, lookahead, reward)
+        needed = estimate_memory(config, model, lookahead, reward, processes=world.size)
         problem = check(needed, free_bytes(model.device), str(model.device))
     if problem is None:
         return streams
@@ -328,11 +338,17 @@ def prepare(
 
 
 def estimate_memory(
-    config: Config, model: SD3, lookahead: Lookahead | None = None, reward: RewardMixture | None = None
+    config: Config,
+    model: SD3,
+    lookahead: Lookahead | None = None,
+    reward: RewardMixture | None = None,
+    *,
+    processes: int = 1,
 ) -> MemoryEstimate:
     """What the run will need on the model's device, the model's own weights included.
 
     Args:
+        processes: that share the samples.
         lookahead: the run's; its copy and what its cache will hold are counted.
         reward: of the run; its networks on the device are counted.
     """
@@ -356,4 +372,5 @@ def estimate_memory(
         rewards=0 if reward is None else held_bytes([scorer for scorer, _ in reward.terms.values()], model.device),
         copy=evaluated.bytes() if isinstance(evaluated, LookaheadCopy) else 0,
         features=cache.capacity(*memory.tokens) if isinstance(cache, FeatureCache) else 0,
+        processes=processes,
     )

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity
 from densegrpo_fast.rewards.base import Scorer, Scores
+from densegrpo_fast.training.distributed import World
 
 logger = logging.getLogger(__name__)
 
+PHASES = ("calibration", "rollout", "lookahead", "reward", "monitor", "update")
 ALWAYS = ("rollout", "lookahead", "update")
 """Phases that every record has evaluations of, if only 0."""
 EXTRA = ("calibration", "monitor")
@@ -87,6 +89,15 @@ class Meter:
     def now(self) -> Counts:
         """The counts of the open phase."""
         return self.counts.setdefault(self._open[-1], Counts())
+
+    def add_up(self, world: World) -> None:
+        """Let the counts be those of all processes together."""
+        if world.size == 1:
+            return
+        names, own = [part.name for part in fields(Counts)], [self.counts.get(phase, Counts()) for phase in PHASES]
+        table = torch.tensor([[getattr(counts, name) for name in names] for counts in own], dtype=torch.int64)
+        rows = world.sum(table).tolist()
+        self.counts = {phase: Counts(*row) for phase, row in zip(PHASES, rows, strict=True) if any(row)}
 
     def total(self, *phases: str) -> Counts:
         """The sum of some phases."""

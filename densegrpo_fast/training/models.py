@@ -154,13 +154,17 @@ def prompt_cache(options: ModelOptions, dtype: torch.dtype) -> PromptCache | Non
     return PromptCache(Path(options.prompt_cache).expanduser(), settings)
 
 
-def tiny_config(config: Config) -> Config:
-    """The configuration of a dry run: two samples of one prompt, and a reward that needs no weights."""
+def tiny_config(config: Config, processes: int = 1) -> Config:
+    """The configuration of a dry run: two samples of one prompt, and a reward that needs no weights.
+
+    Args:
+        processes: that share the samples; each has some.
+    """
     settings = config.model_dump()
-    settings["data"] |= {"num_prompts": 1}
-    settings["sampler"] |= {"group_size": 2, "micro_batch": 2}
+    settings["data"] |= {"num_prompts": processes if config.distributed.split == "groups" else 1}
+    settings["sampler"] |= {"group_size": max(2, processes), "micro_batch": max(2, processes)}
     if config.sampler.branches is not None:
-        settings["sampler"] |= {"branches": 2, "micro_batch": 1}
+        settings["sampler"] |= {"group_size": 2 * processes, "branches": 2, "micro_batch": 1}
     settings["optimizer"] |= {"updates_per_iteration": 1}
     settings["lookahead"] |= {"monitor_every": 0}
     settings["calibration"] |= {"samples": Staircase.enough, "rounds": 1}

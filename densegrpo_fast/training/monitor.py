@@ -57,12 +57,14 @@ class LookaheadMonitor:
         """
         size = batch.group_size
         prompt = (iteration // self.options.monitor_every) % (len(batch.prompts) // size)
-        samples, states = slice(prompt * size, (prompt + 1) * size), size // rollout.branches
-        group, noisy = rollout.select(slice(prompt * states, (prompt + 1) * states)), rollout.coefficients.noisy
+        branches, noisy = rollout.branches, rollout.coefficients.noisy
+        states, share = size // branches, self.rewards.share
+        rows, share = share.within(slice(prompt * states, (prompt + 1) * states))
+        group = rollout.select(rows)
         clean = self.exact.rows.fitting(lambda _: self.exact.complete(group))
         dedup = group.dedup(own=True)
-        values = self.rewards.rewards_of(dedup.different(clean), batch.select(samples))
-        exact = group.group_rewards(values.flatten(), size)
+        values = self.rewards.rewards_of(dedup.different(clean), batch.select(share.samples(branches)))
+        exact = group.group_rewards(share.gather(values, dim=1, branches=branches), size)
         if exact.branches is not None and rewards.branch_rewards is not None:
             own = rewards.branch_rewards[prompt, ..., -1].cpu()
             agreement = compare_branches(exact.branches[0, ..., 0], own, noisy)

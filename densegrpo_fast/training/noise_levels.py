@@ -7,6 +7,7 @@ from densegrpo_fast.common.errors import CheckpointError
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import Scorer
+from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.gain_meter import GainMeter
 from densegrpo_fast.training.prompts import PromptSet
 
@@ -24,8 +25,11 @@ class NoiseLevels:
         levels: noise level of every step, T numbers.
     """
 
-    def __init__(self, config: Config, model: FlowModel, reward: Scorer, prompts: PromptSet):
+    def __init__(
+        self, config: Config, model: FlowModel, reward: Scorer, prompts: PromptSet, world: World | None = None
+    ):
         self.config, self.model, self.reward, self.prompts = config, model, reward, prompts
+        self.world = World() if world is None else world
         self.levels = config.noise_levels
         self._noisy = config.calibrated_steps()
 
@@ -50,7 +54,7 @@ class NoiseLevels:
         options = self.config.calibration
         levels = [level if step in self._noisy else 0.0 for step, level in enumerate(self.levels)]
         rule = Staircase(levels, Limits(options.lowest, options.highest))
-        meter = GainMeter.of(self.config, self.model, self.reward, self.prompts, options.samples)
+        meter = GainMeter.of(self.config, self.model, self.reward, self.prompts, options.samples, self.world)
 
         def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
             return meter.gains(levels, iteration + _ITERATIONS * draw).T.tolist()

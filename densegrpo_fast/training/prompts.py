@@ -13,6 +13,8 @@ from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from densegrpo_fast.config import Config
 
 _DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
@@ -212,9 +214,10 @@ class PromptBatch(NamedTuple):
     metadata: list[dict[str, Any]]
     group_size: int
 
-    def select(self, rows: slice) -> PromptBatch:
+    def select(self, rows: slice | Sequence[int]) -> PromptBatch:
         """Some of the rows."""
-        return PromptBatch(self.prompts[rows], self.metadata[rows], self.group_size)
+        chosen = range(len(self.prompts))[rows] if isinstance(rows, slice) else rows
+        return PromptBatch([self.prompts[i] for i in chosen], [self.metadata[i] for i in chosen], self.group_size)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +16,27 @@ from torch import Tensor
 from densegrpo_fast.common.errors import OutputError, RewardError, UsageError
 from densegrpo_fast.common.files import output_errors, write_durably
 from densegrpo_fast.config import Config
+from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import base_fingerprint, save_lora
-from densegrpo_fast.run_files.alarms import alarms_for
-from densegrpo_fast.run_files.checkpoint import CheckpointManager
+from densegrpo_fast.run_files.alarms import Alarms, alarms_for
+from densegrpo_fast.run_files.checkpoint import Checkpoint, CheckpointManager
 from densegrpo_fast.run_files.images import save_grid
-from densegrpo_fast.run_files.metrics import MetricsLog
+from densegrpo_fast.run_files.loggers import Loggers, RunFacts
+from densegrpo_fast.run_files.metrics import MetricsLog, Progress
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
+from densegrpo_fast.run_files.run_directory import open_run_directory
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
+from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
+from densegrpo_fast.training.meter import PHASES
 from densegrpo_fast.training.rewarding import RewardBatch
 from densegrpo_fast.training.schedule import IterationSteps
 
-PHASES = ("calibration", "rollout", "lookahead", "reward", "monitor", "update")
 _GRID = 24
 
 
@@ -80,66 +87,121 @@ def _spread(rewards: Tensor) -> float:
     return centred.square().nanmean(dim=1).sqrt().nanmean().item()
 
 
-class Resumable(Protocol):
-    """What a checkpoint holds the state of: the trainer."""
+def of_all_processes(world: World, record: dict[str, Any], samples: int) -> dict[str, float]:
+    """What an iteration's record says of several processes: their seconds, memory and traffic.
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a checkpoint needs, by group and name."""
+    Args:
+        record: of this process, with counts that are those of all together already.
+        samples: of the iteration, over all processes.
+    """
+    names = [*(f"time/{phase}" for phase in PHASES), "cpu_seconds", "memory/peak_gib"]
+    own = [*(record[name] for name in names), world.traffic.gathered, world.traffic.reduced]
+    table = world.gather(torch.tensor(own, dtype=torch.float64))
+    *times, cpu_seconds, memory, gathered, reduced = table.unbind(1)
+    seconds = table[:, : len(PHASES)]
+    return (
+        {f"time/{phase}": values.mean().item() for phase, values in zip(PHASES, times, strict=True)}
+        | {f"time_slowest/{phase}": values.max().item() for phase, values in zip(PHASES, times, strict=True)}
+        | {"cpu_seconds": cpu_seconds.sum().item(), "memory/peak_gib": memory.max().item()}
+        | {"traffic/gathered": gathered.sum().item(), "traffic/reduced": reduced.sum().item()}
+        | {"processes": world.size, "images_per_second": samples / seconds.sum(1).max().item()}
+    )
 
-    def state(self) -> dict[str, Any]:
-        """The counters that go with `tensors`, as JSON data."""
 
-    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Continue from them."""
+@contextmanager
+def run_directory(config: Config, world: World, *, resume: bool) -> Iterator[Path]:
+    """The directory of a run, opened and locked by the process that writes in it.
+
+    Raises:
+        UserError: as `open_run_directory`, in every process.
+    """
+    path = config.output_dir
+    with ExitStack() as opened:
+        opening = partial(open_run_directory, path, resume=resume, overwrite=config.run.overwrite)
+        world.on_main(lambda: opened.enter_context(opening()))
+        yield path
 
 
 class RunRecords:
-    """The files of one run directory."""
+    """The files of one run directory, and what is shown of it. Of several processes one opens and writes them.
 
-    def __init__(self, directory: Path, config: Config, model: FlowModel):
-        self.directory, self.config, self.model = directory, config, model
+    Args:
+        directory: of the run.
+        config: the run's.
+        model: with the adapter that is trained.
+        held_out: the held-out prompts.
+    """
+
+    log: MetricsLog
+    alarms: Alarms
+    progress: Progress
+
+    def __init__(self, directory: Path, config: Config, model: FlowModel, held_out: HeldOut):
+        self.directory, self.config, self.model, self.held_out = directory, config, model, held_out
         settings = config.resume_settings() | {
             "noise_layout": LAYOUT_VERSION,
             "base_weights": base_fingerprint(model.network),
         }
         self.checkpoints = CheckpointManager(directory / "checkpoints", config.run.keep_checkpoints, settings)
 
-    def begin(self, config_yaml: str) -> None:
-        """Write the resolved configuration, and start torch's generator (for rewards that draw) from the run's seed."""
-        torch.manual_seed(self.config.seed)
-        with output_errors(f"cannot write in {self.directory}"):
-            write_durably(self.directory / "config.yaml", config_yaml.encode())
+    def open(self, opened: ExitStack) -> None:
+        """Open the metrics, to be closed with `opened`."""
+        self.log = opened.enter_context(MetricsLog(self.directory / "metrics.jsonl"))
 
-    def restore(self, trainer: Resumable, log: MetricsLog) -> int:
-        """Continue from the newest good checkpoint; returns the iterations done, 0 if none was saved yet.
+    def show(self, start: int) -> None:
+        """Start the loggers and the alarms of a run with so many iterations behind it."""
+        settings = self.config.model_dump(mode="json")
+        self.log.also(Loggers(self.config.run.loggers, RunFacts(self.directory, settings, start)))
+        self.alarms = Alarms(alarms_for(self.config), past=self.log.records())
+
+    def begin(self) -> None:
+        """Write the resolved configuration."""
+        with output_errors(f"cannot write in {self.directory}"):
+            write_durably(self.directory / "config.yaml", dump_yaml(self.config.self_contained()).encode())
+
+    def count(self, start: int, opened: ExitStack) -> None:
+        """Show how far the run has come from here on."""
+        self.progress = opened.enter_context(Progress(self.config.run.iterations, start))
+
+    def append(self, record: dict[str, Any], evaluation: Evaluation | None) -> None:
+        """Write and show an iteration's record, with the evaluation that followed it."""
+        done = record["iteration"]
+        if evaluation is not None:
+            record |= evaluation.metrics()
+            self.samples(f"iteration-{done:05d}", evaluation.images)
+        if alarmed := self.alarms.check(record):
+            record["alarms"] = alarmed
+        self.log.append(record)
+        self.progress.update(done, reward=record["reward"])
+
+    def load(self) -> Checkpoint | None:
+        """The newest good checkpoint, to whose metrics the log goes back; None if none was saved yet.
 
         Raises:
             CheckpointError: none is intact, or it belongs to other settings; UsageError: the run has already gone
                 further than `run.iterations`.
         """
         if not self.checkpoints.steps():
-            log.truncate(0)
-            return 0
+            self.log.truncate(0)
+            return None
         checkpoint = self.checkpoints.load_latest()
         if checkpoint.step > self.config.run.iterations:
             raise UsageError(
                 f"run.iterations: expected at least the {checkpoint.step} that the run has done, "
                 f"got {self.config.run.iterations}",
             )
-        trainer.restore(checkpoint.tensors, checkpoint.state)
-        log.truncate(checkpoint.state["metrics_position"])
-        return checkpoint.step
+        self.log.truncate(checkpoint.state["metrics_position"])
+        return checkpoint
 
-    def checkpoint(self, trainer: Resumable, done: int, log: MetricsLog) -> None:
-        """Save everything a bit-exact continuation needs."""
-        state = trainer.state() | {"metrics_position": log.position()}
-        self.checkpoints.save(done, trainer.tensors(), state)
+    def checkpoint(self, done: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Save everything a bit-exact continuation needs: what `Trainer.tensors` and `Trainer.state` return."""
+        self.checkpoints.save(done, tensors, state | {"metrics_position": self.log.position()})
 
     def due(self, every: int, done: int) -> bool:
         """Whether something that happens every so many iterations happens now (not at the very end)."""
         return every > 0 and done % every == 0 and done < self.config.run.iterations
 
-    def samples(self, name: str, images: Tensor, held_out: HeldOut) -> None:
+    def samples(self, name: str, images: Tensor) -> None:
         """Write the grid `samples/NAME.png` of the held-out prompts' first pictures."""
         with output_errors(f"cannot write in {self.directory}"):
             count = min(_GRID, len(images))
@@ -148,10 +210,10 @@ class RunRecords:
                 self.directory / "samples" / f"{name}.png",
                 columns=6,
                 scale=max(1, 128 // images.shape[-1]),
-                captions=held_out.prompts[:count],
+                captions=self.held_out.prompts[:count],
             )
 
-    def evaluated(self, when: str, evaluation: Evaluation, held_out: HeldOut, log: MetricsLog, done: int) -> None:
+    def evaluated(self, when: str, evaluation: Evaluation, done: int) -> None:
         """Keep the scores and pictures of the evaluation `when` ("before" or "after"), and show them to the loggers.
 
         Raises:
@@ -164,19 +226,29 @@ class RunRecords:
                 )
         scores = {name: values.tolist() for name, values in evaluation.scores.items()}
         with output_errors(f"cannot write in {self.directory}"):
-            text = json.dumps({"prompts": held_out.prompts, "scores": scores})
+            text = json.dumps({"prompts": self.held_out.prompts, "scores": scores})
             write_durably(self.directory / f"evaluation-{when}.json", text.encode())
-        self.samples(when, evaluation.images, held_out)
-        log.show({"iteration": done} | evaluation.metrics())
+        self.samples(when, evaluation.images)
+        self.log.show({"iteration": done} | evaluation.metrics())
 
-    def finish(self, log: MetricsLog) -> str:
-        """Write adapter and report (the model must hold the weights to export); returns the closing message."""
+    def stopped(self, done: int) -> None:
+        """Say that a signal has stopped the run."""
+        self.progress.write(f"stopped after iteration {done}; continue with --resume")
+
+    def finish(self, evaluation: Evaluation) -> str:
+        """Write adapter and report (the model must hold the weights to export); returns the closing message.
+
+        Args:
+            evaluation: after training.
+        """
         lora = self.config.lora
+        self.progress.close()
+        self.evaluated("after", evaluation, self.config.run.iterations)
         with output_errors(f"cannot write in {self.directory}"):
             save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
             prompts, before = self._evaluation("before")
             _, after = self._evaluation("after")
-            metrics = log.records()
+            metrics = self.log.records()
             phases = {phase: sum(record.get(f"time/{phase}", 0.0) for record in metrics) for phase in PHASES}
             measured = {
                 "before": {name: mean_interval(values) for name, values in before.items()},
@@ -213,7 +285,7 @@ class RunRecords:
         if peaks:
             lines.append(f"memory: at most {max(peaks):.1f} GiB in an iteration")
         return "\n".join(
-            [*lines, f"report:  {report}", f"adapter: {self.directory / 'adapter'}", f"metrics: {log.path}"]
+            [*lines, f"report:  {report}", f"adapter: {self.directory / 'adapter'}", f"metrics: {self.log.path}"]
         )
 
     def _base_facts(self) -> BaseFacts:

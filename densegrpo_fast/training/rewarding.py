@@ -21,6 +21,7 @@ from densegrpo_fast.rewards.registry import create, resolve_alias
 from densegrpo_fast.sampling.lookahead import Completions, Lookahead
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import Rollout
+from densegrpo_fast.training.distributed import Share, World, iteration_share
 from densegrpo_fast.training.lookahead import lookahead_chunks
 from densegrpo_fast.training.meter import Meter, MeteredReward
 from densegrpo_fast.training.prompts import PromptBatch
@@ -71,6 +72,7 @@ class RewardComputer:
         reward: what scores.
         lookahead: the run's, or None.
         meter: counts the pictures that are scored; None = nothing does.
+        share: the rows of an iteration that this process decodes and scores; None = all.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class RewardComputer:
         reward: RewardMixture,
         lookahead: Lookahead | None,
         meter: Meter | None = None,
+        share: Share | None = None,
     ):
+        self.share = iteration_share(World(), config) if share is None else share
         self.model, self.overlap, self.max_missing = model, config.reward.overlap, config.reward.max_missing
         self.reward: Scorer = reward if meter is None else MeteredReward(reward, meter)
         self.completes = lookahead is not None
@@ -93,16 +97,27 @@ class RewardComputer:
     def score(self, rollout: Rollout, completions: Completions, batch: PromptBatch) -> RewardBatch:
         """Rewards of a rollout's completions; `rewards` are of its ends only where these are among them.
 
+        Args:
+            rollout, completions: of the rows that this process holds.
+            batch: all of the iteration.
+
+        Returns:
+            The rewards of all samples, in every process.
+
         Raises:
             RewardError: a reward failed.
         """
+        own = self.share.select(batch, rollout.branches)
         images = self._decoded(completions.clean, self.decoder, self.decodes)
-        scores = self._scored(images, completions.samples, batch).select(completions.index)
+        scores = self._scored(images, completions.samples, own).select(completions.index)
+        completed = len(scores.values) // len(own.prompts)
+        if self.scores_ends and rollout.coefficients.num_steps in rollout.completed:
+            scores = Scores.joined([scores, self._final_scores(rollout, own)])
+        scores = self.share.gather_scores(scores, rollout.branches)
         by_state, branches = None, None
         if self.completes:
-            by_state, branches = rollout.group_rewards(scores.values, batch.group_size)
-        if self.scores_ends and rollout.coefficients.num_steps in rollout.completed:
-            scores = Scores.joined([scores, self._final_scores(rollout, batch)])
+            values = scores.values.view(-1, len(batch.prompts))[:completed]
+            by_state, branches = rollout.group_rewards(values, batch.group_size)
         if branches is not None:
             return RewardBatch(branches[..., -1].flatten(1), None, branches, scores)
         final = scores.values[-len(batch.prompts) :].view(-1, batch.group_size)

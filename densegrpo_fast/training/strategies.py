@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import SetupError
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.objective.policy import Objective
@@ -90,6 +91,11 @@ class Streamed:
             try:
                 return self._run(trainer, batch, steps, iteration)
             except torch.OutOfMemoryError:
+                if trainer.world.size > 1:
+                    raise SetupError(
+                        "optimizer.update: the memory ran out with the graphs of two steps in it, in one of several "
+                        "processes; set it to replayed"
+                    ) from None
                 self.fits = False
             # only here, where the error and the frames that it kept alive are gone
             gc.collect()
@@ -133,9 +139,9 @@ class Streamed:
                 # a step without noise shares a completion with the next state
                 for step in [step for step in graphs if shared_with[step + 1] <= state]:
                     with trainer.phase("update"):
-                        values = advantages.values.flatten(0, 1).to(trainer.model.device)
+                        values = trainer.own_advantages(here, advantages)
                         for rows, velocity in zip(sampler.parts, graphs.pop(step), strict=True):
-                            weight = factors[step] / len(sampler.parts)
+                            weight = factors[step] / learner.micro_batches(sampler.parts)
                             sums.add(learner.step_gradient(here, values, objective, step, rows, weight, velocity))
                             del velocity
             if state < count:

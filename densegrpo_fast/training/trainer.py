@@ -12,7 +12,7 @@ for iteration in range(10):
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.closeness import with_closeness
 from densegrpo_fast.credit.inputs import CreditInputs
@@ -33,15 +32,12 @@ from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C, StepCoefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.rewards.base import Reward, RewardMixture
-from densegrpo_fast.run_files.alarms import Alarms, alarms_for
-from densegrpo_fast.run_files.loggers import Loggers, RunFacts
-from densegrpo_fast.run_files.metrics import MetricsLog, Progress
-from densegrpo_fast.run_files.run_directory import open_run_directory
 from densegrpo_fast.run_files.signals import GracefulStop
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
 from densegrpo_fast.sampling.rollout import Rollout, Trajectory, TrajectorySampler, initial_noise, rollout
 from densegrpo_fast.training.costs import CostReport
+from densegrpo_fast.training.distributed import Traffic, World, iteration_share
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 from densegrpo_fast.training.lookahead import build_lookahead, completion_ways
@@ -51,7 +47,7 @@ from densegrpo_fast.training.models import build_model, default_device, synchron
 from densegrpo_fast.training.monitor import LookaheadMonitor
 from densegrpo_fast.training.noise_levels import NoiseLevels
 from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
-from densegrpo_fast.training.records import RunRecords, iteration_record
+from densegrpo_fast.training.records import RunRecords, iteration_record, of_all_processes, run_directory
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
 from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
@@ -80,6 +76,8 @@ class Trainer:
         strategy: order of the phases; None = what `optimizer.update` names.
         model: ready made, with its adapter, in the place of the one that the configuration names.
         reward: likewise, a mixture or a function of pictures, prompts and metadata; it scores held-out pictures, too.
+        world: the processes that share the run, each with a trainer of the same settings and weights; None = this one
+            alone.
 
     Raises:
         UserError: the model, a reward or a prompt file cannot be loaded, or does not fit the configuration.
@@ -93,12 +91,15 @@ class Trainer:
         strategy: UpdateStrategy | None = None,
         model: FlowModel | None = None,
         reward: RewardMixture | Reward | None = None,
+        world: World | None = None,
     ):
         if not isinstance(config, Config):
             raise UsageError(
                 f"Trainer: expected a configuration, as load_config({config!r}) returns it, got {config!r}"
             )
         self.config, self.strategy = config, strategy_of(config) if strategy is None else strategy
+        self.world = World() if world is None else world
+        self.share = iteration_share(self.world, config)
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
         if reward is None:
@@ -112,15 +113,16 @@ class Trainer:
         self.policy = MeteredModel(self.model, self.meter)
         if not self.model.trainable_parameters():
             raise UsageError("Trainer: the model that was given has no adapter, so there is nothing to train")
-        self.learner = Learner(self.policy, LearnerOptions.of(config))
-        self.lookahead = build_lookahead(config, self.model)
+        share = self.share if self.world.size > 1 else None
+        self.learner = Learner(self.policy, LearnerOptions.of(config), share)
+        self.lookahead = build_lookahead(config, self.model, share)
         self.schedule = Schedule(config, self.model)
         if self.lookahead is not None:
             self.lookahead.model = MeteredModel(self.lookahead.model, self.meter, lookahead=True)
-        self.rewards = RewardComputer(config, self.policy, self.reward, self.lookahead, self.meter)
+        self.rewards = RewardComputer(config, self.policy, self.reward, self.lookahead, self.meter, self.share)
         self.monitor = LookaheadMonitor(config, self.policy, self.rewards)
         metered = MeteredReward(self.reward, self.meter)
-        self.noise_levels = NoiseLevels(config, self.policy, metered, self.prompts.prompts)
+        self.noise_levels = NoiseLevels(config, self.policy, metered, self.prompts.prompts, self.world)
         self.costs = CostReport(config, self.model, self.lookahead, self.meter)
         self._observations: dict[str, float] = {}
 
@@ -149,7 +151,8 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, batch: PromptBatch, steps: IterationSteps, iteration: int) -> Rollout:
-        """Roll the policy out on B = P*G samples; all noise is a function of (seed, iteration, sample).
+        """Roll the policy out on B = P*G samples, or this process's share of them; all noise is a function of (seed,
+        iteration, sample).
 
         With `sampler.branches` C, sample p*G + n*C + c is branch c of trajectory n of prompt p. What the lookahead
         needs is kept. If the memory runs out, the same noise is rolled out again with fewer rows per forward.
@@ -174,7 +177,8 @@ class Trainer:
 
     def shared_and_completed(self, trajectory: Trajectory, completed: tuple[int, ...]) -> Trajectory:
         """A trajectory that knows which samples share their noise, and which states are to be completed."""
-        shared = self.config.sampler.group_size if self.config.sampler.shared_noise else 1
+        shares = self.config.sampler.shared_noise and self.share.holds_blocks_of(self.config.sampler.group_size)
+        shared = self.config.sampler.group_size if shares else 1
         return replace(trajectory, shared=shared, completed_states=completed)
 
     def _sampling(
@@ -185,10 +189,15 @@ class Trainer:
             with self.phase("lookahead"):
                 self.lookahead.model.refresh()
         options = self.config.sampler
-        index = torch.arange(0, len(batch.prompts), options.branches or 1, device=self.model.device)
+        branches = options.branches or 1
+        index = torch.arange(0, len(batch.prompts), branches, device=self.model.device)
+        conditioning = self.policy.encode(batch.prompts)
+        if self.world.size > 1:
+            index = index[self.share.rows.to(index.device)]
+            conditioning = conditioning.select(torch.tensor(self.share.samples(branches), device=index.device))
         first = index - index % options.group_size if options.shared_noise else index
         noise = initial_noise(self.policy, first, seed=self.config.seed, iteration=iteration)
-        return (self.policy, noise, self.policy.encode(batch.prompts), steps.coefficients), {
+        return (self.policy, noise, conditioning, steps.coefficients), {
             "sample_index": index,
             "seed": self.config.seed,
             "iteration": iteration,
@@ -217,7 +226,7 @@ class Trainer:
     def score(
         self, rollout: Rollout, completions: Completions, batch: PromptBatch, *, complete: bool = True
     ) -> RewardBatch:
-        """Decode the completions and score their pictures.
+        """Decode the completions and score their pictures; of all samples, in every process.
 
         Args:
             complete: whether these are all of an iteration's, of which not too many may be missing.
@@ -245,11 +254,14 @@ class Trainer:
             if credit.smoothing:
                 std = coefficients.table[list(coefficients.noisy), C].to(by_state.device)
                 by_state = smooth_rewards(by_state, std, credit.smoothing)
+        latents, velocities = rollout.latents, rollout.velocities
+        if credit.closeness or registry.find(credit.method).uses_states:
+            latents, velocities = self.share.gather(latents, dim=1), self.share.gather(velocities, dim=1)
         inputs = CreditInputs(
             rewards=final,
             noisy=coefficients.noisy,
-            latents=rollout.latents,
-            velocities=rollout.velocities,
+            latents=latents,
+            velocities=velocities,
             sigmas=coefficients.sigmas,
             lookahead_rewards=by_state,
             branch_rewards=rewards.branch_rewards,
@@ -263,8 +275,15 @@ class Trainer:
     def update(self, rollout: Rollout, advantages: Advantages, steps: IterationSteps) -> dict[str, float]:
         """Train the adapter on the trained steps of all samples; metrics of the update."""
         with self.phase("update"):
-            values = advantages.values.flatten(0, 1).to(self.model.device)
+            values = self.own_advantages(rollout, advantages)
             return self.learner.update(rollout, values, steps.trained, steps.weights, steps.draw_weights)
+
+    def own_advantages(self, rollout: Rollout, advantages: Advantages) -> Tensor:
+        """[B, T] of the rollout's samples, on the model's device."""
+        values = advantages.values.flatten(0, 1)
+        if self.world.size > 1:
+            values = values[self.share.samples(rollout.branches)]
+        return values.to(self.model.device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -299,68 +318,78 @@ class Trainer:
         Raises:
             UserError: anything the user can act on; the checkpoints so far are kept.
         """
-        config = self.config
-        with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
+        with run_directory(self.config, self.world, resume=resume) as directory:
             return self.run_in(directory, resume=resume)
 
     def run_in(self, directory: Path, *, resume: bool = False) -> RunResult:
-        """`run` in a directory that `open_run_directory` has opened."""
-        config, total = self.config, self.config.run.iterations
+        """`run` in a directory that `run_directory` has opened."""
+        config, total, world = self.config, self.config.run.iterations, self.world
         prompts = self.prompts.used(total) + self.held_out.prompts
-        streams = prepare(config, self.model, self.lookahead, prompts, self.observed)
+        streams = prepare(config, self.model, self.lookahead, prompts, self.observed, world)
         if isinstance(self.strategy, Streamed):
             self.strategy.fits = streams
-        records = RunRecords(directory, config, self.model)
-        print(
-            f"{config.preset}: {total} iterations of {config.data.num_prompts} prompts x {config.sampler.group_size} "
-            f"samples, into {directory}",
-            flush=True,
-        )
-        with MetricsLog(directory / "metrics.jsonl") as log, GracefulStop() as stop:
-            start = records.restore(self, log) if resume else 0
-            log.also(Loggers(config.run.loggers, RunFacts(directory, config.model_dump(mode="json"), start)))
-            alarms = Alarms(alarms_for(config), past=log.records())
+        records = RunRecords(directory, config, self.model, self.held_out)
+        if world.main:
+            print(
+                f"{config.preset}: {total} iterations of {config.data.num_prompts} prompts x "
+                f"{config.sampler.group_size} samples, into {directory}",
+                flush=True,
+            )
+        with ExitStack() as opened, GracefulStop() as stop:
+            world.on_main(lambda: records.open(opened))
+            start = self._continue(records) if resume else 0
+            world.on_main(lambda: records.show(start))
             if start == 0 and self.learner.updates:
                 raise UsageError("Trainer.run: this trainer has trained already; make a new one, or run(resume=True)")
             if start == 0:
-                records.begin(dump_yaml(config.self_contained()))
-                records.evaluated("before", self.held_out.evaluate(self.model, self.observed), self.held_out, log, 0)
-            with Progress(total, start) as progress:
-                for iteration in range(start, total):
-                    record, done = self.step(iteration), iteration + 1
-                    if records.due(config.evaluation.every, done):
-                        evaluation = self.evaluate()
-                        record |= evaluation.metrics()
-                        records.samples(f"iteration-{done:05d}", evaluation.images, self.held_out)
-                    if alarmed := alarms.check(record):
-                        record["alarms"] = alarmed
-                    log.append(record)
-                    progress.update(done, reward=record["reward"])
-                    if stop.requested or records.due(config.run.checkpoint_every, done):
-                        records.checkpoint(self, done, log)
-                    if stop.requested:
-                        progress.write(f"stopped after iteration {done}; continue with --resume")
-                        return RunResult(done, None, stop.signal)
-            records.checkpoint(self, total, log)
+                torch.manual_seed(config.seed)  # for rewards that draw
+                world.on_main(records.begin)
+                before = self.held_out.evaluate(self.model, self.observed, world)
+                world.on_main(lambda: records.evaluated("before", before, 0))
+            world.on_main(lambda: records.count(start, opened))
+            for iteration in range(start, total):
+                record, done = self.step(iteration), iteration + 1
+                evaluation = self.evaluate() if records.due(config.evaluation.every, done) else None
+                signal = int(world.largest(stop.signal or 0))
+                saves = bool(signal) or records.due(config.run.checkpoint_every, done)
+                world.on_main(partial(self._write, records, record, evaluation, saves))
+                if signal:
+                    world.on_main(partial(records.stopped, done))
+                    return RunResult(done, None, Signals(signal))
+            world.on_main(lambda: records.checkpoint(total, self.tensors(), self.state()))
+            after = self.evaluate()
             with self.learner.averaged():
-                evaluation = self.held_out.evaluate(self.model, self.observed)
-                records.evaluated("after", evaluation, self.held_out, log, total)
-                summary = records.finish(log)
+                summary = world.on_main(lambda: records.finish(after))
         return RunResult(total, summary, None)
+
+    def _continue(self, records: RunRecords) -> int:
+        """Go on with the newest checkpoint; the iterations done, 0 if none was saved yet."""
+        checkpoint = self.world.from_main(records.load)
+        if checkpoint is None:
+            return 0
+        self.restore(checkpoint.tensors, checkpoint.state)
+        return checkpoint.step
+
+    def _write(self, records: RunRecords, record: dict[str, Any], evaluation: Evaluation | None, saves: bool) -> None:
+        records.append(record, evaluation)
+        if saves:
+            records.checkpoint(record["iteration"], self.tensors(), self.state())
 
     def evaluate(self) -> Evaluation:
         """Scores and pictures of the held-out prompts, with the running average of the weights if one is kept."""
         with self.learner.averaged():
-            return self.held_out.evaluate(self.model, self.observed)
+            return self.held_out.evaluate(self.model, self.observed, self.world)
 
     def _begin(self) -> None:
         self.timer.reset()
+        self.world.traffic = Traffic()
         self.meter.reset()
         self._observations = {}
         start_peak(self.model.device)
 
     def _record(self, iteration: int, experience: Experience, steps: IterationSteps) -> dict[str, Any]:
-        samples = experience.rollout.batch * experience.rollout.branches
+        samples, seconds = experience.advantages.values[..., 0].numel(), self.timer.seconds()
+        self.meter.add_up(self.world)
         costs = self.costs.metrics(steps.coefficients.num_steps, len(steps.trained), samples)
         record = iteration_record(
             iteration + 1,
@@ -368,8 +397,8 @@ class Trainer:
             experience.rewards,
             experience.advantages,
             experience.update | costs,
-            self.timer.seconds(),
+            seconds,
         )
         record |= self.noise_levels.metrics() | self._observations | peak_metrics(self.model.device)
         record["cpu_seconds"] = self.timer.cpu_seconds()
-        return record
+        return record if self.world.size == 1 else record | of_all_processes(self.world, record, samples)

@@ -1,0 +1,160 @@
+"""Several processes do what one does: whose rows are whose, and an iteration of two gloo processes against one's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.training.distributed import World
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from worlds import alone, together, train  # noqa: E402
+
+
+class Pretended(World):
+    """One of several processes, which knows what the others would give."""
+
+    def __init__(self, rank: int, size: int, found: dict[int, Tensor]):
+        super().__init__(rank, size)
+        self.found = found
+
+    def gather(self, values: Tensor) -> Tensor:
+        self.found[self.rank] = values
+        return torch.stack([self.found.get(rank, torch.zeros_like(values)) for rank in range(self.size)])
+
+
+@given(st.data())
+def test_every_row_has_one_owner_and_comes_back_in_its_place(data: st.DataObject) -> None:
+    size, parts = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
+    unit = data.draw(st.integers(1, 4))
+    units = data.draw(st.integers(size, 20))
+    total, branches = units * unit * parts, data.draw(st.integers(1, 3))
+    micro_batch = data.draw(st.integers(1, units * unit).filter(lambda rows: units * unit % rows == 0))
+    found: dict[int, Tensor] = {}
+    shares = [
+        Pretended(rank, size, found).share(total, unit=unit, parts=parts, micro_batch=micro_batch)
+        for rank in range(size)
+    ]
+    samples = torch.arange(total * branches)
+    first = data.draw(st.integers(0, total - 1))
+    some = slice(first, data.draw(st.integers(first + 1, total)))
+    for share in shares:
+        count = len(share.rows)
+        assert count % (parts * share.micro_batch) == 0 and share.micro_batch <= micro_batch
+        # a part's places hold rows of that part alone
+        assert (share.rows.view(parts, -1) // (total // parts) == torch.arange(parts)[:, None]).all()
+        owned = [share.owned(slice(at, at + share.micro_batch)) for at in range(0, count, share.micro_batch)]
+        marked = torch.cat([share.rows[rows] for rows in owned])
+        assert marked.tolist() == share.rows[share.real[share.world.rank]].tolist()
+        whole = share.gather(samples[share.samples(branches)][None], dim=1, branches=branches)
+    assert whole.tolist() == [samples.tolist()]
+    found.clear()
+    for share in shares:
+        places, part = share.within(some)
+        assert part.rows.tolist() == share.rows[places].tolist()
+        inside = part.gather(share.rows[places])
+    assert inside.tolist() == list(range(some.start, some.stop))
+    found.clear()
+    wanted = torch.arange(0, total, 2)
+    for share in shares:
+        picked = share.pick(share.rows, wanted)
+    assert picked.tolist() == wanted.tolist()
+
+
+def test_one_process_holds_all_rows_as_they_are() -> None:
+    share = World().share(12, parts=2, micro_batch=3)
+    assert share.rows.tolist() == list(range(12)) and share.real.all() and share.micro_batch == 3
+    values = torch.randn(12)
+    assert share.gather(values) is values
+
+
+def test_what_cannot_be_shared_out_is_refused() -> None:
+    with pytest.raises(UsageError, match="8 processes for 6 rows: start at most 6"):
+        World(0, 8).share(6)
+    with pytest.raises(UsageError, match="3 processes for 2 groups of 4 rows"):
+        World(0, 3).share(8, unit=4)
+    with pytest.raises(UsageError, match="distributed.split: 12 rows do not make 2 parts of whole groups of 4"):
+        World(0, 2).share(12, unit=4, parts=2)
+
+
+CASES: dict[str, dict[str, object]] = {
+    "guided, with KL": {"sampler.guidance_scale": 3.0, "objective.kl_coef": 0.5, "ema.every": 1},
+    "whole groups, watched": {"distributed.split": "groups", "lookahead.monitor_every": 1},
+    "rows of a group, watched": {"data.num_prompts": 1, "sampler.group_size": 8, "lookahead.monitor_every": 1},
+    "streamed": {"optimizer.update": "streamed", "sampler.guidance_scale": 3.0, "objective.kl_coef": 0.5},
+    "branches": {
+        "credit.method": "branch",
+        "sampler.branches": 2,
+        "sampler.group_size": 8,
+        "objective.kl_coef": 0.5,
+        "sampler.guidance_scale": 3.0,
+    },
+    "sparse, two updates": {"credit.method": "sparse", "optimizer.updates_per_iteration": 2},
+    "previews, drawn steps": {
+        "lookahead.decoder": "preview",
+        "objective.trained_steps": 2,
+        "objective.step_sampling": "importance",
+    },
+    "states of others": {"credit.closeness": 1.0, "sampler.shared_noise": "true", "lookahead.chunk": 1},
+    "padded": {"data.num_prompts": 3, "sampler.group_size": 3, "sampler.micro_batch": 1, "lookahead.chunk": 1},
+}
+FIRST = ("latents", "velocities", "log_probs", "rewards", "completed", "scores", "advantages")
+
+
+def check_equal(own: dict[str, Any], single: dict[str, Any], tolerance: float) -> None:
+    for name in FIRST:
+        assert (own[name] is None) == (single[name] is None), name
+        if own[name] is not None:
+            torch.testing.assert_close(own[name], single[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    for name, gradient in single["gradients"].items():
+        assert (own["gradients"][name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def cases(world: World) -> dict[str, dict[str, Any]]:
+    return {name: train(world, options) for name, options in CASES.items()}
+
+
+def check_cases(size: int) -> None:
+    ranks, single = together(size, cases), alone(cases)
+    for name, expected in single.items():
+        for found in ranks:
+            check_equal(found[name], expected, 1e-5)
+            for key, weight in found[name]["weights"].items():
+                assert torch.equal(weight, ranks[0][name]["weights"][key])
+            own, other = found[name]["records"][0], expected["records"][0]
+            for key in other:
+                if key.split("/")[0] in ("reward", "rewards", "gain", "monitor", "ratio_deviation", "loss", "kl"):
+                    assert own[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7, nan_ok=True), key
+            assert own["nfe/rollout"] >= other["nfe/rollout"]
+            assert name == "padded" or own["nfe/update"] == other["nfe/update"]
+
+
+def test_two_processes_do_what_one_does() -> None:
+    check_cases(2)
+
+
+@pytest.mark.slow
+def test_four_processes_do_what_one_does() -> None:
+    check_cases(4)
+
+
+def ten_iterations(world: World) -> dict[str, Any]:
+    return train(world, {"sampler.guidance_scale": 3.0, "optimizer.lr": 1e-3}, 10, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_weights_stay_together_over_iterations(size: int) -> None:
+    single = alone(ten_iterations)["weights"]
+    for found in together(size, ten_iterations):
+        for name, weight in single.items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-8, atol=1e-8)
