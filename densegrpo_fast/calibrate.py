@@ -32,13 +32,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, Staircase
-from densegrpo_fast.common.command_line import check_outputs, command_parser, refuse_processes
+from densegrpo_fast.common.command_line import check_outputs, command_parser
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import configuration
 
 if TYPE_CHECKING:
+    from densegrpo_fast.training.distributed import World
     from densegrpo_fast.training.gain_meter import GainMeter
 
 _OF_STAIRCASE = ("lowest", "highest", "share", "deviations", "first", "resolution")
@@ -49,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     with user_errors_exit():
-        refuse_processes("calibrate")
         config = configuration(overrides)
         check_outputs(options, "output", "plot")
         return int(calibrate(config, options))
@@ -69,32 +69,36 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
     from densegrpo_fast.flow.dynamics import C, coefficients
     from densegrpo_fast.run_files.provenance import provenance
     from densegrpo_fast.training.gain_meter import HELD_OUT_DRAW
+    from densegrpo_fast.training.processes import joined
 
     if options.plot is not None:
         report.figure_class()
-    meter = _meter(config, options.samples)
-    start, seen = rule.result, options.samples
-    judging = 2 * (seen + (max(2, seen // options.branches) if options.branches else 0))
-    with tqdm(total=options.rounds * seen + judging, unit="sample", disable=None) as bar:
+    with joined(config) as world:
+        meter = _meter(config, options.samples, world)
+        start, seen = rule.result, options.samples
+        judging = 2 * (seen + (max(2, seen // options.branches) if options.branches else 0))
+        with tqdm(total=options.rounds * seen + judging, unit="sample", disable=None if world.main else True) as bar:
 
-        def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
-            return meter.gains(levels, draw, bar.update).T.tolist()
+            def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
+                return meter.gains(levels, draw, bar.update).T.tolist()
 
-        def judged(levels: tuple[float, ...]) -> dict[str, Any]:
-            consistency = None
-            if options.branches:
-                consistency = meter.consistency(levels, HELD_OUT_DRAW, options.branches, bar.update)
-            std = coefficients(meter.sigmas, levels, config.sampler.dynamics).table[:, C].tolist()
-            held_out = Round(levels, measure(levels, HELD_OUT_DRAW))
-            return report.state_record(held_out, consistency, std, meter.sigmas.tolist())
+            def judged(levels: tuple[float, ...]) -> dict[str, Any]:
+                consistency = None
+                if options.branches:
+                    consistency = meter.consistency(levels, HELD_OUT_DRAW, options.branches, bar.update)
+                std = coefficients(meter.sigmas, levels, config.sampler.dynamics).table[:, C].tolist()
+                held_out = Round(levels, measure(levels, HELD_OUT_DRAW))
+                return report.state_record(held_out, consistency, std, meter.sigmas.tolist())
 
-        bar.set_description("before")
-        before = judged(start)
-        bar.set_description("rounds")
-        rounds = run(rule, measure, options.rounds, _shown(bar))
-        bar.total -= (options.rounds - len(rounds)) * seen
-        bar.set_description("after")
-        after = judged(rule.result)
+            bar.set_description("before")
+            before = judged(start)
+            bar.set_description("rounds")
+            rounds = run(rule, measure, options.rounds, _shown(bar))
+            bar.total -= (options.rounds - len(rounds)) * seen
+            bar.set_description("after")
+            after = judged(rule.result)
+    if not world.main:
+        return ExitCode.OK
     sampler = {
         "dynamics": config.sampler.dynamics,
         "num_steps": config.sampler.num_steps,
@@ -134,7 +138,7 @@ def make_rule(config: Config, options: argparse.Namespace) -> Rule:
         raise UsageError(f"--rule staircase: {error}") from None
 
 
-def _meter(config: Config, samples: int) -> GainMeter:
+def _meter(config: Config, samples: int, world: World) -> GainMeter:
     from densegrpo_fast.training.gain_meter import GainMeter
     from densegrpo_fast.training.models import build_model, default_device
     from densegrpo_fast.training.prompts import TrainingPrompts
@@ -143,7 +147,7 @@ def _meter(config: Config, samples: int) -> GainMeter:
     prompts = TrainingPrompts.of(config).prompts
     reward = build_reward(config.reward.terms, config.reward.options)
     model = build_model(config, default_device())
-    return GainMeter.of(config, model, reward, prompts, samples)
+    return GainMeter.of(config, model, reward, prompts, samples, world)
 
 
 def _settings(config: Config, options: argparse.Namespace) -> dict[str, Any]:

@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with user_errors_exit():
-        refuse_processes("evaluate")
         own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_intermixed_args(own)
         check_outputs(options, "json")
         if options.reward:
+            refuse_processes("evaluate --reward")
             return int(score(_file_config(options, overrides), options))
         if options.prompt is not None or options.prompts is not None:
             raise UsageError(
@@ -68,8 +68,12 @@ def evaluate(config: Config, refs: Sequence[ModelRef], output: Path | None) -> E
     from densegrpo_fast.run_files.provenance import provenance
     from densegrpo_fast.run_files.statistics import tables
     from densegrpo_fast.training.pictures import compare_models
+    from densegrpo_fast.training.processes import joined
 
-    found = compare_models(config, refs)
+    with joined(config) as world:
+        found = compare_models(config, refs, world)
+    if not world.main:
+        return ExitCode.OK
     print(
         "{prompts} held-out prompts x {samples_per_prompt} pictures, {num_steps} steps, "
         "guidance {guidance_scale:g}\n".format(prompts=len(found["prompts"]), **found["settings"]["evaluation"])

@@ -40,6 +40,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     Raises:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
+    from densegrpo_fast.run_files.run_directory import holds_run
     from densegrpo_fast.training.models import check_device, default_device
     from densegrpo_fast.training.processes import joined
     from densegrpo_fast.training.records import run_directory
@@ -47,6 +48,10 @@ def train(config: Config, resume: bool = False) -> ExitCode:
 
     with joined(config) as world:
         check_device(config, default_device())
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            # torchrun starts the processes again after one has failed
+            resume = world.from_main(lambda: resume or holds_run(config.output_dir))
+            config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
         # the directory is locked before anything is loaded
         with run_directory(config, world, resume=resume) as directory:
             result = Trainer(config, world=world).run_in(directory, resume=resume)

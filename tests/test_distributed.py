@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.objective.clip import METRICS
 from densegrpo_fast.training.distributed import World
+from densegrpo_fast.training.meter import PHASES, Counts
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -107,6 +111,15 @@ CASES: dict[str, dict[str, object]] = {
     "states of others": {"credit.closeness": 1.0, "sampler.shared_noise": "true", "lookahead.chunk": 1},
     "padded": {"data.num_prompts": 3, "sampler.group_size": 3, "sampler.micro_batch": 1, "lookahead.chunk": 1},
 }
+SHARDED: dict[str, dict[str, object]] = {
+    "spread": {
+        "distributed.shard": "full",
+        "sampler.guidance_scale": 3.0,
+        "objective.kl_coef": 0.5,
+        "lookahead.monitor_every": 1,
+    },
+    "spread, streamed": {"distributed.shard": "hybrid", "optimizer.update": "streamed", "objective.kl_coef": 0.5},
+}
 FIRST = ("latents", "velocities", "log_probs", "rewards", "completed", "scores", "advantages")
 
 
@@ -120,7 +133,8 @@ def check_equal(own: dict[str, Any], single: dict[str, Any], tolerance: float) -
 
 
 def cases(world: World) -> dict[str, dict[str, Any]]:
-    return {name: train(world, options) for name, options in CASES.items()}
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return {name: train(world, options) for name, options in (CASES | SHARDED).items()}
 
 
 def check_cases(size: int) -> None:
@@ -136,6 +150,23 @@ def check_cases(size: int) -> None:
                     assert own[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7, nan_ok=True), key
             assert own["nfe/rollout"] >= other["nfe/rollout"]
             assert name == "padded" or own["nfe/update"] == other["nfe/update"]
+            if name in SHARDED:
+                assert found[name]["held"] < 0.7 * expected["held"]
+        if name == "guided, with KL":
+            check_traffic(size, ranks[0][name])
+
+
+def check_traffic(size: int, found: dict[str, Any]) -> None:
+    """The closed forms of docs/scaling.md, of one process: 8 samples with 4 completed states each."""
+    rows, adapter = 8 // size, found["gradients"].values()
+    values, metrics = sum(gradient.numel() for gradient in adapter), 1 + len(METRICS) - 1 + 3
+    gathered, reduced = found["traffic"]
+    # the latents, velocities and log-probabilities that the test itself has gathered
+    states, latent = found["latents"].shape[0] + found["velocities"].shape[0], found["latents"][0, 0].numel()
+    own = 4 * rows * (states * latent + found["log_probs"].shape[0])
+    table = 8 * (len(PHASES) + 4)
+    assert gathered - own - table == 4 * rows * 4 * 2
+    assert reduced == 4 * (values + len(adapter) + metrics) + 4 + 8 * len(PHASES) * len(fields(Counts))
 
 
 def test_two_processes_do_what_one_does() -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+
+from densegrpo_fast.config.cli import parse_arguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -42,11 +47,13 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(train: Any, tmp_path: Path, reward: Path, *flags: str, fault: str | None = None, **options: object) -> Any:
+def run(
+    train: Any, tmp_path: Path, reward: Path, *, fault: str | None = None, restarts: int = 0, **options: object
+) -> Any:
     """Exit codes and what was printed of two processes."""
     settings = {"reward.terms": f"{{{reward}:reward: 1.0}}", "reward.observed": "[]", **options}
-    arguments = train.arguments(tmp_path / "run", *flags, **settings)
-    return commands(tmp_path, [arguments, arguments], FAULT=fault)
+    arguments = train.arguments(tmp_path / "run", **settings)
+    return commands(tmp_path, [arguments] * 2, FAULT=fault, TORCHELASTIC_RESTART_COUNT=str(restarts))
 
 
 def records(tmp_path: Path) -> list[dict[str, Any]]:
@@ -57,7 +64,11 @@ def errors(printed: list[tuple[int, str]]) -> list[str]:
     return [line for _, text in printed for line in text.splitlines() if line.startswith("error: ")]
 
 
-def test_a_signal_to_one_stops_all_and_one_process_resumes(train: Any, tmp_path: Path, reward: Path) -> None:
+def adapter(directory: Path) -> bytes:
+    return (directory / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def test_a_signal_to_one_stops_all_and_any_number_resumes(train: Any, tmp_path: Path, reward: Path) -> None:
     stopped = run(train, tmp_path, reward, fault="SIGTERM")
     assert [code for code, _ in stopped] == [75, 75]
     first = records(tmp_path)
@@ -65,14 +76,22 @@ def test_a_signal_to_one_stops_all_and_one_process_resumes(train: Any, tmp_path:
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
     # only one prints
     assert "stopped after iteration 1" in stopped[0][1] and "iteration" not in stopped[1][1]
+    shutil.copytree(tmp_path / "run", tmp_path / "again" / "run")
+    assert [code for code, _ in run(train, tmp_path, reward, restarts=1)] == [0, 0]
+    (tmp_path / "whole").mkdir()
+    assert [code for code, _ in run(train, tmp_path / "whole", reward)] == [0, 0]
+    # bit for bit what an uninterrupted run has learned
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole" / "run")
+    known = records(tmp_path)
+    assert [record["iteration"] for record in known] == [1, 2, 3]
+    for own, other in zip(known, records(tmp_path / "whole"), strict=True):
+        assert all(own[key] == other[key] for key in ("reward", "loss", "grad_norm", "nfe/update", "traffic/reduced"))
+    # one goes on with what two have begun
     settings = {"reward.terms": f"{{{reward}:reward: 1.0}}", "reward.observed": "[]"}
-    assert train(tmp_path / "run", "--resume", **settings) == 0
-    whole = records(tmp_path)
-    assert whole[:1] == first and [record["iteration"] for record in whole] == [1, 2, 3]
-    assert (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors").exists()
-    # and the other way round: two go on with what one has begun
-    assert [code for code, _ in run(train, tmp_path, reward, "--resume", **{"run.iterations": 4})] == [0, 0]
-    assert [record["iteration"] for record in records(tmp_path)] == [1, 2, 3, 4]
+    assert train(tmp_path / "again" / "run", "--resume", **settings) == 0
+    alone = safetensors.torch.load(adapter(tmp_path / "again" / "run"))
+    for name, tensor in safetensors.torch.load(adapter(tmp_path / "run")).items():
+        assert (alone[name] - tensor).norm() <= 0.01 * tensor.norm()
 
 
 @pytest.mark.parametrize(
@@ -96,13 +115,16 @@ def test_one_that_fails_ends_all(train: Any, tmp_path: Path, reward: Path, fault
 
 
 def test_what_does_not_fit_is_refused_and_said_once(train: Any, tmp_path: Path, reward: Path) -> None:
-    own = train.arguments(tmp_path / "run")
+    def other(**options: object) -> list[str]:
+        return list(train.arguments(tmp_path / "run", **options))
+
+    own = other()
     cases: list[tuple[int, str, list[list[str]], dict[str, str | None]]] = [
-        (2, "optimizer.lr", [own, [*own, "--optimizer.lr=2e-3"]], {}),
-        (2, "2 processes for 1 rows", [[*own, "--data.num_prompts=1", "--sampler.micro_batch=1"]] * 2, {}),
+        (2, "optimizer.lr is 0.002 and 0.001", [own, other(**{"optimizer.lr": 2e-3})], {}),
+        (2, "2 processes for 1 rows", [other(**{"data.num_prompts": 1, "sampler.micro_batch": 1})] * 2, {}),
         (3, "MASTER_ADDR", [own, own], {"MASTER_ADDR": None}),
         (3, "RANK", [own, own], {"RANK": None}),
-        (3, "nccl needs GPUs", [[*own, "--distributed.backend=nccl"]] * 2, {}),
+        (3, "nccl needs GPUs", [other(**{"distributed.backend": "nccl"})] * 2, {}),
     ]
     for code, message, arguments, environment in cases:
         ended = commands(tmp_path, arguments, **environment)
@@ -110,6 +132,27 @@ def test_what_does_not_fit_is_refused_and_said_once(train: Any, tmp_path: Path, 
         (line,) = errors(ended)
         assert message in line
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_slurm_example_starts_a_process_for_each_task(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```bash\n(#!/bin/bash\n.*?)^```", page, re.MULTILINE | re.DOTALL)
+    stubs = {
+        "scontrol": 'case "$1" in show) printf "one\\ntwo\\n";; *) echo "$@";; esac',
+        "srun": 'shift; SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 "$@"',
+        "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK $MASTER_ADDR:$MASTER_PORT" "$@"; exit 75',
+    }
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "[one-two]", "SLURM_JOB_ID": "41"}
+    ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (75, "")
+    started, requeued = ended.stdout.splitlines()
+    where, _, arguments = started.partition(" -m densegrpo_fast.train ")
+    assert where == "9/16 1 one:20041" and requeued == "requeue 41"
+    config, flags = parse_arguments(arguments.split())
+    assert config.preset == "sd35_medium_pickscore" and not flags.resume
 
 
 def test_a_second_run_in_the_directory_is_refused(train: Any, tmp_path: Path, reward: Path) -> None:

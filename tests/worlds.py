@@ -99,7 +99,9 @@ def train(world: World, options: Mapping[str, object], iterations: int = 1, doub
         "gradients": {name: p.grad for name, p in trainer.model.trainable_parameters().items()},
         "weights": {name: p.detach() for name, p in trainer.model.trainable_parameters().items()},
         "records": records,
-        "torch": torch.get_rng_state(),
+        "traffic": (world.traffic.gathered, world.traffic.reduced),
+        # of the base, how many values this process holds
+        "held": sum(getattr(p, "_local_tensor", p).numel() for p in trainer.model.network.parameters()),
     }
 
 

@@ -472,6 +472,10 @@ class DistributedOptions(Section):
         description="what is shared out among the processes: rows = samples (with branches: trajectories), so that "
         "several may share the group of a prompt; groups = whole groups"
     )
+    shard: Literal["auto", "none", "full", "hybrid"] = Field(
+        description="the frozen base: none = whole in every process; full = spread over all of them, hybrid = over "
+        "those of each machine, gathered block by block; auto = full where the estimated memory does not allow none"
+    )
     backend: Literal["auto", "nccl", "gloo"] = Field(
         description="what the processes talk by; auto = NCCL on GPUs, gloo on CPUs"
     )

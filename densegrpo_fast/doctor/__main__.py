@@ -4,6 +4,7 @@
     python -m densegrpo_fast.doctor --json findings.json --run.output_dir /data/run
     python -m densegrpo_fast.doctor --ratio --config embedded_paper   one rollout and its replay, without an update
     python -m densegrpo_fast.doctor --ratio --dry-run --config sd35_medium_pickscore
+    torchrun --nproc-per-node 2 -m densegrpo_fast.doctor --distributed        how processes talk, what they hold
 
 Without --ratio every finding is ok, warn or problem, with what to do; the exit status is 1 if there is a problem.
 With --ratio the unchanged policy replays its own steps, so every importance ratio must be 1. Where it is not, causes
@@ -35,14 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     if options.config is not None:
         overrides = ["--config", options.config, *overrides]
-    if options.dry_run and not options.ratio:
-        parser.error("--dry-run is an option of --ratio")
+    if options.ratio and options.distributed:
+        parser.error("--ratio and --distributed examine different things: choose one")
+    if options.dry_run and not (options.ratio or options.distributed):
+        parser.error("--dry-run is an option of --ratio and --distributed")
     if options.tolerance is not None and not options.ratio:
         parser.error("--tolerance is an option of --ratio")
     with user_errors_exit():
-        refuse_processes("doctor")
+        if not options.distributed:
+            refuse_processes("doctor without --distributed")
         check_outputs(options, "json")
-        examination = ratio if options.ratio else environment
+        examination = processes if options.distributed else ratio if options.ratio else environment
         return int(examination(options, overrides))
 
 
@@ -91,6 +95,35 @@ def ratio(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
     return ExitCode.OK if found["status"] == "ok" else ExitCode.RATIO
 
 
+def processes(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
+    """Examine the processes that were started together, and show and write the findings.
+
+    Raises:
+        UserError: there is one alone, they cannot be joined, or the output cannot be written.
+    """
+    from dataclasses import asdict
+
+    from densegrpo_fast.config.cli import parse_arguments
+
+    config, _ = parse_arguments(overrides)
+    from densegrpo_fast.doctor.findings import healthy, text
+    from densegrpo_fast.doctor.processes import process_findings
+    from densegrpo_fast.training.processes import joined
+
+    with joined(config) as world:
+        if world.size == 1:
+            raise UsageError(
+                "--distributed examines several processes: "
+                "torchrun --nproc-per-node 2 -m densegrpo_fast.doctor --distributed"
+            )
+        findings = list(process_findings(config, world, options.dry_run))
+    sound = healthy(findings)
+    if world.main:
+        print(text(findings))
+        _write(options.json, {"healthy": sound, "findings": [asdict(finding) for finding in findings]})
+    return ExitCode.OK if sound else ExitCode.PROBLEM
+
+
 def _write(path: Path | None, document: dict[str, Any]) -> None:
     if path is None:
         return
@@ -104,7 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", help="preset or configuration file; default: embedded_branched")
     add("--ratio", action="store_true", help="examine the importance ratio instead of the machine")
-    add("--dry-run", action="store_true", help="with --ratio: two samples, and a tiny random model for absent weights")
+    add("--distributed", action="store_true", help="examine the processes that torchrun has started instead")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="with --ratio and --distributed: a tiny random model for absent weights, and of --ratio two samples",
+    )
     add(
         "--tolerance",
         type=_positive,

@@ -111,6 +111,13 @@ class FlowModel(ABC):
     network: Any
     """The diffusers model that evaluates the velocity and carries the adapter."""
 
+    sharded: bool = False
+    """Whether the network's frozen weights are spread over several processes, which then evaluate it together."""
+
+    def blocks(self) -> list[torch.nn.Module]:
+        """The network's blocks in the order of evaluation, each of which may be sharded; [] = it cannot be."""
+        return []
+
     @property
     def input_dtype(self) -> torch.dtype:
         """Dtype to which the network rounds the latents of `velocity`; given in it, they save it that work."""

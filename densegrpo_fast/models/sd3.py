@@ -262,6 +262,9 @@ class SD3(FlowModel):
             self.transformer.enable_adapters()
             self.mode = before
 
+    def blocks(self) -> list[torch.nn.Module]:
+        return list(self.transformer.transformer_blocks)
+
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 

@@ -10,6 +10,8 @@ reduced is counted (`Traffic`); docs/scaling.md has the closed forms.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
 from densegrpo_fast.config import Config
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.lora import base_fingerprint
 from densegrpo_fast.rewards.base import Scores
 from densegrpo_fast.training.prompts import PromptBatch
 
@@ -38,7 +42,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = re.sub(r"^\[[^\]]*\] |\. .*", "", str(error).strip().partition("\n")[0])
         raise LostProcess(
             "another process of the run has ended, or has not answered within distributed.timeout "
             f"({reason}); the checkpoints are kept: start again with --resume"
@@ -307,6 +311,27 @@ def iteration_share(world: World, config: Config) -> Share:
         parts=config.optimizer.updates_per_iteration,
         micro_batch=config.sampler.micro_batch,
     )
+
+
+def equal_weights(world: World, model: FlowModel) -> str:
+    """See that all processes have loaded the same model.
+
+    Returns:
+        The fingerprint of its base.
+
+    Raises:
+        SetupError: base or adapter differ from one process to another; in every process.
+    """
+    base = base_fingerprint(model.network)
+    digest = hashlib.sha256(base.encode())
+    for name, parameter in model.trainable_parameters().items():
+        digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    found = world.gather(torch.tensor([*digest.digest()], dtype=torch.uint8))
+    if different := (found != found[0]).any(1).nonzero().flatten().tolist():
+        raise SetupError(
+            f"process {different[0]} has loaded other weights than process 0: is model.path the same on every machine?"
+        )
+    return base
 
 
 def add_up_gradients(world: World, parameters: Sequence[Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from densegrpo_fast.sampling.replay import per_branch, replay, replay_kl
 from densegrpo_fast.sampling.rollout import Rollout
 from densegrpo_fast.training.distributed import Share, add_up_gradients
 from densegrpo_fast.training.schedule import objective_settings
+from densegrpo_fast.training.sharding import ends_the_run
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,12 @@ class Learner:
     def add_gradient(self, loss: Tensor) -> None:
         """Add a loss's gradient to the parameters', whole or, if the memory runs out on the way, not at all."""
         parameters = list(self.parameters.values())
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except torch.OutOfMemoryError as error:
+            if self.model.sharded:
+                raise ends_the_run(error) from None
+            raise
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue

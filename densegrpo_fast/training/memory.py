@@ -25,6 +25,7 @@ from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.lookahead import GB, Chunks
 from densegrpo_fast.training.meter import underlying
+from densegrpo_fast.training.sharding import ShardMode
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def estimate(
     copy: int = 0,
     features: int = 0,
     processes: int = 1,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """What a run with these settings needs; the arithmetic is in `models/memory.py`.
 
@@ -111,6 +113,7 @@ def estimate(
         copy: bytes of a lookahead copy.
         features: bytes that the lookahead's cache will hold.
         processes: that share the samples; the estimate is of one of them.
+        shards: parts of the base, of which each process holds one; the block that is gathered is not counted.
     """
     sampler, model, held_out = config.sampler, config.model, config.evaluation
     channels, height, width = memory.architecture.latent_shape
@@ -152,7 +155,7 @@ def estimate(
     copies = 3 + (2 if config.ema.every else 0)
     return MemoryEstimate(
         weights={
-            "transformer": memory.transformer,
+            "transformer": memory.transformer // shards,
             "adapter": memory.adapter,
             "text encoders": encoders,
             "decoders": memory.full_decoder + memory.preview_decoder,
@@ -282,6 +285,7 @@ def prepare(
     prompts: Sequence[str],
     reward: RewardMixture | None = None,
     world: World | None = None,
+    shards: int = 1,
 ) -> bool:
     """Encode a run's prompts into its cache, say how its network runs, and see whether the memory will do.
 
@@ -292,6 +296,7 @@ def prepare(
         prompts: all that the run will use, training and held-out.
         reward: all that the run scores with; networks on the model's device are counted.
         world: the processes that share the run: one encodes the prompts, and what the estimate says is of each.
+        shards: parts of the base, of which each process holds one.
 
     Returns:
         Whether a streamed update fits; False where the run must replay instead.
@@ -313,7 +318,7 @@ def prepare(
         print(f"attention: {by}, {str(model.transformer.dtype).removeprefix('torch.')} on {model.device}", flush=True)
     if config.run.memory_check == "off":
         return True
-    needed = estimate_memory(config, model, lookahead, reward, processes=world.size)
+    needed = estimate_memory(config, model, lookahead, reward, processes=world.size, shards=shards)
     if world.main:
         print(needed, flush=True)
     problem, streams = check(needed, free_bytes(model.device), str(model.device)), True
@@ -325,7 +330,7 @@ def prepare(
         )
         streams = False
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"update": "replayed"})})
-        needed = estimate_memory(config, model, lookahead, reward, processes=world.size)
+        needed = estimate_memory(config, model, lookahead, reward, processes=world.size, shards=shards)
         problem = check(needed, free_bytes(model.device), str(model.device))
     if problem is None:
         return streams
@@ -337,6 +342,18 @@ def prepare(
     return streams
 
 
+def shard_mode(config: Config, model: FlowModel, reward: RewardMixture, world: World) -> ShardMode:
+    """What `distributed.shard` says; auto = full if the base leaves too little memory in one of the processes."""
+    mode = config.distributed.shard
+    if mode != "auto":
+        return mode
+    short = False
+    if isinstance(model, SD3) and model.device.type == "cuda":
+        needed = estimate_memory(config, model, None, reward, processes=world.size)
+        short = check(needed, free_bytes(model.device), "") is not None
+    return "full" if world.largest(short) else "none"
+
+
 def estimate_memory(
     config: Config,
     model: SD3,
@@ -344,11 +361,13 @@ def estimate_memory(
     reward: RewardMixture | None = None,
     *,
     processes: int = 1,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """What the run will need on the model's device, the model's own weights included.
 
     Args:
         processes: that share the samples.
+        shards: parts of the base, of which each process holds one.
         lookahead: the run's; its copy and what its cache will hold are counted.
         reward: of the run; its networks on the device are counted.
     """
@@ -373,4 +392,5 @@ def estimate_memory(
         copy=evaluated.bytes() if isinstance(evaluated, LookaheadCopy) else 0,
         features=cache.capacity(*memory.tokens) if isinstance(cache, FeatureCache) else 0,
         processes=processes,
+        shards=shards,
     )

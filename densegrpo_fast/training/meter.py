@@ -189,6 +189,13 @@ class MeteredModel(FlowModel):
         return self.model.network
 
     @property
+    def sharded(self) -> bool:  # type: ignore[override]
+        return self.model.sharded
+
+    def blocks(self) -> list[torch.nn.Module]:
+        return self.model.blocks()
+
+    @property
     def input_dtype(self) -> torch.dtype:
         return self.model.input_dtype
 

@@ -26,6 +26,7 @@ from densegrpo_fast.run_files.model_refs import ModelRef, Weights, read_weights,
 from densegrpo_fast.run_files.statistics import compare
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
+from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.evaluation import HeldOut
 from densegrpo_fast.training.models import default_device, load_model
 from densegrpo_fast.training.prompts import PromptSet
@@ -156,8 +157,11 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
     return torch.cat(list(OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
 
 
-def compare_models(config: Config, refs: Sequence[ModelRef]) -> dict[str, Any]:
+def compare_models(config: Config, refs: Sequence[ModelRef], world: World | None = None) -> dict[str, Any]:
     """Score models on the configuration's held-out prompts, from the same noise, by all its rewards.
+
+    Args:
+        world: the processes that share the pictures; None = this one alone.
 
     Returns:
         JSON data (a missing score is NaN): what `statistics.compare` returns, and
@@ -171,7 +175,7 @@ def compare_models(config: Config, refs: Sequence[ModelRef]) -> dict[str, Any]:
     """
     held_out, reward = HeldOut.of(config), build_observer(config)
     adapters, scores = {}, {}
-    evaluated = with_each(config, refs, lambda model: held_out.evaluate(model, reward).scores)
+    evaluated = with_each(config, refs, lambda model: held_out.evaluate(model, reward, world).scores)
     for ref, (weights, found) in zip(refs, evaluated, strict=True):
         adapters[ref.name] = weights.about()
         scores[ref.name] = {name: values.tolist() for name, values in found.items()}

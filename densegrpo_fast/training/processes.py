@@ -18,14 +18,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
-from densegrpo_fast.common.exit_codes import exit_code_of
-from densegrpo_fast.common.fingerprint import differences
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.fingerprint import flatten
 from densegrpo_fast.config import Config
 from densegrpo_fast.run_files.provenance import versions
 from densegrpo_fast.training.distributed import LostProcess, World
@@ -33,7 +33,9 @@ from densegrpo_fast.training.distributed import LostProcess, World
 _FAILED = "densegrpo_fast/failed"
 _GRACE_SECONDS = 10.0
 """How long a process may go on after another one has failed: it may be waiting for it, or working, and is ended."""
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 0.5
+_PATIENCE_SECONDS = 3.0
+_KNOWN = "densegrpo_fast/known"
 
 
 @contextmanager
@@ -62,16 +64,15 @@ def joined(config: Config) -> Iterator[World]:
             f"the {size} processes cannot find each other: {_first_line(error)}; start them with torchrun, or set "
             "MASTER_ADDR and MASTER_PORT to where process 0 runs"
         ) from None
-    ended = threading.Event()
-    threading.Thread(target=_end_with_the_others, args=(store, ended), daemon=True).start()
+    failures = _Failures(store, rank, size)
     try:
         _compare(store, rank, size, config, backend)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         yield World(rank, size, device)
-        ended.set()
+        failures.ended.set()
         dist.destroy_process_group()
     except Exception as error:
-        _fail(store, rank, size, error)
+        failures.fail(error)
 
 
 def _number(variable: str, default: int | None = None) -> int:
@@ -118,43 +119,80 @@ def _compare(store: Any, rank: int, size: int, config: Config, backend: str) -> 
         raise LostProcess(f"not all {size} processes have come: {_first_line(error)}") from None
     for other, theirs in enumerate(about):
         where = f"process {other} on {theirs['host']} and process 0 on {about[0]['host']}"
-        if theirs["settings"] != about[0]["settings"]:
-            found = "; ".join(differences(about[0]["settings"], theirs["settings"]))
+        if found := _differences(theirs["settings"], about[0]["settings"]):
             raise UsageError(f"{where} have other settings: {found}")
-        if theirs["versions"] != about[0]["versions"]:
-            found = "; ".join(differences(about[0]["versions"], theirs["versions"]))
+        if found := _differences(theirs["versions"], about[0]["versions"]):
             raise SetupError(f"{where} have other versions: {found}")
 
 
-def _fail(store: Any, rank: int, size: int, error: Exception) -> None:
-    """Say why this process ends, unless another has said it of itself, and end it with the exit code of the first."""
-    code = int(exit_code_of(error)) if isinstance(error, UserError) else 1
-    own = json.dumps({"rank": rank, "code": code})
-    try:
-        first = store.compare_set(_FAILED, "", own).decode()
-    except RuntimeError:  # the store was the first's
-        first = own
-    if first != own:
-        code = json.loads(first)["code"]
-    elif isinstance(error, UserError):
-        print(f"error: {f'process {rank} of {size}: ' if rank else ''}{error}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # an orderly end would wait for the others
-    os._exit(code)
+class _Failures:
+    """What ends a run: the first process to fail leaves its exit code in the store, where the others look for it.
+
+    Args:
+        store: that all processes have in common; without torchrun it is gone with process 0.
+        rank, size: of the world.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int):
+        self.store, self.rank, self.size = store, rank, size
+        self.ended = threading.Event()
+        self._code: int | None = None
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Say why this process ends, unless another has failed before, and end it with the exit code of the first."""
+        self.ended.set()
+        code, first = int(exit_code_of(error)) if isinstance(error, UserError) else 1, self._code is None
+        if first:
+            own = json.dumps({"rank": self.rank, "code": code})
+            try:
+                found = self.store.compare_set(_FAILED, "", own).decode()
+            except RuntimeError:  # the store is gone
+                found = own
+            code, first = json.loads(found)["code"], found == own
+        else:
+            code = self._code or code
+        if first and isinstance(error, UserError):
+            print(f"error: {f'process {self.rank} of {self.size}: ' if self.rank else ''}{error}", file=sys.stderr)
+        elif first:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.rank == 0:
+            self._wait_for_the_others()
+        # an orderly end would wait for the others
+        os._exit(code)
+
+    def _wait_for_the_others(self) -> None:
+        """Until they know: the store may end with this process."""
+        for _ in range(int(_PATIENCE_SECONDS / _POLL_SECONDS)):
+            try:
+                if self.store.add(_KNOWN, 0) >= self.size - 1:
+                    return
+            except RuntimeError:
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _watch(self) -> None:
+        """End this process some time after another has failed, whatever it does until then."""
+        while self._code is None:
+            if self.ended.wait(_POLL_SECONDS):
+                return
+            try:
+                if self.store.check([_FAILED]):
+                    self._code = json.loads(self.store.get(_FAILED))["code"]
+                    self.store.add(_KNOWN, 1)
+            except RuntimeError:  # the store is gone, and with it the process that had it
+                self._code = self._code or int(ExitCode.ENVIRONMENT)
+        if not self.ended.wait(_GRACE_SECONDS):
+            os._exit(self._code)
 
 
-def _end_with_the_others(store: Any, ended: threading.Event) -> None:
-    """End this process some time after another has failed, whatever it does until then."""
-    while not ended.wait(_POLL_SECONDS):
-        try:
-            if store.check([_FAILED]):
-                time.sleep(_GRACE_SECONDS)
-                os._exit(json.loads(store.get(_FAILED))["code"])
-        except RuntimeError:  # the store is gone, and with it the process that had it
-            return
+def _differences(own: dict[str, Any], other: dict[str, Any]) -> str:
+    """The entries in which two processes differ."""
+    first, second = flatten(own), flatten(other)
+    keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
+    return "; ".join(f"{key} is {first.get(key)!r} and {second.get(key)!r}" for key in keys)
 
 
 def _first_line(error: Exception) -> str:

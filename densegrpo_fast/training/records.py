@@ -130,17 +130,20 @@ class RunRecords:
         config: the run's.
         model: with the adapter that is trained.
         held_out: the held-out prompts.
+        base_weights: fingerprint of the base model; None = it is taken here, of a model that is not sharded.
     """
 
     log: MetricsLog
     alarms: Alarms
     progress: Progress
 
-    def __init__(self, directory: Path, config: Config, model: FlowModel, held_out: HeldOut):
+    def __init__(
+        self, directory: Path, config: Config, model: FlowModel, held_out: HeldOut, base_weights: str | None = None
+    ):
         self.directory, self.config, self.model, self.held_out = directory, config, model, held_out
         settings = config.resume_settings() | {
             "noise_layout": LAYOUT_VERSION,
-            "base_weights": base_fingerprint(model.network),
+            "base_weights": base_fingerprint(model.network) if base_weights is None else base_weights,
         }
         self.checkpoints = CheckpointManager(directory / "checkpoints", config.run.keep_checkpoints, settings)
 

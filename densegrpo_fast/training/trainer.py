@@ -37,11 +37,11 @@ from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
 from densegrpo_fast.sampling.rollout import Rollout, Trajectory, TrajectorySampler, initial_noise, rollout
 from densegrpo_fast.training.costs import CostReport
-from densegrpo_fast.training.distributed import Traffic, World, iteration_share
+from densegrpo_fast.training.distributed import Traffic, World, equal_weights, iteration_share
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 from densegrpo_fast.training.lookahead import build_lookahead, completion_ways
-from densegrpo_fast.training.memory import peak_metrics, prepare, start_peak
+from densegrpo_fast.training.memory import peak_metrics, prepare, shard_mode, start_peak
 from densegrpo_fast.training.meter import Meter, MeteredModel, MeteredReward, PhaseTimer
 from densegrpo_fast.training.models import build_model, default_device, synchronizer
 from densegrpo_fast.training.monitor import LookaheadMonitor
@@ -50,6 +50,7 @@ from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
 from densegrpo_fast.training.records import RunRecords, iteration_record, of_all_processes, run_directory
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
+from densegrpo_fast.training.sharding import shard
 from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
 
 
@@ -109,6 +110,12 @@ class Trainer:
             self.reward = reward if isinstance(reward, RewardMixture) else RewardMixture({"reward": (reward, 1.0)})
             self.observed = self.reward
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
+        self.base_weights: str | None = None
+        self.shards = 1
+        if self.world.size > 1:
+            self.base_weights = equal_weights(self.world, self.model)
+            mode = shard_mode(config, self.model, self.observed, self.world)
+            self.shards = shard(self.model, config, self.world, mode)
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
         self.policy = MeteredModel(self.model, self.meter)
         if not self.model.trainable_parameters():
@@ -325,10 +332,10 @@ class Trainer:
         """`run` in a directory that `run_directory` has opened."""
         config, total, world = self.config, self.config.run.iterations, self.world
         prompts = self.prompts.used(total) + self.held_out.prompts
-        streams = prepare(config, self.model, self.lookahead, prompts, self.observed, world)
+        streams = prepare(config, self.model, self.lookahead, prompts, self.observed, world, self.shards)
         if isinstance(self.strategy, Streamed):
             self.strategy.fits = streams
-        records = RunRecords(directory, config, self.model, self.held_out)
+        records = RunRecords(directory, config, self.model, self.held_out, self.base_weights)
         if world.main:
             print(
                 f"{config.preset}: {total} iterations of {config.data.num_prompts} prompts x "
