@@ -92,7 +92,12 @@ def test_what_cannot_be_shared_out_is_refused() -> None:
 
 CASES: dict[str, dict[str, object]] = {
     "guided, with KL": {"sampler.guidance_scale": 3.0, "objective.kl_coef": 0.5, "ema.every": 1},
-    "whole groups, watched": {"distributed.split": "groups", "lookahead.monitor_every": 1},
+    "whole groups, watched": {
+        "distributed.split": "groups",
+        "data.num_prompts": 4,
+        "sampler.group_size": 2,
+        "lookahead.monitor_every": 1,
+    },
     "rows of a group, watched": {"data.num_prompts": 1, "sampler.group_size": 8, "lookahead.monitor_every": 1},
     "streamed": {"optimizer.update": "streamed", "sampler.guidance_scale": 3.0, "objective.kl_coef": 0.5},
     "branches": {
@@ -102,7 +107,12 @@ CASES: dict[str, dict[str, object]] = {
         "objective.kl_coef": 0.5,
         "sampler.guidance_scale": 3.0,
     },
-    "sparse, two updates": {"credit.method": "sparse", "optimizer.updates_per_iteration": 2},
+    "sparse, two updates": {
+        "credit.method": "sparse",
+        "optimizer.updates_per_iteration": 2,
+        "sampler.micro_batch": 1,
+        "lookahead.chunk": 1,
+    },
     "previews, drawn steps": {
         "lookahead.decoder": "preview",
         "objective.trained_steps": 2,

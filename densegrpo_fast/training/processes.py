@@ -30,12 +30,11 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.run_files.provenance import versions
 from densegrpo_fast.training.distributed import LostProcess, World
 
-_FAILED = "densegrpo_fast/failed"
+_PREFIX, _FAILED, _KNOWN = "densegrpo_fast", "failed", "known"
 _GRACE_SECONDS = 10.0
 """How long a process may go on after another one has failed: it may be waiting for it, or working, and is ended."""
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 3.0
-_KNOWN = "densegrpo_fast/known"
 
 
 @contextmanager
@@ -64,6 +63,8 @@ def joined(config: Config) -> Iterator[World]:
             f"the {size} processes cannot find each other: {_first_line(error)}; start them with torchrun, or set "
             "MASTER_ADDR and MASTER_PORT to where process 0 runs"
         ) from None
+    # under torchrun the store outlives the processes, and those that it starts again have other addresses
+    store = dist.PrefixStore(f"{_PREFIX}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     failures = _Failures(store, rank, size)
     try:
         _compare(store, rank, size, config, backend)
@@ -112,9 +113,9 @@ def _compare(store: Any, rank: int, size: int, config: Config, backend: str) -> 
         "settings": config.model_dump(mode="json"),
         "versions": versions() | {"backend": backend},
     }
-    store.set(f"densegrpo_fast/about/{rank}", json.dumps(own))
+    store.set(f"about/{rank}", json.dumps(own))
     try:
-        about = [json.loads(store.get(f"densegrpo_fast/about/{other}")) for other in range(size)]
+        about = [json.loads(store.get(f"about/{other}")) for other in range(size)]
     except RuntimeError as error:
         raise LostProcess(f"not all {size} processes have come: {_first_line(error)}") from None
     for other, theirs in enumerate(about):
