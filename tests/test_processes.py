@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+from torch.distributed import TCPStore
 
 from densegrpo_fast.config.cli import parse_arguments
 
@@ -47,13 +48,11 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(
-    train: Any, tmp_path: Path, reward: Path, *, fault: str | None = None, restarts: int = 0, **options: object
-) -> Any:
+def run(train: Any, tmp_path: Path, reward: Path, environment: dict[str, str] | None = None, **options: object) -> Any:
     """Exit codes and what was printed of two processes."""
     settings = {"reward.terms": f"{{{reward}:reward: 1.0}}", "reward.observed": "[]", **options}
     arguments = train.arguments(tmp_path / "run", **settings)
-    return commands(tmp_path, [arguments] * 2, FAULT=fault, TORCHELASTIC_RESTART_COUNT=str(restarts))
+    return commands(tmp_path, [arguments] * 2, **environment or {})
 
 
 def records(tmp_path: Path) -> list[dict[str, Any]]:
@@ -69,7 +68,10 @@ def adapter(directory: Path) -> bytes:
 
 
 def test_a_signal_to_one_stops_all_and_any_number_resumes(train: Any, tmp_path: Path, reward: Path) -> None:
-    stopped = run(train, tmp_path, reward, fault="SIGTERM")
+    # the store of torchrun outlives the processes that it starts, and starts again
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torchrun = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    stopped = run(train, tmp_path, reward, torchrun | {"FAULT": "SIGTERM"})
     assert [code for code, _ in stopped] == [75, 75]
     first = records(tmp_path)
     assert [record["iteration"] for record in first] == [1] and first[0]["processes"] == 2
@@ -77,7 +79,7 @@ def test_a_signal_to_one_stops_all_and_any_number_resumes(train: Any, tmp_path: 
     # only one prints
     assert "stopped after iteration 1" in stopped[0][1] and "iteration" not in stopped[1][1]
     shutil.copytree(tmp_path / "run", tmp_path / "again" / "run")
-    assert [code for code, _ in run(train, tmp_path, reward, restarts=1)] == [0, 0]
+    assert [code for code, _ in run(train, tmp_path, reward, torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"})] == [0, 0]
     (tmp_path / "whole").mkdir()
     assert [code for code, _ in run(train, tmp_path / "whole", reward)] == [0, 0]
     # bit for bit what an uninterrupted run has learned
@@ -104,7 +106,8 @@ def test_a_signal_to_one_stops_all_and_any_number_resumes(train: Any, tmp_path: 
 )
 def test_one_that_fails_ends_all(train: Any, tmp_path: Path, reward: Path, fault: str, code: int, message: str) -> None:
     start = time.monotonic()
-    ended = run(train, tmp_path, reward, fault=fault, **{"distributed.timeout": 20 if fault == "hang" else 300})
+    timeout = 20 if fault == "hang" else 300
+    ended = run(train, tmp_path, reward, {"FAULT": fault}, **{"distributed.timeout": timeout})
     assert time.monotonic() - start < 200
     assert ended[0][0] == code and ended[1][0] == (-signal.SIGKILL if fault == "SIGKILL" else code)
     (line,) = errors(ended)
