@@ -232,23 +232,23 @@ def measure(
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
     done = 0
     for batch in batches(target, groups, group_size=group_size, seed=seed):
-        for way in dict.fromkeys(map(without_decoder, wanted)):
-            lookahead = lookahead_of(target, way, batch)
-            alike = [variant for variant in wanted if without_decoder(variant) == way]
-            for variant, images in pictures(target, lookahead, batch, alike):
-                parts[variant].append(score(target, batch, images))
+        for variant, rewards in rewards_of(target, wanted, batch):
+            parts[variant].append(rewards)
         done += len(batch.rows) // group_size
         progress(done)
     return {variant: torch.cat(values) for variant, values in parts.items()}
 
 
-def pictures(
-    target: FidelityTarget, lookahead: Lookahead, batch: Batch, variants: Sequence[Variant]
-) -> Iterator[tuple[Variant, Tensor]]:
-    """Images [T+1, B, 3, H, W], or [M, B, 3, H, W] of branches, by every variant's decoder."""
-    clean = lookahead.complete(batch.rollout)
-    for variant in variants:
-        yield variant, lookahead.images(batch.rollout, clean, variant.decoder, decoding(target, variant))
+def rewards_of(target: FidelityTarget, variants: Sequence[Variant], batch: Batch) -> Iterator[tuple[Variant, Tensor]]:
+    """Every variant's rewards of a batch, as `measure` returns them; those that differ in the decoder alone share
+    completions."""
+    for way in dict.fromkeys(map(without_decoder, variants)):
+        lookahead = lookahead_of(target, way, batch)
+        clean = lookahead.complete(batch.rollout)
+        for variant in variants:
+            if without_decoder(variant) == way:
+                images = lookahead.images(batch.rollout, clean, variant.decoder, decoding(target, variant))
+                yield variant, score(target, batch, images)
 
 
 def _uses_its_rollout(variant: Variant, target: FidelityTarget, group_size: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from densegrpo_fast.training.prompts import PromptSet, prompt_set
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
+    from densegrpo_fast.models.sd3 import SD3
 
 _STEPS, _GUIDANCE, _NOISE = 10, 4.5, 0.7
 _COMPONENTS, _ALLOWED, _SHAPE = 48, 12, (3, 4, 4)
@@ -90,6 +91,7 @@ def pipeline_target(
     copy_dtypes: Sequence[str] = (),
     vae_dtypes: Sequence[str] = (),
     caches: Sequence[tuple[str | None, str]] = (),
+    made: tuple[SD3, RewardMixture, PromptSet] | None = None,
 ) -> FidelityTarget:
     """The model, sampler, held-out prompts and reward of a configuration.
 
@@ -101,6 +103,7 @@ def pipeline_target(
         vae_dtypes: further precisions of the full decoder.
         caches: specs of features to take over from the rollout, as in the configuration, each with the precision of the
             copy that reads them; None = the model itself does.
+        made: model, reward and prompts that are there already and are measured instead, the model with its adapter.
 
     Raises:
         UserError: something cannot be loaded, or there are too few prompts.
@@ -112,16 +115,21 @@ def pipeline_target(
     from densegrpo_fast.training.rewarding import build_reward
     from densegrpo_fast.training.schedule import Schedule
 
-    prompts = _held_out(config, groups)
-    reward = build_reward(config.reward.terms, config.reward.options)
-    model = load_model(config.model, default_device())
-    check_calibration(config, model)
+    if made is None:
+        prompts = _held_out(config, groups)
+        reward = build_reward(config.reward.terms, config.reward.options)
+        model = load_model(config.model, default_device())
+        check_calibration(config, model)
+    else:
+        model, reward, prompts = made
     step_runner = build_step_runner(config, model)
     if adapter is not None:
         _load_adapter(model.network, adapter)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
     lora = config.lora
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
+    if config.model.gradient_checkpointing:
+        unit = replace(unit, backward=unit.backward + unit.forward)
     copies: dict[str, FlowModel] = {dtype: build_copy(model, dtype) for dtype in copy_dtypes}
     chunks, schedule = lookahead_chunks(config, model, "full"), Schedule(config, model)
     costs: dict[tuple[str | None, str | None], float] = {(dtype, None): unit.reference_forward for dtype in copies}

@@ -22,7 +22,7 @@ from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, unused_name
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+CONFIG_FILE, METRICS_FILE, AUTO_FILE = "config.yaml", "metrics.jsonl", "lookahead_auto.json"
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 """Names of what a run writes in its directory: files, and directories."""
 
@@ -123,8 +123,8 @@ def _write_holder(descriptor: int, text: str) -> None:
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether a run has written its configuration, metrics or checkpoints in a directory."""
-    return any((directory / name).exists() for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS))
+    """Whether a run has written its configuration, metrics, checkpoints or choice of a lookahead in a directory."""
+    return any((directory / name).exists() for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS, AUTO_FILE))
 
 
 @contextmanager

@@ -70,8 +70,17 @@ def completion_ways(config: Config, lookahead: Lookahead) -> list[Lookahead]:
 
 
 def build_plan(config: Config, num_steps: int) -> Plan:
-    """The configured plan, for so many steps."""
+    """The configured plan, for so many steps.
+
+    Raises:
+        UsageError: it is auto, which is not chosen yet.
+    """
     options = config.lookahead
+    if options.plan == "auto":
+        raise UsageError(
+            "lookahead.plan: auto is chosen by python -m densegrpo_fast.train, and in Python by "
+            "densegrpo_fast.fidelity.auto.choose(config); the config.yaml of such a run has what was chosen"
+        )
     return make_plan(options.plan, num_steps, options.nodes, options.n or 1, options.paths)
 
 
