@@ -50,7 +50,8 @@ def test_an_analytic_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     document = json.loads(out.read_text())
     chosen = document["search"]["chosen"]
     candidates = document["search"]["candidates"]
-    assert chosen in candidates and len([name for name in candidates if not name.startswith("paths")]) == 10
+    # ten sets of at most one node, and the plan that is named
+    assert chosen in candidates and len([name for name in candidates if not name.startswith("paths")]) == 11
     # what is chosen can be asked for by what is printed
     again = document["search"]["chosen_plan"]
     assert f"again by --plans {again}\n" in (shown := capsys.readouterr().out)
@@ -99,6 +100,24 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
         row = record["plans"]["exact/full/full, 3 steps drawn"]
         assert row["ratio_kl"] == pytest.approx(own / sparse)
     assert "FLUX.1-dev, 512 px" in capsys.readouterr().out
+
+
+def test_a_configuration_is_priced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SD3.5-Medium by its own settings, in forwards: the table of the lookahead's page."""
+    out = tmp_path / "cost.json"
+    arguments = ["--cost", "--config", "sd35_medium_pickscore", "--json", str(out)]
+    assert fidelity.main(arguments) == 0
+    found = json.loads(out.read_text())
+    # ten steps, 45 evaluations ahead, nine trained with their reference, all guided
+    assert found["nfe"] == {"rollout": 20, "lookahead": 90, "update": 36} and found["decodes"] == 11
+    assert found["over_replayed_sparse"] == found["over_sparse_of_as_many_steps"] == pytest.approx(2.33, abs=0.01)
+    assert sum(found["operations"].values()) == pytest.approx(2 * found["operations"]["iteration"])
+    drawn = ["--objective.trained_steps=4", "--objective.step_sampling=importance", "--optimizer.update=streamed"]
+    assert fidelity.main([*arguments, *drawn]) == 0
+    found = json.loads(out.read_text())
+    assert found["over_replayed_sparse"] == pytest.approx(1.03, abs=0.01)
+    assert found["over_sparse_of_as_many_steps"] == pytest.approx(1.73, abs=0.01)
+    assert "trained steps: 4, drawn by importance; update streamed; with KL" in capsys.readouterr().out
 
 
 def test_costs_of_cheaper_forwards_by_hand(
@@ -228,6 +247,7 @@ def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path)
         (["--threshold-gains", "2"], "expected a number in [-1, 1], got '2'"),
         (["--search", "--groups", "1"], "--search needs --groups of at least 2"),
         (["--cost", "--analytic"], "--cost and --analytic exclude each other"),
+        (["--cost", "--config", "embedded_paper", "--plans", "exact"], "not with --plans, but with options such as"),
         (["--analytic", "--config", "embedded_dense"], "--analytic and --config exclude each other"),
         (["--analytic", "--sampler.num_steps", "4"], "--analytic takes no configuration"),
         (["--sampler.steps", "4"], 'unknown option "sampler.steps"'),
