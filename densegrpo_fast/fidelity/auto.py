@@ -10,7 +10,6 @@ reach the fidelity by definition.
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from densegrpo_fast.common.errors import CheckpointError, UsageError
-from densegrpo_fast.common.files import output_errors, write_json
+from densegrpo_fast.common.files import write_json
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.help import describe_errors
 from densegrpo_fast.config.yaml_files import inline_yaml
@@ -33,7 +32,7 @@ from densegrpo_fast.fidelity.variance import mean_square
 from densegrpo_fast.fidelity.variants import Variant, reference
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.run_files.provenance import provenance
-from densegrpo_fast.run_files.run_directory import AUTO_FILE
+from densegrpo_fast.run_files.run_directory import AUTO_FILE, auto_record
 from densegrpo_fast.training.memory import check, estimate_memory, free_bytes, readable
 from densegrpo_fast.training.schedule import Schedule
 
@@ -99,23 +98,21 @@ def settle(config: Config, directory: Path, *, resume: bool) -> tuple[Config, Fl
         The configuration, and its model if that is loaded already. Without `auto` the configuration is what it was.
 
     Raises:
-        CheckpointError: the run to resume was begun without `auto`; OutputError: the record cannot be written or read;
-            UserError: as `choose`.
+        CheckpointError: the run to resume was begun without `auto`, or its record is broken; OutputError: the record
+            cannot be written or read; UserError: as `choose`.
     """
     if config.lookahead.plan != "auto":
         return config, None
-    path = directory / AUTO_FILE
     if not resume:
         choice = choose(config)
-        write_json(path, choice.record)
+        write_json(directory / AUTO_FILE, choice.record)
         return choice.config, choice.model
-    if not path.exists():
+    record = auto_record(directory)
+    if record is None:
         raise CheckpointError(
             f"--resume: {directory} has no {AUTO_FILE}, so its run was not begun with lookahead.plan auto; go on with "
             f"--resume={directory} and without that option"
         )
-    with output_errors(f"cannot read {path}"):
-        record = json.loads(path.read_text(encoding="utf-8"))
     return with_options(config, record["options"]), None
 
 

@@ -24,7 +24,7 @@ from densegrpo_fast.run_files.images import save_grid
 from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
-from densegrpo_fast.run_files.run_directory import AUTO_FILE
+from densegrpo_fast.run_files.run_directory import auto_record
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.rewarding import RewardBatch
@@ -112,9 +112,9 @@ class RunRecords:
         """
         torch.manual_seed(self.config.seed)
         with output_errors(f"cannot write in {self.directory}"):
-            if (measured := self.directory / AUTO_FILE).exists():
-                lines = json.loads(measured.read_text(encoding="utf-8"))["text"].splitlines()
-                config_yaml = "".join(f"# {line}".rstrip() + "\n" for line in lines) + config_yaml
+            if measured := auto_record(self.directory):
+                comment = (f"# {line}".rstrip() for line in measured["text"].splitlines())
+                config_yaml = "\n".join([*comment, config_yaml])
             write_durably(self.directory / "config.yaml", config_yaml.encode())
 
     def restore(self, trainer: Resumable, log: MetricsLog) -> int:
