@@ -51,6 +51,9 @@ def test_the_least_variance_times_operations_within_the_budget_is_chosen() -> No
     forms = [form(2.0, 0.1), form(1.3, 1.0), form(1.2, 1.05), form(0.6, 3.0), form(0.5, 0.5, gains=0.8)]
     chosen, reason = auto.best(forms, 1.3, WANTED)
     assert chosen is forms[2] and "at most the budget of 1.3" in reason
+    assert auto.best(forms, None, WANTED)[0] is forms[0]
+    # what a larger budget would bring
+    assert "A budget of 2 would allow" in reason and "whose variance x iteration is 0.20" in reason
 
 
 def test_without_one_within_the_budget_the_cheapest_is_chosen_and_that_is_said() -> None:

@@ -251,10 +251,10 @@ class LookaheadOptions(Section):
     monitor_alarm: float = Field(
         ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which an alarm is on"
     )
-    budget: float = Field(
-        gt=0,
+    budget: Annotated[float, Field(gt=0)] | None = Field(
         description="with plan auto: what an iteration may cost, in operations of one with one reward per picture that "
-        "trains all steps, each with its forward repeated",
+        "trains all steps, each with its forward repeated; null = whatever has the least variance of the gradient for "
+        "its operations"
     )
     fidelity: list[Annotated[float, Field(ge=-1, le=1)]] = Field(
         min_length=3,

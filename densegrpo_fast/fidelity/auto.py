@@ -2,9 +2,9 @@
 
 Every candidate of the trial (`trial.py`) that reaches `lookahead.fidelity` is priced by operations, with all steps
 trained and with some of them drawn by their gradients, without a repeated forward where credit and memory allow that.
-Chosen is, of what costs at most `lookahead.budget`, what has the least variance of the gradient times operations: a
-given precision of the gradient by the fewest operations. If nothing costs so little, the cheapest. Exact completions
-reach the fidelity by definition.
+Chosen is, of what costs at most `lookahead.budget` if there is one, what has the least variance of the gradient times
+operations: a given precision of the gradient by the fewest operations. If nothing costs so little, the cheapest. Exact
+completions reach the fidelity by definition.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite, nan
+from math import ceil, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,9 @@ class Form:
     def product(self) -> float:
         """Variance times operations."""
         return self.variance * self.cost
+
+    def __str__(self) -> str:
+        return f"{self.row.candidate.variant.name}, trained steps: {self.steps}"
 
     @property
     def steps(self) -> str:
@@ -241,6 +244,9 @@ def forms_of(trial: Trial, rows: Sequence[Row], thresholds: Thresholds) -> tuple
     assert target.flops is not None
     unit, count = target.flops, len(trial.steps)
     whole = mean_square(trial.products, draws(trial.schedule), trial.steps)
+    exact = next(row for row in rows if row.candidate.variant == trial.reference)
+    if not isfinite(exact.candidate.agreement.spearman_gains_mean):
+        notes.append("inside every group the exact gains are all alike, so that no plan can be compared with them")
     if not whole > 0:
         notes.append("the gradients of these groups are 0, so that no steps are drawn")
     if repeats := _repeats(trial):
@@ -287,10 +293,15 @@ def _repeats(trial: Trial) -> str | None:
     return f"the graphs of two steps take about {readable(needed.state['graphs'])}, which do not fit"
 
 
-def best(forms: Sequence[Form], budget: float, thresholds: Thresholds) -> tuple[Form, str]:
-    """The form to train with, and why."""
+def best(forms: Sequence[Form], budget: float | None, thresholds: Thresholds) -> tuple[Form, str]:
+    """The form to train with, and why.
+
+    Args:
+        budget: what its iteration may cost, in replayed sparse ones; None = anything.
+        thresholds: that the forms were compared with.
+    """
     able = [form for form in forms if form.reaches]
-    within = [form for form in able if form.cost <= budget]
+    within = [form for form in able if budget is None or form.cost <= budget]
     known = all(isfinite(form.variance) for form in able)
 
     def order(form: Form) -> tuple[float, float]:
@@ -298,18 +309,22 @@ def best(forms: Sequence[Form], budget: float, thresholds: Thresholds) -> tuple[
         return form.product if within and known else form.cost, -gains if isfinite(gains) else 0.0
 
     chosen = min(within or able, key=order)
-    name = f"{chosen.row.candidate.variant.name}, {chosen.steps} steps"
-    wanted = ", ".join(f"{name} {value:g}" for name, value in asdict(thresholds).items())
-    if not within:
-        return chosen, (
-            f"{name}. Nothing that reaches the fidelity ({wanted}) costs at most the budget of {budget:g}; this "
-            f"reaches it at the lowest cost, {chosen.cost:.2f}"
+    reaching = ", ".join(f"{name} {value:g}" for name, value in asdict(thresholds).items())
+    what = "variance x iteration" if known else "cost"
+    if within:
+        limit = "" if budget is None else f" and costs at most the budget of {budget:g}"
+        least = chosen.product if known else chosen.cost
+        reason = f"{chosen}. Of what reaches the fidelity ({reaching}){limit}, it has the least {what}, {least:.2f}."
+    else:
+        reason = (
+            f"{chosen}. Nothing that reaches the fidelity ({reaching}) costs at most the budget of {budget:g}; this "
+            f"reaches it at the lowest cost, {chosen.cost:.2f}."
         )
-    least = f"variance x iteration, {chosen.product:.2f}" if known else f"cost, {chosen.cost:.2f}"
-    return chosen, (
-        f"{name}. Of what reaches the fidelity ({wanted}) and costs at most the budget of {budget:g}, it has the least "
-        f"{least}"
-    )
+    dearer = min(able, key=lambda form: form.product)
+    if known and dearer.product < chosen.product:
+        allowing = ceil(100 * dearer.cost) / 100
+        reason += f" A budget of {allowing:g} would allow {dearer}, whose {what} is {dearer.product:.2f}."
+    return chosen, reason
 
 
 def candidate_table(forms: Sequence[Form]) -> str:
