@@ -138,7 +138,8 @@ def rehearse(config: Config, small: Config) -> tuple[Config, FlowModel | None]:
     settings = config.model_dump()
     sizes = {key: settings[section][name] for key in keys for section, name in [key.split(".")]}
     sized = with_options(small, sizes | {"optimizer.updates_per_iteration": config.optimizer.updates_per_iteration})
-    print(f"lookahead.plan auto: {trial_of(sized, tiny=True).outline()}")
+    on = "" if config.model.path == "embedded" else ", counted on a tiny model"
+    print(f"lookahead.plan auto: {trial_of(sized, tiny=True).outline()}{on}")
     choice = choose(small, tiny=True, groups=2, say=lambda text: None)
     print("lookahead.plan auto: tried on 2 groups of 2 samples, whose figures mean nothing")
     return choice.config, choice.model
