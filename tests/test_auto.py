@@ -66,6 +66,14 @@ def test_without_one_within_the_budget_the_cheapest_is_chosen_and_that_is_said()
     assert auto.best(blind, 1.3, WANTED)[0] is blind[1]
 
 
+def test_few_groups_must_reach_the_fidelity_with_a_standard_error_to_spare() -> None:
+    def reaches(error: float) -> bool:
+        found = replace(agreement(0.96, 0.92), spearman_rewards_error=0.005, spearman_gains_error=error)
+        return Row(Candidate(reference(4), 4, None, found), 8).reaches(WANTED)
+
+    assert reaches(0.015) and not reaches(0.025) and not reaches(nan)
+
+
 def test_the_mean_square_is_that_of_the_estimator() -> None:
     gradients = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     products = torch.stack([group @ group.T for group in gradients]).mean(0)

@@ -268,7 +268,7 @@ def forms_of(trial: Trial, rows: Sequence[Row], thresholds: Thresholds) -> tuple
         variance = mean_square(trial.products, sets, trial.steps) / whole if whole > 0 else nan
         for row in rows:
             variant = row.candidate.variant
-            reaches = variant == trial.reference or thresholds.met_by(row.candidate.agreement)
+            reaches = variant == trial.reference or row.reaches(thresholds)
             if drawn is not None and not reaches:
                 continue
             options = options_of(variant) | steps

@@ -49,6 +49,14 @@ class Row:
     candidate: Candidate
     groups: int
 
+    def reaches(self, thresholds: Thresholds) -> bool:
+        """Whether its mean correlations are above the thresholds by at least a standard error, which few groups have
+        much of."""
+        found = self.candidate.agreement
+        rewards = found.spearman_rewards_mean - found.spearman_rewards_error
+        gains = found.spearman_gains_mean - found.spearman_gains_error
+        return thresholds.met_by(replace(found, spearman_rewards_mean=rewards, spearman_gains_mean=gains))
+
 
 class Trial:
     """What is measured, and on what.
