@@ -223,14 +223,14 @@ def count(
         lora_targets: suffixes of the names of the adapted projections.
         reward: operations of the reward model for one image, e.g. `clip_h_image()`.
     """
-    from peft import LoraConfig
+    from densegrpo_fast.models.lora_linear import lora_config
 
     with torch.device("meta"):
         network = architecture.network().requires_grad_(False)
         inputs = architecture.inputs(network.config)
         with torch.no_grad():
             reference = counted(lambda: network(**inputs))
-        network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+        network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
         outputs: list[Tensor] = []
         forward = counted(lambda: outputs.append(network(**inputs, return_dict=False)[0]))
         backward = counted(lambda: outputs[0].sum().backward())
@@ -262,13 +262,13 @@ def cached_forward(
     Raises:
         ValueError: the spec does not fit the architecture.
     """
-    from peft import LoraConfig
+    from densegrpo_fast.models.lora_linear import lora_config
 
     with torch.device("meta"), torch.no_grad():
         network = architecture.network().requires_grad_(False)
         inputs = architecture.inputs(network.config)
         if lora_rank:
-            network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+            network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
         cache, row = FeatureCache(network, spec, nodes=(1,), rows=1), slice(0, 1)
         with cache.record(1, row):
             network(**inputs)

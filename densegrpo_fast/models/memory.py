@@ -118,13 +118,13 @@ class ModelMemory:
         lora_rank: int = 32,
         lora_targets: tuple[str, ...] = ATTENTION_TARGETS,
     ):
-        from peft import LoraConfig
+        from densegrpo_fast.models.lora_linear import lora_config
 
         self.architecture = architecture
         with torch.device("meta"):
             self.network = nn.Module.to(architecture.network(), dtype).requires_grad_(False)
             self.transformer = module_bytes(self.network)
-            self.network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+            self.network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
             self.vae = nn.Module.to(architecture.full_decoder(), vae_dtype)
             make = architecture.preview_decoder
             self.preview = None if make is None else nn.Module.to(make(), preview_dtype)
