@@ -12,7 +12,6 @@ import torch
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.variants import Variant, expanded
 from densegrpo_fast.models.base import Decoder
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.flops import (
     ARCHITECTURES,
     Architecture,
@@ -62,7 +61,7 @@ def cost_records(
         make_plans: from T to a plan.
         guidances, decoders: to combine with every plan.
         copies: dtypes of copies, with the adapter merged, to count every plan with too.
-        caches: specs of features that are reused, to count every plan with too.
+        caches: features that are reused, to count every plan with too.
 
     Raises:
         ValueError: a plan does not fit 10 steps.
@@ -127,7 +126,7 @@ class _Extras:
 
     Attributes:
         unit: operations of each part.
-        forwards: operations of one lookahead forward, by (dtype of the copy, cache spec), either or None.
+        forwards: operations of one lookahead forward, by (dtype of the copy, cache), either or None.
         copies, caches: those that fit.
         left_out: what does not, and why.
     """
@@ -159,17 +158,11 @@ class _Extras:
             reason = f"for SD3's transformer alone, this is {type(network).__name__}"
             return cls(unit, forwards, (), (), dict.fromkeys(wishes, reason))
         forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
-        left_out, fitting = {}, []
         for spec in caches:
-            try:
-                # a copy has the adapter merged
-                operations = cached_forward(built, CacheSpec.parse(spec), lora_rank=0 if copies else rank)
-            except ValueError as error:
-                left_out[f"cache({spec})"] = str(error)
-                continue
-            fitting.append(spec)
+            # a copy has the adapter merged
+            operations = cached_forward(built, lora_rank=0 if copies else rank)
             forwards |= {(dtype, spec): operations for dtype in copies or (None,)}
-        return cls(unit, forwards, tuple(copies), tuple(fitting), left_out)
+        return cls(unit, forwards, tuple(copies), tuple(caches), {})
 
 
 def _model_record(architecture: Architecture, extras: _Extras, variants: Sequence[Variant]) -> dict[str, Any]:

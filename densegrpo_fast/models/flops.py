@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.sd3 import SD3
 
@@ -247,20 +246,18 @@ def count(
 
 def cached_forward(
     architecture: Architecture,
-    spec: CacheSpec,
     *,
     lora_rank: int = 32,
     lora_targets: tuple[str, ...] = ATTENTION_TARGETS,
 ) -> float:
-    """Operations of one network forward that reuses features as `spec` says; counted like `count`'s `forward`.
+    """Operations of one network forward that reuses a rollout's text features; counted like `count`'s `forward`.
 
     Args:
         architecture, lora_targets: as for `count`.
-        spec: what is reused.
         lora_rank: of the adapter; 0 = merged into the weights, or none.
 
     Raises:
-        ValueError: the spec does not fit the architecture.
+        ValueError: the architecture's text features cannot be kept.
     """
     from densegrpo_fast.models.lora_linear import lora_config
 
@@ -269,7 +266,7 @@ def cached_forward(
         inputs = architecture.inputs(network.config)
         if lora_rank:
             network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
-        cache, row = FeatureCache(network, spec, nodes=(1,), rows=1), slice(0, 1)
+        cache, row = FeatureCache(network, nodes=(1,), rows=1), slice(0, 1)
         with cache.record(1, row):
             network(**inputs)
         with cache.reuse(1, row):
