@@ -52,9 +52,9 @@ class LoraLinear(Linear):
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """x W^T + bias + scale (x A^T) B^T (LoRA, arXiv 2106.09685), all products in the precision of `weight`.
 
-    What mixed precision does to a LoRA (`torch.autocast`), with the sum in the matrix product: on SD3.5-Medium an eager
-    forward moves 12.7 instead of 18.7 GB a row, its backward 20.6 instead of 27.4, and the graph keeps 2.0 instead of 2.6,
-    than with the products in float32 (`benches/bench_lora.py`). The same operations with and without a graph.
+    What mixed precision does to a LoRA (`torch.autocast`), with the sum in the matrix product. Of SD3.5-Medium an eager
+    forward moves 12.7 GB a row in place of 18.7 with products in float32, its backward 20.6 in place of 27.4, and the
+    graph keeps 2.0 in place of 2.6 (`benches/bench_lora.py`). The same operations with and without a graph.
 
     Args:
         x: [..., in] in the dtype of `weight`.
