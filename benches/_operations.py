@@ -80,11 +80,8 @@ class IterationOperations:
         # of a lookahead forward, with the adapter merged into a copy or features taken over
         self.ahead = self.unit.forward if config.lookahead.copy_dtype is None else self.unit.reference_forward
         if config.lookahead.cache is not None:
-            from densegrpo_fast.models.cache_spec import CacheSpec
-
             merged = config.lookahead.copy_dtype is not None
-            spec = CacheSpec.parse(config.lookahead.cache)
-            self.ahead = cached_forward(embedded(), spec, lora_rank=0 if merged else rank, lora_targets=targets)
+            self.ahead = cached_forward(embedded(), lora_rank=0 if merged else rank, lora_targets=targets)
         self._known: dict[tuple[tuple[bool, ...], tuple[int, ...]], float] = {}
 
     def iteration(self, iteration: int) -> float:

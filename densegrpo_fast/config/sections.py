@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from densegrpo_fast.calibration.rules import Staircase
+from densegrpo_fast.common.aliases import cache_problem
 from densegrpo_fast.common.plugins import Registry, is_outside
 from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config.checks import reward_problem
@@ -229,8 +230,8 @@ class LookaheadOptions(Section):
         description="evaluate a copy of the model with the adapter merged, in this precision; null = the policy itself"
     )
     cache: Text | None = Field(
-        description="features reused from the rollout at the same step: text (of the prompt's first sample) or "
-        "text:own (of each sample), reuse:2-5, skip:0,6, joined by +; approximate; null = none"
+        description="features reused from the rollout at the same step: text:own = each sample's own text keys and "
+        "values, of SD3's transformers; approximate; null = none"
     )
     graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")
     decoder: Literal["preview", "full"] = Field(
@@ -262,6 +263,13 @@ class LookaheadOptions(Section):
         description="with plan auto: rank correlations inside a group with exact completions that the lookahead must "
         "reach: of the rewards, of the gains, and of the gains in the worst step",
     )
+
+    @field_validator("cache")
+    @classmethod
+    def _known_cache(cls, cache: str | None) -> str | None:
+        if cache is not None and (problem := cache_problem(cache)):
+            raise ValueError(problem)
+        return cache
 
     @model_validator(mode="after")
     def _plan_and_its_arguments(self) -> LookaheadOptions:

@@ -18,7 +18,6 @@ from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.variants import Variant, expanded
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import Decoder
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.flops import (
     ARCHITECTURES,
     Architecture,
@@ -79,7 +78,7 @@ def cost_records(
         make_plans: from T to a plan.
         guidances, decoders: to combine with every plan.
         copies: dtypes of copies, with the adapter merged, to count every plan with too.
-        caches: specs of features that are reused, to count every plan with too.
+        caches: features that are reused, to count every plan with too.
 
     Raises:
         ValueError: a plan does not fit 10 steps.
@@ -154,8 +153,7 @@ def own_record(config: Config) -> dict[str, Any]:
     merged = config.lookahead.copy_dtype is not None
     ahead = unit.reference_forward if merged else unit.forward
     if config.lookahead.cache is not None:
-        spec = CacheSpec.parse(config.lookahead.cache)
-        ahead = cached_forward(built, spec, lora_rank=0 if merged else lora.rank, lora_targets=targets)
+        ahead = cached_forward(built, lora_rank=0 if merged else lora.rank, lora_targets=targets)
     grid: Any = SimpleNamespace(device=torch.device("cpu"), sigmas=lambda steps: sigmas(steps))
     guided = built.guided and config.sampler.guidance_scale != 1.0
     cost = iteration_cost(config, Schedule(config, grid), guided=guided)
@@ -227,7 +225,7 @@ class _Extras:
 
     Attributes:
         unit: operations of each part.
-        forwards: operations of one lookahead forward, by (dtype of the copy, cache spec), either or None.
+        forwards: operations of one lookahead forward, by (dtype of the copy, cache), either or None.
         copies, caches: those that fit.
         left_out: what does not, and why.
     """
@@ -259,17 +257,11 @@ class _Extras:
             reason = f"for SD3's transformer alone, this is {type(network).__name__}"
             return cls(unit, forwards, (), (), dict.fromkeys(wishes, reason))
         forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
-        left_out, fitting = {}, []
         for spec in caches:
-            try:
-                # a copy has the adapter merged
-                operations = cached_forward(built, CacheSpec.parse(spec), lora_rank=0 if copies else rank)
-            except ValueError as error:
-                left_out[f"cache({spec})"] = str(error)
-                continue
-            fitting.append(spec)
+            # a copy has the adapter merged
+            operations = cached_forward(built, lora_rank=0 if copies else rank)
             forwards |= {(dtype, spec): operations for dtype in copies or (None,)}
-        return cls(unit, forwards, tuple(copies), tuple(fitting), left_out)
+        return cls(unit, forwards, tuple(copies), tuple(caches), {})
 
 
 def _model_record(architecture: Architecture, extras: _Extras, variants: Sequence[Variant]) -> dict[str, Any]:

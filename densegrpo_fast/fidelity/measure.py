@@ -14,7 +14,6 @@ from torch import Tensor
 from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.fidelity.variants import Variant, reference
 from densegrpo_fast.models.base import Cache, FlowModel, Recorder
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
@@ -35,7 +34,7 @@ def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> Iterat
     }
     if target.branched:
         return branched_iteration(variant.plan, branches=group_size, **options)
-    options["shared"] = group_size if target.shared_noise and not _uses_its_rollout(variant, target, group_size) else 1
+    options["shared"] = group_size if target.shared_noise and not _uses_its_rollout(variant, target) else 1
     return dense_iteration(variant.plan, **options)
 
 
@@ -154,7 +153,7 @@ def trajectories(target: FidelityTarget, groups: range, *, group_size: int, seed
     """Roll out the named groups, as `batches` does without branches."""
     model = target.model
     for rows, metadata, index in _rows(target, groups, group_size):
-        caches = {key: make(len(rows), group_size) for key, make in target.caches.items()}
+        caches = {key: make(len(rows)) for key, make in target.caches.items()}
         first = index - index % group_size if target.shared_noise else index
         trajectory = rollout(
             model,
@@ -251,7 +250,6 @@ def rewards_of(target: FidelityTarget, variants: Sequence[Variant], batch: Batch
                 yield variant, score(target, batch, images)
 
 
-def _uses_its_rollout(variant: Variant, target: FidelityTarget, group_size: int) -> bool:
+def _uses_its_rollout(variant: Variant, target: FidelityTarget) -> bool:
     """Whether each completion reuses something from its own sample's rollout, as `Lookahead.dedup` asks."""
-    reused = variant.guidance == "reuse" and target.guided
-    return reused or (variant.cache is not None and CacheSpec.parse(variant.cache).alike(group_size) < group_size)
+    return variant.cache is not None or (variant.guidance == "reuse" and target.guided)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from densegrpo_fast.common.aliases import cache_problem
 from densegrpo_fast.common.command_line import command_parser
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.sampling.plan import Plan, make_plan
 
 MakePlan = Callable[[int], Plan]
@@ -91,10 +91,8 @@ def _numbers(text: str) -> list[int] | None:
 
 
 def _cache(text: str) -> str:
-    try:
-        CacheSpec.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    if problem := cache_problem(text):
+        raise argparse.ArgumentTypeError(problem)
     return text
 
 
@@ -135,9 +133,9 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         "--cache",
         nargs="+",
         type=_cache,
-        metavar="SPEC",
-        help="measure every plan also with each of these features of the rollout: text or text:own, reuse:2-5, "
-        "skip:0,6, joined by +; with --copy-dtype it is the copies that take them over",
+        metavar="FORM",
+        help="measure every plan also with features of the rollout, text:own; with --copy-dtype it is the copies that "
+        "reuse them",
     )
     add("--analytic", action="store_true", help="a Gaussian-mixture flow with exact velocities instead of a pipeline")
     add(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit import registry
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import (
     IterationCost,
@@ -86,8 +85,7 @@ def step_cost(
     if not (method.uses_lookahead or method.uses_branches):
         cost = sparse_iteration(steps, **kept)
     elif branches is None:
-        own = ahead.guidance == "reuse" and guided
-        own |= ahead.cache is not None and CacheSpec.parse(ahead.cache).alike(group) < group
+        own = (ahead.guidance == "reuse" and guided) or ahead.cache is not None
         completed = schedule.completed_states(noisy, trained)
         shared = group if config.sampler.shared_noise and not own else 1
         plan = build_plan(config, steps)

@@ -48,9 +48,9 @@ class FidelityTarget:
         branched: whether the samples of a group are branches of one noise-free trajectory instead of trajectories.
         copies: of the model by their dtype, for the variants that evaluate one.
         vaes: the model with its full decoder in another precision, by that.
-        caches: by (dtype of the copy that reads it, or None, and spec) what makes a feature cache for so many rows in
-            groups of so many, for the variants that take features over from the rollout.
-        cheap_flops: of one lookahead forward of those variants, by (dtype of the copy, cache spec), either or None.
+        caches: by (dtype of the copy that reads it, or None, and cache) what makes a feature cache for so many rows,
+            for the variants that reuse features of the rollout.
+        cheap_flops: of one lookahead forward of those variants, by (dtype of the copy, cache), either or None.
         guidance_gradient: halves of guided velocities that training goes through.
         shared_noise: whether the trajectories of a group start from one noise.
         step_runner: how the lookaheads' forwards are run; None = operation by operation.
@@ -70,7 +70,7 @@ class FidelityTarget:
     settings: dict[str, Any]
     copies: Mapping[str, FlowModel] = field(default_factory=dict)
     vaes: Mapping[str, FlowModel] = field(default_factory=dict)
-    caches: Mapping[tuple[str | None, str], Callable[[int, int], Cache]] = field(default_factory=dict)
+    caches: Mapping[tuple[str | None, str], Callable[[int], Cache]] = field(default_factory=dict)
     cheap_flops: Mapping[tuple[str | None, str | None], float] = field(default_factory=dict)
     branched: bool = False
     guidance_gradient: GuidanceGradient = "full"
@@ -133,18 +133,19 @@ def pipeline_target(
     copies: dict[str, FlowModel] = {dtype: build_copy(model, dtype) for dtype in copy_dtypes}
     chunks, schedule = lookahead_chunks(config, model, "full"), Schedule(config, model)
     costs: dict[tuple[str | None, str | None], float] = {(dtype, None): unit.reference_forward for dtype in copies}
-    features: dict[tuple[str | None, str], Callable[[int, int], Cache]] = {}
+    features: dict[tuple[str | None, str], Callable[[int], Cache]] = {}
     everywhere, halves = plans.exact(config.sampler.num_steps), model.forwards(config.sampler.guidance_scale)
     for dtype, spec in caches:
         reader = model if dtype is None else copies[dtype]
-        make = partial(build_cache, spec, model, reader, everywhere, halves=halves)
+        make = partial(build_cache, model, reader, everywhere, halves=halves)
+        # a model that it does not fit is refused before it is counted
+        make(rows=1)
         costs[dtype, spec] = cached_forward(
             architecture_of(model),
-            make(rows=1, group=1).spec,
             lora_rank=lora.rank if dtype is None else 0,
             lora_targets=tuple(lora.targets),
         )
-        features[dtype, spec] = lru_cache(maxsize=2)(lambda rows, group, make=make: make(rows=rows, group=group))
+        features[dtype, spec] = lru_cache(maxsize=2)(lambda rows, make=make: make(rows=rows))
     return FidelityTarget(
         model=model,
         coefficients=schedule.coefficients(),
