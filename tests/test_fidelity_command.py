@@ -112,11 +112,12 @@ def test_a_configuration_is_priced(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["nfe"] == {"rollout": 20, "lookahead": 90, "update": 36} and found["decodes"] == 11
     assert found["over_replayed_sparse"] == found["over_sparse_of_as_many_steps"] == pytest.approx(2.33, abs=0.01)
     assert sum(found["operations"].values()) == pytest.approx(2 * found["operations"]["iteration"])
+    # over a thousand draws of the seed
     drawn = ["--objective.trained_steps=4", "--objective.step_sampling=importance", "--optimizer.update=streamed"]
     assert fidelity.main([*arguments, *drawn]) == 0
     found = json.loads(out.read_text())
-    assert found["over_replayed_sparse"] == pytest.approx(1.03, abs=0.01)
-    assert found["over_sparse_of_as_many_steps"] == pytest.approx(1.73, abs=0.01)
+    assert found["over_replayed_sparse"] == pytest.approx(1.03, abs=0.02)
+    assert found["over_sparse_of_as_many_steps"] == pytest.approx(1.73, abs=0.02)
     assert "trained steps: 4, drawn by importance; update streamed; with KL" in capsys.readouterr().out
 
 
