@@ -196,7 +196,7 @@ def test_a_dry_run_says_what_would_be_measured(
     [
         (["--credit.method", "sparse"], "auto chooses how states are completed, credit.method sparse completes none"),
         (["--window.schedule", "random"], "window.schedule: expected fixed or none with lookahead.plan auto"),
-        (["--lookahead.cache", "text"], "lookahead.cache: expected null with lookahead.plan auto"),
+        (["--lookahead.cache", "text:own"], "lookahead.cache: expected null with lookahead.plan auto"),
         (["--lookahead.fidelity", "[0.9]"], "lookahead.fidelity: expected at least 3 of them"),
     ],
 )
