@@ -140,7 +140,7 @@ def _meter(config: Config, samples: int) -> GainMeter:
     from densegrpo_fast.training.rewarding import build_reward
 
     prompts = TrainingPrompts.of(config).prompts
-    reward = build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     model = build_model(config, default_device())
     return GainMeter.of(config, model, reward, prompts, samples)
 

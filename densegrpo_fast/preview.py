@@ -63,7 +63,7 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     # whole trajectories are drawn whatever the run draws, as only those end in a picture
     sampler = config.sampler.model_copy(update={"branches": None})
     exact = config.model.model_copy(update={"preview_dtype": "float32"})
-    reward = build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     trainer = policy_alone(config.model_copy(update={"model": exact, "sampler": sampler}), reward=reward)
     model = trainer.model
     if not isinstance(model, SD3) or model.preview_decoder is None:

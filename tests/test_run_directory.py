@@ -84,10 +84,6 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     assert "cannot create run directory" in refused(tmp_path / "a", ExitCode.OUTPUT)
 
 
-def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
-    assert "contradict" in refused(make_run(tmp_path / "a"), ExitCode.USAGE, resume=True, overwrite=True)
-
-
 def test_a_second_live_run_is_refused_and_names_the_first(tmp_path: Path) -> None:
     with open_run_directory(tmp_path / "a", resume=False, overwrite=False) as path:
         replace_text(path / "config.yaml", "seed: 1\n")

@@ -16,6 +16,7 @@ from densegrpo_fast.common.errors import (
     CheckpointError,
     NonFiniteError,
     OutputError,
+    PluginError,
     RewardError,
     SetupError,
     UsageError,
@@ -37,7 +38,7 @@ class ExitCode(IntEnum):
     CHECKPOINT = 4
     """`CheckpointError`."""
     REWARD = 5
-    """`RewardError`."""
+    """`RewardError` or `PluginError`."""
     NON_FINITE = 6
     """`NonFiniteError`."""
     OUTPUT = 7
@@ -55,6 +56,7 @@ EXIT_CODES: dict[type[UserError], ExitCode] = {
     SetupError: ExitCode.ENVIRONMENT,
     CheckpointError: ExitCode.CHECKPOINT,
     RewardError: ExitCode.REWARD,
+    PluginError: ExitCode.REWARD,
     NonFiniteError: ExitCode.NON_FINITE,
     OutputError: ExitCode.OUTPUT,
 }

@@ -267,6 +267,10 @@ class RewardOptions(Section):
         "name of your own to a reward, such as {hpsv2: {use: remote, url: http://...}}"
     )
     max_missing: float = Field(ge=0, le=1, description="share of missing scores above which the run stops")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(
+        description="seconds that one call of the rewards may take where one of them is your own; null = no limit. The "
+        "package's have limits of their own"
+    )
     overlap: bool = Field(
         description="score on a thread of its own while further images are decoded, a chunk at a time: for rewards "
         "that leave the model's device alone, on the CPU or a server; else all images in one call"

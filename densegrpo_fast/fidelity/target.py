@@ -113,7 +113,7 @@ def pipeline_target(
     from densegrpo_fast.training.schedule import Schedule
 
     prompts = _held_out(config, groups)
-    reward = build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     model = load_model(config.model, default_device())
     check_calibration(config, model)
     step_runner = build_step_runner(config, model)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from densegrpo_fast.common.errors import CheckpointError, OutputError, UsageError, UserError
+from densegrpo_fast.common.errors import CheckpointError, OutputError, UserError
 from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, unused_name
 
 logger = logging.getLogger(__name__)
@@ -135,18 +135,15 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
         path: the run directory.
         resume: continue the run that is there.
         overwrite: move a run that is there to `NAME.old-K` (K = 1, 2, ...) and start in a new directory.
-            Nothing is deleted.
+            Nothing is deleted. Of no effect with `resume`.
 
     Yields:
         `path`.
 
     Raises:
         CheckpointError: if there is no run to resume; OutputError: if the directory holds something
-            else, holds a run and neither option is set, is used by a live run, or cannot be written;
-            UsageError: if both options are set.
+            else, holds a run and neither option is set, is used by a live run, or cannot be written.
     """
-    if resume and overwrite:
-        raise UsageError("--resume and run.overwrite contradict each other: choose one")
     if resume and not holds_run(path):
         raise CheckpointError(f"--resume: {path} holds no run to continue")
     with output_errors(f"cannot create run directory {path}"):

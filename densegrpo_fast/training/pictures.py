@@ -211,7 +211,7 @@ def score_files(config: Config, files: Sequence[Path], prompts: PromptSet | None
     if not all(rows.prompts):
         words = "%d of %d pictures have no prompt, which most rewards need: give one with --prompt or --prompts"
         logger.warning(words, rows.prompts.count(""), len(files))
-    reward = build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     scores = score(reward, pictures, rows.prompts, rows.metadata)
     means = compare({"files": scores})["subjects"]["files"]
     return {"means": means, "files": [str(file) for file in files], "prompts": list(rows.prompts), "scores": scores}

@@ -102,10 +102,12 @@ class Trainer:
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
         if reward is None:
-            self.reward = build_reward(config.reward.terms, config.reward.options)
+            self.reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
             self.observed = build_observer(config, self.reward)
         else:
-            self.reward = reward if isinstance(reward, RewardMixture) else RewardMixture({"reward": (reward, 1.0)})
+            if not isinstance(reward, RewardMixture):
+                reward = RewardMixture({"reward": (reward, 1.0)}, config.reward.timeout)
+            self.reward = reward
             self.observed = self.reward
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
