@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.training.prompts import check_inputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,12 +41,14 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
     from densegrpo_fast.run_files.run_directory import open_run_directory
-    from densegrpo_fast.training.models import check_device, default_device
-    from densegrpo_fast.training.trainer import Trainer
 
-    check_device(config, default_device())
+    check_inputs(config)
     # the directory is locked before anything is loaded
     with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
+        from densegrpo_fast.training.models import check_device, default_device
+        from densegrpo_fast.training.trainer import Trainer
+
+        check_device(config, default_device())
         result = Trainer(config).run_in(directory, resume=resume)
         if result.signal is not None:
             return OF_SIGNALS[result.signal]

@@ -13,8 +13,9 @@ import pytest
 from densegrpo_fast.common import files
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
-from densegrpo_fast.common.files import replace_text
+from densegrpo_fast.common.files import output_errors, replace_text, write_durably
 from densegrpo_fast.run_files import run_directory
+from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.run_directory import RunLock, open_run_directory
 
 
@@ -37,6 +38,64 @@ def test_a_new_directory_is_created_and_an_empty_one_used(tmp_path: Path) -> Non
         with open_run_directory(path, resume=False, overwrite=False) as directory:
             assert directory == path
             assert path.is_dir()
+
+
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    for existed in (False, True):
+        path = tmp_path / str(existed) / "a"
+        if existed:
+            path.mkdir(parents=True)
+        with pytest.raises(KeyError), open_run_directory(path, resume=False, overwrite=False):
+            (path / "metrics.jsonl").touch()
+            replace_text(path / "config.yaml", "seed: 1\n")
+            raise KeyError
+        assert not path.exists()
+    # but for what somebody else may want
+    with pytest.raises(KeyError), open_run_directory(path, resume=False, overwrite=False):
+        (path / "notes.txt").write_text("x")
+        raise KeyError
+    assert [file.name for file in path.iterdir()] == ["notes.txt"]
+    # and a run that has recorded something stays
+    with pytest.raises(KeyError), open_run_directory(path.with_name("b"), resume=False, overwrite=False) as path:
+        (path / "metrics.jsonl").write_text("{}\n")
+        raise KeyError
+    assert {file.name for file in path.iterdir()} == {"metrics.jsonl", "run.lock"}
+
+
+def test_a_lock_whose_file_is_deleted_by_its_holder_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, the holder may have failed to start and taken its directory away."""
+    lock, locked = run_directory.fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not locked:
+            (tmp_path / "run.lock").unlink()
+        locked.append(descriptor)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", late)
+    with RunLock(tmp_path):
+        assert len(locked) == 2 and json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("name", ["run.lock", "config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+def test_what_is_no_plain_file_is_neither_followed_nor_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    target, path = tmp_path / "precious", tmp_path / "a" / name
+    target.write_text("precious")
+    path.parent.mkdir()
+    {"link": lambda: path.symlink_to(target), "fifo": lambda: os.mkfifo(path), "directory": path.mkdir}[kind]()
+    with pytest.raises(UserError, match=f"cannot write .*{name}") as caught:
+        if name == "run.lock":
+            RunLock(path.parent).acquire()
+        elif name == "metrics.jsonl":
+            MetricsLog(path)
+        else:
+            with output_errors(f"cannot write {path}"):
+                write_durably(path, b"x")
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
+    assert target.read_text() == "precious"
 
 
 def test_a_directory_with_a_run_is_refused_by_default(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +21,33 @@ STAGE_SUFFIX = ".stage"
 """End of the name of a file that is being written; one left by a crash is safe to delete."""
 
 
+def open_plainly(path: Path, flags: int) -> int:
+    """Open a file of the project's own to write in it: no link is followed, and nothing but a plain file is opened.
+
+    Args:
+        flags: of `os.open`.
+
+    Returns:
+        The descriptor.
+
+    Raises:
+        OSError: as the operating system reports it; ELOOP for a link, EINVAL for a fifo, a device or a directory.
+    """
+    # without O_NONBLOCK a fifo would be waited for
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return descriptor
+
+
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and wait until the disk has it.
+    """Write a new file and wait until the disk has it; what stands there under that name is replaced, not followed.
 
     Raises:
         OSError: as the operating system reports it, such as a full disk.
     """
-    with open(path, "wb") as file:
+    with open(open_plainly(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from densegrpo_fast.common.errors import CheckpointError, OutputError, UserError
-from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, unused_name
+from densegrpo_fast.common.files import STAGE_SUFFIX, open_plainly, output_errors, unused_name
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,14 @@ class RunLock:
         Raises:
             OutputError: if another live run has it or the file cannot be written.
         """
+        while self._descriptor is None:
+            self._acquire()
+        return self
+
+    def _acquire(self) -> None:
+        """Take the lock, unless its file was deleted meanwhile by a run that failed to start."""
         with output_errors(f"cannot write {self.path}"):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = open_plainly(self.path, os.O_RDWR | os.O_CREAT)
         try:
             self._refuse_left_over(descriptor, locked=self._lock(descriptor))
             holder = {"pid": os.getpid(), "host": socket.gethostname()}
@@ -60,11 +67,13 @@ class RunLock:
         except UserError:
             os.close(descriptor)
             raise
-        self._descriptor = descriptor
-        return self
+        if self.path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+            self._descriptor = descriptor
+        else:
+            os.close(descriptor)
 
     def release(self) -> None:
-        """Give the lock back. The file stays, empty: deleting it could let two waiting processes in."""
+        """Give the lock back. The file stays, empty."""
         if self._descriptor is not None:
             _write_holder(self._descriptor, "")
             os.close(self._descriptor)
@@ -131,6 +140,8 @@ def holds_run(directory: Path) -> bool:
 def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
     """Create or reopen the directory of a run and lock it for as long as the context lasts.
 
+    A new run that fails before it has recorded anything takes its files away again.
+
     Args:
         path: the run directory.
         resume: continue the run that is there.
@@ -162,9 +173,28 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
                     "or choose another run.output_dir",
                 )
             lock = _move_aside(path, lock)
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if not resume:
+                _withdraw(path)
+            raise
     finally:
         lock.release()
+
+
+def _withdraw(path: Path) -> None:
+    """Take away the files of a run that failed before it recorded anything, and the directory if it is empty then."""
+    metrics = path / METRICS_FILE
+    if (path / CHECKPOINTS).exists() or (metrics.exists() and metrics.stat().st_size):
+        return
+    try:
+        for name in (CONFIG_FILE, METRICS_FILE, "evaluation-before.json", _LOCK_NAME):
+            (path / name).unlink(missing_ok=True)
+        shutil.rmtree(path / "samples", ignore_errors=True)
+        path.rmdir()
+    except OSError:
+        pass  # something of another program's is in it
 
 
 def _move_aside(path: Path, lock: RunLock) -> RunLock:

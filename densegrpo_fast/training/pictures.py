@@ -21,6 +21,7 @@ from densegrpo_fast.flow.dynamics import Family, coefficients
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.images import read_picture
 from densegrpo_fast.run_files.model_refs import ModelRef, Weights, read_weights, with_adapter
 from densegrpo_fast.run_files.statistics import compare
@@ -182,7 +183,8 @@ def compare_models(config: Config, refs: Sequence[ModelRef]) -> dict[str, Any]:
         "seed": held_out.seed,
     }
     about = {"adapters": adapters, "settings": settings, "prompts": list(held_out.prompts), "scores": scores}
-    return compare(scores) | about
+    rewards = config.reward
+    return compare(scores, bounds(dict.fromkeys(rewards.observed, 0.0) | rewards.terms, rewards.options)) | about
 
 
 def score_files(config: Config, files: Sequence[Path], prompts: PromptSet | None) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def score_files(config: Config, files: Sequence[Path], prompts: PromptSet | None
         logger.warning(words, rows.prompts.count(""), len(files))
     reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     scores = score(reward, pictures, rows.prompts, rows.metadata)
-    means = compare({"files": scores})["subjects"]["files"]
+    means = compare({"files": scores}, bounds(config.reward.terms, config.reward.options))["subjects"]["files"]
     return {"means": means, "files": [str(file) for file in files], "prompts": list(rows.prompts), "scores": scores}
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.errors import RewardError, UsageError
 from densegrpo_fast.common.suggest import did_you_mean
+from densegrpo_fast.rewards.registry import check_prompts, check_sources
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
+
+logger = logging.getLogger(__name__)
 
 _DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
 BUILT_IN = ("general", "geneval", "ocr")
@@ -265,3 +269,36 @@ def prompt_set(source: str, held_out: bool) -> PromptSet:
         return load_prompts(source)
     except UsageError as error:
         raise UsageError(f"data.{'eval_prompts' if held_out else 'prompts'}: {error}") from None
+
+
+def check_inputs(config: Config) -> None:
+    """Check what can be told of a run's prompts and rewards in a moment, before torch or a model is loaded.
+
+    Raises:
+        UsageError: a prompt file cannot be read, or a reward's file is not there; RewardError: a reward cannot read
+            the prompts.
+    """
+    training, held_out = prompt_set(config.data.prompts, False), prompt_set(config.data.eval_prompts, True)
+    rewards, options = config.reward, config.reward.options
+    used = held_out.prompts[: config.evaluation.num_prompts]
+    for key, names, prompts, source in (
+        ("reward.terms", rewards.terms, training.prompts, "data.prompts"),
+        ("reward.terms", rewards.terms, used, "data.eval_prompts"),
+        ("reward.observed", rewards.observed, used, "data.eval_prompts"),
+    ):
+        try:
+            check_sources(names, options)
+        except ValueError as error:
+            raise UsageError(f"{key}: {error}") from None
+        try:
+            check_prompts(names, options, prompts)
+        except ValueError as error:
+            way_out = "give --reward.observed '[]'" if key == "reward.observed" else "choose another reward"
+            raise RewardError(f"{key}: {error}, in {source}; {way_out}, or other prompts") from None
+    if config.data.eval_prompts != config.data.prompts and config.data.eval_prompts in ("scenes", *BUILT_IN):
+        logger.warning(
+            "data.eval_prompts: held-out pictures are of the built-in prompts %r, while data.prompts is %s; name "
+            "held-out prompts like those with --data.eval_prompts",
+            config.data.eval_prompts,
+            config.data.prompts,
+        )

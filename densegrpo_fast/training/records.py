@@ -18,6 +18,7 @@ from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import base_fingerprint, save_lora
+from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.alarms import alarms_for
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
 from densegrpo_fast.run_files.images import save_grid
@@ -178,10 +179,17 @@ class RunRecords:
             _, after = self._evaluation("after")
             metrics = log.records()
             phases = {phase: sum(record.get(f"time/{phase}", 0.0) for record in metrics) for phase in PHASES}
+            reward = self.config.reward
+            terms = dict.fromkeys(reward.observed, 0.0) | reward.terms
+            # a trainer may have been given another reward than the configuration's
+            known = bounds(terms, reward.options) if terms.keys() <= after.keys() else {}
             measured = {
-                "before": {name: mean_interval(values) for name, values in before.items()},
-                "after": {name: mean_interval(values) for name, values in after.items()},
-                "change": {name: paired_interval(before[name], after[name]) for name in after},
+                "before": {name: mean_interval(values, bounds=known.get(name)) for name, values in before.items()},
+                "after": {name: mean_interval(values, bounds=known.get(name)) for name, values in after.items()},
+                "change": {
+                    name: paired_interval(before[name], values, bounds=known.get(name))
+                    for name, values in after.items()
+                },
             }
             report = write_report(
                 self.directory,
@@ -206,7 +214,8 @@ class RunRecords:
             lines.append(
                 f"held-out {name}: {first.mean:.3f} [{first.low:.3f}, {first.high:.3f}] before, "
                 f"{last.mean:.3f} [{last.low:.3f}, {last.high:.3f}] after; "
-                f"change {moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}] (95%)"
+                f"change {moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}] (95%, "
+                f"{len(prompts)} prompts)"
             )
         lines.append("seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in phases.items()))
         peaks = [record["memory/peak_gib"] for record in metrics if record.get("memory/peak_gib") is not None]
