@@ -41,7 +41,7 @@ class PluginError(UserError):
 
 
 class NonFiniteError(UserError):
-    """Too many losses or gradients in a row were not finite."""
+    """Too many losses or gradients in a row were not finite, or weights or pictures are not."""
 
 
 class OutputError(UserError):

@@ -14,6 +14,16 @@ MAX_SIDE = 4096
 """Longest side of a picture that `decode_png` accepts, in pixels."""
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """Pictures clamped to [0, 1]; NaN where they are not finite, so that an infinity does not become white."""
+    return images.where(images.isfinite(), torch.nan).clamp(0, 1)
+
+
+def finite_pictures(images: Tensor) -> Tensor:
+    """[N] bool, whether a picture [N, 3, H, W] holds finite numbers alone."""
+    return images.flatten(1).isfinite().all(1)
+
+
 def to_bytes(images: Tensor) -> np.ndarray:
     """Pictures as 8-bit RGB.
 
@@ -22,7 +32,12 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
     Returns:
         [N, H, W, 3] uint8.
+
+    Raises:
+        ValueError: a number is not finite.
     """
+    if not images.isfinite().all():
+        raise ValueError("to_bytes: expected finite pictures")
     return images.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
 
 

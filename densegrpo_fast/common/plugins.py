@@ -12,7 +12,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -36,12 +36,16 @@ def load(spec: str) -> Any:
 
     Raises:
         ValueError: there is no such module or file, it fails when it is run, or it holds no such name.
+        PluginError: it exits when it is run.
     """
     source, _, name = spec.rpartition(":")
     try:
-        module = _file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        with fenced(f"{spec}: {source}", through=(Exception,)):
+            module = _file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except Exception as error:
-        raise ValueError(f"{spec}: cannot load {source}: {type(error).__name__}: {error}") from error
+        if isinstance(error, UserError):
+            raise
+        raise ValueError(f"{spec}: cannot load {source}: {_described(error)}") from error
     if not hasattr(module, name):
         raise ValueError(f"{spec}: {source} holds no {name!r}")
     return getattr(module, name)
@@ -68,6 +72,11 @@ def is_package_code(thing: Any) -> bool:
         thing = thing.func
     module = str(getattr(thing, "__module__", None) or type(thing).__module__)
     return module.split(".")[0] == __name__.split(".")[0]
+
+
+def fence(function: Any, what: str, through: tuple[type[BaseException], ...] = ()) -> AbstractContextManager[None]:
+    """`fenced` for code of one's own; code of the package raises what it raises."""
+    return nullcontext() if is_package_code(function) else fenced(what, through=through)
 
 
 @contextmanager

@@ -7,12 +7,14 @@ absent; diffusers leaves such tensors without data. Here all of these are errors
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from densegrpo_fast.common.errors import NonFiniteError
 
 NETWORK_FILES = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 """What `fetch` is asked for to load a network of transformers."""
@@ -118,6 +120,7 @@ def load_network(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
 
     Raises:
         OSError: it is another network, or its files are not whole; the message says what was expected.
+        NonFiniteError: a tensor is not finite.
     """
     problem = files_problem(directory) or _kind_problem(kind, directory / "config.json")
     if problem:
@@ -144,7 +147,22 @@ def load_network(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
     for name, *shapes in found["mismatched_keys"]:
         stored, expected = (list(shape) for shape in shapes)
         raise OSError(f"its config.json asks for {name} of shape {expected}, its weights have {stored}")
+    check_finite(f"{directory.name}: {directory}", network.state_dict())
     return network
+
+
+def check_finite(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights from a file that hold a NaN or an infinity.
+
+    Args:
+        source: the file or directory, for the message.
+
+    Raises:
+        NonFiniteError: naming the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(f"{source}: {name} holds numbers that are not finite, so nothing is made of it")
 
 
 def load_tokenizer(kind: Any, directory: Path) -> Any:

@@ -178,9 +178,14 @@ def _check_directory(directory: Path) -> None:
         raise SetupError(
             f"model.path: {directory} is a {parts.get('_class_name')}, expected a StableDiffusion3Pipeline",
         )
-    missing = [name for name in _NEEDED if not (directory / name).is_dir()]
+    # a part that is left out on purpose is listed as [null, null], or not at all
+    listed = [name for name in _T5 if isinstance(parts.get(name), list) and any(parts[name])]
+    missing = [name for name in (*_NEEDED, *listed) if not (directory / name).is_dir()]
     if missing:
-        raise SetupError(f"model.path: {directory} lacks {', '.join(missing)}")
+        way_out = "; to use it without T5, set these to [null, null] in its model_index.json"
+        raise SetupError(
+            f"model.path: {directory} lacks {', '.join(missing)}{way_out if {*missing} <= {*_T5} else ''}",
+        )
     for name in ("transformer", "vae", *_ENCODERS):
         problem = files_problem(directory / name) if (directory / name).is_dir() else None
         if problem:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.files import ADAPTER_FILE
+from densegrpo_fast.common.pretrained import check_finite
 
 _LAYER = re.compile(r"(transformer\.)?\w+(\.\w+)*\.lora_[AB]\.weight")
 
@@ -84,6 +85,7 @@ def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Pa
     from peft import get_peft_model_state_dict
 
     layers = lora_layers(get_peft_model_state_dict(transformer), rank=rank, alpha=alpha)
+    check_finite("the trained adapter", layers)
     StableDiffusion3Pipeline.save_lora_weights(directory, transformer_lora_layers=layers, safe_serialization=True)
     return directory / ADAPTER_FILE
 
@@ -93,6 +95,7 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 
     Raises:
         ValueError: it cannot be read, or is no LoRA of a transformer alone in diffusers' form.
+        NonFiniteError: a tensor is not finite.
     """
     import safetensors.torch
 
@@ -100,6 +103,7 @@ def read_lora(path: Path) -> dict[str, Tensor]:
         layers = safetensors.torch.load_file(path)
     except Exception as error:  # the library raises its own kinds for a damaged file
         raise ValueError(f"{path} cannot be read: {error}") from None
+    check_finite(str(path), layers)
     for name, tensor in layers.items():
         if not _LAYER.fullmatch(name) or tensor.ndim != 2:
             raise ValueError(f"{path}: expected a LoRA of diffusers' transformer layers, got {name!r}")

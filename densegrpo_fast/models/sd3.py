@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.pictures import to_unit
 from densegrpo_fast.common.pretrained import silence_loading
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.attention import Attention, use_attention
@@ -280,7 +281,7 @@ class SD3(FlowModel):
             vae: Any = self.pipeline.vae
             shifted = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
             decoded = vae.decode(shifted.to(vae.dtype)).sample
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return to_unit(decoded.float() / 2 + 0.5)
 
     def sigmas(self, num_steps: int) -> Tensor:
         config = self.pipeline.scheduler.config

@@ -6,7 +6,8 @@ A reward is any callable `reward(images, prompts, metadata)`:
 * it returns N scores (list, tuple, array or tensor), or `(scores, info)` as Flow-GRPO's rewards do;
 * it may be async;
 * a score of `None`, NaN or infinity is *missing*: the reward could not judge this picture. Missing is not
-  zero: such a sample stays out of its group's statistics and gets advantage 0.
+  zero: such a sample stays out of its group's statistics and gets advantage 0. So is every score of a picture with a
+  number that is not finite; the rewards see a black one in its place.
 
 A reward from outside of the package is given copies, so that it may write into them, and whatever it does ends as a
 `RewardError` under its name (`common.plugins.fenced`).
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import RewardError
+from densegrpo_fast.common.pictures import finite_pictures
 from densegrpo_fast.common.plugins import fenced, is_package_code
 
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
@@ -44,14 +46,17 @@ class Scores:
     Attributes:
         values: [N] float32 on the CPU, the weighted sum; NaN = missing.
         per_reward: each reward's own unweighted scores, [N] float32; NaN = missing.
+        finite: [N] bool, whether the picture holds finite numbers alone, without which it has no scores; None = all do.
     """
 
     values: Tensor
     per_reward: dict[str, Tensor]
+    finite: Tensor | None = None
 
     def select(self, index: Tensor) -> Scores:
         """The scores of the pictures that `index` [n] int64 names, any number of times each."""
-        return Scores(self.values[index], {name: values[index] for name, values in self.per_reward.items()})
+        per_reward = {name: values[index] for name, values in self.per_reward.items()}
+        return Scores(self.values[index], per_reward, None if self.finite is None else self.finite[index])
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
@@ -66,7 +71,16 @@ class Scores:
         return cls(
             torch.cat([part.values for part in parts]),
             {name: torch.cat([part.per_reward[name] for part in parts]) for name in names},
+            torch.cat([part._finite() for part in parts]),
         )
+
+    def _finite(self) -> Tensor:
+        return torch.ones(len(self.values), dtype=torch.bool) if self.finite is None else self.finite
+
+    @property
+    def not_finite(self) -> int:
+        """Number of pictures that hold numbers that are not finite."""
+        return int((~self._finite()).sum())
 
     @property
     def missing_share(self) -> float:
@@ -140,13 +154,18 @@ class RewardMixture:
             raise ValueError(
                 f"RewardMixture: {count} images need as many prompts and metadata, got {len(prompts)} and {len(rows)}"
             )
+        finite = finite_pictures(images)
+        # a reward need not know of NaN; what it says of such a picture is left out
+        images = images.where(finite[:, None, None, None], 0.0)
         score = partial(self._per_reward, images, list(prompts), rows)
         per_reward = score() if self.timeout is None else self._in_time(score, images.device, self.timeout)
+        finite = finite.cpu()
+        per_reward = {name: values.where(finite, math.nan) for name, values in per_reward.items()}
         total = torch.zeros(count, dtype=torch.float64)
         for name, (_, weight) in self.terms.items():
             if weight:
                 total += weight * per_reward[name].double()
-        return Scores(_only_finite(total), per_reward)
+        return Scores(_only_finite(total), per_reward, finite)
 
     def _per_reward(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, Tensor]:
         """[N] scores of each reward, NaN = missing."""

@@ -9,12 +9,14 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from densegrpo_fast.common.plugins import load, resolve
+from densegrpo_fast.common.errors import RewardError
+from densegrpo_fast.common.plugins import fenced, load, resolve
 
 if TYPE_CHECKING:
     from densegrpo_fast.rewards.base import Reward
@@ -169,6 +171,7 @@ def create(name: str, **options: Any) -> Reward:
         ValueError: the name is unknown, or what it names cannot be loaded; `OptionError` if it has no such option,
             needs another, or takes no such value.
         OSError, ImportError: what a reward of the package needs is not here.
+        RewardError: one's own reward failed while it was made.
     """
     if ":" in name:
         target = load(name)
@@ -176,11 +179,13 @@ def create(name: str, **options: Any) -> Reward:
             raise ValueError(f"reward {name!r}: expected a function or class, got {type(target).__name__}")
         _check_options(name, target, options, skip=0 if isinstance(target, type) else 3)
         if isinstance(target, type):
-            return target(**options)
+            with _made(name):
+                return target(**options)
         return partial(target, **options) if options else target
     if name in _REGISTERED:
         _check_options(name, _REGISTERED[name], options)
-        return _REGISTERED[name](**options)
+        with _made(name):
+            return _REGISTERED[name](**options)
     if name not in BUILT_IN:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -192,6 +197,11 @@ def create(name: str, **options: Any) -> Reward:
     merged = {**entry.options, **options}
     _check_options(name, factory, merged)
     return factory(**merged)
+
+
+def _made(name: str) -> AbstractContextManager[None]:
+    """Whatever one's own reward raises while it is made is its error."""
+    return fenced(f"making the reward {name!r}", partial(RewardError, name=name))
 
 
 def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str, Any], skip: int = 0) -> None:

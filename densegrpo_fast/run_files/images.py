@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from densegrpo_fast.common.pictures import to_bytes
+from densegrpo_fast.common.pictures import finite_pictures, to_bytes
 
 PROMPTS_KEY = "prompts"
 """PNG text field that holds the captions as a JSON list, in reading order."""
@@ -28,7 +28,7 @@ def save_grid(
     """Save pictures as one PNG, row by row.
 
     Args:
-        images: [N, 3, H, W] float; values outside [0, 1] are clamped.
+        images: [N, 3, H, W] float; values outside [0, 1] are clamped, and a picture that is not finite is left grey.
         path: the file to write; its directory is made.
         columns: pictures per row, at least 1.
         scale: whole-number enlargement without smoothing, so that small pictures show their pixels.
@@ -48,7 +48,7 @@ def save_grid(
         raise ValueError(f"save_grid: columns and scale must be at least 1, got {columns} and {scale}")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"save_grid: captions must hold {len(images)} texts, one per image, got {len(captions)}")
-    pixels = to_bytes(images)
+    pixels = to_bytes(images.where(finite_pictures(images)[:, None, None, None], 0.5))
     width, height = images.shape[3] * scale, images.shape[2] * scale
     columns = min(columns, len(images))
 

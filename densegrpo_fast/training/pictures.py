@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.errors import NonFiniteError, UsageError
+from densegrpo_fast.common.pictures import finite_pictures
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import Family, coefficients
 from densegrpo_fast.flow.noise import Stream
@@ -122,7 +123,8 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
         [N, 3, H, W] float32 on the CPU.
 
     Raises:
-        UsageError: a noise level does not fit the dynamics; SetupError: one row is too many for the memory.
+        UsageError: a noise level does not fit the dynamics; SetupError: one row is too many for the memory;
+            NonFiniteError: a picture is not finite.
     """
     sigmas, guidance_scale = model.sigmas(sampler.num_steps), sampler.guidance_scale
     table = None
@@ -154,7 +156,11 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
             latents = trajectory.latents[-1]
         return model.decode(latents).cpu()
 
-    return torch.cat(list(OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
+    images = torch.cat(list(OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
+    if not (finite := finite_pictures(images)).all():
+        count = f"{int((~finite).sum())} of {len(images)} pictures hold numbers that are not finite"
+        raise NonFiniteError(f"{count}: the model or its adapter is broken, or model.dtype is too narrow for it")
+    return images
 
 
 def compare_models(config: Config, refs: Sequence[ModelRef]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.errors import OutputError, RewardError, UsageError
+from densegrpo_fast.common.errors import NonFiniteError, OutputError, RewardError, UsageError
 from densegrpo_fast.common.files import output_errors, write_durably
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.consistency import neighbour_correlation
@@ -156,13 +156,14 @@ class RunRecords:
         """Keep the scores and pictures of the evaluation `when` ("before" or "after"), and show them to the loggers.
 
         Raises:
-            RewardError: a reward has no score at all.
+            RewardError: a reward has no score at all; NonFiniteError: since the pictures are not finite.
         """
         for name, values in evaluation.scores.items():
             if values.isnan().all():
-                raise RewardError(
-                    f"the held-out evaluation {when} training has no score of {name!r}: all are missing",
-                )
+                problem = f"the held-out evaluation {when} training has no score of {name!r}: all are missing"
+                if not evaluation.images.isfinite().all():
+                    raise NonFiniteError(f"{problem}, and pictures of the model hold numbers that are not finite")
+                raise RewardError(problem)
         scores = {name: values.tolist() for name, values in evaluation.scores.items()}
         with output_errors(f"cannot write in {self.directory}"):
             text = json.dumps({"prompts": held_out.prompts, "scores": scores})

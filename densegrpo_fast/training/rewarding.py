@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.errors import RewardError, UsageError
+from densegrpo_fast.common.errors import NonFiniteError, RewardError, UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.models.base import Decoder, FlowModel
@@ -219,12 +219,14 @@ def check_missing(scores: Scores, allowed: float) -> None:
         allowed: share of the scores, `reward.max_missing`.
 
     Raises:
-        RewardError: more are missing.
+        RewardError: more are missing; NonFiniteError: and pictures that are not finite are among them.
     """
     if scores.missing_share > allowed:
-        raise RewardError(
-            f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows {allowed:.0%}"
-        )
+        problem = f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows {allowed:.0%}"
+        if count := scores.not_finite:
+            problem += f"; {count} of {len(scores.values)} pictures hold numbers that are not finite"
+            raise NonFiniteError(f"{problem}: the model, its adapter or its decoder made them, not the reward")
+        raise RewardError(problem)
 
 
 def build_reward(
