@@ -155,8 +155,9 @@ class RewardMixture:
                 f"RewardMixture: {count} images need as many prompts and metadata, got {len(prompts)} and {len(rows)}"
             )
         finite = finite_pictures(images)
-        # a reward need not know of NaN; what it says of such a picture is left out
-        images = images.where(finite[:, None, None, None], 0.0)
+        # a reward need not know of NaN, and what it says of such a picture is left out; a GPU would wait to be asked
+        if images.device.type != "cpu" or not finite.all():
+            images = images.where(finite[:, None, None, None], 0.0)
         score = partial(self._per_reward, images, list(prompts), rows)
         per_reward = score() if self.timeout is None else self._in_time(score, images.device, self.timeout)
         finite = finite.cpu()
