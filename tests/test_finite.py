@@ -14,9 +14,9 @@ import torch
 
 from densegrpo_fast.common.errors import NonFiniteError, RewardError, SetupError
 from densegrpo_fast.common.pictures import to_bytes, to_unit
+from densegrpo_fast.models.adapter_formats import read_lora
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.loading import load_sd3
-from densegrpo_fast.models.lora import read_lora
 from densegrpo_fast.rewards.base import RewardMixture, Scores
 from densegrpo_fast.run_files.images import save_grid
 from densegrpo_fast.training.pictures import draw, picture_sampler

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.fingerprint import fingerprint
 
 FORMAT = "densegrpo-fast calibration 1"
 """First key of every file; the number is the format's."""
+
+DIGEST = "sha256"
+"""Last key of a file: SHA-256 over the canonical JSON of all others. Files of an earlier version have none."""
+
+_KEYS = {"format", "dynamics", "num_steps", "steps", "sigmas", "noise_level_is", "noise_level", "settled", "rule"}
+_KEYS |= {"unbalanceable", "hopeless", "settings", "before", "after", "rounds"}
+_KEYS |= {"command", "commit", "hardware", "versions", DIGEST}
+"""Keys of a file; among others there may be what once was `DIGEST`."""
 
 _AGAIN = "make one with python -m densegrpo_fast.calibrate"
 
@@ -93,6 +102,13 @@ def read_calibration(path: Path, option: str = "sampler.calibration") -> Calibra
         raise UsageError(f"{option}: {path} is not JSON; {_AGAIN}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UsageError(f'{option}: {path} is no "{FORMAT}"; {_AGAIN}')
+    content = {key: value for key, value in document.items() if key != DIGEST}
+    try:
+        intact = len(content) == len(document) or document[DIGEST] == fingerprint(content)
+    except ValueError:  # NaN and infinities, which a file never has
+        intact = False
+    if not intact or not {*document} <= _KEYS:
+        raise UsageError(f"{option}: {path} is damaged, or was changed by hand; {_AGAIN}")
     levels, sigmas, dynamics = (document.get(key) for key in ("noise_level", "sigmas", "dynamics"))
     settings = document.get("settings", {})
     if _numbers(levels) and _numbers(sigmas) and isinstance(dynamics, str) and isinstance(settings, dict):
@@ -110,5 +126,6 @@ def read_calibration(path: Path, option: str = "sampler.calibration") -> Calibra
 
 def _numbers(value: Any) -> TypeGuard[list[float]]:
     return isinstance(value, list) and all(
-        isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in value
+        isinstance(item, int | float) and not isinstance(item, bool) and abs(item) <= sys.float_info.max
+        for item in value
     )

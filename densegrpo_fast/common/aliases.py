@@ -21,6 +21,7 @@ OPTIONS = {
 
 ADDED = {
     "credit.closeness": 0.0,
+    "lora.start": None,
     "objective.guidance_gradient": "conditional",
     "objective.step_sampling": "uniform",
     "optimizer.update": "replayed",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ from densegrpo_fast.common.errors import OutputError
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """Name of the file in an adapter directory, as diffusers has it."""
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""Names of the files in an adapter directory of PEFT."""
+
+SUMS = "SHA256SUMS"
+"""Name of the file that holds the digests of a directory's files: `sha256sum -c SHA256SUMS` checks them."""
+
+_SUM = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 
 STAGE_SUFFIX = ".stage"
 """End of the name of a file that is being written; one left by a crash is safe to delete."""
@@ -62,21 +72,75 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8) as a whole: a reader finds the old content or the new one, never a part.
+def replace_bytes(path: Path, data: bytes, *, digest: bool = False) -> None:
+    """Write a file as a whole: a reader finds the old content or the new one, never a part.
+
+    Args:
+        digest: also note its SHA-256 in `SUMS` beside it, for `read_verified`.
 
     Raises:
         OutputError: if it cannot be written; the old content stays.
     """
-    staged = path.with_name(f".{path.name}{STAGE_SUFFIX}")
     with output_errors(f"cannot write {path}"):
-        try:
-            write_durably(staged, text.encode("utf-8"))
-            os.replace(staged, path)
-            sync_directory(path.parent)
-        except OSError:
+        _replace(path, data)
+        if digest:
+            known = _sums(path.parent) | {path.name: hashlib.sha256(data).hexdigest()}
+            lines = "".join(f"{value}  {name}\n" for name, value in sorted(known.items()))
+            _replace(path.with_name(SUMS), lines.encode())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    staged = path.with_name(f".{path.name}{STAGE_SUFFIX}")
+    try:
+        write_durably(staged, data)
+        os.replace(staged, path)
+        sync_directory(path.parent)
+    except OSError:
+        with suppress(OSError):
             staged.unlink(missing_ok=True)
-            raise
+        raise
+
+
+def replace_text(path: Path, text: str, *, digest: bool = False) -> None:
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(path, text.encode("utf-8"), digest=digest)
+
+
+def read_verified(path: Path) -> bytes:
+    """The content of a file, checked against its digest if `SUMS` beside it has one.
+
+    Raises:
+        OSError: it cannot be read, or is not what was written; the message says so.
+    """
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != _sums(path.parent).get(path.name, hashlib.sha256(data).hexdigest()):
+        raise OSError(
+            errno.EIO,
+            f"it is not what was written, by {SUMS} beside it; if it was changed on purpose, delete that file",
+        )
+    return data
+
+
+def verify_directory(directory: Path) -> None:
+    """Check every file of a directory that has a digest there.
+
+    Raises:
+        OSError: one is missing or not what was written.
+    """
+    for name in _sums(directory):
+        try:
+            read_verified(directory / name)
+        except OSError as error:
+            raise OSError(error.errno, f"{name}: {error.strerror}") from None
+
+
+def _sums(directory: Path) -> dict[str, str]:
+    """The digests by file name that a directory holds, in the form of sha256sum."""
+    try:
+        lines = (directory / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    return {found[2]: found[1] for line in lines if (found := _SUM.fullmatch(line))}
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

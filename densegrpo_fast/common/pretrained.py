@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from densegrpo_fast.common.errors import NonFiniteError
+from densegrpo_fast.common.files import verify_directory
 
 NETWORK_FILES = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 """What `fetch` is asked for to load a network of transformers."""
@@ -122,6 +123,7 @@ def load_network(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
         OSError: it is another network, or its files are not whole; the message says what was expected.
         NonFiniteError: a tensor is not finite.
     """
+    verify_directory(directory)
     problem = files_problem(directory) or _kind_problem(kind, directory / "config.json")
     if problem:
         raise OSError(problem)

@@ -27,6 +27,7 @@ from densegrpo_fast.config.schema import Config, options, sections
 from densegrpo_fast.config.yaml_files import (
     BASE_PRESET,
     DEFAULT_PRESET,
+    check_stored,
     dump_yaml,
     parse_yaml,
     preset_names,
@@ -243,6 +244,7 @@ def _source(arguments: _Arguments, default: str) -> str:
     stored = Path(arguments.resume_directory) / "config.yaml"
     if not stored.is_file():
         raise CheckpointError(f"--resume: {stored} does not exist, so there is no run to continue")
+    check_stored(stored)
     return str(stored)
 
 

@@ -112,6 +112,10 @@ class LoraOptions(Section):
         min_length=1, description="attention projections that get an adapter"
     )
     init_seed: int = Field(ge=0, lt=2**63, description="seed of the adapter's initial weights")
+    start: Text | None = Field(
+        description="adapter file or directory that the adapter begins as (diffusers', PEFT's, ComfyUI's or kohya's), "
+        "of the same rank; the KL term still holds it to the model without any. null = it begins as no change"
+    )
 
 
 class DataOptions(Section):

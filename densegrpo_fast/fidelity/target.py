@@ -242,7 +242,8 @@ def _held_out(config: Config, groups: int) -> PromptSet:
 
 def _load_adapter(network: Any, directory: Path) -> None:
     from densegrpo_fast.common.files import ADAPTER_FILE
-    from densegrpo_fast.models.lora import attach_lora, read_lora
+    from densegrpo_fast.models.adapter_formats import read_lora
+    from densegrpo_fast.models.lora import attach_lora
 
     if not (directory / ADAPTER_FILE).is_file():
         raise SetupError(f"--adapter: {directory} holds no {ADAPTER_FILE}")

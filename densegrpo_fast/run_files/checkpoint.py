@@ -118,7 +118,7 @@ class CheckpointManager:
             self.directory.mkdir(parents=True, exist_ok=True)
             for entry in self.directory.iterdir():
                 if entry.name.startswith(_STAGE_PREFIX):
-                    shutil.rmtree(entry)
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             try:
                 self._write(stage, step, files)
                 if target.exists():
@@ -201,18 +201,18 @@ class CheckpointManager:
 
 
 def newest_settings(directory: Path) -> dict[str, Any] | None:
-    """The settings in the newest readable manifest of a run's checkpoints, unverified, by the names of today.
+    """The settings in the newest intact manifest of a run's checkpoints, by the names of today.
 
     Returns:
         None without any.
 
     Raises:
-        CheckpointError: an option that is gone has a value with an effect.
+        CheckpointError: an option that is gone has a value with an effect, or the manifest is of another format.
     """
     for path in sorted(directory.glob(f"step-*/{_MANIFEST}"), reverse=True):
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+            settings = _read_manifest(path.parent)["settings"]
+        except (CorruptCheckpoint, KeyError):
             continue
         if isinstance(settings, dict):
             with _named(path.parent):

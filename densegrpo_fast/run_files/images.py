@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from densegrpo_fast.common.files import replace_bytes
 from densegrpo_fast.common.pictures import finite_pictures, to_bytes
 
 PROMPTS_KEY = "prompts"
@@ -69,7 +71,7 @@ def save_grid(
         information.add_itxt(PROMPTS_KEY, json.dumps(list(captions), ensure_ascii=False))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path, format="PNG", pnginfo=information)
+    _save(grid, path, information)
     return path
 
 
@@ -106,7 +108,13 @@ def save_picture(image: Tensor, path: str | Path, texts: Mapping[str, str]) -> N
     information = PngInfo()
     for name, text in texts.items():
         information.add_itxt(name, text)
-    Image.fromarray(to_bytes(image[None])[0]).save(path, format="PNG", pnginfo=information)
+    _save(Image.fromarray(to_bytes(image[None])[0]), Path(path), information)
+
+
+def _save(picture: Image.Image, path: Path, information: PngInfo) -> None:
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=information)
+    replace_bytes(path, buffer.getvalue())
 
 
 def read_picture(path: str | Path) -> tuple[Tensor, dict[str, str]]:

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 
 from densegrpo_fast.common.errors import CheckpointError, OutputError, UserError
-from densegrpo_fast.common.files import STAGE_SUFFIX, open_plainly, output_errors, unused_name
+from densegrpo_fast.common.files import STAGE_SUFFIX, SUMS, open_plainly, output_errors, unused_name
+from densegrpo_fast.common.last_resort import directories
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
                 )
             lock = _move_aside(path, lock)
         try:
+            directories.append(path)
             yield path
         except BaseException:
             if not resume:
@@ -189,7 +191,7 @@ def _withdraw(path: Path) -> None:
     if (path / CHECKPOINTS).exists() or (metrics.exists() and metrics.stat().st_size):
         return
     try:
-        for name in (CONFIG_FILE, METRICS_FILE, "evaluation-before.json", _LOCK_NAME):
+        for name in (CONFIG_FILE, METRICS_FILE, "evaluation-before.json", SUMS, _LOCK_NAME):
             (path / name).unlink(missing_ok=True)
         shutil.rmtree(path / "samples", ignore_errors=True)
         path.rmdir()

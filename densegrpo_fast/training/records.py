@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.errors import NonFiniteError, OutputError, RewardError, UsageError
-from densegrpo_fast.common.files import output_errors, write_durably
+from densegrpo_fast.common.errors import CheckpointError, NonFiniteError, OutputError, RewardError, UsageError
+from densegrpo_fast.common.files import finite, output_errors, read_verified, replace_bytes, replace_text, unused_name
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
@@ -29,6 +31,8 @@ from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.rewarding import RewardBatch
 from densegrpo_fast.training.schedule import IterationSteps
+
+logger = logging.getLogger(__name__)
 
 PHASES = ("calibration", "rollout", "lookahead", "reward", "monitor", "update")
 _GRID = 24
@@ -108,19 +112,28 @@ class RunRecords:
     def begin(self, config_yaml: str) -> None:
         """Write the resolved configuration, and start torch's generator (for rewards that draw) from the run's seed."""
         torch.manual_seed(self.config.seed)
-        with output_errors(f"cannot write in {self.directory}"):
-            write_durably(self.directory / "config.yaml", config_yaml.encode())
+        replace_text(self.directory / "config.yaml", config_yaml, digest=True)
 
     def restore(self, trainer: Resumable, log: MetricsLog) -> int:
         """Continue from the newest good checkpoint; returns the iterations done, 0 if none was saved yet.
 
         Raises:
-            CheckpointError: none is intact, or it belongs to other settings; UsageError: the run has already gone
-                further than `run.iterations`.
+            CheckpointError: none is intact, or it belongs to other settings; there is less than the run's records say
+                that there was; or what the end of the run needs is lost. UsageError: the run has already gone further
+                than `run.iterations`.
         """
         if not self.checkpoints.steps():
-            log.truncate(0)
+            self._begin_again(log)
             return 0
+        for needed in ("config.yaml", "evaluation-before.json"):
+            try:
+                read_verified(self.directory / needed)
+                self._evaluation("before")
+            except (OSError, OutputError) as error:
+                problem = f"{needed}: {error.strerror}" if isinstance(error, OSError) else error
+                raise CheckpointError(
+                    f"{self.directory} cannot be summed up at the end of the run: {problem}"
+                ) from None
         checkpoint = self.checkpoints.load_latest()
         if checkpoint.step > self.config.run.iterations:
             raise UsageError(
@@ -130,6 +143,32 @@ class RunRecords:
         trainer.restore(checkpoint.tensors, checkpoint.state)
         log.truncate(checkpoint.state["metrics_position"])
         return checkpoint.step
+
+    def _begin_again(self, log: MetricsLog) -> None:
+        """Start a run that has saved nothing from its beginning; what it recorded is kept beside.
+
+        Raises:
+            CheckpointError: it must have saved something, since it went on after that.
+        """
+        every, recorded = self.config.run.checkpoint_every, len(log.records())
+        directory = self.checkpoints.directory
+        if directory.is_symlink() and not directory.exists():
+            raise CheckpointError(f"{directory} leads nowhere: is what it leads to mounted?")
+        if every and recorded > every:
+            raise CheckpointError(
+                f"{self.directory} has records of {recorded} iterations and no checkpoint, though one was saved every "
+                f"{every}: {directory} is gone or empty; bring it back, or choose another run.output_dir"
+            )
+        if recorded:
+            kept = unused_name(log.path, "old")
+            replace_bytes(kept, log.path.read_bytes())
+            logger.warning(
+                "%s: nothing was saved yet, so the run begins again; its %d records are kept in %s",
+                self.directory,
+                recorded,
+                kept,
+            )
+        log.truncate(0)
 
     def checkpoint(self, trainer: Resumable, done: int, log: MetricsLog) -> None:
         """Save everything a bit-exact continuation needs."""
@@ -165,9 +204,8 @@ class RunRecords:
                     raise NonFiniteError(f"{problem}, and pictures of the model hold numbers that are not finite")
                 raise RewardError(problem)
         scores = {name: values.tolist() for name, values in evaluation.scores.items()}
-        with output_errors(f"cannot write in {self.directory}"):
-            text = json.dumps({"prompts": held_out.prompts, "scores": scores})
-            write_durably(self.directory / f"evaluation-{when}.json", text.encode())
+        document = {"prompts": held_out.prompts, "scores": scores}
+        replace_text(self.directory / f"evaluation-{when}.json", json.dumps(finite(document)), digest=True)
         self.samples(when, evaluation.images, held_out)
         log.show({"iteration": done} | evaluation.metrics())
 
@@ -194,7 +232,7 @@ class RunRecords:
             }
             report = write_report(
                 self.directory,
-                config_yaml=(self.directory / "config.yaml").read_text(),
+                config_yaml=read_verified(self.directory / "config.yaml").decode(),
                 metrics=metrics,
                 images={when: self.directory / "samples" / f"{when}.png" for when in ("before", "after")},
                 phases=phases,
@@ -237,12 +275,11 @@ class RunRecords:
         """Prompts and scores that `evaluated` kept."""
         path = self.directory / f"evaluation-{when}.json"
         try:
-            found = json.loads(path.read_text())
-            prompts, scores = found["prompts"], found["scores"]
-        except (OSError, ValueError, KeyError):
+            found = json.loads(read_verified(path))
+            scores = {
+                name: [[math.nan if value is None else float(value) for value in row] for row in rows]
+                for name, rows in found["scores"].items()
+            }
+            return list(found["prompts"]), scores
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise OutputError(f"{path} is missing or broken, so the run cannot be summed up") from None
-        return prompts, {name: [[_number(v) for v in row] for row in rows] for name, rows in scores.items()}
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
