@@ -95,6 +95,11 @@ def _prompts(options: argparse.Namespace) -> PromptSet:
         return load_prompts(options.prompts)
     if not all(text.strip() for text in options.prompt):
         raise UsageError("expected prompts that are not empty")
+    for text in options.prompt:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError(f"expected prompts in UTF-8, got {text.encode('utf-8', 'surrogateescape')!r}") from None
     return PromptSet(tuple(options.prompt), ({},) * len(options.prompt))
 
 

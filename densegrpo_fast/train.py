@@ -73,6 +73,11 @@ def dry_run(config: Config) -> ExitCode:
     record = Trainer(small, tiny=True).step(0)
     samples = small.data.num_prompts * small.sampler.group_size
     print(f"dry run of {config.preset}: one iteration of {samples} samples, {small.sampler.num_steps} steps")
+    if config.model.path != "embedded":
+        print(
+            f"  {config.model.path} was not read: in its place stands a tiny random SD3 pipeline of its own size, with "
+            "the built-in prompts scenes and the reward jpeg_compressibility"
+        )
     for phase in PHASES:
         print(f"  {phase:10} {record[f'time/{phase}']:7.2f} s  {record.get(f'nfe/{phase}', 0):5.0f} NFE")
     print(f"  largest |ratio - 1| {record['ratio_deviation']:.1e}, gradient norm {record['grad_norm']:.2e}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.files import read_plainly
 from densegrpo_fast.common.fingerprint import fingerprint
 
 FORMAT = "densegrpo-fast calibration 1"
@@ -22,6 +23,9 @@ _KEYS = {"format", "dynamics", "num_steps", "steps", "sigmas", "noise_level_is",
 _KEYS |= {"unbalanceable", "hopeless", "settings", "before", "after", "rounds"}
 _KEYS |= {"command", "commit", "hardware", "versions", DIGEST}
 """Keys of a file; among others there may be what once was `DIGEST`."""
+
+_MOST_STEPS = 1000
+"""As many as `sampler.num_steps` may be."""
 
 _AGAIN = "make one with python -m densegrpo_fast.calibrate"
 
@@ -95,7 +99,7 @@ def read_calibration(path: Path, option: str = "sampler.calibration") -> Calibra
         UsageError: it cannot be read, or is none.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_plainly(path))
     except OSError as error:
         raise UsageError(f"{option}: cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
@@ -109,9 +113,12 @@ def read_calibration(path: Path, option: str = "sampler.calibration") -> Calibra
         intact = False
     if not intact or not {*document} <= _KEYS:
         raise UsageError(f"{option}: {path} is damaged, or was changed by hand; {_AGAIN}")
-    levels, sigmas, dynamics = (document.get(key) for key in ("noise_level", "sigmas", "dynamics"))
+    levels: Any = document.get("noise_level")
+    sigmas: Any = document.get("sigmas")
+    dynamics = document.get("dynamics")
     settings = document.get("settings", {})
-    if _numbers(levels) and _numbers(sigmas) and isinstance(dynamics, str) and isinstance(settings, dict):
+    numbered = _numbers(levels) and _numbers(sigmas) and len(levels) <= _MOST_STEPS
+    if numbered and isinstance(dynamics, str) and isinstance(settings, dict):
         every = range(len(levels))
         steps = document.get("steps", list(every))
         known = isinstance(steps, list) and steps == [step for step in every if step in steps]

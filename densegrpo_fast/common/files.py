@@ -9,7 +9,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,17 @@ def replace_bytes(path: Path, data: bytes, *, digest: bool = False) -> None:
         OutputError: if it cannot be written; the old content stays.
     """
     with output_errors(f"cannot write {path}"):
+        if not digest:
+            _replace(path, data)
+            return
+        known = _sums(path.parent)
+        others = [line for line in known if line[1] != path.name]
+        new, before = (hashlib.sha256(data).hexdigest(), path.name), [line for line in known if line[1] == path.name]
+        # nothing replaces two files at once: in between, the old content is as good as the new one
+        _replace(path.with_name(SUMS), _lines([*others, *before, new]))
         _replace(path, data)
-        if digest:
-            known = _sums(path.parent) | {path.name: hashlib.sha256(data).hexdigest()}
-            lines = "".join(f"{value}  {name}\n" for name, value in sorted(known.items()))
-            _replace(path.with_name(SUMS), lines.encode())
+        if before:
+            _replace(path.with_name(SUMS), _lines([*others, new]))
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -106,18 +112,29 @@ def replace_text(path: Path, text: str, *, digest: bool = False) -> None:
     replace_bytes(path, text.encode("utf-8"), digest=digest)
 
 
+def read_plainly(path: Path) -> bytes:
+    """The content of a file; a fifo, a device or a directory in its place is not waited for.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(path))
+        return file.read()
+
+
 def read_verified(path: Path) -> bytes:
     """The content of a file, checked against its digest if `SUMS` beside it has one.
 
     Raises:
         OSError: it cannot be read, or is not what was written; the message says so.
     """
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != _sums(path.parent).get(path.name, hashlib.sha256(data).hexdigest()):
-        raise OSError(
-            errno.EIO,
-            f"it is not what was written, by {SUMS} beside it; if it was changed on purpose, delete that file",
-        )
+    data = read_plainly(path)
+    written = [digest for digest, name in _sums(path.parent) if name == path.name]
+    if written and hashlib.sha256(data).hexdigest() not in written:
+        way_out = "if it was changed on purpose, delete that file"
+        raise OSError(errno.EIO, f"it is not what was written, by {SUMS} beside it; {way_out}")
     return data
 
 
@@ -127,20 +144,24 @@ def verify_directory(directory: Path) -> None:
     Raises:
         OSError: one is missing or not what was written.
     """
-    for name in _sums(directory):
+    for _, name in _sums(directory):
         try:
             read_verified(directory / name)
         except OSError as error:
             raise OSError(error.errno, f"{name}: {error.strerror}") from None
 
 
-def _sums(directory: Path) -> dict[str, str]:
-    """The digests by file name that a directory holds, in the form of sha256sum."""
+def _sums(directory: Path) -> list[tuple[str, str]]:
+    """Digest and name of the files that a directory holds the digests of, in the form of sha256sum."""
     try:
-        lines = (directory / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return {}
-    return {found[2]: found[1] for line in lines if (found := _SUM.fullmatch(line))}
+        lines = read_plainly(directory / SUMS).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+    return [(found[1], found[2]) for line in lines if (found := _SUM.fullmatch(line))]
+
+
+def _lines(sums: Sequence[tuple[str, str]]) -> bytes:
+    return "".join(f"{digest}  {name}\n" for digest, name in sorted({*sums}, key=lambda line: line[1])).encode()
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

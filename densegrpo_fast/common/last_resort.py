@@ -5,7 +5,6 @@ No traceback reaches a terminal: it is written to the run's directory, or to a t
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import tempfile
@@ -46,7 +45,7 @@ def explain(error: BaseException) -> tuple[str, type[BaseException] | None]:
     if isinstance(error, ImportError):
         package = (error.name or "a package").partition(".")[0]
         return f"the package {package} is missing or does not work here: {said}; install it again", ImportError
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+    if isinstance(error, OSError) and error.errno is not None:
         return said, OSError
     return f"unforeseen {said} (in {_place(error)}); this should not happen, please report it", None
 

@@ -28,9 +28,9 @@ from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
 from densegrpo_fast.sampling.windows import Schedule
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
-PositiveInt = Annotated[int, Field(ge=1)]
-StepIndex = Annotated[int, Field(ge=0)]
-_PROMPTS = '"scenes", "general", "ocr" or "geneval" (built in), or a .txt or .jsonl file'
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+StepIndex = Annotated[int, Field(ge=0, lt=2**31)]
+_PROMPTS = '"scenes", "general", "ocr" or "geneval" (built in), or a .txt, .jsonl, .tsv or .csv file'
 
 
 class Section(BaseModel):
@@ -451,7 +451,7 @@ class EvaluationOptions(Section):
 
     every: int = Field(ge=0, description="iterations between evaluations (and sample grids); 0 = only before and after")
     num_prompts: PositiveInt = Field(description="held-out prompts")
-    samples_per_prompt: PositiveInt = Field(description="images per held-out prompt")
+    samples_per_prompt: int = Field(ge=1, le=4096, description="images per held-out prompt")
     num_steps: int = Field(ge=1, le=1000, description="Euler steps")
     guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = Field(description="null = the sampler's")
 

@@ -98,7 +98,8 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"{source}, line {mark.line + 1}" if mark and "\n" in text else source
         raise UsageError(f"{where}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    # an explicit tag such as !!timestamp fails in ways of its own
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{source}: not readable as YAML: {error}") from None
 
 

@@ -39,6 +39,8 @@ _KINDS = {
     "tokenizer_2": "CLIPTokenizer",
     "tokenizer_3": "T5TokenizerFast",
 }
+_NO_LIMIT = 10**9
+"""transformers gives a tokenizer without a limit a larger one."""
 _NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -167,8 +169,10 @@ def _check_directory(directory: Path) -> None:
     """Complain about anything but T5 that a pipeline directory lacks."""
     index = directory / "model_index.json"
     if not index.is_file():
+        snapshots = sorted(path.parent for path in directory.glob("snapshots/*/model_index.json"))
+        way_out = f"; it is a folder of the hub's cache, give {snapshots[-1]}" if snapshots else ""
         raise SetupError(
-            f"model.path: {directory} has no model_index.json, so it is no pipeline directory",
+            f"model.path: {directory} has no model_index.json, so it is no pipeline directory{way_out}",
         )
     try:
         parts = read_settings(index)
@@ -212,6 +216,9 @@ def _load_pipeline(directory: Path, dtype: dict[str, torch.dtype], given: dict[s
             raise _cannot_load(str(directory), f"{name}: {error}") from None
     for encoder, tokenizer in zip(_ENCODERS, _TOKENIZERS, strict=True):
         network, words = parts[encoder], parts[tokenizer]
+        if network is not None and words is not None and words.model_max_length > _NO_LIMIT:
+            # the tokenizer does not say how long a prompt may be, the encoder does
+            words.model_max_length = getattr(network.config, "max_position_embeddings", 512)
         if network is not None and words is not None and len(words) > network.config.vocab_size:
             problem = f"it has {len(words)} tokens, {encoder} has {network.config.vocab_size}"
             raise _cannot_load(str(directory), f"{tokenizer}: {problem}")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.aliases import comparable_settings, complete_settings
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError, UsageError
-from densegrpo_fast.common.files import output_errors, sync_directory, unused_name, write_durably
+from densegrpo_fast.common.files import output_errors, read_plainly, sync_directory, unused_name, write_durably
 from densegrpo_fast.common.fingerprint import canonical_json, differences, fingerprint
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_plainly(path)
     except OSError as error:
         raise CorruptCheckpoint(f"{path.name}: {error.strerror}") from error
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from densegrpo_fast.common.aliases import current_metric
 from densegrpo_fast.common.errors import OutputError
-from densegrpo_fast.common.files import finite, open_plainly, output_errors
+from densegrpo_fast.common.files import finite, open_plainly, output_errors, read_plainly
 from densegrpo_fast.run_files.loggers import Loggers
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         ValueError: if a line is not a JSON object; the message gives its number.
     """
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(read_plainly(Path(path)).split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except ValueError as error:

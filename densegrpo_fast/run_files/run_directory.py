@@ -162,8 +162,7 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
         path.mkdir(parents=True, exist_ok=True)
     lock = RunLock(path).acquire()
     try:
-        # a crash may leave the lock and a half-written file behind; neither is worth keeping
-        if not resume and any(file.name != _LOCK_NAME and file.suffix != STAGE_SUFFIX for file in path.iterdir()):
+        if not resume and not all(_is_left_over(file) for file in path.iterdir()):
             if not holds_run(path):
                 raise OutputError(
                     f"{path} is not empty and holds no run of this program; choose another run.output_dir",
@@ -183,6 +182,13 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
             raise
     finally:
         lock.release()
+
+
+def _is_left_over(file: Path) -> bool:
+    """Whether it is what a crash leaves behind and nobody wants: the lock, a half-written file, an empty record."""
+    if file.name in (_LOCK_NAME, METRICS_FILE):
+        return file.is_file() and (file.name == _LOCK_NAME or file.stat().st_size == 0)
+    return file.suffix == STAGE_SUFFIX
 
 
 def _withdraw(path: Path) -> None:

@@ -211,7 +211,7 @@ def score_files(config: Config, files: Sequence[Path], prompts: PromptSet | None
         try:
             image, fields = read_picture(file)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is no picture, or a damaged one"
+            reason = getattr(error, "strerror", None) or f"it is no picture, or a damaged one ({error})"
             raise UsageError(f"{file} cannot be read: {reason}") from None
         pictures.append(image)
         written.append(fields.get("prompt", ""))
