@@ -178,6 +178,43 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pyte
     assert f"taking over from process {child.pid}" in caplog.text
 
 
+def test_a_child_does_not_keep_the_lock_of_a_dead_trainer(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from densegrpo_fast.run_files.run_directory import RunLock\n"
+        "RunLock(Path(sys.argv[1])).acquire()\n"
+        "if os.fork():\n"
+        "    os._exit(0)\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert process.wait(30) == 0
+        try:
+            with RunLock(tmp_path) as lock:
+                assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_the_lock_of_a_dead_process_that_somebody_holds_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.lock").write_text(json.dumps({"pid": 2**22 + 5, "host": run_directory.socket.gethostname()}))
+
+    def held(descriptor: int, operation: int) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", held)
+    with pytest.raises(UserError, match="though the run itself is gone; find it with `fuser .*run.lock`"):
+        RunLock(tmp_path).acquire()
+
+
 def test_a_lock_left_by_another_host_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.lock").write_text('{"pid": 1, "host": "elsewhere"}')
     with pytest.raises(UserError, match="process 1 on elsewhere") as caught:

@@ -31,6 +31,20 @@ CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 _LOCK_NAME = "run.lock"
 
 
+_held: set[int] = set()
+"""Descriptors of the locks of this process. A child that it forks lets go of them: it would keep the lock of a process
+that has died."""
+
+
+def _let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 class RunLock:
     """A lock file that holds the writer's host and process id.
 
@@ -70,15 +84,18 @@ class RunLock:
             raise
         if self.path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
             self._descriptor = descriptor
+            _held.add(descriptor)
         else:
             os.close(descriptor)
 
     def release(self) -> None:
         """Give the lock back. The file stays, empty."""
-        if self._descriptor is not None:
+        # in a forked child it is not ours
+        if self._descriptor in _held:
+            _held.remove(self._descriptor)
             _write_holder(self._descriptor, "")
             os.close(self._descriptor)
-            self._descriptor = None
+        self._descriptor = None
 
     def _lock(self, descriptor: int) -> bool:
         """Lock the file; False where the file system has no locks."""
@@ -86,6 +103,11 @@ class RunLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = _read_holder(descriptor)
+            if not holder or (holder.get("host") == socket.gethostname() and not _is_alive(holder.get("pid"))):
+                raise OutputError(
+                    f"{self.path.parent} is still locked by a process that an earlier run has started, though the run "
+                    f"itself is gone; find it with `fuser {self.path}` and end it",
+                ) from None
             raise OutputError(
                 f"{self.path.parent} is in use by another run, process {holder.get('pid')} on "
                 f"{holder.get('host')}; choose another run.output_dir or stop that run",
@@ -125,6 +147,16 @@ def _read_holder(descriptor: int) -> dict[str, object]:
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def _is_alive(pid: object) -> bool:
+    try:
+        os.kill(pid if isinstance(pid, int) and pid > 0 else 0, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _write_holder(descriptor: int, text: str) -> None:

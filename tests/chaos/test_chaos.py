@@ -172,7 +172,7 @@ def delete(warm: Warm, draw: random.Random, path: Path) -> None:
         os.mkfifo(place)
     elif how == "directory":
         place.mkdir()
-    found = warm.train(run, "--resume", longest=90)
+    found = warm.train(run, "--resume")
     assert outside.read_text() == "precious", (place, how)
     warm.ends(found, *DOCUMENTED)
     if found["status"] == 0 and place.name not in ("metrics.jsonl", "evaluation-before.json"):
