@@ -18,7 +18,7 @@ ImageReward, say, `image_reward.py` is
             pictures = [Image.fromarray(picture) for picture in to_bytes(images)]
             return [self.model.score(prompt, picture) for prompt, picture in zip(prompts, pictures)]
 
-served with `--reward image_reward.py:RewardComputer`, and asked by the trainer as
+served with `--reward image_reward.py:Judge`, and asked by the trainer as
 
     --reward.terms '{remote: 1.0}' --reward.options '{remote: {url: "http://HOST:8000", token_env: TOKEN}}'
 

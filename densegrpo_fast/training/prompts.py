@@ -331,9 +331,15 @@ def check_inputs(config: Config) -> None:
             way_out = "give --reward.observed '[]'" if key == "reward.observed" else "choose another reward"
             raise RewardError(f"{key}: {error}, in {source}; {way_out}, or other prompts") from None
     if config.data.eval_prompts != config.data.prompts and config.data.eval_prompts in ("scenes", *BUILT_IN):
-        logger.warning(
-            "data.eval_prompts: held-out pictures are of the built-in prompts %r, while data.prompts is %s; name "
-            "held-out prompts like those with --data.eval_prompts",
-            config.data.eval_prompts,
-            config.data.prompts,
-        )
+        _mention_held_out(config.data.prompts, config.data.eval_prompts)
+
+
+@lru_cache
+def _mention_held_out(prompts: str, held_out: str) -> None:
+    """Say, once, that held-out pictures are of other prompts than the training ones."""
+    logger.warning(
+        "data.eval_prompts: held-out pictures are of the built-in prompts %r, while data.prompts is %s; name held-out "
+        "prompts like those with --data.eval_prompts",
+        held_out,
+        prompts,
+    )
