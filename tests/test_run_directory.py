@@ -49,12 +49,12 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
             (path / "metrics.jsonl").touch()
             replace_text(path / "config.yaml", "seed: 1\n")
             raise KeyError
-        assert not path.exists()
+        assert (list(path.iterdir()) == []) if existed else not path.exists()
     # but for what somebody else may want
     with pytest.raises(KeyError), open_run_directory(path, resume=False, overwrite=False):
         (path / "notes.txt").write_text("x")
         raise KeyError
-    assert [file.name for file in path.iterdir()] == ["notes.txt"]
+    assert {file.name for file in path.iterdir()} == {"notes.txt", "run.lock"}
     # and a run that has recorded something stays
     with pytest.raises(KeyError), open_run_directory(path.with_name("b"), resume=False, overwrite=False) as path:
         (path / "metrics.jsonl").write_text("{}\n")
@@ -130,6 +130,7 @@ def test_a_directory_with_other_files_is_never_used(tmp_path: Path) -> None:
     for overwrite in (False, True):
         assert "holds no run" in refused(tmp_path, ExitCode.OUTPUT, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "x"
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_what_a_crash_leaves_behind_does_not_block_a_new_run(tmp_path: Path) -> None:

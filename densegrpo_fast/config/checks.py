@@ -399,8 +399,10 @@ def _batches(config: Config) -> str | None:
         samples //= config.sampler.branches
         kind, product = "trajectories", f"{product} / sampler.branches"
     if samples % rows:
+        fitting = next(count for count in range(min(rows, samples), 0, -1) if samples % count == 0)
         return (
-            f"sampler.micro_batch: expected a divisor of the {samples} {kind} of an iteration ({product}), got {rows}"
+            f"sampler.micro_batch: expected a divisor of the {samples} {kind} of an iteration ({product}), such as "
+            f"{fitting}, got {rows}"
         )
     if (samples // rows) % (updates := config.optimizer.updates_per_iteration):
         return (

@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +29,8 @@ CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 """Names of what a run writes in its directory: files, and directories."""
 
 _LOCK_NAME = "run.lock"
+_OF_A_START = (CONFIG_FILE, METRICS_FILE, SUMS, _LOCK_NAME, "evaluation-before.json", "samples", "tensorboard", "wandb")
+"""What a run writes before its first record."""
 
 
 _held: set[int] = set()
@@ -191,11 +193,13 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
     if resume and not holds_run(path):
         raise CheckpointError(f"--resume: {path} holds no run to continue")
     with output_errors(f"cannot create run directory {path}"):
+        created = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
     lock = RunLock(path).acquire()
     try:
         if not resume and not all(_is_left_over(file) for file in path.iterdir()):
             if not holds_run(path):
+                lock.path.unlink(missing_ok=True)  # nothing of ours stays in somebody else's directory
                 raise OutputError(
                     f"{path} is not empty and holds no run of this program; choose another run.output_dir",
                 )
@@ -210,7 +214,7 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
             yield path
         except BaseException:
             if not resume:
-                _withdraw(path)
+                _withdraw(path, created)
             raise
     finally:
         lock.release()
@@ -223,18 +227,21 @@ def _is_left_over(file: Path) -> bool:
     return file.suffix == STAGE_SUFFIX
 
 
-def _withdraw(path: Path) -> None:
-    """Take away the files of a run that failed before it recorded anything, and the directory if it is empty then."""
+def _withdraw(path: Path, created: bool) -> None:
+    """Take away the files of a run that failed before it recorded anything, and the directory if it was made for it.
+
+    Where something else lies among them, all stays.
+    """
     metrics = path / METRICS_FILE
-    if (path / CHECKPOINTS).exists() or (metrics.exists() and metrics.stat().st_size):
+    if (metrics.exists() and metrics.stat().st_size) or not all(
+        file.name in _OF_A_START or file.suffix == STAGE_SUFFIX for file in path.iterdir()
+    ):
         return
-    try:
-        for name in (CONFIG_FILE, METRICS_FILE, "evaluation-before.json", SUMS, _LOCK_NAME):
-            (path / name).unlink(missing_ok=True)
-        shutil.rmtree(path / "samples", ignore_errors=True)
-        path.rmdir()
-    except OSError:
-        pass  # something of another program's is in it
+    with suppress(OSError):
+        for file in path.iterdir():
+            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+        if created:
+            path.rmdir()
 
 
 def _move_aside(path: Path, lock: RunLock) -> RunLock:
