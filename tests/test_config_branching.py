@@ -44,7 +44,7 @@ def config(*argv: str) -> Config:
         (
             [*BRANCHES, "sampler.micro_batch=8"],
             "sampler.micro_batch: expected a divisor of the 12 trajectories of an iteration (data.num_prompts x "
-            "sampler.group_size / sampler.branches), got 8",
+            "sampler.group_size / sampler.branches), such as 6, got 8",
         ),
         (
             [*BRANCHES, "optimizer.updates_per_iteration=4"],

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from densegrpo_fast.common.errors import PluginError
 from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.dense import dense_advantages, reward_gains
 from densegrpo_fast.credit.inputs import CreditInputs
@@ -474,7 +475,7 @@ def test_advantages_of_another_shape_are_refused() -> None:
         return normalize_groups(rewards[..., None], **spread)
 
     registry.register("short", CreditMethod(short, needs=("rewards",)))
-    with pytest.raises(ValueError, match=r"short: expected advantages \[2, 4, 4\], got \[2, 4, 1\]"):
+    with pytest.raises(PluginError, match=r"short: expected advantages \[2, 4, 4\], got \[2, 4, 1\]"):
         judged("short", evidence(0))
 
 

@@ -21,9 +21,11 @@ OPTIONS = {
 
 ADDED = {
     "credit.closeness": 0.0,
+    "lora.start": None,
     "objective.guidance_gradient": "conditional",
     "objective.step_sampling": "uniform",
     "optimizer.update": "replayed",
+    "reward.timeout": None,
 }
 """Dotted key of an option that older complete settings lack -> the value that they mean."""
 
@@ -85,25 +87,25 @@ def cache_problem(form: str) -> str | None:
 
 
 def current_settings(settings: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
-    """Nested settings with the keys of today; a new key wins over an old one beside it.
+    """Nested settings with the keys of today.
 
     Args:
         where: as in `current_option`; None = no warning, for what a run has stored itself.
 
     Raises:
-        UsageError: an option that is gone has a value with an effect.
+        UsageError: an option stands there by its old and its new name, or one that is gone has a value with an effect.
     """
     renamed = dict(settings)
     for old, new in OPTIONS.items():
         (section, old_name), (_, new_name) = old.split("."), new.split(".")
         options = renamed.get(section)
         if isinstance(options, Mapping) and old_name in options:
+            if new_name in options:
+                beginning = "" if where is None else f"{where}: "
+                raise UsageError(f"{beginning}{old} and {new} are two names of one option; give one of them")
             if where is not None:
                 current_option(old, where)
-            options = {(new_name if name == old_name else name): value for name, value in options.items()} | {
-                name: value for name, value in options.items() if name == new_name
-            }
-            renamed[section] = options
+            renamed[section] = {(new_name if name == old_name else name): value for name, value in options.items()}
     for key in REMOVED:
         section, name = key.split(".")
         options = renamed.get(section)
@@ -140,6 +142,8 @@ def comparable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             objective["guidance_gradient"] = "conditional"
         if objective.get("negative_factor") == 1:
             objective["negative_threshold"] = None
+    if isinstance(complete.get("reward"), Mapping):
+        complete["reward"] = {**complete["reward"], "timeout": None}
     return complete
 
 

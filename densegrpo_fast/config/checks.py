@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _GUARDED = {"paper": ("flow_sde", "dance")}
 """Dynamics for which a weight of GRPO-Guard is defined; for the others, all with a variance."""
+_MOST_SAMPLES = 2**20
 _NO_VARIANCE = ("cps",)
 """Dynamics whose log-probability leaves out the variance of the step."""
 
@@ -416,12 +417,16 @@ def _batches(config: Config) -> str | None:
     """An iteration must split into micro-batches, and these into updates."""
     samples, rows = config.data.num_prompts * config.sampler.group_size, config.sampler.micro_batch
     kind, product = "samples", "data.num_prompts x sampler.group_size"
+    if samples > _MOST_SAMPLES:
+        return f"data.num_prompts: expected at most {_MOST_SAMPLES} {kind} of an iteration ({product}), got {samples}"
     if config.sampler.branches is not None:
         samples //= config.sampler.branches
         kind, product = "trajectories", f"{product} / sampler.branches"
     if samples % rows:
+        fitting = next(count for count in range(min(rows, samples), 0, -1) if samples % count == 0)
         return (
-            f"sampler.micro_batch: expected a divisor of the {samples} {kind} of an iteration ({product}), got {rows}"
+            f"sampler.micro_batch: expected a divisor of the {samples} {kind} of an iteration ({product}), such as "
+            f"{fitting}, got {rows}"
         )
     if (samples // rows) % (updates := config.optimizer.updates_per_iteration):
         return (

@@ -160,8 +160,10 @@ class Config(Section):
         }
 
     def self_contained(self) -> Config:
-        """The same settings without the file that the noise levels came from: `sampler.noise_level` holds them."""
-        return self.model_copy(update={"sampler": self.sampler.model_copy(update={"calibration": None})})
+        """The same settings as a run stores them: without the file that the noise levels came from, which
+        `sampler.noise_level` holds, and without `run.overwrite`, which has had its effect."""
+        sampler = self.sampler.model_copy(update={"calibration": None})
+        return self.model_copy(update={"sampler": sampler, "run": self.run.model_copy(update={"overwrite": False})})
 
     @property
     def output_dir(self) -> Path:

@@ -29,8 +29,8 @@ from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
 from densegrpo_fast.sampling.windows import Schedule
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
-PositiveInt = Annotated[int, Field(ge=1)]
-StepIndex = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+StepIndex = Annotated[int, Field(ge=0, lt=2**31)]
 CHOSEN_BY_AUTO = (
     "lookahead.plan",
     "lookahead.nodes",
@@ -44,7 +44,7 @@ CHOSEN_BY_AUTO = (
     "optimizer.update",
 )
 """Dotted keys of the options that `lookahead.plan auto` chooses."""
-_PROMPTS = '"scenes", "general", "ocr" or "geneval" (built in), or a .txt or .jsonl file'
+_PROMPTS = '"scenes", "general", "ocr" or "geneval" (built in), or a .txt, .jsonl, .tsv or .csv file'
 
 
 class Section(BaseModel):
@@ -126,6 +126,10 @@ class LoraOptions(Section):
         min_length=1, description="attention projections that get an adapter"
     )
     init_seed: int = Field(ge=0, lt=2**63, description="seed of the adapter's initial weights")
+    start: Text | None = Field(
+        description="adapter file or directory that the adapter begins as (diffusers', PEFT's, ComfyUI's or kohya's), "
+        "of the same rank; the KL term still holds it to the model without any. null = it begins as no change"
+    )
 
 
 class DataOptions(Section):
@@ -300,6 +304,10 @@ class RewardOptions(Section):
         "name of your own to a reward, such as {hpsv2: {use: remote, url: http://...}}"
     )
     max_missing: float = Field(ge=0, le=1, description="share of missing scores above which the run stops")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(
+        description="seconds that one call of the rewards may take where one of them is your own; null = no limit. The "
+        "package's have limits of their own"
+    )
     overlap: bool = Field(
         description="score on a thread of its own while further images are decoded, a chunk at a time: for rewards "
         "that leave the model's device alone, on the CPU or a server; else all images in one call"
@@ -477,7 +485,7 @@ class EvaluationOptions(Section):
 
     every: int = Field(ge=0, description="iterations between evaluations (and sample grids); 0 = only before and after")
     num_prompts: PositiveInt = Field(description="held-out prompts")
-    samples_per_prompt: PositiveInt = Field(description="images per held-out prompt")
+    samples_per_prompt: int = Field(ge=1, le=4096, description="images per held-out prompt")
     num_steps: int = Field(ge=1, le=1000, description="Euler steps")
     guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = Field(description="null = the sampler's")
 

@@ -117,7 +117,7 @@ def pipeline_target(
 
     if made is None:
         prompts = _held_out(config, groups)
-        reward = build_reward(config.reward.terms, config.reward.options)
+        reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
         model = load_model(config.model, default_device())
         check_calibration(config, model)
     else:
@@ -251,7 +251,8 @@ def _held_out(config: Config, groups: int) -> PromptSet:
 
 def _load_adapter(network: Any, directory: Path) -> None:
     from densegrpo_fast.common.files import ADAPTER_FILE
-    from densegrpo_fast.models.lora import attach_lora, read_lora
+    from densegrpo_fast.models.adapter_formats import read_lora
+    from densegrpo_fast.models.lora import attach_lora
 
     if not (directory / ADAPTER_FILE).is_file():
         raise SetupError(f"--adapter: {directory} holds no {ADAPTER_FILE}")

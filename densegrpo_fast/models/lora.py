@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.files import ADAPTER_FILE
-
-_LAYER = re.compile(r"(transformer\.)?\w+(\.\w+)*\.lora_[AB]\.weight")
+from densegrpo_fast.common.files import ADAPTER_FILE, replace_bytes
+from densegrpo_fast.common.pretrained import check_finite
 
 
 def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], seed: int) -> None:
@@ -86,26 +85,14 @@ def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Pa
     from peft import get_peft_model_state_dict
 
     layers = lora_layers(get_peft_model_state_dict(transformer), rank=rank, alpha=alpha)
-    StableDiffusion3Pipeline.save_lora_weights(directory, transformer_lora_layers=layers, safe_serialization=True)
+    check_finite("the trained adapter", layers)
+    # diffusers writes in place, and as a file that its owner alone may read
+    with TemporaryDirectory() as staged:
+        StableDiffusion3Pipeline.save_lora_weights(staged, transformer_lora_layers=layers, safe_serialization=True)
+        data = (Path(staged) / ADAPTER_FILE).read_bytes()
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_bytes(directory / ADAPTER_FILE, data, digest=True)
     return directory / ADAPTER_FILE
-
-
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """The layers of an adapter file, as `lora_layers` returns them.
-
-    Raises:
-        ValueError: it cannot be read, or is no LoRA of a transformer alone in diffusers' form.
-    """
-    import safetensors.torch
-
-    try:
-        layers = safetensors.torch.load_file(path)
-    except Exception as error:  # the library raises its own kinds for a damaged file
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    for name, tensor in layers.items():
-        if not _LAYER.fullmatch(name) or tensor.ndim != 2:
-            raise ValueError(f"{path}: expected a LoRA of diffusers' transformer layers, got {name!r}")
-    return {name.removeprefix("transformer."): tensor.float() for name, tensor in layers.items()}
 
 
 def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:
