@@ -14,8 +14,11 @@ instant. Exit codes are in `common/exit_codes.py`.
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `user_errors_exit`: a Ctrl-C during imports is no traceback
 
 import logging
 import sys
@@ -24,6 +27,7 @@ from collections.abc import Sequence
 from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.training.prompts import check_inputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,20 +45,28 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
     from densegrpo_fast.run_files.run_directory import holds_run
-    from densegrpo_fast.training.models import check_device, default_device
     from densegrpo_fast.training.processes import joined
     from densegrpo_fast.training.records import run_directory
-    from densegrpo_fast.training.trainer import Trainer
 
+    check_inputs(config)
     with joined(config) as world:
-        check_device(config, default_device())
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             # torchrun starts the processes again after one has failed
             resume = world.from_main(lambda: resume or holds_run(config.output_dir))
             config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
         # the directory is locked before anything is loaded
         with run_directory(config, world, resume=resume) as directory:
-            result = Trainer(config, world=world).run_in(directory, resume=resume)
+            from densegrpo_fast.fidelity.auto import settle
+            from densegrpo_fast.training.models import check_device, default_device
+            from densegrpo_fast.training.trainer import Trainer
+
+            check_device(config, default_device())
+            if world.size == 1:
+                config, model = settle(config, directory, resume=resume)
+            else:
+                # one process measures for all
+                config, model = world.from_main(lambda: settle(config, directory, resume=resume)[0]), None
+            result = Trainer(config, model=model, world=world).run_in(directory, resume=resume)
             if result.signal is not None:
                 return OF_SIGNALS[result.signal]
             if world.main:
@@ -68,18 +80,28 @@ def dry_run(config: Config) -> ExitCode:
     A model that is not in the package is replaced by a tiny random one of the same classes, and its reward by JPEG
     compressibility, so that every option is tried without weights.
     """
+    from densegrpo_fast.fidelity.auto import rehearse
     from densegrpo_fast.training.meter import PHASES
     from densegrpo_fast.training.models import tiny_config
     from densegrpo_fast.training.processes import joined
     from densegrpo_fast.training.trainer import Trainer
 
     with joined(config) as world:
-        small = tiny_config(config, world.size)
-        record = Trainer(small, tiny=True, world=world).step(0)
+        small, model = tiny_config(config, world.size), None
+        if world.size == 1:
+            small, model = rehearse(config, small)
+        else:
+            small = world.from_main(lambda: rehearse(config, small)[0])
+        record = Trainer(small, tiny=True, model=model, world=world).step(0)
     if not world.main:
         return ExitCode.OK
     samples = small.data.num_prompts * small.sampler.group_size
     print(f"dry run of {config.preset}: one iteration of {samples} samples, {small.sampler.num_steps} steps")
+    if config.model.path != "embedded":
+        print(
+            f"  {config.model.path} was not read: in its place stands a tiny random SD3 pipeline of its own size, with "
+            "the built-in prompts scenes and the reward jpeg_compressibility"
+        )
     for phase in PHASES:
         print(f"  {phase:10} {record[f'time/{phase}']:7.2f} s  {record.get(f'nfe/{phase}', 0):5.0f} NFE")
     print(f"  largest |ratio - 1| {record['ratio_deviation']:.1e}, gradient norm {record['grad_norm']:.2e}")

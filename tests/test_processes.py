@@ -17,6 +17,7 @@ import safetensors.torch
 from torch.distributed import TCPStore
 
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.run_files.run_directory import open_run_directory
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -112,9 +113,9 @@ def test_one_that_fails_ends_all(train: Any, tmp_path: Path, reward: Path, fault
     assert ended[0][0] == code and ended[1][0] == (-signal.SIGKILL if fault == "SIGKILL" else code)
     (line,) = errors(ended)
     assert re.search(message, line)
-    # nothing is lost, and the directory is free
-    assert [record["iteration"] for record in records(tmp_path)] == []
-    assert not (tmp_path / "run" / "run.lock").read_text()
+    # the directory is free again
+    with open_run_directory(tmp_path / "run", resume=False, overwrite=True):
+        pass
 
 
 def test_what_does_not_fit_is_refused_and_said_once(train: Any, tmp_path: Path, reward: Path) -> None:
@@ -159,8 +160,6 @@ def test_the_slurm_example_starts_a_process_for_each_task(tmp_path: Path) -> Non
 
 
 def test_a_second_run_in_the_directory_is_refused(train: Any, tmp_path: Path, reward: Path) -> None:
-    from densegrpo_fast.run_files.run_directory import open_run_directory
-
     with open_run_directory(tmp_path / "run", resume=False, overwrite=False):
         ended = run(train, tmp_path, reward)
     assert [code for code, _ in ended] == [7, 7]

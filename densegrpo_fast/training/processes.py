@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,8 +22,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from densegrpo_fast.common.errors import SetupError, UsageError, UserError
-from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.errors import SetupError, UsageError
+from densegrpo_fast.common.exit_codes import ExitCode, words_and_code
 from densegrpo_fast.common.fingerprint import flatten
 from densegrpo_fast.config import Config
 from densegrpo_fast.run_files.provenance import versions
@@ -143,7 +142,8 @@ class _Failures:
     def fail(self, error: Exception) -> NoReturn:
         """Say why this process ends, unless another has failed before, and end it with the exit code of the first."""
         self.ended.set()
-        code, first = int(exit_code_of(error)) if isinstance(error, UserError) else 1, self._code is None
+        words, status = words_and_code(error)
+        code, first = int(status), self._code is None
         if first:
             own = json.dumps({"rank": self.rank, "code": code})
             try:
@@ -153,10 +153,8 @@ class _Failures:
             code, first = json.loads(found)["code"], found == own
         else:
             code = self._code or code
-        if first and isinstance(error, UserError):
-            print(f"error: {f'process {self.rank} of {self.size}: ' if self.rank else ''}{error}", file=sys.stderr)
-        elif first:
-            traceback.print_exception(error)
+        if first:
+            print(f"error: {f'process {self.rank} of {self.size}: ' if self.rank else ''}{words}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if self.rank == 0:
