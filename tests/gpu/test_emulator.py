@@ -12,7 +12,7 @@ from emulator.errors import BadLaunch, Divergence, OutOfBounds, Race, Unsupporte
 from emulator.machine import Program, launch
 from emulator.memory import GlobalMemory, Region
 from emulator.values import disturbed, fused, to_bfloat16
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -75,6 +75,7 @@ def test_an_approximation_is_as_wrong_as_it_may_be(opcode: tuple[str, ...], boun
     assert (low <= mixed).all() and (mixed <= high).all() and 0.2 < (mixed < right).mean() < 0.6
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, WORD), st.integers(0, WORD), st.integers(0, 40))
 def test_integer_instructions(x: int, y: int, count: int) -> None:
     signed = x - 2**32 if x >> 31 else x

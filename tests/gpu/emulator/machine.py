@@ -22,6 +22,9 @@ WARP = 32
 _THREADS_AT_ONCE = 8192
 _MOST_TURNS = 50_000
 
+_HALVES = np.uint8(3)
+"""Both halves of a register, as bits: two 32-bit values may share one, and be written one by one."""
+
 Who = Any
 """Threads of the blocks in work: all of them, slice(None), or their indices in order."""
 
@@ -188,7 +191,7 @@ class Blocks:
         """Put values of a type into a register; signed ones keep their sign in a wider one.
 
         Args:
-            missing: [m] which of them came of something that nobody has written; None = none did.
+            missing: [m] of `_HALVES`, what of them came of something that nobody has written; None = nothing did.
         """
         if not isinstance(operand, Register) or operand.name == "_":
             return
@@ -199,15 +202,15 @@ class Blocks:
             values = _bits(values).astype(register.dtype)
         register[who] = values
         if missing is not None:
-            self.unwritten.setdefault(operand.name, np.zeros(self.count, np.bool_))[who] = missing
+            self.unwritten.setdefault(operand.name, np.zeros(self.count, np.uint8))[who] = missing
         elif operand.name in self.unwritten:
             known = self.unwritten[operand.name]
-            known[who] = False
+            known[who] = 0
             if not known.any():
                 del self.unwritten[operand.name]
 
     def missing(self, operand: Operand, who: Who) -> Array | None:
-        """Which values of an operand came of something that nobody has written; None = none did."""
+        """What of an operand's values came of something that nobody has written, as bits; None = nothing did."""
         known = self.unwritten.get(operand.name) if isinstance(operand, Register) else None
         return None if known is None or not known[who].any() else known[who]
 
@@ -233,7 +236,7 @@ class Blocks:
         if name not in self.registers:
             bits = self.kernel.registers[name]
             self.registers[name] = np.zeros(self.count, np.bool_ if bits == 1 else UNSIGNED[bits])
-            self.unwritten[name] = np.ones(self.count, np.bool_)
+            self.unwritten[name] = np.full(self.count, _HALVES, np.uint8)
         return self.registers[name]
 
     def _at(self, at: int, who: Who) -> None:
@@ -317,10 +320,14 @@ def _step(instruction: Instruction, kernel: Kernel, error: Error) -> Step | None
     target, *sources = instruction.operands
     bound = tuple(zip(sources, done.sources, strict=True))
     lanes = done.result.lanes
+    # each half of such a result comes of the same half of the sources
+    exact = lanes == 2 or name in ("mov", "selp")
 
     def step(blocks: Blocks, who: Who) -> None:
         values = [blocks.read(source, kind, who) for source, kind in bound]
-        missing = _spread(blocks, sources, who, values[2] if name == "selp" else None) if blocks.unwritten else None
+        missing = None
+        if blocks.unwritten:
+            missing = _spread(blocks, sources, who, exact, values[2] if name == "selp" else None)
         result = done.compute(*values)
         if lanes == 2 and done.result.kind == "f":
             # a constant serves all threads
@@ -331,16 +338,23 @@ def _step(instruction: Instruction, kernel: Kernel, error: Error) -> Step | None
     return step
 
 
-def _spread(blocks: Blocks, sources: Sequence[Operand], who: Who, chosen: Array | None) -> Array | None:
-    """Which results come of something that nobody has written; a selection looks at what it chooses."""
+def _spread(
+    blocks: Blocks, sources: Sequence[Operand], who: Who, exact: bool = False, chosen: Array | None = None
+) -> Array | None:
+    """What of a result comes of something that nobody has written; a selection looks at what it chooses."""
     found = [blocks.missing(source, who) for source in sources]
     if all(each is None for each in found):
         return None
-    size = len(blocks.lane[who])
-    masks = [np.zeros(size, np.bool_) if each is None else each for each in found]
+    masks = [np.zeros(len(blocks.lane[who]), np.uint8) if each is None else each for each in found]
     if chosen is not None:
         return np.where(chosen, masks[0], masks[1]) | masks[2]
-    return np.logical_or.reduce(masks)
+    result = np.bitwise_or.reduce(masks)
+    return result if exact else _whole(result)
+
+
+def _whole(missing: Array) -> Array:
+    """All of a value, where some of it is missing."""
+    return np.where(missing, _HALVES, np.uint8(0))
 
 
 def _packing(instruction: Instruction) -> Step:
@@ -355,7 +369,8 @@ def _packing(instruction: Instruction) -> Step:
             whole, missing = blocks.read(source, Type("u", kind.bits), who), blocks.missing(source, who)
             for k, part in enumerate(target.parts):
                 values = (whole >> whole.dtype.type(k * bits)).astype(UNSIGNED[bits])
-                blocks.write(part, Type("u", bits), who, values, missing)
+                of_part = missing if missing is None or bits != 32 else _whole(missing >> k & 1)
+                blocks.write(part, Type("u", bits), who, values, of_part)
 
         return unpack
     assert isinstance(source, Vector)
@@ -365,7 +380,10 @@ def _packing(instruction: Instruction) -> Step:
         unsigned, whole = UNSIGNED[kind.bits], UNSIGNED[kind.bits](0)
         for k, part in enumerate(source.parts):
             whole = whole | blocks.read(part, Type("u", bits), who).astype(unsigned) << unsigned(k * bits)
-        missing = _spread(blocks, source.parts, who, None) if blocks.unwritten else None
+        missing = _spread(blocks, source.parts, who) if blocks.unwritten else None
+        if missing is not None and bits == 32:
+            halves = [_spread(blocks, (part,), who) for part in source.parts]
+            missing = np.bitwise_or.reduce([half & (1 << k) for k, half in enumerate(halves) if half is not None])
         blocks.write(target, Type("u", kind.bits), who, whole, missing)
 
     return pack
@@ -458,7 +476,7 @@ def _shuffle(instruction: Instruction) -> Step:
         values[own] = blocks.read(source, U32, who)
         missing, known = None, blocks.missing(source, who)
         if known is not None:
-            masks = np.zeros(blocks.count, np.bool_)
+            masks = np.zeros(blocks.count, np.uint8)
             masks[own] = known
             missing = masks[own - lane + wanted]
         blocks.write(targets[0], U32, who, values[own - lane + wanted], missing)
