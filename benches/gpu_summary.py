@@ -52,7 +52,7 @@ def failures(suites: Any) -> float:
 
 def skipped_cuda(suites: Any) -> float:
     """Tests of the compiled CUDA library that did not run."""
-    cases = [case for case in suites.iter("testcase") if "test_native_cuda" in case.get("classname", "")]
+    cases = [case for case in suites.iter("testcase") if "test_cuda_kernels" in case.get("classname", "")]
     return sum(case.find("skipped") is not None for case in cases) if cases else 1
 
 

@@ -67,7 +67,7 @@ def test_its_tests_are_those_for_a_gpu(tmp_path: Path) -> None:
     _, calls = run(tmp_path, "tests")
     (call,) = [call for call in calls if "-m pytest" in call]
     named = {Path(word) for word in call.split() if word.startswith("tests/")}
-    assert {Path("tests/triton"), Path("tests/test_native_cuda.py"), Path("tests/test_graphs.py")} <= named
+    assert {Path("tests/triton"), Path("tests/gpu/test_cuda_kernels.py"), Path("tests/test_graphs.py")} <= named
     assert Path("tests/test_noise.py") not in named
     assert all((ROOT / path).exists() for path in named)
 
@@ -103,16 +103,15 @@ def test_every_bar_of_the_summary_is_read(tmp_path: Path) -> None:
     }
     for name, document in documents.items():
         (tmp_path / name).write_text(json.dumps(document))
-    cases = (
-        '<testcase classname="tests.test_native_cuda"/><testcase classname="tests.test_graphs"><skipped/></testcase>'
-    )
+    ran = '<testcase classname="tests.gpu.test_cuda_kernels"/>'
+    cases = ran + '<testcase classname="tests.test_graphs"><skipped/></testcase>'
     suite = f'<testsuites><testsuite tests="2" failures="0" errors="0" skipped="1">{cases}</testsuite></testsuites>'
     (tmp_path / "gpu_tests.xml").write_text(suite)
     page = gpu_summary.summary(tmp_path)
     assert "a GPU, commit abc" in page and "not measured" not in page
     missed = [line for line in page.splitlines() if "**not reached**" in line]
     assert [line.split("|")[1].strip() for line in missed] == ["price of DenseGRPO", "update, rate"]
-    (tmp_path / "gpu_tests.xml").write_text(suite.replace('<testcase classname="tests.test_native_cuda"/>', ""))
+    (tmp_path / "gpu_tests.xml").write_text(suite.replace(ran, ""))
     (tmp_path / "iteration_gpu.json").unlink()
     page = gpu_summary.summary(tmp_path)
     assert "| tests of the CUDA library | none left out | 1 left out | **not reached** |" in page

@@ -14,7 +14,7 @@ class Planted(NamedTuple):
     Attributes:
         name: what was done.
         kernel: part of the name of the kernel that it is done to.
-        pattern, replacement: as of `re.sub`, over the whole text.
+        pattern, replacement: as of `re.sub`, over the kernel's text.
         noticed: what the machine must raise; None = the results must differ from the right ones.
         count: occurrences that are replaced; 0 = all; negative = the last ones alone.
     """
@@ -28,11 +28,13 @@ class Planted(NamedTuple):
 
     def edit(self, text: str) -> str:
         """The broken text; that of other kernels unchanged."""
-        if not re.search(rf"\.entry\s+\w*{self.kernel}", text):
+        found = re.search(rf"\.entry\s+\w*{self.kernel}.*?^\}}", text, re.MULTILINE | re.DOTALL)
+        if found is None:
             return text
-        places = list(re.finditer(self.pattern, text, re.MULTILINE))
+        own = found[0]
+        places = list(re.finditer(self.pattern, own, re.MULTILINE))
         assert places, f"{self.name}: there is nothing to change"
         chosen = places[self.count :] if self.count < 0 else places[: self.count or None]
         for place in reversed(chosen):
-            text = text[: place.start()] + place.expand(self.replacement) + text[place.end() :]
-        return text
+            own = own[: place.start()] + place.expand(self.replacement) + own[place.end() :]
+        return text[: found.start()] + own + text[found.end() :]

@@ -5,7 +5,9 @@
     alu         what an arithmetic instruction computes
     memory      global and shared memory: bounds, alignment, uninitialised bytes, races
     machine     threads, divergence, barriers, shuffles
+    tensors     tensors as regions of memory, and which bytes of fresh ones are written
     on_triton   Triton's launchers on CPU tensors
+    on_cuda     csrc/*.cu on CPU tensors: nvcc's host code, with cudart.cpp for a runtime, and nvcc's PTX
 
 docs/gpu.md says what this can and cannot find.
 """

@@ -88,6 +88,11 @@ class Region:
         self.history: History | None = None
         self._reads: list[tuple[Array, int, Threads]] = []
 
+    def forget(self) -> None:
+        """A launch starts: what those before it did is done."""
+        self.history = None
+        self._reads.clear()
+
     def load(self, address: Array, step: int, count: int, by: Threads) -> list[Array]:
         """`count` words of `step` bytes from each address, as unsigned integers."""
         at = address.astype(np.int64) - self.base
@@ -132,7 +137,7 @@ def _span(at: Array, size: int) -> Array:
 
 
 class GlobalMemory:
-    """The tensors that a launch was given, and nothing else.
+    """The tensors that one launch was given, and nothing else.
 
     Args:
         regions: those that overlap become one.
@@ -149,6 +154,8 @@ class GlobalMemory:
                 self.regions[-1] = Region(last.base, size, f"{last.name} and {region.name}", defined)
             else:
                 self.regions.append(region)
+        for region in self.regions:
+            region.forget()
         self.threads = threads
         self._bases = np.array([region.base for region in self.regions], np.uint64)
 

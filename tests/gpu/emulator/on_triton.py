@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import inspect
 import struct
-import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -21,7 +17,8 @@ from triton.runtime.jit import JITFunction
 from emulator import ptx
 from emulator.machine import Program, launch
 from emulator.memory import GlobalMemory, Region
-from emulator.values import Array, Error
+from emulator.tensors import FreshTensors, watched
+from emulator.values import Error
 
 _FORMATS = {"fp16": "e", "fp32": "f", "fp64": "d", "i1": "?"}
 
@@ -42,30 +39,6 @@ class CompilingDriver:
         return GPUTarget("cuda", self.capability, 32)
 
 
-class FreshTensors:
-    """Which bytes of tensors that launchers made by `empty` hold no value yet, by the address of their storage."""
-
-    def __init__(self) -> None:
-        self._defined: dict[int, Array] = {}
-
-    def note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            self._defined[storage.data_ptr()] = np.zeros(storage.nbytes(), np.bool_)
-            weakref.finalize(storage, self._defined.pop, storage.data_ptr(), None)
-        return tensor
-
-    def region(self, tensor: Tensor, name: str) -> Region:
-        """The bytes from a tensor's first element to its last."""
-        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        size = span * tensor.element_size() if tensor.numel() else 0
-        defined = self._defined.get(tensor.untyped_storage().data_ptr())
-        if defined is not None:
-            start = tensor.storage_offset() * tensor.element_size()
-            defined = defined[start : start + size]
-        return Region(tensor.data_ptr(), size, name, defined)
-
-
 _programs: dict[tuple[str, Error], Program] = {}
 
 
@@ -79,7 +52,7 @@ def on_cpu(capability: int, error: Error = "mixed", edit: Callable[[str], str] |
         error: of approximate instructions, as `values.disturbed`.
         edit: changes the PTX before it runs.
     """
-    run, fresh = JITFunction.run, FreshTensors()
+    run = JITFunction.run
 
     def emulate(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         binary = run(self, *arguments, grid=grid, warmup=True, **options)
@@ -98,21 +71,10 @@ def on_cpu(capability: int, error: Error = "mixed", edit: Callable[[str], str] |
         launch(program, tuple(shape), threads, raw, GlobalMemory(regions, threads), binary.metadata.shared)
         return binary
 
-    with pytest.MonkeyPatch.context() as patch:
+    with watched("densegrpo_fast.kernels") as fresh, pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", CompilingDriver(capability))
         patch.setattr(JITFunction, "run", emulate)
-        for owner, name in ((Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty")):
-            patch.setattr(owner, name, _noting(getattr(owner, name), fresh))
         yield
-
-
-def _noting(make: Any, fresh: FreshTensors) -> Any:
-    def empty(*arguments: Any, **options: Any) -> Tensor:
-        tensor = make(*arguments, **options)
-        by_kernel = sys._getframe(1).f_globals["__name__"].startswith("densegrpo_fast.kernels")
-        return fresh.note(tensor) if by_kernel and tensor.device.type == "cpu" else tensor
-
-    return empty
 
 
 def _packed(

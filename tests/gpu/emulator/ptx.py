@@ -118,8 +118,11 @@ _ADDRESS = re.compile(r"\[\s*(%?[\w$]+)\s*(?:\+\s*(-?\d+)\s*)?\]")
 _SPACES = re.compile(r"\s+")
 
 
-def kernels(text: str) -> dict[str, Kernel]:
+def kernels(text: str, only: str | None = None) -> dict[str, Kernel]:
     """Kernels of a module by name.
+
+    Args:
+        only: the one that is wanted; None = all.
 
     Raises:
         Unsupported: something that the machine does not know.
@@ -130,6 +133,8 @@ def kernels(text: str) -> dict[str, Kernel]:
     found = {}
     for entry in _ENTRY.finditer(text):
         name, parameters, head = entry.groups()
+        if only not in (None, name):
+            continue
         threads = {key: _number(rf"\.{key}\s+(\d+)", head) for key in ("reqntid", "maxntid")}
         kernel = Kernel(
             name, _parameters(parameters or ""), shared, shared_bytes, threads["reqntid"], threads["maxntid"]
