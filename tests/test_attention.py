@@ -47,6 +47,15 @@ def test_native_through_the_dispatcher_is_the_model_s_own_to_the_bit(tiny_policy
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["auto", "native"])
+def test_rollout_and_update_cannot_get_different_kernels(tiny_policy: Policy, name: str) -> None:
+    # cuDNN has one kernel for inference and another that keeps what a backward needs
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tiny_policy().set_attention(name)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
 def test_every_call_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers.models import attention_dispatch
 

@@ -238,6 +238,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "trajectories": 8 * latents * 11,
         "lookahead features": 19,
         "graphs": 0,
+        "captured graphs": 0,
     }
     assert found.phases == {
         "rollout": memory.forward(2),
@@ -255,6 +256,11 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     tight = chosen.model_copy(update={"lookahead": chosen.lookahead.model_copy(update={"memory_gb": 1e-6})})
     assert estimate(tight, memory).phases["pictures"] == 2 * 5 * 8 * picture + memory.decode(4, "preview")
 
+    # captured, its forward's memory stays where no other phase can use it
+    graphed = chosen.model_copy(update={"lookahead": chosen.lookahead.model_copy(update={"graphs": True})})
+    assert estimate(graphed, memory).state["captured graphs"] == memory.forward(4)
+    assert estimate(graphed, memory).phases["lookahead"] == 4 * 4 * 8 * latents
+
     half = chosen.model_copy(
         update={"objective": chosen.objective.model_copy(update={"guidance_gradient": "conditional"})}
     )
@@ -270,6 +276,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "trajectories": samples * latents * 21,
         "lookahead features": 0,
         "graphs": 0,
+        "captured graphs": 0,
     }
 
 

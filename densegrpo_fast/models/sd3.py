@@ -229,9 +229,13 @@ class SD3(FlowModel):
     def set_attention(self, name: Attention) -> None:
         """Let the network compute attention by a backend of diffusers' dispatcher (`models/attention.py`).
 
+        PyTorch's own attention leaves out cuDNN from then on, in the whole process: it may run other kernels with a
+        gradient than without, and rollout and update would differ.
+
         Raises:
             SetupError: its package is missing; UsageError: it does not serve this device or precision.
         """
+        torch.backends.cuda.enable_cudnn_sdp(False)
         use_attention(self.transformer, name)
         self.attention = name
 

@@ -42,6 +42,7 @@ _ADVICE = {
     "lookahead features": "fewer lookahead.nodes, lookahead.guidance cond_only, or lookahead.cache null",
     "graphs": "optimizer.update replayed, model.gradient_checkpointing true, or fewer samples (data.num_prompts, "
     "sampler.group_size)",
+    "captured graphs": "lookahead.graphs false, or a smaller lookahead.chunk",
     "evaluation": "fewer held-out pictures (evaluation.num_prompts, evaluation.samples_per_prompt), model.vae_decode "
     "sliced, or a smaller sampler.micro_batch",
 }
@@ -133,10 +134,12 @@ def estimate(
     further = 1 + int(guided) - graphs + (1 + int(guided)) * int(config.objective.kl_coef != 0)
     kept = memory.graph(sampler.micro_batch, checkpointing=model.gradient_checkpointing) if _streams(config) else 0
     picture, completed = memory.picture, states * samples
+    evaluation = memory.forward(min(chunks.forward, completed)) if completed else 0
+    captured = config.lookahead.graphs and config.uses_lookahead
     phases = {
         "rollout": memory.forward(sampler.micro_batch),
         # where the completions stand and where they go, states and velocities
-        "lookahead": completed * 4 * latents + memory.forward(min(chunks.forward, completed)) if completed else 0,
+        "lookahead": completed * 4 * latents + (0 if captured else evaluation),
         "pictures": pictures * picture + decoding,
         "update": memory.update(
             sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing, graphs=graphs
@@ -161,6 +164,8 @@ def estimate(
             "lookahead features": features,
             # of two steps, and of both halves of guidance if both have a gradient
             "graphs": 2 * graphs * kept * samples // sampler.micro_batch,
+            # CUDA graphs keep their pool, which no other phase may use
+            "captured graphs": evaluation if captured else 0,
         },
         phases=phases,
     )
