@@ -48,11 +48,13 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     check_inputs(config)
     # the directory is locked before anything is loaded
     with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
+        from densegrpo_fast.fidelity.auto import settle
         from densegrpo_fast.training.models import check_device, default_device
         from densegrpo_fast.training.trainer import Trainer
 
         check_device(config, default_device())
-        result = Trainer(config).run_in(directory, resume=resume)
+        config, model = settle(config, directory, resume=resume)
+        result = Trainer(config, model=model).run_in(directory, resume=resume)
         if result.signal is not None:
             return OF_SIGNALS[result.signal]
         print(result.summary)
@@ -65,12 +67,13 @@ def dry_run(config: Config) -> ExitCode:
     A model that is not in the package is replaced by a tiny random one of the same classes, and its reward by JPEG
     compressibility, so that every option is tried without weights.
     """
+    from densegrpo_fast.fidelity.auto import rehearse
     from densegrpo_fast.training.models import tiny_config
     from densegrpo_fast.training.records import PHASES
     from densegrpo_fast.training.trainer import Trainer
 
-    small = tiny_config(config)
-    record = Trainer(small, tiny=True).step(0)
+    small, model = rehearse(config, tiny_config(config))
+    record = Trainer(small, tiny=True, model=model).step(0)
     samples = small.data.num_prompts * small.sampler.group_size
     print(f"dry run of {config.preset}: one iteration of {samples} samples, {small.sampler.num_steps} steps")
     if config.model.path != "embedded":

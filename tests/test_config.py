@@ -304,7 +304,7 @@ def test_refusals_name_the_key_and_the_reason(argument: str, expected: str) -> N
             "not, got [0, 7]",
         ),
         (
-            ["model.compile=default", "lookahead.cache=text"],
+            ["model.compile=default", "lookahead.cache=text:own"],
             "lookahead.cache: expected null with model.compile, which hides the network's blocks, got",
         ),
         (["model.compile=reduce-overhead"], 'expected "default" or "max-autotune-no-cudagraphs"'),

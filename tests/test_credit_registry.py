@@ -477,3 +477,8 @@ def test_advantages_of_another_shape_are_refused() -> None:
     registry.register("short", CreditMethod(short, needs=("rewards",)))
     with pytest.raises(PluginError, match=r"short: expected advantages \[2, 4, 4\], got \[2, 4, 1\]"):
         judged("short", evidence(0))
+
+
+def test_the_page_lists_the_methods_that_are_local_to_a_step() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8").replace("`", "")
+    assert f" methods {registry.local_methods()}, if credit.smoothing" in " ".join(page.split())

@@ -102,12 +102,6 @@ def test_broken_prompt_files_are_refused_with_the_line(
     [
         ("--lookahead.graphs true", "lookahead.graphs: CUDA graphs need a CUDA device, the model is on cpu; set it"),
         ("--lookahead.memory_gb 1e-9", "lookahead.memory_gb: 1e-09 is too small for one row, for which a forward"),
-        (
-            "--lookahead.cache reuse:4-8",
-            "lookahead.cache: expected reuse with an end of at most 6, as this model has blocks 0..5, got reuse:4-8",
-        ),
-        ("--lookahead.cache skip:6", "lookahead.cache: expected skip with blocks of this model, 0..5, got skip:6"),
-        ("--lookahead.cache texts", "lookahead.cache: expected text (or text:own), reuse:2-5 or skip:0,6, joined by"),
         ("--lora.targets [attn.none]", "lora.targets: 'attn.none' matches no module of SD3Transformer2DModel"),
         ("--sampler.calibration none.json", "sampler.calibration: cannot read none.json: No such file"),
     ],

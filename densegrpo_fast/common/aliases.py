@@ -37,6 +37,9 @@ _HEADS = (
 REMOVED = {"lookahead.head": (None, _HEADS), "lookahead.head_refresh": (0, _HEADS)}
 """Dotted key of an option that is gone -> its value without effect, which may still be given, and why it is gone."""
 
+CACHES = ("text:own",)
+"""What `lookahead.cache` may be beside null."""
+
 _PHASES = ("time", "nfe", "nfe_guided", "nfe_unguided", "flops")
 
 
@@ -69,6 +72,18 @@ def is_removed(key: str, value: Any, where: str | None) -> bool:
     if value != neutral:
         raise UsageError(f"{'' if where is None else f'{where}: '}{key} {value}: {reason}")
     return True
+
+
+def cache_problem(form: str) -> str | None:
+    """What is wrong with a value of `lookahead.cache`, and why if it was valid once; None = nothing."""
+    if form in CACHES:
+        return None
+    if form.split(":")[0].split("+")[0] in ("text", "reuse", "skip"):
+        return (
+            f"{form} was removed: a prompt's shared text, reused and skipped blocks ranked the gains worse (rank "
+            "correlation .58, .17 and .08) than each sample's own text, text:own (.81)"
+        )
+    return f"expected {' or '.join(CACHES)}, or null for no cache, got {form}"
 
 
 def current_settings(settings: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def problem(config: Config) -> str | None:
         _image_size,
         _batches,
         _streamed,
+        _auto,
     )
     return next((found for check in others if (found := check(config))), None)
 
@@ -387,6 +388,29 @@ def _streamed(config: Config) -> str | None:
     elif config.optimizer.updates_per_iteration > 1:
         why = f"optimizer.updates_per_iteration {config.optimizer.updates_per_iteration}"
     return None if why is None else f"optimizer.update: expected replayed with {why}"
+
+
+def _auto(config: Config) -> str | None:
+    """Plans are compared on one set of trajectories or branches, which must stand for those of every iteration."""
+    if config.lookahead.plan != "auto":
+        return None
+    if not (config.uses_lookahead or config.uses_branches):
+        methods = {name: registry.find(name) for name in registry.names()}
+        able = [name for name, method in methods.items() if method.uses_lookahead and method.plan is None]
+        return (
+            f"lookahead.plan: auto chooses how states are completed, credit.method {config.credit.method} completes "
+            f"none; expected another plan with it, or a method with a lookahead, such as {', '.join(able)}"
+        )
+    if config.window.size is not None and len(windows := config.schedule().reached()) > 1:
+        return (
+            "window.schedule: expected fixed or none with lookahead.plan auto, which compares plans in one window, "
+            f"got {config.window.schedule} with {len(windows)} windows"
+        )
+    if (share := config.window.remainder_share) != 1:
+        return f"window.remainder_share: expected 1 with lookahead.plan auto, got {share}"
+    if config.lookahead.cache is not None:
+        return f"lookahead.cache: expected null with lookahead.plan auto, got {config.lookahead.cache}"
+    return None
 
 
 def _batches(config: Config) -> str | None:

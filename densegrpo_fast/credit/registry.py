@@ -178,6 +178,20 @@ METHODS = Registry(CreditMethod, "method", _PACKAGE)
 names, register, find = METHODS.names, METHODS.register, METHODS.find
 
 
+def local_methods() -> str:
+    """The methods of trajectories that are local to a step, with the options that this takes, for people.
+
+    With `credit.smoothing` or `credit.closeness` none of them is.
+    """
+    found = []
+    for name in names():
+        method = find(name)
+        if method.local_with is not None and not method.uses_branches:
+            options = ", ".join(f"{option} {value}" for option, value in method.local_with.items())
+            found.append(f"{name} with {options}" if options else name)
+    return "; ".join(found)
+
+
 def advantages(name: str, inputs: CreditInputs, options: Mapping[str, Any]) -> Advantages:
     """Credit every step by the named method.
 

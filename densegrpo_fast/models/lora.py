@@ -19,6 +19,8 @@ from densegrpo_fast.common.pretrained import check_finite
 def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], seed: int) -> None:
     """Freeze `transformer` and give the named projections a trainable float32 LoRA (arXiv 2106.09685) through peft.
 
+    On a half-precision transformer its products are computed in that precision (`models/lora_linear.py`).
+
     Args:
         transformer: a diffusers model.
         rank, alpha: the update is alpha / rank * B A; A starts Gaussian, B zero.
@@ -28,7 +30,7 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], see
     Raises:
         ValueError: a target matches no module.
     """
-    from peft import LoraConfig
+    from densegrpo_fast.models.lora_linear import lora_config
 
     names = [name for name, _ in transformer.named_modules()]
     for target in targets:
@@ -38,7 +40,7 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
+            lora_config(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
         )
     for parameter in transformer.parameters():
         if parameter.requires_grad:
@@ -96,7 +98,7 @@ def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Pa
 def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:
     """Give a transformer without an adapter this one, frozen, in float32 whatever its own precision.
 
-    diffusers' own loader would round it to the transformer's dtype; a run evaluates it unrounded.
+    diffusers' own loader would round it to the transformer's dtype; a run keeps it unrounded.
 
     Args:
         layers: as `lora_layers` returns them.
@@ -104,7 +106,7 @@ def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: a layer has no module, or not the shape that it needs; nothing was changed.
     """
-    from peft import LoraConfig
+    from densegrpo_fast.models.lora_linear import lora_config
 
     modules = dict(transformer.named_modules())
     ranks: dict[str, int] = {}
@@ -121,7 +123,7 @@ def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:
     others = {name: rank for name, rank in ranks.items() if rank != common}
     with torch.random.fork_rng(devices=[]):
         transformer.add_adapter(
-            LoraConfig(
+            lora_config(
                 r=common,
                 lora_alpha=common,
                 rank_pattern=others,

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from densegrpo_fast.common.errors import CheckpointError, OutputError, UserError
 from densegrpo_fast.common.files import STAGE_SUFFIX, SUMS, open_plainly, output_errors, unused_name
@@ -24,7 +25,7 @@ from densegrpo_fast.common.last_resort import directories
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+CONFIG_FILE, METRICS_FILE, AUTO_FILE = "config.yaml", "metrics.jsonl", "lookahead_auto.json"
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 """Names of what a run writes in its directory: files, and directories."""
 
@@ -167,8 +168,25 @@ def _write_holder(descriptor: int, text: str) -> None:
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether a run has written its configuration, metrics or checkpoints in a directory."""
-    return any((directory / name).exists() for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS))
+    """Whether a run has written its configuration, metrics, checkpoints or choice of a lookahead in a directory."""
+    return any((directory / name).exists() for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS, AUTO_FILE))
+
+
+def auto_record(directory: Path) -> dict[str, Any] | None:
+    """What `lookahead.plan auto` has measured and chosen for the run in a directory; None without it.
+
+    Raises:
+        CheckpointError: its file is broken; OutputError: it cannot be read.
+    """
+    path = directory / AUTO_FILE
+    if not path.exists():
+        return None
+    try:
+        with output_errors(f"cannot read {path}"):
+            record = json.loads(path.read_text(encoding="utf-8"))
+        return {"options": dict(record["options"]), "text": str(record["text"])} | record
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is broken; the options that were chosen stand in {CONFIG_FILE}, too") from None
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from densegrpo_fast.run_files.images import save_grid
 from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
+from densegrpo_fast.run_files.run_directory import auto_record
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.rewarding import RewardBatch
@@ -110,8 +111,14 @@ class RunRecords:
         self.checkpoints = CheckpointManager(directory / "checkpoints", config.run.keep_checkpoints, settings)
 
     def begin(self, config_yaml: str) -> None:
-        """Write the resolved configuration, and start torch's generator (for rewards that draw) from the run's seed."""
+        """Write the resolved configuration, and start torch's generator (for rewards that draw) from the run's seed.
+
+        What `lookahead.plan auto` measured stands above it as a comment.
+        """
         torch.manual_seed(self.config.seed)
+        if measured := auto_record(self.directory):
+            comment = (f"# {line}".rstrip() for line in measured["text"].splitlines())
+            config_yaml = "\n".join([*comment, config_yaml])
         replace_text(self.directory / "config.yaml", config_yaml, digest=True)
 
     def restore(self, trainer: Resumable, log: MetricsLog) -> int:
