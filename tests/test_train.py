@@ -72,6 +72,7 @@ def test_a_run_writes_its_directory(whole_run: Path) -> None:
         "samples/before.png",
         "samples/iteration-00002.png",
         "samples/after.png",
+        *(f"strips/iteration-{done:05d}.{kind}" for done in (1, 2, 3) for kind in ("png", "webp")),
     }
     assert expected <= files
     rest = {name for name in files - expected if not name.startswith("checkpoints/")}

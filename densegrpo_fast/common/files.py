@@ -46,10 +46,19 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OutputError: if it cannot be written; the old content stays.
     """
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file as a whole, as `replace_text` does.
+
+    Raises:
+        OutputError: if it cannot be written; the old content stays.
+    """
     staged = path.with_name(f".{path.name}{STAGE_SUFFIX}")
     with output_errors(f"cannot write {path}"):
         try:
-            write_durably(staged, text.encode("utf-8"))
+            write_durably(staged, data)
             os.replace(staged, path)
             sync_directory(path.parent)
         except OSError:

@@ -62,6 +62,11 @@ class MetricsLog:
         if self._loggers is not None:
             self._loggers.log(record)
 
+    def show_picture(self, name: str, path: Path, iteration: int) -> None:
+        """Give a picture file to the loggers."""
+        if self._loggers is not None:
+            self._loggers.log_picture(name, path, iteration)
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and show it. Values are JSON data; a NaN or infinity becomes null."""
         line = json.dumps(finite(record), allow_nan=False)

@@ -23,7 +23,7 @@ from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, unused_name
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
-CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
+CHECKPOINTS, ADAPTER, SAMPLES, STRIPS = "checkpoints", "adapter", "samples", "strips"
 """Names of what a run writes in its directory: files, and directories."""
 
 _LOCK_NAME = "run.lock"
@@ -120,6 +120,11 @@ def _read_holder(descriptor: int) -> dict[str, object]:
 def _write_holder(descriptor: int, text: str) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text.encode("ascii"), 0)
+
+
+def iteration_name(done: int) -> str:
+    """Name, without its ending, of a file that belongs to the moment after so many iterations."""
+    return f"iteration-{done:05d}"
 
 
 def holds_run(directory: Path) -> bool:

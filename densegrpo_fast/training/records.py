@@ -24,7 +24,9 @@ from densegrpo_fast.run_files.images import save_grid
 from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
+from densegrpo_fast.run_files.run_directory import SAMPLES, STRIPS, iteration_name
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
+from densegrpo_fast.run_files.strip import Strip, save_strip
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.rewarding import RewardBatch
 from densegrpo_fast.training.schedule import IterationSteps
@@ -139,17 +141,25 @@ class RunRecords:
         """Whether something that happens every so many iterations happens now (not at the very end)."""
         return every > 0 and done % every == 0 and done < self.config.run.iterations
 
-    def samples(self, name: str, images: Tensor, held_out: HeldOut) -> None:
-        """Write the grid `samples/NAME.png` of the held-out prompts' first pictures."""
+    def samples(self, name: str, images: Tensor, held_out: HeldOut, log: MetricsLog, done: int) -> None:
+        """Write the grid `samples/NAME.png` of the held-out prompts' first pictures, and show it to the loggers."""
+        path = self.directory / SAMPLES / f"{name}.png"
         with output_errors(f"cannot write in {self.directory}"):
             count = min(_GRID, len(images))
             save_grid(
                 images[:count],
-                self.directory / "samples" / f"{name}.png",
+                path,
                 columns=6,
                 scale=max(1, 128 // images.shape[-1]),
                 captions=held_out.prompts[:count],
             )
+        log.show_picture("samples", path, done)
+
+    def strip(self, strip: Strip, log: MetricsLog, done: int) -> None:
+        """Write the strip of an iteration, `strips/iteration-NNNNN.png` and `.webp`, and show it to the loggers."""
+        path = self.directory / STRIPS / f"{iteration_name(done)}.png"
+        save_strip(strip, path)
+        log.show_picture("strip", path, done)
 
     def evaluated(self, when: str, evaluation: Evaluation, held_out: HeldOut, log: MetricsLog, done: int) -> None:
         """Keep the scores and pictures of the evaluation `when` ("before" or "after"), and show them to the loggers.
@@ -166,7 +176,7 @@ class RunRecords:
         with output_errors(f"cannot write in {self.directory}"):
             text = json.dumps({"prompts": held_out.prompts, "scores": scores})
             write_durably(self.directory / f"evaluation-{when}.json", text.encode())
-        self.samples(when, evaluation.images, held_out)
+        self.samples(when, evaluation.images, held_out, log, done)
         log.show({"iteration": done} | evaluation.metrics())
 
     def finish(self, log: MetricsLog) -> str:

@@ -36,8 +36,9 @@ from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 from densegrpo_fast.run_files.loggers import Loggers, RunFacts
 from densegrpo_fast.run_files.metrics import MetricsLog, Progress
-from densegrpo_fast.run_files.run_directory import open_run_directory
+from densegrpo_fast.run_files.run_directory import iteration_name, open_run_directory
 from densegrpo_fast.run_files.signals import GracefulStop
+from densegrpo_fast.run_files.strip import Strip
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
 from densegrpo_fast.sampling.rollout import Rollout, Trajectory, TrajectorySampler, initial_noise, rollout
@@ -55,6 +56,7 @@ from densegrpo_fast.training.records import RunRecords, iteration_record
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
 from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
+from densegrpo_fast.training.strips import StripRecorder
 
 
 class RunResult(NamedTuple):
@@ -141,6 +143,15 @@ class Trainer:
         steps = self.schedule.at(iteration, self.noise_levels.levels)
         experience = self.strategy.run(self, batch, steps, iteration)
         return self._record(iteration, experience, steps)
+
+    def step_with_strip(self, iteration: int) -> tuple[dict[str, Any], Strip | None]:
+        """`step`, and what its first prompt's samples looked like at every step; None if none of them has a reward."""
+        batch = self.prompts.batch(iteration)
+        self.rewards.strip = recorder = StripRecorder(batch.prompts[0], batch.group_size)
+        try:
+            return self.step(iteration), recorder.strip()
+        finally:
+            self.rewards.strip = None
 
     def calibrate(self, iteration: int) -> None:
         """Find the noise level of each step again, on the policy as it is."""
@@ -327,11 +338,15 @@ class Trainer:
                 records.evaluated("before", self.held_out.evaluate(self.model, self.observed), self.held_out, log, 0)
             with Progress(total, start) as progress:
                 for iteration in range(start, total):
-                    record, done = self.step(iteration), iteration + 1
+                    done = iteration + 1
+                    shown = done in (1, total) or records.due(config.evaluation.every, done)
+                    record, strip = self.step_with_strip(iteration) if shown else (self.step(iteration), None)
+                    if strip is not None:
+                        records.strip(strip, log, done)
                     if records.due(config.evaluation.every, done):
                         evaluation = self.evaluate()
                         record |= evaluation.metrics()
-                        records.samples(f"iteration-{done:05d}", evaluation.images, self.held_out)
+                        records.samples(iteration_name(done), evaluation.images, self.held_out, log, done)
                     if alarmed := alarms.check(record):
                         record["alarms"] = alarmed
                     log.append(record)
