@@ -16,7 +16,8 @@ from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import save_lora
 from densegrpo_fast.models.tiny import tiny_sd3
-from densegrpo_fast.run_files.images import read_captions, read_picture
+from densegrpo_fast.run_files.grids import read_captions
+from densegrpo_fast.run_files.images import read_picture
 from densegrpo_fast.run_files.strip import read_strip
 from densegrpo_fast.sample import main
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode

@@ -22,7 +22,7 @@ from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, unused_name
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.yaml", "metrics.jsonl", "report.html"
 CHECKPOINTS, ADAPTER, SAMPLES, STRIPS = "checkpoints", "adapter", "samples", "strips"
 """Names of what a run writes in its directory: files, and directories."""
 

@@ -85,7 +85,7 @@ def compare(scores: Scores) -> dict[str, Any]:
     """
     subjects: dict[str, Any] = {
         name: {
-            reward: _json(_or_missing(mean_interval, values)) | {"missing": float(np.isnan(np.asarray(values)).mean())}
+            reward: _json(or_missing(mean_interval, values)) | {"missing": float(np.isnan(np.asarray(values)).mean())}
             for reward, values in rewards.items()
         }
         for name, rewards in scores.items()
@@ -93,7 +93,7 @@ def compare(scores: Scores) -> dict[str, Any]:
     differences = []
     for reward in next(iter(scores.values()), {}):
         for first, second in combinations(scores, 2):
-            change = _or_missing(paired_interval, scores[first][reward], scores[second][reward])
+            change = or_missing(paired_interval, scores[first][reward], scores[second][reward])
             verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
             pair = {"first": first, "second": second, "reward": reward}
             differences.append(pair | _json(change) | {"verdict": verdict})
@@ -128,7 +128,7 @@ def _per_prompt(function: str, values: ArrayLike) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _or_missing(interval: Callable[..., Interval], *values: ArrayLike) -> Interval:
+def or_missing(interval: Callable[..., Interval], *values: ArrayLike) -> Interval:
     """The interval of the values; NaN where no prompt has all that it takes."""
     try:
         return interval(*values)

@@ -336,6 +336,7 @@ class Trainer:
             if start == 0:
                 records.begin(dump_yaml(config.self_contained()))
                 records.evaluated("before", self.held_out.evaluate(self.model, self.observed), self.held_out, log, 0)
+                records.report()
             with Progress(total, start) as progress:
                 for iteration in range(start, total):
                     done = iteration + 1
@@ -346,10 +347,12 @@ class Trainer:
                     if records.due(config.evaluation.every, done):
                         evaluation = self.evaluate()
                         record |= evaluation.metrics()
-                        records.samples(iteration_name(done), evaluation.images, self.held_out, log, done)
+                        records.evaluated(iteration_name(done), evaluation, self.held_out, log, done)
                     if alarmed := alarms.check(record):
                         record["alarms"] = alarmed
                     log.append(record)
+                    if records.due(config.evaluation.every, done):
+                        records.report()
                     progress.update(done, reward=record["reward"])
                     if stop.requested or records.due(config.run.checkpoint_every, done):
                         records.checkpoint(self, done, log)
