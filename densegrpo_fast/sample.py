@@ -33,6 +33,7 @@ from densegrpo_fast.common.command_line import command_parser
 from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import output_errors, write_json
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments, split_overrides
 from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, _ = parse_arguments(["--config", settings_source([ref], options.config), *overrides])
         check_models([ref], config.model.path)
         _check_output(options.output, options.overwrite)
+        announce(f"drawing with {ref.name}: loading torch and the model")
         return int((strips if options.strip else sample)(config, ref, prompts, options))
 
 

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode, user_errors_exit
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with user_errors_exit():
         config, flags = parse_arguments(sys.argv[1:] if arguments is None else list(arguments))
+        announce(f"{config.preset}: loading torch and diffusers")
         return int(dry_run(config) if flags.dry_run else train(config, resume=flags.resume))
 
 

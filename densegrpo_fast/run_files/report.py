@@ -323,7 +323,8 @@ def _advice(run: RunData) -> dict[str, str]:
 
 
 def _steps(records: Sequence[Record], prefix: str) -> list[int]:
-    names = {key for record in records for key in record if key.startswith(prefix)}
+    """The steps that have such a metric, other than 0 in all iterations (a step without noise gains nothing)."""
+    names = {key for record in records for key in record if key.startswith(prefix) and record[key]}
     return sorted(int(name.removeprefix(prefix)) for name in names)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import RewardError
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
@@ -88,8 +89,11 @@ class HeldOut:
         )
 
     @torch.no_grad()
-    def evaluate(self, model: FlowModel, reward: RewardMixture) -> Evaluation:
+    def evaluate(self, model: FlowModel, reward: RewardMixture, name: str = "held-out evaluation") -> Evaluation:
         """Draw and score all pictures with the model as it stands.
+
+        Args:
+            name: what its progress is called.
 
         Raises:
             RewardError: a reward failed.
@@ -103,7 +107,12 @@ class HeldOut:
             latents = sample_ode(model, noise[part], chosen, sigmas, guidance_scale=self.guidance_scale)
             return model.decode(latents)
 
-        images = torch.cat(list(self.rows.each(slice(0, len(rows)), draw)))
+        parts = []
+        with PhaseProgress(name, len(rows), "pictures") as progress:
+            for images in self.rows.each(slice(0, len(rows)), draw):
+                parts.append(images)
+                progress(len(images))
+        images = torch.cat(parts)
         metadata = [known for known in self.metadata for _ in range(self.samples)]
         try:
             scores = reward(images, rows, metadata)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import Family, coefficients
 from densegrpo_fast.flow.noise import Stream
@@ -138,7 +139,12 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
             )
         return model.decode(latents).cpu()
 
-    return torch.cat(list(OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
+    parts = []
+    with PhaseProgress("drawing", len(rows), "pictures") as progress:
+        for images in OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn):
+            parts.append(images)
+            progress(len(images))
+    return torch.cat(parts)
 
 
 def draw_strip(
@@ -207,7 +213,10 @@ def compare_models(config: Config, refs: Sequence[ModelRef]) -> dict[str, Any]:
     """
     held_out, reward = HeldOut.of(config), build_observer(config)
     adapters, scores = {}, {}
-    evaluated = with_each(config, refs, lambda model: held_out.evaluate(model, reward).scores)
+    names = iter(refs)
+    evaluated = with_each(
+        config, refs, lambda model: held_out.evaluate(model, reward, f"evaluating {next(names).name}").scores
+    )
     for ref, (weights, found) in zip(refs, evaluated, strict=True):
         adapters[ref.name] = weights.about()
         scores[ref.name] = {name: values.tolist() for name, values in found.items()}

@@ -163,6 +163,11 @@ class RunRecords:
             )
         log.show_picture("samples", path, done)
 
+    def evaluations_after(self, done: int) -> int:
+        """How many evaluations come after so many iterations, the last one included."""
+        every, total = self.config.evaluation.every, self.config.run.iterations
+        return 1 + (max(total - 1, done) // every - done // every if every else 0)
+
     def strip(self, strip: Strip, log: MetricsLog, done: int) -> None:
         """Write the strip of an iteration, `strips/iteration-NNNNN.png` and `.webp`, and show it to the loggers."""
         path = self.directory / STRIPS / f"{iteration_name(done)}.png"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit import registry
@@ -104,11 +105,14 @@ class Trainer:
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
         if reward is None:
+            announce(f"loading the rewards {', '.join([*config.reward.terms, *config.reward.observed])}")
             self.reward = build_reward(config.reward.terms, config.reward.options)
             self.observed = build_observer(config, self.reward)
         else:
             self.reward = reward if isinstance(reward, RewardMixture) else RewardMixture({"reward": (reward, 1.0)})
             self.observed = self.reward
+        if model is None:
+            announce(f"loading the model {config.model.path}")
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
         self.policy = MeteredModel(self.model, self.meter)
@@ -333,11 +337,14 @@ class Trainer:
             alarms = Alarms(alarms_for(config), past=log.records())
             if start == 0 and self.learner.updates:
                 raise UsageError("Trainer.run: this trainer has trained already; make a new one, or run(resume=True)")
-            if start == 0:
-                records.begin(dump_yaml(config.self_contained()))
-                records.evaluated("before", self.held_out.evaluate(self.model, self.observed), self.held_out, log, 0)
-                records.report()
-            with Progress(total, start) as progress:
+            samples, gpus = config.data.num_prompts * config.sampler.group_size, int(self.model.device.type == "cuda")
+            with Progress(total, start, images=samples, gpus=gpus, pauses=records.evaluations_after) as progress:
+                if start == 0:
+                    records.begin(dump_yaml(config.self_contained()))
+                    with progress.pause():
+                        evaluation = self.held_out.evaluate(self.model, self.observed, "evaluation before training")
+                        records.evaluated("before", evaluation, self.held_out, log, 0)
+                        records.report()
                 for iteration in range(start, total):
                     done = iteration + 1
                     shown = done in (1, total) or records.due(config.evaluation.every, done)
@@ -345,9 +352,10 @@ class Trainer:
                     if strip is not None:
                         records.strip(strip, log, done)
                     if records.due(config.evaluation.every, done):
-                        evaluation = self.evaluate()
+                        with progress.pause():
+                            evaluation = self.evaluate()
+                            records.evaluated(iteration_name(done), evaluation, self.held_out, log, done)
                         record |= evaluation.metrics()
-                        records.evaluated(iteration_name(done), evaluation, self.held_out, log, done)
                     if alarmed := alarms.check(record):
                         record["alarms"] = alarmed
                     log.append(record)
@@ -361,7 +369,7 @@ class Trainer:
                         return RunResult(done, None, stop.signal)
             records.checkpoint(self, total, log)
             with self.learner.averaged():
-                evaluation = self.held_out.evaluate(self.model, self.observed)
+                evaluation = self.held_out.evaluate(self.model, self.observed, "evaluation after training")
                 records.evaluated("after", evaluation, self.held_out, log, total)
                 summary = records.finish(log)
         return RunResult(total, summary, None)
