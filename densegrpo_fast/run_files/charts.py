@@ -306,7 +306,8 @@ class _Scale:
 
     def axis(self, name: str) -> list[tuple[str, str, str]]:
         ends = [(self.low, "start"), (self.high, "end")] if self.high > self.low else [(self.low, "start")]
-        return [*((self.x(x), f"{x:g}", anchor) for x, anchor in ends), (f"{Chart.width // 2}", name, "middle")]
+        texts = ((x, f"{x:,.0f}" if x >= 100 or x == round(x) else f"{x:.3g}", anchor) for x, anchor in ends)
+        return [*((self.x(x), text, anchor) for x, text, anchor in texts), (f"{Chart.width // 2}", name, "middle")]
 
     def marks(self, spans: Spans) -> list[tuple[float, float, str]]:
         found = []
@@ -327,7 +328,7 @@ def _stops(
     for x in places[:: math.ceil(len(places) / _MOST_STOPS)]:
         texts = [words(label, x, known[x]) for label, known in values.items() if x in known]
         texts += [text for first, last, text in spans if first <= x <= last]
-        stops.append((round(scale.place(x), 1), f"{x_name} {x:g}: {', '.join(texts)}"))
+        stops.append((round(scale.place(x), 1), f"{x_name} {x:.6g}: {', '.join(texts)}"))
     return stops
 
 

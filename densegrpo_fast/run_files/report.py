@@ -146,7 +146,7 @@ def alarm_spans(records: Sequence[Record]) -> list[tuple[float, float, str]]:
     return spans
 
 
-def curve(run: RunData, name: str) -> list[tuple[float, Interval]]:
+def curve(run: RunData, name: str) -> list[tuple[int, Interval]]:
     """Iterations and 95% intervals over prompts of a reward's held-out evaluations; those without a score left out."""
     return [
         (iteration, mean_interval(found.scores[name]))

@@ -106,13 +106,13 @@ def tables(comparison: Mapping[str, Any]) -> str:
     for name, rewards in comparison["subjects"].items():
         for reward, found in rewards.items():
             means.append((name, reward, *_cells(found, ".4f"), f"{found['missing']:.1%}"))
-    text = _table(means)
+    text = plain(means)
     if comparison["differences"]:
         rows = [("second - first", "reward", "difference", "95% interval", "second is")]
         for found in comparison["differences"]:
             pair = f"{found['second']} - {found['first']}"
             rows.append((pair, found["reward"], *_cells(found, "+.4f"), found["verdict"]))
-        text += "\n\nSame prompts, same noise:\n\n" + _table(rows)
+        text += "\n\nSame prompts, same noise:\n\n" + plain(rows)
     return text
 
 
@@ -146,7 +146,8 @@ def _cells(found: Mapping[str, Any], form: str) -> tuple[str, str]:
     return mean, "-" if low == "-" else f"[{low}, {high}]"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
+def plain(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of cells as text in columns, the first row above a line."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
