@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from densegrpo_fast.common import files
-from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.errors import UsageError, UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.common.files import replace_text
 from densegrpo_fast.run_files import run_directory
-from densegrpo_fast.run_files.run_directory import RunLock, open_run_directory
+from densegrpo_fast.run_files.run_directory import CONFIG_FILE, METRICS_FILE, RunLock, open_run_directory
 
 
 def refused(path: Path, code: ExitCode, *, resume: bool = False, overwrite: bool = False) -> str:
@@ -165,3 +165,21 @@ def test_a_failed_write_keeps_the_old_text(tmp_path: Path, monkeypatch: pytest.M
     assert exit_code_of(caught.value) == ExitCode.OUTPUT
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path, there: bool) -> None:
+    path = tmp_path / "runs" / "mine"
+    if there:
+        path.mkdir(parents=True)
+    with pytest.raises(UsageError), open_run_directory(path, resume=False, overwrite=False):
+        (path / CONFIG_FILE).write_text("seed: 1\n")
+        (path / METRICS_FILE).touch()
+        (path / "samples").mkdir()
+        (path / "samples" / "before.png").touch()
+        raise UsageError("a reward does not know these prompts")
+    assert path.exists() == there and not (there and list(path.iterdir()))
+    with pytest.raises(UsageError), open_run_directory(path, resume=False, overwrite=False):
+        (path / METRICS_FILE).write_text("{}\n")
+        raise UsageError("after the first iteration")
+    assert (path / METRICS_FILE).is_file(), "what a run has done is kept"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -36,6 +37,26 @@ def load(spec: str) -> Any:
     if not hasattr(module, name):
         raise ValueError(f"{spec}: {source} holds no {name!r}")
     return getattr(module, name)
+
+
+def problem(spec: str) -> str | None:
+    """What is sure to go wrong when `load` is asked for a file, found without running it; None = nothing found."""
+    source, _, name = spec.rpartition(":")
+    if not source.endswith(".py"):
+        return None
+    try:
+        tree = ast.parse(Path(source).read_bytes(), source)
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"{spec}: cannot load {source}: {type(error).__name__}: {error}"
+    # any name that is bound anywhere, or may be: more than the file's own names, so that nothing good is refused
+    names = {getattr(node, "name", None) or getattr(node, "id", None) for node in ast.walk(tree)}
+    imported = {
+        alias for node in ast.walk(tree) for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)
+    }
+    names |= {alias.asname or alias.name for alias in imported}
+    if name in names or "*" in names or {"globals", "__getattr__", "exec"} & names:
+        return None
+    return f"{spec}: {source} holds no {name!r}"
 
 
 def _file(path: Path) -> ModuleType:

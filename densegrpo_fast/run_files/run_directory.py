@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,6 +137,8 @@ def holds_run(directory: Path) -> bool:
 def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
     """Create or reopen the directory of a run and lock it for as long as the context lasts.
 
+    A new run that fails before its first record leaves no directory behind.
+
     Args:
         path: the run directory.
         resume: continue the run that is there.
@@ -154,9 +157,10 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
         raise UsageError("--resume and run.overwrite contradict each other: choose one")
     if resume and not holds_run(path):
         raise CheckpointError(f"--resume: {path} holds no run to continue")
+    created = not path.exists()
     with output_errors(f"cannot create run directory {path}"):
         path.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(path).acquire()
+    lock, fresh = RunLock(path).acquire(), False
     try:
         # a crash may leave the lock and a half-written file behind; neither is worth keeping
         if not resume and any(file.name != _LOCK_NAME and file.suffix != STAGE_SUFFIX for file in path.iterdir()):
@@ -170,9 +174,30 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
                     "or choose another run.output_dir",
                 )
             lock = _move_aside(path, lock)
+        fresh = not resume
         yield path
+        fresh = False
     finally:
+        if fresh and not any(path.glob(f"{CHECKPOINTS}/*")) and not _has_records(path):
+            # nothing is lost, and the next start finds the name free
+            _empty(path)
+            if created:
+                path.rmdir()
         lock.release()
+
+
+def _empty(path: Path) -> None:
+    """Delete what is in a directory, links themselves and not what they point to."""
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _has_records(path: Path) -> bool:
+    metrics = path / METRICS_FILE
+    return metrics.is_file() and metrics.stat().st_size > 0
 
 
 def _move_aside(path: Path, lock: RunLock) -> RunLock:

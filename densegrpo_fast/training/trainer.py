@@ -111,7 +111,7 @@ class Trainer:
         else:
             self.reward = reward if isinstance(reward, RewardMixture) else RewardMixture({"reward": (reward, 1.0)})
             self.observed = self.reward
-        if model is None:
+        if model is None and not tiny:
             announce(f"loading the model {config.model.path}")
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
