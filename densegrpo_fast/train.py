@@ -13,22 +13,23 @@ instant. Exit codes are in `common/exit_codes.py`.
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `user_errors_exit`: a Ctrl-C during imports is no traceback
 
 import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode, user_errors_exit
-from densegrpo_fast.common.plugins import problem
 from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.rewards.registry import resolve_alias
-from densegrpo_fast.training.prompts import is_there, prompt_set
+from densegrpo_fast.training.prompts import check_inputs
 
 if TYPE_CHECKING:
     from densegrpo_fast.training.trainer import Trainer
@@ -39,26 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with user_errors_exit():
         config, flags = parse_arguments(sys.argv[1:] if arguments is None else list(arguments))
-        check_inputs(config, flags.dry_run)
+        if not flags.dry_run:
+            check_inputs(config)
         announce(f"{config.preset}: loading torch and diffusers")
         return int(dry_run(config) if flags.dry_run else train(config, resume=flags.resume))
-
-
-def check_inputs(config: Config, dry_run: bool) -> None:
-    """Look at the files that a configuration names, as far as that takes no torch.
-
-    A dry run may lack prompt files of a model that it replaces, too.
-
-    Raises:
-        UsageError: a prompt file is wrong, or a reward's file is missing, broken, or lacks what is asked for.
-    """
-    for source, held_out in ((config.data.prompts, False), (config.data.eval_prompts, True)):
-        stands_in = dry_run and config.model.path != "embedded" and not is_there(source)
-        if source != "scenes" and not stands_in:
-            prompt_set(source, held_out)
-    for name in (*config.reward.terms, *config.reward.observed):
-        if found := problem(resolve_alias(name, config.reward.options)[0]):
-            raise UsageError(f"reward.terms, reward.options: {found}")
 
 
 def train(config: Config, resume: bool = False) -> ExitCode:
@@ -68,13 +53,16 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
     from densegrpo_fast.run_files.run_directory import open_run_directory
-    from densegrpo_fast.training.models import check_device, default_device
-    from densegrpo_fast.training.trainer import Trainer
 
-    check_device(config, default_device())
     # the directory is locked before anything is loaded
     with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
-        result = Trainer(config).run_in(directory, resume=resume)
+        from densegrpo_fast.fidelity.auto import settle
+        from densegrpo_fast.training.models import check_device, default_device
+        from densegrpo_fast.training.trainer import Trainer
+
+        check_device(config, default_device())
+        config, model = settle(config, directory, resume=resume)
+        result = Trainer(config, model=model).run_in(directory, resume=resume)
         if result.signal is not None:
             return OF_SIGNALS[result.signal]
         print(result.summary)
@@ -87,12 +75,13 @@ def dry_run(config: Config) -> ExitCode:
     A model that is not in the package is replaced by a tiny random one of the same classes, and rewards that need
     weights or a server by JPEG compressibility, so that every option is tried without them; the output says what was.
     """
+    from densegrpo_fast.fidelity.auto import rehearse
     from densegrpo_fast.training.models import tiny_config
     from densegrpo_fast.training.records import PHASES
     from densegrpo_fast.training.trainer import Trainer
 
-    small = tiny_config(config)
-    trainer = Trainer(small, tiny=True)
+    small, model = rehearse(config, tiny_config(config))
+    trainer = Trainer(small, tiny=True, model=model)
     record = trainer.step(0)
     samples = small.data.num_prompts * small.sampler.group_size
     print(f"dry run of {config.preset}: one iteration of {samples} samples, {small.sampler.num_steps} steps")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.common.plugins import is_outside, load, problem
+from densegrpo_fast.common.plugins import is_outside, load
 
 
 @pytest.mark.parametrize("name", ["m:f", "a.b:F_1", "dir/file.py:f", "C with space/x.py:f"])
@@ -53,25 +53,3 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         load(f"{path}:f")
     with pytest.raises(ValueError, match=r"os\.path:nothing: os\.path holds no 'nothing'"):
         load("os.path:nothing")
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("def score(): ...", None),
-        ("from there import score", None),
-        ("from there import *", None),
-        ("if True:\n    score = 1", None),
-        ("import there as score", None),
-        ("def scores(): ...", "holds no 'score'"),
-        ("def score(:", "SyntaxError"),
-        (None, "FileNotFoundError"),
-    ],
-)
-def test_a_file_is_looked_at_without_running_it(text: str | None, found: str | None, tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    if text is not None:
-        path.write_text(text)
-    answer = problem(f"{path}:score")
-    assert answer is None if found is None else answer is not None and found in answer
-    assert problem("some.module:score") is None

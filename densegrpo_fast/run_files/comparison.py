@@ -13,7 +13,7 @@ from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.run_files.charts import Chart, Points, line_chart
 from densegrpo_fast.run_files.grids import data_url, read_captions, read_grid
 from densegrpo_fast.run_files.rendering import TEMPLATES, figure, lookup, render
-from densegrpo_fast.run_files.report import curve
+from densegrpo_fast.run_files.report import curve, reward_bounds
 from densegrpo_fast.run_files.run_data import RunData
 from densegrpo_fast.run_files.statistics import compare, plain, tables
 
@@ -75,7 +75,7 @@ def compare_runs(runs: Mapping[str, RunData], reward: float | None = None) -> di
             raise UsageError(f"{name}: all held-out scores of {common[0]} are missing")
     best = min(max(point["mean"] for point in points) for points in curves.values())
     wanted = best if reward is None else reward
-    return compare(scores) | {
+    return compare(scores, reward_bounds(next(iter(runs.values())))) | {
         "by": common[0],
         "runs": {
             name: {

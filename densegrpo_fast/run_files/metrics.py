@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from densegrpo_fast.common.aliases import current_metric
 from densegrpo_fast.common.errors import OutputError
-from densegrpo_fast.common.files import finite, output_errors
+from densegrpo_fast.common.files import finite, open_plainly, output_errors, read_plainly
 from densegrpo_fast.common.progress import clock_time
 from densegrpo_fast.run_files.loggers import Loggers
 
@@ -39,7 +39,8 @@ class MetricsLog:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         with output_errors(f"cannot write {self.path}"):
-            self._file = open(self.path, "ab+")  # noqa: SIM115 - lives as long as the log
+            descriptor = open_plainly(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self._file = open(descriptor, "ab+")  # noqa: SIM115 - lives as long as the log
             self._cut_to_whole_lines(self._file.seek(0, os.SEEK_END))
         self._loggers: Loggers | None = None
 
@@ -126,7 +127,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         ValueError: if a line is not a JSON object; the message gives its number.
     """
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(read_plainly(Path(path)).split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except ValueError as error:

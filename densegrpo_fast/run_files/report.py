@@ -19,13 +19,14 @@ import numpy as np
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.files import replace_text
 from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.alarms import alarms_for, iterations_by_alarm
 from densegrpo_fast.run_files.charts import Chart, Points, heat_map, line_chart, says_something, stacked_chart
 from densegrpo_fast.run_files.grids import data_url, read_captions, read_grid
 from densegrpo_fast.run_files.rendering import TEMPLATES, figure, number, render
 from densegrpo_fast.run_files.run_data import RunData, read_run
 from densegrpo_fast.run_files.run_directory import CONFIG_FILE, REPORT_FILE
-from densegrpo_fast.run_files.statistics import Interval, mean_interval, or_missing, paired_interval
+from densegrpo_fast.run_files.statistics import Bounds, Interval, mean_interval, or_missing, paired_interval
 from densegrpo_fast.run_files.strip import read_strip
 
 Record = Mapping[str, Any]
@@ -149,7 +150,7 @@ def alarm_spans(records: Sequence[Record]) -> list[tuple[float, float, str]]:
 def curve(run: RunData, name: str) -> list[tuple[int, Interval]]:
     """Iterations and 95% intervals over prompts of a reward's held-out evaluations; those without a score left out."""
     return [
-        (iteration, mean_interval(found.scores[name]))
+        (iteration, mean_interval(found.scores[name], bounds=reward_bounds(run).get(name)))
         for iteration, found in run.evaluations.items()
         if name in found.scores and np.isfinite(found.scores[name]).any()
     ]
@@ -189,6 +190,16 @@ def _strips(run: RunData) -> list[dict[str, Any]]:
     return shown
 
 
+def reward_bounds(run: RunData) -> dict[str, Bounds]:
+    """Between what the scores of a run's rewards lie, of those that are known to be bounded."""
+    own = run.settings.get("reward", {})
+    terms = dict.fromkeys(own.get("observed") or (), 0.0) | (own.get("terms") or {})
+    # a trainer may have been given another reward than the configuration's
+    if any(not terms.keys() <= found.scores.keys() for found in run.evaluations.values()):
+        return {}
+    return bounds(terms, own.get("options") or {})
+
+
 def reward_names(run: RunData) -> list[str]:
     """The rewards of a run's evaluations; where a single one is trained, the weighted sum stands for it."""
     names = dict.fromkeys(name for found in run.evaluations.values() for name in found.scores)
@@ -201,13 +212,13 @@ def _results(run: RunData) -> list[tuple[str, Interval, Interval, Interval]]:
     evaluations = list(run.evaluations.values())
     if len(evaluations) < 2:
         return []
-    before, after = evaluations[0].scores, evaluations[-1].scores
+    before, after, known = evaluations[0].scores, evaluations[-1].scores, reward_bounds(run)
     return [
         (
             name,
-            or_missing(mean_interval, before[name]),
-            or_missing(mean_interval, after[name]),
-            or_missing(paired_interval, before[name], after[name]),
+            or_missing(mean_interval, before[name], bounds=known.get(name)),
+            or_missing(mean_interval, after[name], bounds=known.get(name)),
+            or_missing(paired_interval, before[name], after[name], bounds=known.get(name)),
         )
         for name in reward_names(run)
         if name in before and name in after
