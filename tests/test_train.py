@@ -77,12 +77,12 @@ def test_a_run_writes_its_directory(whole_run: Path) -> None:
     }
     assert expected <= files
     rest = {name for name in files - expected if not name.startswith("checkpoints/")}
-    assert rest <= {"run.lock"}
+    assert rest <= {"run.lock", "SHA256SUMS", "adapter/SHA256SUMS"}
     assert [path.name for path in sorted((whole_run / "checkpoints").iterdir())] == [
         f"step-{step:08d}" for step in (1, 2, 3)
     ]
     report = (whole_run / "report.html").read_text()
-    assert "jpeg_incompressibility" in report and "data:image/png;base64," in report
+    assert "jpeg_incompressibility" in report and "data:image/webp;base64," in report
 
 
 def test_the_policy_moves(whole_run: Path) -> None:
