@@ -163,7 +163,10 @@ class SamplerOptions(Section):
         "at every trained step (TempFlow-GRPO, Granular-GRPO; credit.method branch or granular); null = trajectories"
     )
     shared_noise: bool = Field(description="start all samples of a prompt from the same initial noise")
-    micro_batch: PositiveInt = Field(description="rows per forward pass, the same in rollout and replay")
+    micro_batch: PositiveInt = Field(
+        description="rows per forward pass, the same in rollout and replay: a divisor of an update's samples (with "
+        "branches trajectories); auto = the largest up to 64"
+    )
 
 
 class WindowOptions(Section):

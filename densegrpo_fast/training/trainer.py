@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit import registry
@@ -36,8 +37,9 @@ from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 from densegrpo_fast.run_files.loggers import Loggers, RunFacts
 from densegrpo_fast.run_files.metrics import MetricsLog, Progress
-from densegrpo_fast.run_files.run_directory import open_run_directory
+from densegrpo_fast.run_files.run_directory import iteration_name, open_run_directory
 from densegrpo_fast.run_files.signals import GracefulStop
+from densegrpo_fast.run_files.strip import Strip
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
 from densegrpo_fast.sampling.rollout import Rollout, Trajectory, TrajectorySampler, initial_noise, rollout
@@ -55,6 +57,7 @@ from densegrpo_fast.training.records import RunRecords, iteration_record
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
 from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
+from densegrpo_fast.training.strips import StripRecorder
 
 
 class RunResult(NamedTuple):
@@ -103,6 +106,7 @@ class Trainer:
         self.held_out = HeldOut.of(config)
         if reward is None:
             check_inputs(config)
+            announce(f"loading the rewards {', '.join([*config.reward.terms, *config.reward.observed])}")
             self.reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
             self.observed = build_observer(config, self.reward)
         else:
@@ -110,6 +114,8 @@ class Trainer:
                 reward = RewardMixture({"reward": (reward, 1.0)}, config.reward.timeout)
             self.reward = reward
             self.observed = self.reward
+        if model is None and not tiny:
+            announce(f"loading the model {config.model.path}")
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
         # what is checked in a moment, before what takes long
         self.schedule = Schedule(config, self.model)
@@ -145,6 +151,15 @@ class Trainer:
         steps = self.schedule.at(iteration, self.noise_levels.levels)
         experience = self.strategy.run(self, batch, steps, iteration)
         return self._record(iteration, experience, steps)
+
+    def step_with_strip(self, iteration: int) -> tuple[dict[str, Any], Strip | None]:
+        """`step`, and what its first prompt's samples looked like at every step; None if none of them has a reward."""
+        batch = self.prompts.batch(iteration)
+        self.rewards.strip = recorder = StripRecorder(batch.prompts[0], batch.group_size)
+        try:
+            return self.step(iteration), recorder.strip()
+        finally:
+            self.rewards.strip = None
 
     def calibrate(self, iteration: int) -> None:
         """Find the noise level of each step again, on the policy as it is."""
@@ -326,19 +341,30 @@ class Trainer:
             alarms = Alarms(alarms_for(config), past=log.records())
             if start == 0 and self.learner.updates:
                 raise UsageError("Trainer.run: this trainer has trained already; make a new one, or run(resume=True)")
-            if start == 0:
-                records.begin(dump_yaml(config.self_contained()))
-                records.evaluated("before", self.held_out.evaluate(self.model, self.observed), self.held_out, log, 0)
-            with Progress(total, start) as progress:
+            samples, gpus = config.data.num_prompts * config.sampler.group_size, int(self.model.device.type == "cuda")
+            with Progress(total, start, images=samples, gpus=gpus, pauses=records.evaluations_after) as progress:
+                if start == 0:
+                    records.begin(dump_yaml(config.self_contained()))
+                    with progress.pause():
+                        evaluation = self.held_out.evaluate(self.model, self.observed, "evaluation before training")
+                        records.evaluated("before", evaluation, self.held_out, log, 0)
+                        records.report()
                 for iteration in range(start, total):
-                    record, done = self.step(iteration), iteration + 1
+                    done = iteration + 1
+                    shown = done in (1, total) or records.due(config.evaluation.every, done)
+                    record, strip = self.step_with_strip(iteration) if shown else (self.step(iteration), None)
+                    if strip is not None:
+                        records.strip(strip, log, done)
                     if records.due(config.evaluation.every, done):
-                        evaluation = self.evaluate()
+                        with progress.pause():
+                            evaluation = self.evaluate()
+                            records.evaluated(iteration_name(done), evaluation, self.held_out, log, done)
                         record |= evaluation.metrics()
-                        records.samples(f"iteration-{done:05d}", evaluation.images, self.held_out)
                     if alarmed := alarms.check(record):
                         record["alarms"] = alarmed
                     log.append(record)
+                    if records.due(config.evaluation.every, done):
+                        records.report()
                     progress.update(done, reward=record["reward"])
                     if stop.requested or records.due(config.run.checkpoint_every, done):
                         records.checkpoint(self, done, log)
@@ -347,7 +373,7 @@ class Trainer:
                         return RunResult(done, None, stop.signal)
             records.checkpoint(self, total, log)
             with self.learner.averaged():
-                evaluation = self.held_out.evaluate(self.model, self.observed)
+                evaluation = self.held_out.evaluate(self.model, self.observed, "evaluation after training")
                 records.evaluated("after", evaluation, self.held_out, log, total)
                 summary = records.finish(log)
         return RunResult(total, summary, None)
