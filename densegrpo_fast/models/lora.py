@@ -52,8 +52,9 @@ def base_fingerprint(network: Any) -> str:
     The names are those of a network that carries an adapter, so it must carry one, with the same targets each time.
     """
     digest = hashlib.sha256()
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     for name, weight in network.state_dict().items():
-        if ".lora_" not in name:
+        if ".lora_" not in name and name not in trained:
             values = weight.detach().flatten()
             picked = values[:: max(1, len(values) // 64)].double().cpu()
             digest.update(f"{name}{tuple(weight.shape)}{picked.tolist()}".encode())
@@ -86,6 +87,16 @@ def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Pa
     layers = lora_layers(get_peft_model_state_dict(transformer), rank=rank, alpha=alpha)
     StableDiffusion3Pipeline.save_lora_weights(directory, transformer_lora_layers=layers, safe_serialization=True)
     return directory / ADAPTER_FILE
+
+
+def save_parameters(parameters: Mapping[str, Tensor], directory: Path) -> Path:
+    """Write the trained parameters of a network without a LoRA as they are, and return the file."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "parameters.safetensors"
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}, path)
+    return path
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
