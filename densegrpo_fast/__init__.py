@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from densegrpo_fast.config import Config as Config
     from densegrpo_fast.config.cli import load_config as load_config
     from densegrpo_fast.credit.dense import reward_gains as reward_gains
-    from densegrpo_fast.credit.from_rewards import advantages as advantages
     from densegrpo_fast.credit.inputs import CreditInputs as CreditInputs
     from densegrpo_fast.credit.normalize import Advantages as Advantages
     from densegrpo_fast.credit.normalize import normalize_groups as normalize_groups
     from densegrpo_fast.credit.registry import CreditMethod as CreditMethod
+    from densegrpo_fast.credit.registry import advantages_of as advantages  # noqa: F401
     from densegrpo_fast.credit.registry import register as register_credit  # noqa: F401
     from densegrpo_fast.flow.analytic import GaussianMixtureFlow as GaussianMixtureFlow
     from densegrpo_fast.flow.dynamics import StepCoefficients as StepCoefficients
@@ -71,7 +71,7 @@ _PUBLIC = {
     "Config": "config",
     "load_config": "config.cli",
     "reward_gains": "credit.dense",
-    "advantages": "credit.from_rewards",
+    "advantages": "credit.registry:advantages_of",
     "CreditInputs": "credit.inputs",
     "Advantages": "credit.normalize",
     "normalize_groups": "credit.normalize",

@@ -32,7 +32,7 @@ from densegrpo_fast import (
     reward_gains,
     rollout,
 )
-from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.errors import PluginError, UsageError
 from densegrpo_fast.config.yaml_files import parse_yaml
 from densegrpo_fast.credit.dense import dense_advantages
 from densegrpo_fast.credit.registry import METHODS
@@ -180,12 +180,12 @@ def test_advantages_are_those_of_the_methods() -> None:
 @pytest.mark.parametrize(
     ("rewards", "method", "options", "message"),
     [
-        (torch.zeros(2, 4), "dense", {}, r"must have shape \[P, G, T\+1\]"),
-        (torch.zeros(2, 4, 1), "dense", {}, r"must have shape \[P, G, T\+1\]"),
+        (torch.zeros(2, 4), "dense", {}, r"with shape \[P, G, T\+1\]"),
+        (torch.zeros(2, 4, 1), "dense", {}, r"with shape \[P, G, T\+1\]"),
         (torch.zeros(2, 4, 3), "dens", {}, "unknown method 'dens'"),
         (torch.zeros(2, 4, 3), "coca", {}, "needs similarity, not rewards alone"),
         (torch.zeros(2, 4, 3), "dense", {"normalise": "step"}, "no option 'normalise'; did you mean \"normalize\""),
-        (torch.zeros(2, 4, 3), "transposed", {}, r"must return \[2, 4, 2\], got \[4, 2, 2\]"),
+        (torch.zeros(2, 4, 3), "transposed", {}, r"expected advantages \[2, 4, 2\], got \[4, 2, 2\]"),
         (torch.zeros(2, 4, 3), "sharp", {}, "needs the options sharpness"),
     ],
 )
@@ -201,7 +201,7 @@ def test_what_advantages_cannot_be_made_of(
     monkeypatch.setattr(METHODS, "_known", dict(METHODS._known))
     register_credit("transposed", CreditMethod(transposed, ("lookahead_rewards",)))
     register_credit("sharp", CreditMethod(sharp, ("lookahead_rewards",), ("sharpness",)))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, PluginError), match=message):
         advantages(rewards, method, **options)
 
 

@@ -39,6 +39,8 @@ _KINDS = {
     "tokenizer_2": "CLIPTokenizer",
     "tokenizer_3": "T5TokenizerFast",
 }
+_NO_LIMIT = 10**9
+"""transformers gives a tokenizer without a limit a larger one."""
 _NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -167,8 +169,10 @@ def _check_directory(directory: Path) -> None:
     """Complain about anything but T5 that a pipeline directory lacks."""
     index = directory / "model_index.json"
     if not index.is_file():
+        snapshots = sorted(path.parent for path in directory.glob("snapshots/*/model_index.json"))
+        way_out = f"; it is a folder of the hub's cache, give {snapshots[-1]}" if snapshots else ""
         raise SetupError(
-            f"model.path: {directory} has no model_index.json, so it is no pipeline directory",
+            f"model.path: {directory} has no model_index.json, so it is no pipeline directory{way_out}",
         )
     try:
         parts = read_settings(index)
@@ -178,9 +182,14 @@ def _check_directory(directory: Path) -> None:
         raise SetupError(
             f"model.path: {directory} is a {parts.get('_class_name')}, expected a StableDiffusion3Pipeline",
         )
-    missing = [name for name in _NEEDED if not (directory / name).is_dir()]
+    # a part that is left out on purpose is listed as [null, null], or not at all
+    listed = [name for name in _T5 if isinstance(parts.get(name), list) and any(parts[name])]
+    missing = [name for name in (*_NEEDED, *listed) if not (directory / name).is_dir()]
     if missing:
-        raise SetupError(f"model.path: {directory} lacks {', '.join(missing)}")
+        way_out = "; to use it without T5, set these to [null, null] in its model_index.json"
+        raise SetupError(
+            f"model.path: {directory} lacks {', '.join(missing)}{way_out if {*missing} <= {*_T5} else ''}",
+        )
     for name in ("transformer", "vae", *_ENCODERS):
         problem = files_problem(directory / name) if (directory / name).is_dir() else None
         if problem:
@@ -207,6 +216,9 @@ def _load_pipeline(directory: Path, dtype: dict[str, torch.dtype], given: dict[s
             raise _cannot_load(str(directory), f"{name}: {error}") from None
     for encoder, tokenizer in zip(_ENCODERS, _TOKENIZERS, strict=True):
         network, words = parts[encoder], parts[tokenizer]
+        if network is not None and words is not None and words.model_max_length > _NO_LIMIT:
+            # the tokenizer does not say how long a prompt may be, the encoder does
+            words.model_max_length = getattr(network.config, "max_position_embeddings", 512)
         if network is not None and words is not None and len(words) > network.config.vocab_size:
             problem = f"it has {len(words)} tokens, {encoder} has {network.config.vocab_size}"
             raise _cannot_load(str(directory), f"{tokenizer}: {problem}")

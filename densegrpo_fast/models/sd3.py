@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.pictures import to_unit
 from densegrpo_fast.common.pretrained import silence_loading
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.attention import Attention, use_attention
@@ -70,7 +72,7 @@ class SD3(FlowModel):
         has_t5: whether the model has a T5 encoder; None = whether this pipeline holds one.
 
     Raises:
-        ValueError: the size is not a multiple of what autoencoder and patches need.
+        UsageError: the size is not a multiple of what autoencoder and patches need, or larger than the model knows.
     """
 
     attention: Attention = "auto"
@@ -99,7 +101,9 @@ class SD3(FlowModel):
         unit = scale * self.transformer.config.patch_size
         for name, size in (("height", height), ("width", width)):
             if size % unit:
-                raise ValueError(f"{name} must be a multiple of {unit} for this model, got {size}")
+                raise UsageError(f"model.{name}: expected a multiple of {unit} for this model, got {size}")
+            if size // unit > (most := self.transformer.config.pos_embed_max_size):
+                raise UsageError(f"model.{name}: expected at most {most * unit} for this model, got {size}")
         self.latent_shape = (self.transformer.config.in_channels, height // scale, width // scale)
         self.device = self.transformer.device
         self._negative: tuple[Tensor, Tensor] | None = None
@@ -280,7 +284,7 @@ class SD3(FlowModel):
             vae: Any = self.pipeline.vae
             shifted = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
             decoded = vae.decode(shifted.to(vae.dtype)).sample
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return to_unit(decoded.float() / 2 + 0.5)
 
     def sigmas(self, num_steps: int) -> Tensor:
         config = self.pipeline.scheduler.config
