@@ -47,7 +47,7 @@ def poisoned_memory() -> Iterator[None]:
 class MixtureModel(FlowModel):
     """A flow model with an exact velocity that counts what it is asked for.
 
-    Latents are vectors [4]. A prompt is the digits of the mixture components it allows, e.g. "02"; the empty prompt
+    Latents are vectors [4]. A prompt is the digits of the mixture components it allows, e.g. "02"; one without any
     allows all.
 
     Attributes:
@@ -73,6 +73,7 @@ class MixtureModel(FlowModel):
     def encode(self, prompts: list[str]) -> Conditioning:
         unique = list(dict.fromkeys(prompts))
         allowed = torch.tensor([[float(str(k) in prompt) for k in range(3)] for prompt in unique])
+        allowed[allowed.sum(1) == 0] = 1.0
         rows = torch.tensor([unique.index(prompt) for prompt in prompts])
         return Conditioning(allowed[:, None], allowed, torch.ones(1, 1, 3), torch.ones(1, 3), rows)
 

@@ -500,6 +500,15 @@ class RunOptions(Section):
     iterations: PositiveInt = Field(description="GRPO iterations in all")
     checkpoint_every: int = Field(ge=0, description="iterations between checkpoints; 0 = only at the end")
     keep_checkpoints: PositiveInt = Field(description="newest checkpoints kept")
+    early_stopping_patience: int = Field(
+        ge=0,
+        description="evaluations in a row without a better held-out reward after which the run ends, with its adapter "
+        "and report as they are then; 0 = off",
+    )
+    early_stopping_threshold: float = Field(ge=0, description="by how much a better held-out reward must be better")
+    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+        description="kl of an iteration beyond which the run ends likewise; null = any"
+    )
     max_bad_steps: PositiveInt = Field(description="non-finite losses or gradients in a row before the run stops")
     overwrite: bool = Field(description="move a run that is already in output_dir aside (to NAME.old-K)")
     memory_check: Literal["refuse", "warn", "off"] = Field(

@@ -19,7 +19,7 @@ from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.lora import base_fingerprint, save_lora
+from densegrpo_fast.models.lora import base_fingerprint, save_lora, save_parameters
 from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
 from densegrpo_fast.run_files.images import save_grid
@@ -113,6 +113,11 @@ class RunRecords:
 
     def __init__(self, directory: Path, config: Config, model: FlowModel):
         self.directory, self.config, self.model = directory, config, model
+        if not isinstance(getattr(model, "network", None), torch.nn.Module):
+            raise UsageError(
+                f"Trainer.run: expected {type(model).__name__}.network to be the torch module that is trained "
+                "(a loop over Trainer.step does without)"
+            )
         settings = config.resume_settings() | {
             "noise_layout": LAYOUT_VERSION,
             "base_weights": base_fingerprint(model.network),
@@ -253,7 +258,11 @@ class RunRecords:
         """Write adapter and report (the model must hold the weights to export); returns the closing message."""
         lora = self.config.lora
         with output_errors(f"cannot write in {self.directory}"):
-            save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
+            has_lora = hasattr(self.model.network, "peft_config")
+            if has_lora:
+                save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
+            else:
+                save_parameters(self.model.trainable_parameters(), self.directory / "adapter")
             prompts, before = self._evaluation("before")
             _, after = self._evaluation("after")
             metrics = log.records()
@@ -271,14 +280,15 @@ class RunRecords:
                 },
             }
             report = self.report()
-            write_model_card(
-                self.directory / "adapter",
-                self.config,
-                base=self._base_facts(),
-                prompt=prompts[0],
-                metrics=metrics,
-                **measured,
-            )
+            if has_lora:
+                write_model_card(
+                    self.directory / "adapter",
+                    self.config,
+                    base=self._base_facts(),
+                    prompt=prompts[0],
+                    metrics=metrics,
+                    **measured,
+                )
         lines = []
         for name in after:
             first, last, moved = (measured[when][name] for when in ("before", "after", "change"))

@@ -11,7 +11,7 @@ for iteration in range(10):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,8 +33,10 @@ from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C, StepCoefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
+from densegrpo_fast.models.check import check_model
 from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
+from densegrpo_fast.run_files.early_stopping import EarlyStopping
 from densegrpo_fast.run_files.loggers import Loggers, RunFacts
 from densegrpo_fast.run_files.metrics import MetricsLog, Progress
 from densegrpo_fast.run_files.run_directory import iteration_name, open_run_directory
@@ -43,6 +45,7 @@ from densegrpo_fast.run_files.strip import Strip
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
 from densegrpo_fast.sampling.rollout import Rollout, Trajectory, TrajectorySampler, initial_noise, rollout
+from densegrpo_fast.training.callbacks import Callback
 from densegrpo_fast.training.costs import CostReport
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.learner import Learner, LearnerOptions
@@ -83,9 +86,13 @@ class Trainer:
         strategy: order of the phases; None = what `optimizer.update` names.
         model: ready made, with its adapter, in the place of the one that the configuration names.
         reward: likewise, a mixture or a function of pictures, prompts and metadata; it scores held-out pictures, too.
+        callbacks: what `run` calls after each iteration and evaluation, in this order.
 
     Raises:
         UserError: the model, a reward or a prompt file cannot be loaded, or does not fit the configuration.
+
+    Attributes:
+        stop_reason: why the run ends after this iteration; None while it goes on.
     """
 
     def __init__(
@@ -96,12 +103,18 @@ class Trainer:
         strategy: UpdateStrategy | None = None,
         model: FlowModel | None = None,
         reward: RewardMixture | Reward | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
         if not isinstance(config, Config):
             raise UsageError(
                 f"Trainer: expected a configuration, as load_config({config!r}) returns it, got {config!r}"
             )
         self.config, self.strategy = config, strategy_of(config) if strategy is None else strategy
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise UsageError(f"Trainer: expected callbacks derived from densegrpo_fast.Callback, got {callback!r}")
+        self.callbacks = tuple(callbacks)
+        self.stop_reason: str | None = None
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
         if reward is None:
@@ -117,12 +130,12 @@ class Trainer:
         if model is None and not tiny:
             announce(f"loading the model {config.model.path}")
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
+        if model is not None:
+            check_model(model, self.held_out.prompts[0], config.sampler.guidance_scale, config.sampler.num_steps)
         # what is checked in a moment, before what takes long
         self.schedule = Schedule(config, self.model)
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
         self.policy = MeteredModel(self.model, self.meter)
-        if not self.model.trainable_parameters():
-            raise UsageError("Trainer: the model that was given has no adapter, so there is nothing to train")
         self.learner = Learner(self.policy, LearnerOptions.of(config))
         self.lookahead = build_lookahead(config, self.model)
         if self.lookahead is not None:
@@ -338,7 +351,8 @@ class Trainer:
         with MetricsLog(directory / "metrics.jsonl") as log, GracefulStop() as stop:
             start = records.restore(self, log) if resume else 0
             log.also(Loggers(config.run.loggers, RunFacts(directory, config.model_dump(mode="json"), start)))
-            alarms = Alarms(alarms_for(config), past=log.records())
+            alarms, stopping = Alarms(alarms_for(config), past=log.records()), EarlyStopping(config, log.records())
+            done, self.stop_reason = start, None
             if start == 0 and self.learner.updates:
                 raise UsageError("Trainer.run: this trainer has trained already; make a new one, or run(resume=True)")
             samples, gpus = config.data.num_prompts * config.sampler.group_size, int(self.model.device.type == "cuda")
@@ -348,6 +362,7 @@ class Trainer:
                     with progress.pause():
                         evaluation = self.held_out.evaluate(self.model, self.observed, "evaluation before training")
                         records.evaluated("before", evaluation, self.held_out, log, 0)
+                        self._evaluated(evaluation, 0)
                         records.report()
                 for iteration in range(start, total):
                     done = iteration + 1
@@ -360,28 +375,50 @@ class Trainer:
                             evaluation = self.evaluate()
                             records.evaluated(iteration_name(done), evaluation, self.held_out, log, done)
                         record |= evaluation.metrics()
+                        self._evaluated(evaluation, done)
                     if alarmed := alarms.check(record):
                         record["alarms"] = alarmed
+                    for callback in self.callbacks:
+                        callback.on_iteration_end(self, record)
                     log.append(record)
                     if records.due(config.evaluation.every, done):
                         records.report()
                     progress.update(done, reward=record["reward"])
+                    if reason := stopping.check(record):
+                        self.stop(reason)
+                    if self.stop_reason is not None and not stop.requested:
+                        break
                     if stop.requested or records.due(config.run.checkpoint_every, done):
                         records.checkpoint(self, done, log)
                     if stop.requested:
                         progress.write(f"stopped after iteration {done}; continue with --resume")
                         return RunResult(done, None, stop.signal)
-            records.checkpoint(self, total, log)
+            records.checkpoint(self, done, log)
             with self.learner.averaged():
                 evaluation = self.held_out.evaluate(self.model, self.observed, "evaluation after training")
-                records.evaluated("after", evaluation, self.held_out, log, total)
+                records.evaluated("after", evaluation, self.held_out, log, done)
+                self._evaluated(evaluation, done)
                 summary = records.finish(log)
-        return RunResult(total, summary, None)
+        if self.stop_reason is not None and done < total:
+            summary = f"ended after iteration {done} of {total}: {self.stop_reason}\n{summary}"
+        return RunResult(done, summary, None)
+
+    def stop(self, reason: str) -> None:
+        """End `run` after this iteration as after its last: checkpoint, evaluation, adapter and report.
+
+        Args:
+            reason: what the user is told.
+        """
+        self.stop_reason = reason
 
     def evaluate(self) -> Evaluation:
         """Scores and pictures of the held-out prompts, with the running average of the weights if one is kept."""
         with self.learner.averaged():
             return self.held_out.evaluate(self.model, self.observed)
+
+    def _evaluated(self, evaluation: Evaluation, done: int) -> None:
+        for callback in self.callbacks:
+            callback.on_evaluate(self, evaluation, done)
 
     def _begin(self) -> None:
         self.timer.reset()
