@@ -89,7 +89,7 @@ def compare(model: FlowModel, trajectory: Trajectory, group: int) -> Sums:
         group: at least 2.
     """
     sigmas, conditioning = trajectory.coefficients.sigmas, trajectory.conditioning
-    tokens, batch = conditioning.embeds.shape[1], trajectory.batch
+    tokens, batch = conditioning.prompts["embeds"].shape[1], trajectory.batch
     index = torch.arange(batch)
     # the next sample of the group, and the same one of the next group
     partner, foreign = index - index % group + (index + 1) % group, (index + group) % batch

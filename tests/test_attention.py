@@ -13,16 +13,16 @@ from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.models.attention import DispatchedJointAttention, check_attention, use_attention
 from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 
-Policy = Callable[..., SD3]
+Policy = Callable[..., DiffusersModel]
 PACKAGES = {"xformers": "xformers", "flash": "flash_attn"}
 
 
-def velocity_and_gradients(model: SD3) -> tuple[Tensor, list[Tensor]]:
+def velocity_and_gradients(model: DiffusersModel) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, *model.latent_shape, generator=generator).to(model.device)
     sigma = torch.tensor([0.8, 0.3], device=model.device)
@@ -136,7 +136,7 @@ def test_parity_on_a_gpu(name: str) -> None:
 
     def measured(attention: str) -> tuple[Tensor, list[Tensor]]:
         pipeline = tiny_sd3().pipeline.to("cuda", torch.bfloat16)
-        model = SD3(pipeline, max_sequence_length=8)
+        model = DiffusersModel(pipeline, max_sequence_length=8)
         model.set_attention(attention)
         add_lora(model.network, rank=2, alpha=4, targets=["attn.to_q", "attn.to_v"], seed=0)
         for parameter in model.trainable_parameters().values():

@@ -45,6 +45,7 @@ PRESETS = [
     "embedded_turning_point_free",
     "embedded_value",
     "embedded_vgpo",
+    "flux1_dev_pickscore",
     "sd35_medium_pickscore",
     "sd35_medium_pickscore_24gb",
     "sd35_medium_pickscore_drawn",
@@ -344,7 +345,7 @@ def test_every_reward_of_the_package_can_be_named() -> None:
         ("sampler.dynamics", "flow.dynamics", "Family"),
         ("lookahead.guidance", "sampling.lookahead", "Guidance"),
         ("lookahead.decoder", "models.base", "Decoder"),
-        ("model.vae_decode", "models.sd3", "VaeDecode"),
+        ("model.vae_decode", "models.diffusers_model", "VaeDecode"),
         ("model.attention", "models.attention", "Attention"),
     ],
 )

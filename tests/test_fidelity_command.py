@@ -188,10 +188,12 @@ def test_a_preset_with_branches_is_judged_on_branches(
 def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.fidelity.target import pipeline_target
-    from densegrpo_fast.models.loading import load_sd3
+    from densegrpo_fast.models.loading import load_pipeline
     from densegrpo_fast.models.lora import add_lora, save_lora
 
-    model = load_sd3(str(pipeline_directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)
+    model = load_pipeline(
+        str(pipeline_directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0
+    )
     add_lora(model.network, rank=2, alpha=4, targets=["attn.to_q", "attn.to_out.0"], seed=0)
     for parameter in model.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.3)

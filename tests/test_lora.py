@@ -169,7 +169,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_model() -> None:
 def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
     for number, content in enumerate(({"weight": torch.zeros(2, 2)}, {"a.lora_A.weight": torch.zeros(3)})):
         save_file(content, tmp_path / f"{number}.safetensors")
-        with pytest.raises(ValueError, match="expected a LoRA of diffusers' transformer layers, got"):
+        with pytest.raises(ValueError, match="expected a LoRA of a diffusers transformer or unet, got"):
             read_lora(tmp_path / f"{number}.safetensors")
     (tmp_path / "broken").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="broken cannot be read"):

@@ -105,6 +105,7 @@ def pipeline_target(
     Raises:
         UserError: something cannot be loaded, or there are too few prompts.
     """
+    from densegrpo_fast.models.diffusers_model import DiffusersModel
     from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, count
     from densegrpo_fast.models.loading import resolve_dtype
     from densegrpo_fast.training.lookahead import build_cache, build_copy, build_step_runner, lookahead_chunks
@@ -115,6 +116,8 @@ def pipeline_target(
     prompts = _held_out(config, groups)
     reward = build_reward(config.reward.terms, config.reward.options)
     model = load_model(config.model, default_device())
+    if not isinstance(model, DiffusersModel):
+        raise UsageError(f"model.path: the fidelity of a pipeline is measured, {config.model.path} is none")
     check_calibration(config, model)
     step_runner = build_step_runner(config, model)
     if adapter is not None:

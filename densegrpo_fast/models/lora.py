@@ -14,7 +14,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.files import ADAPTER_FILE
 
-_LAYER = re.compile(r"(transformer\.)?\w+(\.\w+)*\.lora_[AB]\.weight")
+_LAYER = re.compile(r"((transformer|unet)\.)?\w+(\.\w+)*\.lora_[AB]\.weight")
 
 
 def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], seed: int) -> None:
@@ -80,11 +80,15 @@ def lora_layers(parameters: Mapping[str, Tensor], *, rank: int, alpha: int) -> d
 
 def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Path:
     """Write the adapter as diffusers' `pytorch_lora_weights.safetensors` and return the file; see `lora_layers`."""
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
     from peft import get_peft_model_state_dict
 
     layers = lora_layers(get_peft_model_state_dict(transformer), rank=rank, alpha=alpha)
-    StableDiffusion3Pipeline.save_lora_weights(directory, transformer_lora_layers=layers, safe_serialization=True)
+    # every pipeline of a kind names them alike: transformer.MODULE or unet.MODULE
+    if isinstance(transformer, UNet2DConditionModel):
+        StableDiffusionPipeline.save_lora_weights(directory, unet_lora_layers=layers, safe_serialization=True)
+    else:
+        StableDiffusion3Pipeline.save_lora_weights(directory, transformer_lora_layers=layers, safe_serialization=True)
     return directory / ADAPTER_FILE
 
 
@@ -102,8 +106,8 @@ def read_lora(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for name, tensor in layers.items():
         if not _LAYER.fullmatch(name) or tensor.ndim != 2:
-            raise ValueError(f"{path}: expected a LoRA of diffusers' transformer layers, got {name!r}")
-    return {name.removeprefix("transformer."): tensor.float() for name, tensor in layers.items()}
+            raise ValueError(f"{path}: expected a LoRA of a diffusers transformer or unet, got {name!r}")
+    return {name.removeprefix("transformer.").removeprefix("unet."): tensor.float() for name, tensor in layers.items()}
 
 
 def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:

@@ -138,7 +138,7 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
         noise = initial_noise(model, index, seed=0, iteration=0, stream=Stream.EVALUATION)
         conditioning = model.encode(list(prompts))
         if table is None:
-            latents = sample_ode(model, noise, conditioning, sigmas, guidance_scale=guidance_scale)
+            latents = sample_ode(model, model.start(noise, sigmas), conditioning, sigmas, guidance_scale=guidance_scale)
         else:
             trajectory = rollout(
                 model,
