@@ -46,6 +46,8 @@ PRESETS = [
     "embedded_value",
     "embedded_vgpo",
     "flux1_dev_pickscore",
+    "qwen_image_pickscore",
+    "sd15_pickscore",
     "sd35_medium_pickscore",
     "sd35_medium_pickscore_24gb",
     "sd35_medium_pickscore_drawn",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from densegrpo_fast import Trainer, load_config
+from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models import flops
 from densegrpo_fast.models.base import Conditioning
@@ -75,7 +77,14 @@ CASES = {
     "sdxl": Case("StableDiffusionXLPipeline"),
     "qwen_image": Case("QwenImagePipeline", text=300),
 }
-PARAMETERS = {"sd35_medium": 2.24e9, "flux": 11.90e9}
+PARAMETERS = {
+    "sd35_medium": 2.24e9,
+    "sd35_large": 8.06e9,
+    "flux": 11.90e9,
+    "sd15": 0.8595e9,
+    "sdxl": 2.567e9,
+    "qwen_image": 20.43e9,
+}
 """Of the networks, as their model cards or the sizes of their files say."""
 
 
@@ -362,3 +371,30 @@ def test_training_raises_a_reward_that_is_known(case: Case, directory: Path, tmp
         gains.append(sum(rewards[-4:]) / 4 - sum(rewards[:4]) / 4)
     # chance alone makes all five positive in one of 32
     assert min(gains) > 0, gains
+
+
+def test_a_model_of_the_readers_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/models.md, as it stands there."""
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(# mine.py\n.*?)```", page, re.DOTALL)
+    assert len(example.splitlines()) < 60
+    (tmp_path / "mine.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "model.path": "mine.py:build",
+        "lookahead.decoder": "full",
+        "lookahead.monitor_every": 0,
+        "lora.targets": ["attn.to_q", "attn.to_v"],
+        "reward.terms": {"jpeg_incompressibility": 1.0},
+        "reward.observed": [],
+        "data.num_prompts": 2,
+        "sampler.micro_batch": 8,
+        "evaluation.num_prompts": 2,
+        "sampler.guidance_scale": 2.0,
+        "run.iterations": 1,
+        "run.output_dir": "run",
+    }
+    Trainer(load_config("embedded_dense", options)).run()
+    assert (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    with pytest.raises(UserError, match="model.path: mine.py:Pixels: TypeError"):
+        Trainer(load_config("embedded_dense", options | {"model.path": "mine.py:Pixels"}))

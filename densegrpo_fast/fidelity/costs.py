@@ -55,8 +55,8 @@ def cost_records(
     trajectories of which 3 trained steps are drawn, whose states alone are completed: the mean over all draws.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
-    and the full decoder, comes first. Copies and caches are for SD3's transformers, caches not for branches; what does
-    not fit a model is named in its record's `left_out`.
+    and the full decoder, comes first. Caches are for SD3's transformers, and not for branches; what does not fit a
+    model is named in its record's `left_out`.
 
     Args:
         make_plans: from T to a plan.
@@ -152,13 +152,12 @@ class _Extras:
         from diffusers import SD3Transformer2DModel
 
         forwards: dict[tuple[str | None, str | None], float] = {(None, None): unit.forward}
+        forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
         with torch.device("meta"):
             network = built.network()
         if not isinstance(network, SD3Transformer2DModel):
-            wishes = [*(f"copy({dtype})" for dtype in copies), *(f"cache({spec})" for spec in caches)]
             reason = f"for SD3's transformer alone, this is {type(network).__name__}"
-            return cls(unit, forwards, (), (), dict.fromkeys(wishes, reason))
-        forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
+            return cls(unit, forwards, tuple(copies), (), {f"cache({spec})": reason for spec in caches})
         left_out, fitting = {}, []
         for spec in caches:
             try:

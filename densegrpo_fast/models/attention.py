@@ -103,7 +103,7 @@ def use_attention(transformer: Any, name: Attention) -> None:
         return
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    processors = [getattr(module, "processor", None) for module in transformer.modules()]
+    processors: list[Any] = [getattr(module, "processor", None) for module in transformer.modules()]
     dispatching = [processor for processor in processors if hasattr(processor, "_attention_backend")]
     if not dispatching:
         raise UsageError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -151,13 +152,13 @@ class FlowModel(ABC):
                 neither its memory nor its backward, and only a part of the gradient.
         """
 
-    @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
         """Within the context the adapter is off: the model is the reference policy."""
+        return _without_adapter(self)
 
-    @abstractmethod
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Adapter parameters by name, in a fixed order."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     @abstractmethod
     def decode(self, latents: Tensor, decoder: Decoder = "full") -> Tensor:
@@ -192,3 +193,14 @@ class FlowModel(ABC):
     def forwards(self, guidance_scale: float) -> int:
         """Network forwards that one evaluated row costs (NFE): 2 where guidance takes a second one."""
         return 1 if guidance_scale == 1.0 else 2
+
+
+@contextmanager
+def _without_adapter(model: FlowModel) -> Iterator[None]:
+    before, model.mode = model.mode, "reference"
+    model.network.disable_adapters()
+    try:
+        yield
+    finally:
+        model.network.enable_adapters()
+        model.mode = before

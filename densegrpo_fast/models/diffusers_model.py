@@ -7,7 +7,7 @@ code as SD3.5: it *is* such a pipeline.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -250,19 +250,6 @@ class DiffusersModel(FlowModel):
         # diffusers' own `to` warns about modules to be kept in float32, of which there are none
         other.pipeline.vae = nn.Module.to(deepcopy(self.pipeline.vae), dtype)
         return other
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        before, self.mode = self.mode, "reference"
-        self.network.disable_adapters()
-        try:
-            yield
-        finally:
-            self.network.enable_adapters()
-            self.mode = before
-
-    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def decode(self, latents: Tensor, decoder: Decoder = "full") -> Tensor:

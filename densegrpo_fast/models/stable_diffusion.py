@@ -10,7 +10,7 @@ kernel and lookahead of this package works on z and t; x = z / sqrt((1 - t)^2 + 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class StableDiffusion(Family):
         "text_encoder": "CLIPTextModel",
         "tokenizer": "CLIPTokenizer",
     }
-    unused = ("safety_checker", "feature_extractor", "image_encoder")
+    unused: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     network_part = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     scales_input = True
@@ -68,7 +68,7 @@ class StableDiffusion(Family):
     def end(self) -> float:
         """The last noise level: that of timestep 0 where the configuration leaves it there, as in SD 1.x, else 0."""
         config = self.scheduler.config
-        stays = config["final_sigmas_type"] == "sigma_min" if self.euler else not config["set_alpha_to_one"]
+        stays = config["final_sigmas_type"] == "sigma_min" if self.euler else not config.get("set_alpha_to_one", True)
         return self.levels[0].item() if stays else 0.0
 
     def encode(self, pipeline: Any, prompts: list[str], device: torch.device) -> Prompts:
@@ -169,8 +169,8 @@ class StableDiffusionXL(StableDiffusion):
     def inputs(self, latents: Tensor, sigma: Tensor, prompts: Prompts, guidance_scale: float) -> dict[str, Any]:
         # original size, corner of the crop, size: as the pipeline has them by default
         sizes = (self.height, self.width, 0, 0, self.height, self.width)
-        place = {"device": latents.device, "dtype": prompts["pooled"].dtype}
-        times = torch.cat([torch.full((len(latents), 1), float(size), **place) for size in sizes], dim=1)
+        columns = [torch.full((len(latents), 1), float(size), device=latents.device) for size in sizes]
+        times = torch.cat(columns, dim=1).to(prompts["pooled"].dtype)
         added = {"text_embeds": prompts["pooled"], "time_ids": times}
         return super().inputs(latents, sigma, prompts, guidance_scale) | {"added_cond_kwargs": added}
 
