@@ -88,7 +88,7 @@ def test_a_feature_cache_reads_the_same_keys(tiny_policy: Policy) -> None:
 def test_the_lookahead_copy_takes_the_policy_s(tiny_policy: Policy) -> None:
     model = tiny_policy()
     model.set_attention("native")
-    copied = [m.processor for m in LookaheadCopy(model).transformer.modules() if hasattr(m, "processor")]
+    copied = [m.processor for m in LookaheadCopy(model).network.modules() if hasattr(m, "processor")]
     assert len(copied) == 3 and all(isinstance(processor, DispatchedJointAttention) for processor in copied)
 
 
@@ -97,7 +97,7 @@ def test_a_missing_package_is_named(name: str) -> None:
     if importlib.util.find_spec(PACKAGES[name]):
         pytest.skip(f"{PACKAGES[name]} is installed")
     with pytest.raises(UserError, match=rf"model.attention: {name} needs the package .* set model.attention to native"):
-        use_attention(tiny_sd3().transformer, name)
+        use_attention(tiny_sd3().network, name)
     with pytest.raises(UserError) as caught:
         check_attention(name, torch.device("cuda"), torch.bfloat16)
     assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
@@ -122,7 +122,7 @@ def test_packages_need_a_gpu_and_flash_half_precision(monkeypatch: pytest.Monkey
 
 def test_an_unknown_choice_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="attention must be one of auto, native, xformers, flash, got 'sage'"):
-        use_attention(tiny_sd3().transformer, "sage")
+        use_attention(tiny_sd3().network, "sage")
 
 
 @pytest.mark.gpu

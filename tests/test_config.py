@@ -52,6 +52,7 @@ PRESETS = [
     "sd35_medium_pickscore_24gb",
     "sd35_medium_pickscore_drawn",
     "sd35_medium_pickscore_fast",
+    "z_image_pickscore",
 ]
 EMBEDDED_DENSE = read_settings("embedded_dense")
 BASE = Path(__file__).parent / "data" / "base.yaml"

@@ -76,6 +76,7 @@ CASES = {
     ),
     "sdxl": Case("StableDiffusionXLPipeline"),
     "qwen_image": Case("QwenImagePipeline", text=300),
+    "z_image": Case("ZImagePipeline", text=64),
 }
 PARAMETERS = {
     "sd35_medium": 2.24e9,
@@ -84,6 +85,7 @@ PARAMETERS = {
     "sd15": 0.8595e9,
     "sdxl": 2.567e9,
     "qwen_image": 20.43e9,
+    "z_image": 6.15e9,
 }
 """Of the networks, as their model cards or the sizes of their files say."""
 
@@ -153,7 +155,8 @@ def drawn(model: DiffusersModel, guidance_scale: float, noise: Tensor | None = N
 def called(model: DiffusersModel, noise: Tensor, scale: float, output: str) -> Any:
     """What the pipeline's own call makes of the noise."""
     return model.pipeline(
-        PROMPTS,
+        # a list of its own: Z-Image's pipeline writes into it
+        list(PROMPTS),
         height=model.family.height,
         width=model.family.width,
         num_inference_steps=STEPS,

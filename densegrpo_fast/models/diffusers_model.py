@@ -171,7 +171,7 @@ class DiffusersModel(FlowModel):
         return torch.float32 if self.preview_decoder is None else self.preview_decoder.dtype
 
     def forwards(self, guidance_scale: float) -> int:
-        return 2 if self.family.guided and guidance_scale != 1.0 else 1
+        return 2 if self.family.guided and self.family.is_guided(guidance_scale) else 1
 
     def velocity(
         self,

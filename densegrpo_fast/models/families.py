@@ -7,6 +7,7 @@ from densegrpo_fast.models.flux import Flux
 from densegrpo_fast.models.qwen_image import QwenImage
 from densegrpo_fast.models.sd3 import StableDiffusion3
 from densegrpo_fast.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from densegrpo_fast.models.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class: family
@@ -16,6 +17,7 @@ FAMILIES: dict[str, type[Family]] = {
         StableDiffusion,
         StableDiffusionXL,
         QwenImage,
+        ZImage,
     )
 }
 

@@ -142,6 +142,10 @@ class Family(ABC):
         """Velocity [B, ...] float32 of the network's first output, given `latents` [B, ...] and `sigma` [B]."""
         return torch.as_tensor(output).float()
 
+    def is_guided(self, guidance_scale: float) -> bool:
+        """Whether the pipeline runs a second forward at this scale, if the family is guided at all."""
+        return guidance_scale != 1.0
+
     def guide(self, cond: Tensor, uncond: Tensor, guidance_scale: float) -> Velocity:
         """Both halves as the pipeline combines them."""
         return Velocity(cond, uncond, guidance_scale)

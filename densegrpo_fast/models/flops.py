@@ -236,7 +236,7 @@ def count(
             reference = counted(lambda: network(**inputs))
         network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
         outputs: list[Tensor] = []
-        forward = counted(lambda: outputs.append(network(**inputs, return_dict=False)[0]))
+        forward = counted(lambda: outputs.append(first_output(network, inputs)))
         backward = counted(lambda: outputs[0].sum().backward())
         latents = torch.empty(1, *architecture.latent_shape)
         full, preview = architecture.full_decoder(), architecture.preview_decoder
@@ -295,6 +295,12 @@ def counted(call: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
+
+
+def first_output(network: Any, inputs: dict[str, Any]) -> Tensor:
+    """The network's first output, stacked where it is a list of one tensor for each row."""
+    output = network(**inputs, return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output
 
 
 def _like(module: Any) -> Any:

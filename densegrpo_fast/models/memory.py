@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from densegrpo_fast.models.base import Decoder
-from densegrpo_fast.models.flops import ATTENTION_TARGETS, Architecture
+from densegrpo_fast.models.flops import ATTENTION_TARGETS, Architecture, first_output
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -177,7 +177,7 @@ class ModelMemory:
         self._checkpoint(checkpointing)
         inputs = self._inputs(rows)
         with _fused_attention(), PeakBytes() as memory:
-            output = self.network(**inputs, return_dict=False)[0]
+            output = first_output(self.network, inputs)
             kept = memory.live
             del output
         return kept
@@ -196,7 +196,7 @@ class ModelMemory:
         inputs = self._inputs(rows)
 
         def step() -> object:
-            halves = [self.network(**inputs, return_dict=False)[0].float() for _ in range(graphs)]
+            halves: list[Any] = [first_output(self.network, inputs).float() for _ in range(graphs)]
             loss = sum(halves).square().mean()
             with torch.no_grad():
                 for _ in range(forwards):

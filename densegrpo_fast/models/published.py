@@ -158,6 +158,18 @@ MODELS = {
         512,
         64,
     ),
+    "z_image": PublishedModel(
+        "Z-Image",
+        "Tongyi-MAI/Z-Image",
+        "ZImagePipeline",
+        "ZImageTransformer2DModel",
+        {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560},
+        "AutoencoderKL",
+        _LARGE_VAE,
+        16,
+        512,
+        64,
+    ),
     "flux": PublishedModel(
         "FLUX.1-dev",
         "black-forest-labs/FLUX.1-dev",

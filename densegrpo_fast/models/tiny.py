@@ -22,6 +22,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -30,6 +32,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -209,6 +213,38 @@ def _qwen_image() -> QwenImagePipeline:
     )
 
 
+def _z_image() -> ZImagePipeline:
+    tokenizer = _qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=32,
+            axes_dims=(4, 6, 6),
+            axes_lens=(256, 32, 32),
+        ),
+        vae=_vae(4, scaling_factor=0.3611, shift_factor=0.1159),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        text_encoder=Qwen3Model(text),
+        tokenizer=tokenizer,
+    )
+
+
 _LATENT_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -298,4 +334,5 @@ _PIPELINES: dict[str, Callable[[], Any]] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
     "QwenImagePipeline": _qwen_image,
+    "ZImagePipeline": _z_image,
 }

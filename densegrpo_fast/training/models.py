@@ -141,8 +141,9 @@ def is_slow(options: ModelOptions, device: torch.device) -> bool:
     """Whether a model without a GPU is one to wait hours for: known to be large, or not here yet to be looked at."""
     if device.type != "cpu":
         return False
-    weights = Path(options.path).expanduser().glob("*/diffusion_pytorch_model*.safetensors")
-    return is_hub_id(options.path) or sum(file.stat().st_size for file in weights) > _LARGE
+    parts = (Path(options.path).expanduser() / name for name in ("transformer", "unet"))
+    size = sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
+    return is_hub_id(options.path) or size > _LARGE
 
 
 def without_gpu(options: ModelOptions) -> str:
