@@ -206,14 +206,7 @@ def linear_sigmas(num_steps: int) -> Sequence[float]:
     return list(numpy.linspace(1.0, 1 / num_steps, num_steps))
 
 
-def pack(latents: Tensor) -> Tensor:
-    """[B, C, H, W] -> tokens [B, H/2 * W/2, 4 C], as FLUX.1 and Qwen-Image have them."""
-    batch, channels, height, width = latents.shape
-    split = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return split.reshape(batch, height // 2 * (width // 2), 4 * channels)
-
-
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens [B, H/2 * W/2, 4 C] -> [B, C, H, W] with `height` H and `width` W in latents."""
+    """Tokens [B, H/2 * W/2, 4 C], as FLUX.1 and Qwen-Image have them, -> [B, C, H, W] of `height` H and `width` W."""
     split = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return split.reshape(len(tokens), -1, height, width)

@@ -63,14 +63,13 @@ def tiny_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = _PIPELINES[pipeline_class]()
+        pipeline, preview = _PIPELINES[pipeline_class]()
         part = FAMILIES[pipeline_class].network_part
         for name, changes in ((part, network), ("scheduler", scheduler)):
             if changes:
                 old = getattr(pipeline, name)
                 kept = {key: value for key, value in old.config.items() if not key.startswith("_")}
                 setattr(pipeline, name, type(old).from_config(kept | dict(changes)))
-        preview = _preview(_channels(pipeline.vae.config))
     for module in (*pipeline.components.values(), preview):
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -82,7 +81,7 @@ def tiny_sd3(seed: int = 0) -> DiffusersModel:
     return tiny_model(seed=seed)
 
 
-def _sd3() -> StableDiffusion3Pipeline:
+def _sd3() -> tuple[StableDiffusion3Pipeline, AutoencoderTiny]:
     tokenizer = _clip_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -99,9 +98,10 @@ def _sd3() -> StableDiffusion3Pipeline:
         qk_norm="rms_norm",
         dual_attention_layers=(0,),
     )
-    return StableDiffusion3Pipeline(
+    vae, preview = _vae(16, scaling_factor=1.5305, shift_factor=0.0609), _preview(16)
+    pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
-        vae=_vae(16, scaling_factor=1.5305, shift_factor=0.0609),
+        vae=vae,
         scheduler=architecture.build_scheduler(),
         text_encoder=architecture.build_text_encoder(tokenizer),
         tokenizer=tokenizer,
@@ -110,9 +110,10 @@ def _sd3() -> StableDiffusion3Pipeline:
         text_encoder_3=None,
         tokenizer_3=None,
     )
+    return pipeline, preview
 
 
-def _flux() -> FluxPipeline:
+def _flux() -> tuple[FluxPipeline, AutoencoderTiny]:
     tokenizer = _clip_tokenizer()
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -126,7 +127,7 @@ def _flux() -> FluxPipeline:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    return FluxPipeline(
+    pipeline = FluxPipeline(
         transformer=transformer,
         vae=_vae(4, scaling_factor=0.3611, shift_factor=0.1159),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -135,11 +136,12 @@ def _flux() -> FluxPipeline:
         text_encoder_2=_t5(32),
         tokenizer_2=_t5_tokenizer(),
     )
+    return pipeline, _preview(4)
 
 
-def _stable_diffusion() -> StableDiffusionPipeline:
+def _stable_diffusion() -> tuple[StableDiffusionPipeline, AutoencoderTiny]:
     tokenizer = _clip_tokenizer()
-    return StableDiffusionPipeline(
+    pipeline = StableDiffusionPipeline(
         unet=_unet(cross_attention_dim=32),
         vae=_vae(4, scaling_factor=0.18215),
         scheduler=PNDMScheduler.from_config(
@@ -151,9 +153,10 @@ def _stable_diffusion() -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    return pipeline, _preview(4)
 
 
-def _stable_diffusion_xl() -> StableDiffusionXLPipeline:
+def _stable_diffusion_xl() -> tuple[StableDiffusionXLPipeline, AutoencoderTiny]:
     tokenizer = _clip_tokenizer()
     unet = _unet(
         cross_attention_dim=32 + 64,
@@ -161,7 +164,7 @@ def _stable_diffusion_xl() -> StableDiffusionXLPipeline:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 64,
     )
-    return StableDiffusionXLPipeline(
+    pipeline = StableDiffusionXLPipeline(
         unet=unet,
         vae=_vae(4, scaling_factor=0.13025),
         scheduler=EulerDiscreteScheduler(**_LATENT_DIFFUSION),
@@ -170,9 +173,10 @@ def _stable_diffusion_xl() -> StableDiffusionXLPipeline:
         text_encoder_2=architecture.build_text_encoder(tokenizer),
         tokenizer_2=tokenizer,
     )
+    return pipeline, _preview(4)
 
 
-def _qwen_image() -> QwenImagePipeline:
+def _qwen_image() -> tuple[QwenImagePipeline, AutoencoderTiny]:
     tokenizer = _qwen_tokenizer()
     text = {
         "vocab_size": len(tokenizer),
@@ -187,7 +191,7 @@ def _qwen_image() -> QwenImagePipeline:
         "bos_token_id": None,
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    return QwenImagePipeline(
+    pipeline = QwenImagePipeline(
         transformer=QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -211,9 +215,10 @@ def _qwen_image() -> QwenImagePipeline:
         text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
         tokenizer=tokenizer,
     )
+    return pipeline, _preview(4)
 
 
-def _z_image() -> ZImagePipeline:
+def _z_image() -> tuple[ZImagePipeline, AutoencoderTiny]:
     tokenizer = _qwen_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     text = Qwen3Config(
@@ -226,7 +231,7 @@ def _z_image() -> ZImagePipeline:
         head_dim=16,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return ZImagePipeline(
+    pipeline = ZImagePipeline(
         transformer=ZImageTransformer2DModel(
             in_channels=4,
             dim=32,
@@ -243,6 +248,7 @@ def _z_image() -> ZImagePipeline:
         text_encoder=Qwen3Model(text),
         tokenizer=tokenizer,
     )
+    return pipeline, _preview(4)
 
 
 _LATENT_DIFFUSION: dict[str, Any] = {
@@ -288,10 +294,6 @@ def _preview(channels: int) -> AutoencoderTiny:
     )
 
 
-def _channels(vae: Mapping[str, Any]) -> int:
-    return int(vae.get("latent_channels") or vae["z_dim"])
-
-
 def _clip_tokenizer() -> Any:
     return architecture.build_tokenizer(["a photo of a cat on the moon"])
 
@@ -328,7 +330,7 @@ def _t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
 
 
-_PIPELINES: dict[str, Callable[[], Any]] = {
+_PIPELINES: dict[str, Callable[[], tuple[Any, AutoencoderTiny]]] = {
     "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux,
     "StableDiffusionPipeline": _stable_diffusion,
