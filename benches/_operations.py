@@ -9,9 +9,7 @@ model's own is image analysis), nor are held-out evaluations, as in the training
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,6 @@ from pydantic import ValidationError
 from densegrpo_fast.common.aliases import complete_settings
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
-from densegrpo_fast.credit import registry
 
 if TYPE_CHECKING:
     from densegrpo_fast.training.schedule import Schedule
@@ -77,19 +74,14 @@ class IterationOperations:
 
         self.config, self.samples = config, config.data.num_prompts * config.sampler.group_size
         self.schedule = schedule_of(config)
-        method = registry.find(config.credit.method)
-        self.completes, self.branches = method.uses_lookahead or method.uses_branches, config.sampler.branches
-        self.several = "granularities" in method.options
+        self.branches = config.sampler.branches
         rank, targets = config.lora.rank, tuple(config.lora.targets)
         self.unit = _unit(rank, targets)
         # of a lookahead forward, with the adapter merged into a copy or features taken over
         self.ahead = self.unit.forward if config.lookahead.copy_dtype is None else self.unit.reference_forward
         if config.lookahead.cache is not None:
-            from densegrpo_fast.models.cache_spec import CacheSpec
-
             merged = config.lookahead.copy_dtype is not None
-            spec = CacheSpec.parse(config.lookahead.cache)
-            self.ahead = cached_forward(embedded(), spec, lora_rank=0 if merged else rank, lora_targets=targets)
+            self.ahead = cached_forward(embedded(), lora_rank=0 if merged else rank, lora_targets=targets)
         self._known: dict[tuple[tuple[bool, ...], tuple[int, ...]], float] = {}
 
     def iteration(self, iteration: int) -> float:
@@ -106,29 +98,10 @@ class IterationOperations:
 
     def cost(self, noisy: tuple[bool, ...], trained: Sequence[int]) -> Any:
         """A sample's share of an iteration with noise in some steps, of which some are trained: `IterationCost`."""
-        return replace(self._replayed(noisy, trained), streamed=self.config.optimizer.update == "streamed")
+        from densegrpo_fast.fidelity.price import step_cost
 
-    def _replayed(self, noisy: tuple[bool, ...], trained: Sequence[int]) -> Any:
-        from densegrpo_fast.sampling import plan as plans
-        from densegrpo_fast.sampling.cost import branched_iteration, dense_iteration, sparse_iteration
-
-        config, steps = self.config, len(noisy)
-        guided = config.sampler.guidance_scale != 1.0
-        kept: dict[str, Any] = {"trained_steps": len(trained), "guided": guided, "kl": config.objective.kl_coef > 0}
-        kept["guidance_gradient"] = config.objective.guidance_gradient
-        if not self.completes:
-            return sparse_iteration(steps, **kept)
-        ahead = config.lookahead
-        plan = plans.make_plan(ahead.plan, steps, ahead.nodes, ahead.n or 1, ahead.paths)
-        kept |= {"guidance": ahead.guidance, "decoder": ahead.decoder, "noisy": noisy}
-        if self.branches is None:
-            shared = config.sampler.group_size if config.sampler.shared_noise else 1
-            completed = self.schedule.completed_states(noisy, trained)
-            return dense_iteration(plan, shared=shared, completed=completed, **kept)
-        if self.several:
-            plan, *others = (plans.strided(steps, stride) for stride in config.credit.granularities)
-            return branched_iteration(plan, branches=self.branches, others=others, **kept)
-        return branched_iteration(plan, branches=self.branches, **kept)
+        guided = self.config.sampler.guidance_scale != 1.0
+        return step_cost(self.config, self.schedule, noisy, trained, guided=guided)
 
     def per_forward(self, phase: str) -> float:
         """Operations per forward of one of `CHECKS` with its share of decodes, by the first iteration's noise.
@@ -188,18 +161,11 @@ def schedule_of(config: Config, sigmas: Any = None) -> Schedule:
     return Schedule(config, grid)
 
 
-DRAWS = 1000
-"""Iterations over which draws of the trained steps are averaged."""
+def draws(config: Config, sigmas: Any = None) -> list[Any]:
+    """Every set of steps that iterations train: `densegrpo_fast.fidelity.price.Draw`."""
+    from densegrpo_fast.fidelity import price
 
-
-def draws(config: Config, sigmas: Any = None) -> list[tuple[tuple[int, ...], Any, int]]:
-    """Every set of steps that iterations train, the factors [T] of its steps' losses, and in how many of `DRAWS`."""
-    schedule = schedule_of(config, sigmas)
-    factors = schedule.draw_weights(0)
-    if not isinstance(config.objective.trained_steps, int):
-        return [(tuple(schedule.trained_steps(0)), factors, DRAWS)]
-    counted = Counter(tuple(schedule.trained_steps(iteration)) for iteration in range(DRAWS))
-    return [(steps, factors, count) for steps, count in counted.items()]
+    return price.draws(schedule_of(config, sigmas))
 
 
 @lru_cache

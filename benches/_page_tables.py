@@ -194,7 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods_early": _method_tables.early,
     **{
         name: partial(agreement, f"fidelity_{name}")
-        for name in ("embedded", "late", "cache", "branched", "branched_paper", "fast")
+        for name in ("embedded", "late", "cache", "cache_paper", "branched", "branched_paper", "fast")
     },
     "search_late": partial(search, "fidelity_late"),
     "chunks": partial(chunks, "chunk_gains"),

@@ -8,8 +8,7 @@
     nodes       the plan, guidance, copy and cache that are asked for; else nodes {4, 7} by the policy itself
     one_step    no evaluation: the clean estimates from the rollout's velocities
     copy        exact, by a copy of the model with the adapter merged: in float32, or the precision that is asked for
-    cached      exact, with features of the rollout: each sample's own text features and the residual of blocks 2 to 5,
-                or those that are asked for
+    cached      exact, with each sample's own text features of the rollout
 
 Decoding and scoring are not in it. Before anything is timed, serial, exact and a copy in float32 are asserted to agree
 to float32 rounding, and every way to evaluate what `sampling/cost.py` says.
@@ -66,8 +65,6 @@ NAMES = ("serial", "exact", "nodes", "one_step", "copy", "cached")
 RATIOS = tuple(f"{name}/{other}" for other in ("exact", "serial") for name in NAMES if name != other)
 DEFAULTS: dict[str, Any] = {"prompts": 2, "group_size": 8, "plan": "nodes:4,7", "copy_dtype": "null"}
 """What is chosen otherwise than for a whole iteration."""
-CACHE = "text:own+reuse:2-5"
-"""What the cached way takes over from the rollout, unless something is asked for."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def configurations(protocol: Protocol) -> dict[str, Config]:
         "exact": plain,
         "nodes": protocol,
         "copy": replace(plain, copy_dtype="float32" if protocol.copy_dtype == "null" else protocol.copy_dtype),
-        "cached": replace(plain, cache=CACHE if protocol.cache == "null" else protocol.cache),
+        "cached": replace(plain, cache="text:own"),
     }
     return {name: own.config(DENSE_TRAJECTORIES, kl=True) for name, own in asked.items()}
 

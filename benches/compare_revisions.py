@@ -70,7 +70,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "lookahead.nodes": "[4,7]",
             "lookahead.guidance": "cond_only",
             "lookahead.decoder": "preview",
-            "lookahead.cache": "text+reuse:2-5",
+            "lookahead.cache": "text:own",
             "reward.overlap": "true",
             "lookahead.chunk": 8,
         },

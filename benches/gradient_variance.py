@@ -29,7 +29,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _operations import DRAWS, IterationOperations, draws
+from _operations import IterationOperations, draws
 from _record import RESULTS, load_average, portable, provenance, write_json
 from torch import Tensor
 
@@ -37,6 +37,8 @@ from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.doctor.loop import randomize_lora_
+from densegrpo_fast.fidelity.price import DRAWS
+from densegrpo_fast.fidelity.variance import step_gradients
 from densegrpo_fast.models.flops import ModelFlops
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.sampling.cost import IterationCost, dense_iteration, sparse_iteration
@@ -62,21 +64,15 @@ def settings(weight: str, **further: Any) -> Config:
     return load_config("embedded_paper", own | further)
 
 
-def step_gradients(trainer: Trainer, group: int) -> Tensor:
+def gradients_of(trainer: Trainer, group: int) -> Tensor:
     """The gradients of the policy losses of every trained step of one group: [steps, parameters] float32."""
     batch, steps = trainer.prompts.batch(group), trainer.schedule.at(group)
     rollout = trainer.sample(batch, steps, group)
     advantages = trainer.credit(rollout, trainer.score(rollout, trainer.complete(rollout), batch))
-    learner, values = trainer.learner, advantages.values.flatten(0, 1)
-    weights = torch.ones(steps.coefficients.num_steps)
-    objective = Objective(learner.options.objective, steps.coefficients, steps.trained, weights)
-    found = []
-    for step in steps.trained:
-        learner.optimizer.zero_grad(set_to_none=True)
-        learner.step_gradient(rollout, values, objective, step, slice(0, rollout.batch), 1.0)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.parameters.values()]
-        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    return torch.stack(found)
+    weights, options = torch.ones(steps.coefficients.num_steps), trainer.learner.options.objective
+    objective = Objective(options, steps.coefficients, steps.trained, weights)
+    values = advantages.values.flatten(0, 1)
+    return step_gradients(trainer, rollout, values, objective, steps.trained, slice(0, rollout.batch))
 
 
 def products(gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +143,7 @@ def measure(groups: int, *, perturbed: bool) -> dict[str, Any]:
         randomize_lora_(trainer.model.network)
     gradients = []
     for group in range(groups):
-        gradients.append(step_gradients(trainer, group))
+        gradients.append(gradients_of(trainer, group))
         print(f"group {group + 1} of {groups}", flush=True)
     within, between = products(torch.stack(gradients))
     unit = IterationOperations(config).unit

@@ -20,8 +20,11 @@ overridden as in training; they are parsed before torch is imported. Exit codes 
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `user_errors_exit`: a Ctrl-C during imports is no traceback
 
 import argparse
 import math
@@ -140,7 +143,7 @@ def _meter(config: Config, samples: int) -> GainMeter:
     from densegrpo_fast.training.rewarding import build_reward
 
     prompts = TrainingPrompts.of(config).prompts
-    reward = build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     model = build_model(config, default_device())
     return GainMeter.of(config, model, reward, prompts, samples)
 

@@ -15,8 +15,11 @@ Options are those of training, and are parsed before torch is imported. Exit cod
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `user_errors_exit`: a Ctrl-C during imports is no traceback
 
 import argparse
 import sys
@@ -53,7 +56,7 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     Raises:
         UserError: anything the user can act on.
     """
-    from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors
+    from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, replace_bytes
     from densegrpo_fast.models.diffusers_model import DiffusersModel
     from densegrpo_fast.training.policy_samples import policy_alone
     from densegrpo_fast.training.preview_training import agreement, train_preview
@@ -63,7 +66,7 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     # whole trajectories are drawn whatever the run draws, as only those end in a picture
     sampler = config.sampler.model_copy(update={"branches": None})
     exact = config.model.model_copy(update={"preview_dtype": "float32"})
-    reward = build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     trainer = policy_alone(config.model_copy(update={"model": exact, "sampler": sampler}), reward=reward)
     model = trainer.model
     if not isinstance(model, DiffusersModel) or model.preview_decoder is None:
@@ -79,6 +82,8 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     staged = options.output.with_name(f".{options.output.name}{STAGE_SUFFIX}")
     with output_errors(f"cannot write {options.output}"):
         model.preview_decoder.save_pretrained(staged, safe_serialization=True)
+        for file in sorted(staged.iterdir()):
+            replace_bytes(file, file.read_bytes(), digest=True)
         staged.rename(options.output)
     print(f"{len(held_out)} held-out pictures, preview decoder against full decoder:")
     print(f"  mean absolute pixel error               {before.pixel_error:.4f} -> {after.pixel_error:.4f}")

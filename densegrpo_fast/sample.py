@@ -13,8 +13,11 @@ embedded_dense. Options of training may be overridden as there: `--model.path DI
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `user_errors_exit`: a Ctrl-C during imports is no traceback
 
 import argparse
 import logging
@@ -92,6 +95,11 @@ def _prompts(options: argparse.Namespace) -> PromptSet:
         return load_prompts(options.prompts)
     if not all(text.strip() for text in options.prompt):
         raise UsageError("expected prompts that are not empty")
+    for text in options.prompt:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError(f"expected prompts in UTF-8, got {text.encode('utf-8', 'surrogateescape')!r}") from None
     return PromptSet(tuple(options.prompt), ({},) * len(options.prompt))
 
 

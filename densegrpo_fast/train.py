@@ -13,8 +13,11 @@ instant. Exit codes are in `common/exit_codes.py`.
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `user_errors_exit`: a Ctrl-C during imports is no traceback
 
 import logging
 import sys
@@ -23,6 +26,7 @@ from collections.abc import Sequence
 from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.training.prompts import check_inputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,13 +44,17 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
     from densegrpo_fast.run_files.run_directory import open_run_directory
-    from densegrpo_fast.training.models import check_device, default_device
-    from densegrpo_fast.training.trainer import Trainer
 
-    check_device(config, default_device())
+    check_inputs(config)
     # the directory is locked before anything is loaded
     with open_run_directory(config.output_dir, resume=resume, overwrite=config.run.overwrite) as directory:
-        result = Trainer(config).run_in(directory, resume=resume)
+        from densegrpo_fast.fidelity.auto import settle
+        from densegrpo_fast.training.models import check_device, default_device
+        from densegrpo_fast.training.trainer import Trainer
+
+        check_device(config, default_device())
+        config, model = settle(config, directory, resume=resume)
+        result = Trainer(config, model=model).run_in(directory, resume=resume)
         if result.signal is not None:
             return OF_SIGNALS[result.signal]
         print(result.summary)
@@ -59,14 +67,20 @@ def dry_run(config: Config) -> ExitCode:
     A model that is not in the package is replaced by a tiny random one of the same classes, and its reward by JPEG
     compressibility, so that every option is tried without weights.
     """
+    from densegrpo_fast.fidelity.auto import rehearse
     from densegrpo_fast.training.models import tiny_config
     from densegrpo_fast.training.records import PHASES
     from densegrpo_fast.training.trainer import Trainer
 
-    small = tiny_config(config)
-    record = Trainer(small, tiny=True).step(0)
+    small, model = rehearse(config, tiny_config(config))
+    record = Trainer(small, tiny=True, model=model).step(0)
     samples = small.data.num_prompts * small.sampler.group_size
     print(f"dry run of {config.preset}: one iteration of {samples} samples, {small.sampler.num_steps} steps")
+    if config.model.path != "embedded":
+        print(
+            f"  {config.model.path} was not read: in its place stands a tiny random SD3 pipeline of its own size, with "
+            "the built-in prompts scenes and the reward jpeg_compressibility"
+        )
     for phase in PHASES:
         print(f"  {phase:10} {record[f'time/{phase}']:7.2f} s  {record.get(f'nfe/{phase}', 0):5.0f} NFE")
     print(f"  largest |ratio - 1| {record['ratio_deviation']:.1e}, gradient norm {record['grad_norm']:.2e}")

@@ -41,9 +41,18 @@ def test_an_old_option_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert str(path) in caplog.text
 
 
-def test_the_new_name_wins_over_the_old_one_beside_it() -> None:
-    both = {"lookahead": {"guard_every": 1, "monitor_every": 2}}
-    assert current_settings(both) == {"lookahead": {"monitor_every": 2}}
+def test_both_names_of_one_option_are_refused(tmp_path: Path) -> None:
+    expected = "lookahead.guard_every and lookahead.monitor_every are two names of one option"
+    path = tmp_path / "mine.yaml"
+    path.write_text("lookahead:\n  guard_every: 1\n  monitor_every: 1\n")
+    with pytest.raises(UsageError, match=f"mine.yaml: {expected}"):
+        load_config(path)
+    with pytest.raises(UsageError, match=expected):
+        current_settings({"lookahead": {"guard_every": 1, "monitor_every": 2}})
+    with pytest.raises(UsageError, match=expected):
+        load_config(overrides={"lookahead.guard_every": 1, "lookahead.monitor_every": 2})
+    with pytest.raises(UsageError, match="lookahead.monitor_every is given twice"):
+        parse_arguments(["lookahead.guard_every=1", "lookahead.monitor_every=2"])
 
 
 def test_a_checkpoint_with_old_names_is_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

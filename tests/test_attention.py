@@ -12,7 +12,6 @@ from torch import Tensor
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.models.attention import DispatchedJointAttention, check_attention, use_attention
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
@@ -76,7 +75,7 @@ def test_a_feature_cache_reads_the_same_keys(tiny_policy: Policy) -> None:
         generator = torch.Generator().manual_seed(0)
         one, other = torch.randn(2, 1, *model.latent_shape, generator=generator)
         sigma, conditioning = torch.full((1,), 0.5), model.encode(["the moon"])
-        cache = FeatureCache(model.network, CacheSpec.parse("text"), nodes=(1,), rows=1)
+        cache = FeatureCache(model.network, nodes=(1,), rows=1)
         with cache.record(1, slice(0, 1)):
             model.velocity(one, sigma, conditioning)
         with cache.reuse(1, torch.tensor([0])):

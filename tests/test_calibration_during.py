@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.metrics import read_metrics
 from densegrpo_fast.training.costs import CostReport
@@ -99,6 +101,26 @@ def test_samples_depend_on_the_iteration_alone(mixture_model: Any) -> None:
     calibrate(one, 6)
     calibrate(three, 6)
     assert one.levels == three.levels
+
+
+def test_steps_are_drawn_by_the_levels_of_now(mixture_model: Any) -> None:
+    """By other levels the sizes of the gradients are others; the loss of drawn steps stays that of all on average."""
+    drawn = {"objective.trained_steps": 2, "objective.step_sampling": "importance", "calibration.every": 1}
+    config = configured(**drawn)
+    found, schedule = levels(config, mixture_model), Schedule(config, mixture_model)
+    probabilities = {}
+    for iteration in range(3):
+        steps = schedule.at(iteration, found.levels)
+        chances = 2 / (3 * steps.draw_weights[:3])
+        probabilities[found.levels] = chances
+        assert chances.sum().item() == pytest.approx(2, rel=1e-5) and len(steps.trained) == 2
+        assert [steps.coefficients.table[step, C] > 0 for step in range(3)] == [True] * 3
+        # as a schedule would that had these levels from the start
+        other = Schedule(configured(**drawn, **{"sampler.noise_level": list(found.levels)}), mixture_model)
+        assert torch.equal(other.at(iteration).draw_weights, steps.draw_weights)
+        assert other.at(iteration).trained == steps.trained
+        found.calibrate(iteration)
+    assert len(probabilities) == 3 and len({tuple(chances.tolist()) for chances in probabilities.values()}) == 3
 
 
 def test_only_steps_that_may_be_noisy_are_calibrated(mixture_model: Any) -> None:

@@ -308,7 +308,7 @@ def test_refusals_name_the_key_and_the_reason(argument: str, expected: str) -> N
             "not, got [0, 7]",
         ),
         (
-            ["model.compile=default", "lookahead.cache=text"],
+            ["model.compile=default", "lookahead.cache=text:own"],
             "lookahead.cache: expected null with model.compile, which hides the network's blocks, got",
         ),
         (["model.compile=reduce-overhead"], 'expected "default" or "max-autotune-no-cudagraphs"'),
@@ -468,11 +468,14 @@ def test_a_configuration_cannot_be_changed_in_place() -> None:
 
 
 def test_resume_reads_the_settings_of_the_run(tmp_path: Path) -> None:
-    write(tmp_path / "config.yaml", dump_yaml(config("seed=5", "run.output_dir=elsewhere")))
+    write(tmp_path / "config.yaml", dump_yaml(config("seed=5", "run.output_dir=elsewhere", "run.overwrite=true")))
     for arguments in (["--resume", str(tmp_path)], [f"--resume={tmp_path}"]):
         loaded, flags = parse_arguments([*arguments, "run.iterations=99"])
         assert (loaded.seed, loaded.run.iterations, loaded.output_dir) == (5, 99, tmp_path)
+        assert not loaded.run.overwrite and not config("run.overwrite=true").self_contained().run.overwrite
         assert flags.resume
+    with pytest.raises(UserError, match="--resume and --run.overwrite contradict each other"):
+        parse_arguments(["--resume", str(tmp_path), "--run.overwrite"])
     assert parse_arguments(["--resume", "seed=2"])[0].seed == 2
 
 

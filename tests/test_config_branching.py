@@ -44,14 +44,14 @@ def config(*argv: str) -> Config:
         (
             [*BRANCHES, "sampler.micro_batch=8"],
             "sampler.micro_batch: expected a divisor of the 12 trajectories of an iteration (data.num_prompts x "
-            "sampler.group_size / sampler.branches), got 8",
+            "sampler.group_size / sampler.branches), such as 6, got 8",
         ),
         (
             [*BRANCHES, "optimizer.updates_per_iteration=4"],
             "optimizer.updates_per_iteration: expected a divisor of the 2 micro-batches",
         ),
         ([*BRANCHES, "sampler.shared_noise=true"], "sampler.shared_noise: expected false with sampler.branches, got"),
-        ([*BRANCHES, "lookahead.cache=text"], "lookahead.cache: expected null with sampler.branches, got text"),
+        ([*BRANCHES, "lookahead.cache=text:own"], "lookahead.cache: expected null with sampler.branches, got text:own"),
         ([*BRANCHES, "lookahead.guidance=reuse"], "lookahead.guidance: expected full or cond_only with sampler.br"),
         (
             [*BRANCHES, "sampler.noise_level=[0.7,0,0.7,0.7,0.7,0,0.7,0.7]"],

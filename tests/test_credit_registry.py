@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from densegrpo_fast.common.errors import PluginError
 from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.dense import dense_advantages, reward_gains
 from densegrpo_fast.credit.inputs import CreditInputs
@@ -474,5 +475,10 @@ def test_advantages_of_another_shape_are_refused() -> None:
         return normalize_groups(rewards[..., None], **spread)
 
     registry.register("short", CreditMethod(short, needs=("rewards",)))
-    with pytest.raises(ValueError, match=r"short: expected advantages \[2, 4, 4\], got \[2, 4, 1\]"):
+    with pytest.raises(PluginError, match=r"short: expected advantages \[2, 4, 4\], got \[2, 4, 1\]"):
         judged("short", evidence(0))
+
+
+def test_the_page_lists_the_methods_that_are_local_to_a_step() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8").replace("`", "")
+    assert f" methods {registry.local_methods()}, if credit.smoothing" in " ".join(page.split())

@@ -100,7 +100,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     assert "No such file" in refused(tmp_path / "absent.txt")
     (tmp_path / "folder.txt").mkdir()
     assert "cannot read" in refused(tmp_path / "folder.txt")
-    assert ".txt or .jsonl" in refused(write(tmp_path / "p.csv", b"a"))
+    assert ".txt, .jsonl, .tsv or .csv" in refused(write(tmp_path / "p.md", b"a"))
 
 
 def test_a_misspelt_built_in_set_is_suggested() -> None:

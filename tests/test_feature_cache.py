@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
-from hypothesis import given
-from hypothesis import strategies as st
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
 from torch import Tensor
 
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.feature_cache import FeatureCache
-from densegrpo_fast.models.features import Features, Layout
 from densegrpo_fast.models.lora import add_lora
 
 BLOCKS, HEADS, WIDTH, ROWS, NODE = 4, 2, 32, 3, 5
-SPECS = [
-    CacheSpec(text=True),
-    CacheSpec(reuse_blocks=(1, 3)),
-    CacheSpec(reuse_blocks=(2, 4)),
-    CacheSpec(reuse_blocks=(0, 4)),
-    CacheSpec(reuse_blocks=(0, 2), skip_blocks=(2, 3)),
-    CacheSpec(skip_blocks=(0, 3)),
-    CacheSpec(text=True, reuse_blocks=(1, 3)),
-    CacheSpec(text=True, reuse_blocks=(2, 3), skip_blocks=(0,)),
-]
-TINY = {"num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 1, "caption_projection_dim": 4}
-FAITHFUL = [spec for spec in SPECS if not spec.skip_blocks]
 Inputs = dict[str, Tensor]
 
 
@@ -152,35 +136,16 @@ class Plain:
         return image, text + changes[5] * self.feed_forward(f"{name}.ff_context", y), kept
 
     @torch.no_grad()
-    def __call__(
-        self,
-        inputs: Inputs,
-        spec: CacheSpec | None = None,
-        recorded: list[Any] | None = None,
-        rows: Any = None,
-        texts: Any = None,
-    ) -> tuple[Tensor, list[Any]]:
-        """Output, and what was there before each block, with its text keys and values; `recorded` of another call,
-        whose `rows` are taken over, and the text of its rows `texts` (None = the same)."""
+    def __call__(self, inputs: Inputs, texts: list[tuple[Tensor, Tensor]] | None = None) -> tuple[Tensor, list[Any]]:
+        """Output, and each block's text keys and values; given `texts`, they are those."""
         network = self.network
         image = network.pos_embed(inputs["hidden_states"])
         embedding = network.time_text_embed(inputs["timestep"], inputs["pooled_projections"])
         text: Tensor | None = self.linear("context_embedder", inputs["encoder_hidden_states"])
         seen: list[Any] = []
         for number in range(BLOCKS):
-            if spec is not None and recorded is not None and (number in spec.reused or number in spec.skip_blocks):
-                if spec.reused and number == spec.reused[0]:
-                    before, after = recorded[number], recorded[spec.reused[-1] + 1]
-                    image = image + (after[0] - before[0])[rows]
-                    text = None if text is None or after[1] is None else text + (after[1] - before[1])[rows]
-                continue
-            kept = None
-            if spec is not None and recorded is not None and spec.text:
-                kept = tuple(part[rows if texts is None else texts] for part in recorded[number][2])
-            entered = image, text
-            image, text, kept = self.block(number, image, text, embedding, kept)
-            seen.append((*entered, kept))
-        seen.append((image, text, None))
+            image, text, kept = self.block(number, image, text, embedding, None if texts is None else texts[number])
+            seen.append(kept)
         scale, shift = self.modulation("norm_out", embedding)
         patches = self.linear("proj_out", normed(image) * (1 + scale) + shift).view(-1, 4, 4, 2, 2, 4)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 4, 8, 8), seen
@@ -214,42 +179,38 @@ def test_the_reference_is_the_transformer(network: Any) -> None:
     torch.testing.assert_close(Plain(network)(inputs)[0], run(network, inputs), rtol=0, atol=tolerance(network))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_other_latents_run_on_the_recorded_features(network: Any, spec: CacheSpec) -> None:
+def test_other_latents_run_on_the_recorded_features(network: Any) -> None:
     inputs, rows = make_inputs(), torch.tensor([2, 0, 1, 2, 0])
-    cache = FeatureCache(network, spec, nodes=(NODE,), rows=ROWS)
+    cache = FeatureCache(network, nodes=(NODE,), rows=ROWS)
     record(cache, inputs)
     others = {name: value[rows] for name, value in inputs.items()}
     others["hidden_states"] = torch.randn_like(others["hidden_states"])
     with cache.reuse(NODE, rows):
         found = run(network, others)
     plain = Plain(network)
-    expected, _ = plain(others, spec, plain(inputs)[1], rows)
+    expected, _ = plain(others, [(key[rows], value[rows]) for key, value in plain(inputs)[1]])
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(network))
     # an approximation, and a real one
     assert (found - run(network, others)).abs().max() > 1e-3
     assert untouched(network)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_recording_changes_no_bit(spec: CacheSpec) -> None:
+def test_recording_changes_no_bit() -> None:
     network = make_network("sd35")
     inputs = make_inputs()
-    cache = FeatureCache(network, spec, nodes=(NODE,), rows=ROWS, halves=2)
+    cache = FeatureCache(network, nodes=(NODE,), rows=ROWS, halves=2)
     plain = run(network, inputs)
     with cache.record(NODE, slice(0, ROWS)):
         assert torch.equal(run(network, inputs), plain)
-        assert untouched(network) != spec.records
+        assert not untouched(network)
     assert untouched(network)
-    assert bool(cache.bytes()) == spec.records
 
 
-@pytest.mark.parametrize("spec", FAITHFUL, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_same_latents_give_the_same_output(network: Any, spec: CacheSpec, dtype: torch.dtype) -> None:
+def test_the_same_latents_give_the_same_output(network: Any, dtype: torch.dtype) -> None:
     torch.nn.Module.to(network, dtype)
     inputs = {name: value.to(dtype) for name, value in make_inputs().items()}
-    cache = FeatureCache(network, spec, nodes=(NODE,), rows=ROWS)
+    cache = FeatureCache(network, nodes=(NODE,), rows=ROWS)
     exact = record(cache, inputs)
     with cache.reuse(NODE, slice(0, ROWS)):
         found = run(network, inputs)
@@ -257,75 +218,8 @@ def test_the_same_latents_give_the_same_output(network: Any, spec: CacheSpec, dt
     torch.testing.assert_close(found, exact, rtol=rounding, atol=rounding)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.text], ids=lambda spec: spec.name)
-@pytest.mark.parametrize("size", [1, 3, 4, 6])
-def test_a_prompt_s_samples_share_the_text_of_its_first(network: Any, spec: CacheSpec, size: int) -> None:
-    """Two prompts of three samples, whatever the micro-batches that recorded them."""
-    inputs, rows = make_inputs(6), torch.tensor([4, 0, 2, 5, 3])
-    cache, own = (
-        FeatureCache(network, each, nodes=(NODE,), rows=6, group=3) for each in (spec, replace(spec, own_text=True))
-    )
-    for each in (cache, own):
-        for start in range(0, 6, size):
-            part = slice(start, min(start + size, 6))
-            with each.record(NODE, part):
-                run(network, {name: value[part] for name, value in inputs.items()})
-    others = {name: value[rows] for name, value in inputs.items()}
-    others["hidden_states"] = torch.randn_like(others["hidden_states"])
-    plain = Plain(network)
-    recorded = plain(inputs)[1]
-    for each, texts in ((cache, torch.tensor([3, 0, 0, 3, 3])), (own, rows)):
-        with each.reuse(NODE, rows):
-            found = run(network, others)
-        expected, _ = plain(others, spec, recorded, rows, texts)
-        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(network))
-    # a slice names the same rows as their indices
-    part = slice(2, 5)
-    with cache.reuse(NODE, part):
-        sliced = run(network, {name: value[part] for name, value in inputs.items()})
-    with cache.reuse(NODE, torch.arange(2, 5)):
-        assert torch.equal(run(network, {name: value[part] for name, value in inputs.items()}), sliced)
-    kept, residual = 2 * 7 * WIDTH * len(spec.text_blocks(BLOCKS)), 16 * WIDTH * bool(spec.reused)
-    assert (cache.bytes(), own.bytes()) == (8 * (2 * kept + 6 * residual), 8 * 6 * (kept + residual))
-
-
-@given(data=st.data(), groups=st.integers(1, 4), group=st.integers(1, 5))
-def test_every_row_reads_the_first_of_its_group(data: st.DataObject, groups: int, group: int) -> None:
-    network, rows = SD3Transformer2DModel(**TINY), groups * group
-    features = Features(network, CacheSpec(text=True), Layout(rows, group, 4, 2))
-    # the text of row r is r everywhere; nobody writes the others
-    values, start = torch.arange(rows).view(-1, 1, 1, 1).expand(rows, 1, 2, 4), 0
-    while start < rows:
-        size = data.draw(st.integers(1, rows - start))
-        features.keep_text(0, 1, slice(start, start + size), values[start : start + size])
-        start += size
-    asked = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=6))
-    _, found = features.text_at(0, features.groups_of(torch.tensor(asked)))
-    assert found.flatten(1).tolist() == [[row - row % group] * 8 for row in asked]
-    first = data.draw(st.integers(0, rows - 1))
-    _, found = features.text_at(0, features.groups_of(slice(first, rows)))
-    assert found[:, 0, 0, 0].tolist() == [row - row % group for row in range(first, rows)]
-
-
-def test_text_is_there_when_the_first_of_its_group_is(network: Any) -> None:
-    cache, inputs = FeatureCache(network, CacheSpec(text=True), nodes=(NODE,), rows=4, group=2), make_inputs(4)
-    for part, missing in ((slice(0, 1), True), (slice(3, 4), True), (slice(1, 2), False)):
-        with cache.record(NODE, part):
-            run(network, {name: value[part] for name, value in inputs.items()})
-        # of the second prompt, the second sample alone says nothing about the text
-        for asked, absent in ((slice(0, 2), missing), (slice(3, 4), True)):
-            rows = {name: value[asked] for name, value in inputs.items()}
-            if absent:
-                with pytest.raises(RuntimeError, match="not every row"), cache.reuse(NODE, asked):
-                    run(network, rows)
-            else:
-                with cache.reuse(NODE, asked):
-                    run(network, rows)
-
-
 def test_micro_batches_fill_one_record(network: Any) -> None:
-    inputs, spec = make_inputs(), CacheSpec(text=True, reuse_blocks=(1, 2))
-    cache = FeatureCache(network, spec, nodes=(NODE, 7), rows=ROWS)
+    inputs, cache = make_inputs(), FeatureCache(network, nodes=(NODE, 7), rows=ROWS)
     for rows in (slice(0, 2), slice(2, 3)):
         with cache.record(NODE, rows):
             run(network, {name: value[rows] for name, value in inputs.items()})
@@ -338,21 +232,19 @@ def test_micro_batches_fill_one_record(network: Any) -> None:
 
 
 def test_buffers_stay_where_they_are(network: Any) -> None:
-    spec = CacheSpec(text=True, reuse_blocks=(1, 2))
-    cache = FeatureCache(network, spec, nodes=(NODE,), rows=ROWS)
+    cache = FeatureCache(network, nodes=(NODE,), rows=ROWS)
     assert cache.bytes() == 0
     record(cache, make_inputs())
-    # 16 image and 7 text tokens; three blocks with text; float64
-    assert cache.bytes() == cache.capacity(16, 7) == 8 * ROWS * (3 * 2 * 7 * WIDTH + 16 * WIDTH)
+    # keys and values of 7 text tokens in float64
+    assert cache.bytes() == cache.capacity(7) == 8 * ROWS * BLOCKS * 2 * 7 * WIDTH
     (features,) = cache._kept.values()
-    assert features.text is not None and features.image_residual is not None
-    addresses = features.text.data_ptr(), features.image_residual.data_ptr()
+    address = features.text.data_ptr()
     cache.clear()
     second = make_inputs()
     with pytest.raises(RuntimeError, match="not every row"), cache.reuse(NODE, slice(0, ROWS)):
         run(network, second)
     exact = record(cache, second)
-    assert (features.text.data_ptr(), features.image_residual.data_ptr()) == addresses
+    assert features.text.data_ptr() == address
     with cache.reuse(NODE, slice(0, ROWS)):
         torch.testing.assert_close(run(network, second), exact, rtol=1e-12, atol=1e-12)
 
@@ -362,10 +254,10 @@ def test_guided_halves_are_kept_apart(tiny_policy: Callable[..., FlowModel]) -> 
     model = tiny_policy(spread=0.3)
     conditioning, empty = model.encode(["a cat", "the moon", "a cat"]), model.encode([""] * 3)
     latents, others = torch.randn(2, 3, *model.latent_shape)
-    sigma, spec, rows = torch.full((3,), 0.7), CacheSpec(text=True, reuse_blocks=(0, 1)), slice(0, 3)
+    sigma, rows = torch.full((3,), 0.7), slice(0, 3)
 
-    def reused(halves: int, prompts: Any, recorded_scale: float, scale: float, group: int = 1) -> Any:
-        cache = FeatureCache(model.network, spec, nodes=(NODE,), rows=3, group=group, halves=halves)
+    def reused(halves: int, prompts: Any, recorded_scale: float, scale: float) -> Any:
+        cache = FeatureCache(model.network, nodes=(NODE,), rows=3, halves=halves)
         with cache.record(NODE, rows):
             model.velocity(latents, sigma, prompts, recorded_scale)
         with cache.reuse(NODE, rows):
@@ -375,11 +267,6 @@ def test_guided_halves_are_kept_apart(tiny_policy: Callable[..., FlowModel]) -> 
     torch.testing.assert_close(guided.cond, reused(1, conditioning, 1.0, 1.0).cond, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(guided.uncond, reused(1, empty, 1.0, 1.0).cond, rtol=1e-5, atol=1e-5)
     assert (guided.cond - guided.uncond).abs().max() > 1e-3
-    # one text for all three rows: of the first one's prompt, and the empty one as the first row saw it
-    shared, first = reused(2, conditioning, 4.5, 4.5, group=3), reused(1, empty, 1.0, 1.0, group=3)
-    torch.testing.assert_close(shared.uncond, first.cond, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(shared.cond[0], guided.cond[0], rtol=1e-5, atol=1e-5)
-    assert min((shared.cond - guided.cond)[1].abs().max(), (shared.uncond - guided.uncond)[1].abs().max()) > 1e-4
     # a guided rollout for a lookahead without guidance
     torch.testing.assert_close(reused(1, conditioning, 4.5, 1.0).cond, guided.cond, rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="features of 1 are kept; build it with halves=2"):
@@ -387,7 +274,7 @@ def test_guided_halves_are_kept_apart(tiny_policy: Callable[..., FlowModel]) -> 
 
 
 def test_misuse(network: Any) -> None:
-    cache = FeatureCache(network, CacheSpec(text=True), nodes=(NODE,), rows=ROWS)
+    cache = FeatureCache(network, nodes=(NODE,), rows=ROWS)
     inputs, everything = make_inputs(), slice(0, ROWS)
     with cache.record(NODE, slice(0, 2)):
         run(network, {name: value[:2] for name, value in inputs.items()})
@@ -403,10 +290,7 @@ def test_misuse(network: Any) -> None:
         with cache.reuse(6, everything):
             run(network, inputs)
     with pytest.raises(ValueError, match="at least 1 row"):
-        FeatureCache(network, CacheSpec(text=True), nodes=(NODE,), rows=0)
-    for group in (0, 2):
-        with pytest.raises(ValueError, match=f"expected whole groups, got 3 rows in groups of {group}"):
-            FeatureCache(network, CacheSpec(text=True), nodes=(NODE,), rows=3, group=group)
+        FeatureCache(network, nodes=(NODE,), rows=0)
     record(cache, inputs)
     with pytest.raises(ValueError, match="the forward has 3 rows, its context names 2"):
         with cache.reuse(NODE, torch.tensor([0, 1])):
@@ -417,8 +301,19 @@ def test_misuse(network: Any) -> None:
     with pytest.raises(RuntimeError, match="only under torch.no_grad"), cache.reuse(NODE, everything):
         network(**inputs)
     longer = {**inputs, "encoder_hidden_states": torch.randn(ROWS, 9, 24, dtype=torch.float64)}
-    with pytest.raises(ValueError, match=r"made for \(16, 7\) image and text tokens, got \(16, 9\)"):
+    with pytest.raises(ValueError, match="made for 7 text tokens, got 9"):
         record(cache, longer)
     network.compile(backend="eager")
     with pytest.raises(RuntimeError, match="a compiled network hides its blocks"):
         record(cache, inputs)
+
+
+def test_networks_that_are_not_supported() -> None:
+    network = make_network("sd3")
+    with pytest.raises(ValueError, match=r"^lookahead\.cache: only SD3's .* got Linear; set it to null for"):
+        FeatureCache(torch.nn.Linear(1, 1), nodes=(NODE,), rows=1)
+    network.transformer_blocks[1].attn.set_processor(FusedJointAttnProcessor2_0())
+    with pytest.raises(
+        ValueError, match=r"^lookahead\.cache: block 1 has FusedJointAttnProcessor2_0 where plain joint"
+    ):
+        FeatureCache(network, nodes=(NODE,), rows=1)

@@ -60,9 +60,9 @@ def chosen(directory: Path, arguments: list[str], *overrides: str, preset: str =
                 "--sampler.guidance_scale=2",
                 "--lookahead.guidance=reuse",
                 "--lookahead.copy_dtype=bfloat16",
-                "--lookahead.cache=text",
+                "--lookahead.cache=text:own",
             ],
-            ["exact_but_last+copy(bfloat16)+cache(text)/reuse/full"],
+            ["exact_but_last+copy(bfloat16)+cache(text:own)/reuse/full"],
         ),
     ],
 )
@@ -73,10 +73,10 @@ def test_the_lookahead_of_a_configuration(preset: str, overrides: list[str], nam
 def test_it_is_measured_as_training_completes(pipeline_directory: Path) -> None:
     """With a copy, a cache and guidance of its own, beside the plans that nobody has asked for."""
     overrides = ["--lookahead.plan=nodes", "--lookahead.nodes=[2]", "--lookahead.copy_dtype=bfloat16"]
-    overrides += ["--lookahead.cache=text", "--sampler.guidance_scale=2", "--lookahead.guidance=cond_only"]
+    overrides += ["--lookahead.cache=text:own", "--sampler.guidance_scale=2", "--lookahead.guidance=cond_only"]
     target, variants, own, _ = chosen(pipeline_directory, ["--guidance", "full"], *overrides)
     (variant,) = own
-    assert variant.name == "nodes{2}+copy(bfloat16)+cache(text)/cond_only/full"
+    assert variant.name == "nodes{2}+copy(bfloat16)+cache(text:own)/cond_only/full"
     names = ["nodes{2}/full/full", "exact_but_last/full/full", "n_step{2}/full/full", "one_step/full/full"]
     assert [found.name for found in variants] == [variant.name, *names]
     found = measure(target, own, range(1), group_size=G, seed=3)[variant]

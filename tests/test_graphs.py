@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.sampling import plan as plans
@@ -252,10 +251,9 @@ def test_a_copy_is_followed(setting: Setting) -> None:
     assert len(runner.graphs) == 1 and copy.mode == "copy" and model.mode == "policy"
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_features_of_the_latest_rollout_are_taken_over(setting: Setting, group: int) -> None:
+def test_features_of_the_latest_rollout_are_taken_over(setting: Setting) -> None:
     model, plan = setting.policy(), plans.nodes(T, [2, 3])
-    cache = FeatureCache(model.network, CacheSpec.parse("text"), nodes=plan.nodes(), rows=len(PROMPTS), group=group)
+    cache = FeatureCache(model.network, nodes=plan.nodes(), rows=len(PROMPTS))
     runner = GraphedStepRunner(setting.capturer)
     graphed = Lookahead(model, plan, chunk=4, cache=cache, step_runner=runner)
     eager = Lookahead(model, plan, chunk=4, cache=cache)

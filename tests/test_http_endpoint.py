@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -245,3 +247,44 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], problem: str)
     with pytest.raises(ValueError) as caught:
         endpoint(**({"url": "http://localhost:1"} | options))
     assert problem in str(caught.value) and "secret" not in str(caught.value)
+
+
+REPLIES = [
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffffffffffff\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1;" + b"x" * 60_000 + b"\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999999\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n",
+    b"HTTP/1.1 99999 OK\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_the_limits_hold_for_every_coding(server: Loopback, reply: bytes) -> None:
+    sent: list[int] = []
+
+    def endless(connection: socket.socket) -> None:
+        connection.sendall(reply)
+        while not server.closing.is_set():
+            sent.append(connection.send(reply if b"Continue" in reply else b" " * 2**16))
+
+    server.responses = [endless]
+    failure(endpoint(server.url, max_reply=100_000))
+    # what the sockets' own buffers hold comes on top
+    assert sum(sent) < 30 * 2**20
+
+
+def test_changed_replies_are_replies_or_failures(server: Loopback) -> None:
+    draw = random.Random(0)
+    good = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n12\r\n{"scores": [1, 2]}\r\n0\r\n\r\n'
+    client = endpoint(server.url, timeout=2.0, max_reply=1000, breaker_after=10**6)
+    for _ in range(120):
+        reply = bytearray(good)
+        for _ in range(draw.randint(1, 5)):
+            reply[draw.randrange(len(reply))] = draw.choice(b"-0159af\r\n {}[]\xff")
+        server.responses, server.requests = [bytes(reply)], []
+        with suppress(HttpFailure):
+            ask(client)

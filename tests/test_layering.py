@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         "sampling.plan",
         "common",
     },
-    "run_files": {"models.lora", "models.base", "config", "flow", "common"},
+    "run_files": {"models.lora", "models.adapter_formats", "models.base", "config", "flow", "common"},
     "compat": {"flow", "sampling", "credit", "models.base", "calibration.store"},
 }
 ALLOWED["training"] = set(ALLOWED) - {"compat"}

@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.models.tiny import tiny_sd3
@@ -124,8 +123,8 @@ def test_a_policy_without_an_adapter() -> None:
 @pytest.mark.parametrize(("dtype", "relative"), [(None, 1e-5), (torch.bfloat16, 0.05)])
 def test_it_reads_what_the_policy_recorded(tiny_policy: Policy, dtype: torch.dtype | None, relative: float) -> None:
     policy = tiny_policy(spread=0.3)
-    copy, spec, rows = LookaheadCopy(policy, dtype), CacheSpec(text=True, reuse_blocks=(0, 1)), slice(0, 3)
-    cache = FeatureCache(policy.network, spec, nodes=(2,), rows=3, halves=2, reader=copy.network)
+    copy, rows = LookaheadCopy(policy, dtype), slice(0, 3)
+    cache = FeatureCache(policy.network, nodes=(2,), rows=3, halves=2, reader=copy.network)
     with cache.record(2, rows):
         exact = velocity(policy)
     with cache.reuse(2, rows):
@@ -138,8 +137,8 @@ def test_it_reads_what_the_policy_recorded(tiny_policy: Policy, dtype: torch.dty
         own = velocity(copy, seed=1)
     with cache.reuse(2, rows):
         assert (velocity(copy, seed=1) - own).norm() / own.norm() < relative
-    # one block's text and one's residual of each half, 24 text and 16 image tokens of width 32, in the copy's dtype
-    assert cache.bytes() == copy.network.dtype.itemsize * 2 * 3 * (2 * 24 * 32 + 16 * 32)
+    # two blocks' keys and values of each half, 24 text tokens of width 32, in the copy's dtype
+    assert cache.bytes() == copy.network.dtype.itemsize * 2 * 3 * 2 * 2 * 24 * 32
 
 
 def test_what_it_cannot_follow(tiny_policy: Policy) -> None:

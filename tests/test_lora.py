@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from densegrpo_fast.models.adapter_formats import read_lora
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.lora import add_lora, attached_lora, lora_layers, read_lora, save_lora
+from densegrpo_fast.models.lora import add_lora, attached_lora, lora_layers, save_lora
 from densegrpo_fast.models.tiny import tiny_sd3
 
 Policy = Callable[..., FlowModel]
@@ -82,7 +83,8 @@ def test_an_unknown_target_is_refused() -> None:
 def test_plain_diffusers_loads_the_same_model(tiny_policy: Policy, tmp_path: Path, rank: int, alpha: int) -> None:
     model = tiny_policy(spread=0.3, rank=rank, alpha=alpha)
     file = save_lora(model.network, tmp_path / "adapter", rank=rank, alpha=alpha)
-    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names == {"pytorch_lora_weights.safetensors", "SHA256SUMS"}
     assert file == tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
 
     fresh = tiny_sd3()
@@ -169,7 +171,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_model() -> None:
 def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
     for number, content in enumerate(({"weight": torch.zeros(2, 2)}, {"a.lora_A.weight": torch.zeros(3)})):
         save_file(content, tmp_path / f"{number}.safetensors")
-        with pytest.raises(ValueError, match="expected a LoRA of a diffusers transformer or unet, got"):
+        with pytest.raises(ValueError, match="expected a LoRA of linear layers of a transformer, got"):
             read_lora(tmp_path / f"{number}.safetensors")
     (tmp_path / "broken").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="broken cannot be read"):

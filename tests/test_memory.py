@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +16,8 @@ from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models import flops
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
-from densegrpo_fast.models.features import Layout
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, peak_bytes, tensor_bytes
 from densegrpo_fast.models.tiny import tiny_sd3
@@ -290,26 +287,13 @@ def sampled(trainer: Trainer) -> Rollout:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("cache", "guidance", "elements"),
-    [
-        # 16 image and 24 text tokens of width 32, 2 blocks: keys and values of both for each of 2 prompts, or 8 samples
-        ("text", "cond_only", 2 * 2 * 2 * 24 * 32),
-        ("text", "full", 2 * (2 * 2 * 2 * 24 * 32)),
-        ("text:own", "cond_only", 8 * 2 * 2 * 24 * 32),
-        # the residual of block 0: both streams, as block 1 goes on with them; with text the image's, and block 1's text
-        ("reuse:0-1", "full", 2 * 8 * (16 + 24) * 32),
-        ("text+reuse:0-1", "cond_only", 2 * 2 * 24 * 32 + 8 * 16 * 32),
-        ("text+reuse:0-1+skip:1", "cond_only", 8 * 16 * 32),
-        ("skip:0", "full", 0),
-    ],
-)
+@pytest.mark.parametrize(("guidance", "halves"), [("cond_only", 1), ("full", 2)])
 def test_features_take_what_was_counted(
-    tiny_policy: Callable[..., DiffusersModel], cache: str, guidance: str, elements: int, dtype: str
+    tiny_policy: Callable[..., DiffusersModel], guidance: str, halves: int, dtype: str
 ) -> None:
     model = tiny_policy()
     chosen = of_the_rollout(
-        f"lookahead.cache={cache}",
+        "lookahead.cache=text:own",
         f"lookahead.guidance={guidance}",
         f"lookahead.copy_dtype={dtype}",
         "lookahead.plan=nodes",
@@ -322,36 +306,27 @@ def test_features_take_what_was_counted(
     assert counted.weights["lookahead copy"] == counted.weights["transformer"] * DTYPES[dtype].itemsize // 4
     lookahead.model.refresh()
     trajectory = sampled(trainer)
-    buffers = [
-        tensor
-        for features in lookahead.cache._kept.values()
-        for tensor in (features.text, features.image_residual, features.text_residual)
-        if tensor is not None
-    ]
-    # two nodes
-    size = 2 * elements * DTYPES[dtype].itemsize
+    buffers = [features.text for features in lookahead.cache._kept.values()]
+    # of two nodes and 8 samples keys and values of 24 text tokens of width 32 in 2 blocks
+    size = 2 * halves * 8 * 2 * 2 * 24 * 32 * DTYPES[dtype].itemsize
     assert counted.state["lookahead features"] == tensor_bytes(buffers) == lookahead.cache.bytes() == size
-    assert ("lookahead features" in str(counted).split("kept: ")[1].split("\n")[0]) == bool(size)
+    assert "lookahead features" in str(counted).split("kept: ")[1].split("\n")[0]
     assert lookahead.complete(trajectory).isfinite().all()
     assert lookahead.cache.bytes() == size
 
 
 def test_text_of_every_sample_would_not_fit() -> None:
     """SD3.5-Medium at 512 px, 1152 samples in groups of 24: 205 text tokens of width 1536 in 24 blocks, bfloat16."""
-    network = SimpleNamespace(
-        transformer_blocks=range(24),
-        inner_dim=1536,
-        dtype=torch.bfloat16,
-        config=SimpleNamespace(num_attention_heads=24),
-    )
-    own, prompt = (Layout(1152, group, 1024, 205).bytes(network, CacheSpec(text=True)) for group in (1, 24))
-    assert own == 1152 * 24 * 2 * 205 * 1536 * 2 == 24 * prompt
+    with torch.device("meta"):
+        network = torch.nn.Module.to(flops.sd35_medium().network(), torch.bfloat16)
+    own = FeatureCache(network, nodes=(1,), rows=1152).capacity(205)
+    assert own == 1152 * 24 * 2 * 205 * 1536 * 2
     large = MemoryEstimate({}, {"training": GIB, "lookahead features": 2 * own}, {"update": 9 * GIB})
     problem = check(large, 48 * GIB, "cuda:0")
     assert (
         problem is not None and "most goes to lookahead features (64.9 GiB), less with fewer lookahead.nodes" in problem
     )
-    assert check(replace(large, state={"lookahead features": 2 * prompt}), 48 * GIB, "cuda:0") is None
+    assert check(replace(large, state={"lookahead features": own // 12}), 48 * GIB, "cuda:0") is None
 
 
 def test_half_precision_halves_the_preview_decoder() -> None:
@@ -378,9 +353,9 @@ def test_the_24_gb_preset_fits_24_gb() -> None:
     assert found.weights["text encoders"] == 0 and chosen.model.prompt_cache
     assert 8e9 < found.total < 0.8 * 24e9
     assert check(found, 24 * 10**9 - sum(found.weights.values()), "cuda:0") is None
-    # the README's figures; without checkpointing the update alone would hardly fit
-    assert memory.update(8, forwards=0, checkpointing=False) == pytest.approx(21.0e9, rel=0.01)
-    assert chosen.sampler.micro_batch == 8 and found.phases["update"] == pytest.approx(2.39e9, rel=0.01)
+    # without checkpointing the update of one half alone would hardly fit
+    assert memory.update(8, forwards=0, checkpointing=False) == pytest.approx(16.4e9, rel=0.01)
+    assert chosen.sampler.micro_batch == 8 and found.phases["update"] == pytest.approx(2.20e9, rel=0.01)
 
 
 SMALL = MemoryEstimate({"transformer": 3 * GIB}, {"training": GIB}, {"rollout": GIB, "update": 9 * GIB})

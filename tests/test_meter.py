@@ -194,7 +194,7 @@ def test_the_formulas_say_what_the_meter_counts(tiny_policy: Policy, options: di
     [
         {**GUIDED, "lookahead.decoder": "preview"},
         {**GUIDED, **CONDITIONAL, "lookahead.decoder": "preview"},
-        {"lookahead.decoder": "full", "lookahead.cache": "reuse:1-2", "sampler.guidance_scale": 1.0},
+        {"lookahead.decoder": "full", "lookahead.cache": "text:own", "sampler.guidance_scale": 1.0},
         {**BRANCHES, "lookahead.decoder": "preview", "lookahead.copy_dtype": "float32"},
         {"lookahead.decoder": "preview", "model.gradient_checkpointing": "true"},
     ],

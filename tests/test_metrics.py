@@ -188,6 +188,20 @@ def test_progress_prints_lines_where_there_is_no_terminal() -> None:
     ]
 
 
+def test_progress_that_is_quiet_at_first() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with Progress(100, stream=stream, clock=clock, unit="picture", every=10) as progress:
+        for done in range(1, 101):
+            clock.now += 0.4
+            progress.update(done)
+    assert stream.getvalue().splitlines() == [
+        "picture 25/100  left 0:30",
+        "picture 50/100  left 0:20",
+        "picture 75/100  left 0:10",
+        "picture 100/100  left 0:00",
+    ]
+
+
 def test_progress_shows_a_bar_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.sampling.rollout import sample_ode
@@ -115,9 +116,9 @@ def test_sizes(model: DiffusersModel) -> None:
     assert DiffusersModel(pipeline).latent_shape == (16, 8, 8)
     assert DiffusersModel(pipeline, height=32, width=48).latent_shape == (16, 4, 6)
     # 8x autoencoder and patches of 2
-    with pytest.raises(ValueError, match="height must be a multiple of 16 for this model, got 40"):
+    with pytest.raises(UsageError, match="model.height: expected a multiple of 16 for this model, got 40"):
         DiffusersModel(pipeline, height=40, width=48)
-    with pytest.raises(ValueError, match="width must be a multiple of 16"):
+    with pytest.raises(UsageError, match="model.width: expected a multiple of 16"):
         DiffusersModel(pipeline, height=48, width=40)
 
 

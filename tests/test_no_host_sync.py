@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling import plan as plans
@@ -81,9 +80,7 @@ def test_nothing_is_read_back(
     index = torch.arange(B, device="meta")
     noise = initial_noise(model, index, seed=0, iteration=0)
     table = coefficients(model.sigmas(T), [0.7, 0.7, 0.0, 0.7], family).to(torch.device("meta"))
-    # groups of 3 in micro-batches of 3
-    spec = CacheSpec(text=True, reuse_blocks=(0, 1))
-    cache = FeatureCache(model.network, spec, nodes=(2,), rows=B, group=3, halves=model.forwards(guidance_scale))
+    cache = FeatureCache(model.network, nodes=(2,), rows=B, halves=model.forwards(guidance_scale))
     grid = model.sigmas(T)
     nothing_sent()
     trajectory = rollout(

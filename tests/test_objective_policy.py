@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import PluginError
 from densegrpo_fast.flow.dynamics import LOG_PROB_CONST, LOG_PROB_SCALE, A, B, C, StepCoefficients, coefficients
 from densegrpo_fast.objective.clip import ppo_clip_loss
 from densegrpo_fast.objective.kl import KlScale, gaussian_kl
@@ -211,10 +212,10 @@ def test_a_policy_and_a_weighting_from_outside_are_one_registration_each() -> No
 @pytest.mark.usefixtures("outside")
 def test_what_a_function_from_outside_returns_is_checked() -> None:
     POLICIES.register("rows", PolicyLoss(lambda coefficients, steps: lambda pairs: (pairs.log_prob, {})))
-    with pytest.raises(ValueError, match=r"policy rows: expected a loss without dimensions, got shape \[6\]"):
+    with pytest.raises(PluginError, match=r"policy rows: expected a loss without dimensions, got shape \[6\]"):
         Rows().loss(objective(policy="rows"))
     STEP_WEIGHTS.register("short", StepWeighting(lambda coefficients: torch.ones(3)))
-    with pytest.raises(ValueError, match=r"step weight short: expected \[4\] weights, got \[3\]"):
+    with pytest.raises(PluginError, match=r"short must return a tensor of 4 finite weights of at least 0, got shape"):
         objective(step_weight="short")
     for name in ("clip", "a:b"):
         with pytest.raises(ValueError, match=f"must be new and without a colon, got '{name}'"):

@@ -63,7 +63,7 @@ def test_a_policy_alone_needs_nothing_that_completions_do(train: Any, tmp_path: 
     from densegrpo_fast.training.meter import underlying
     from densegrpo_fast.training.policy_samples import policy_alone
 
-    own = {"lookahead.copy_dtype": "float32", "lookahead.cache": "text"}
+    own = {"lookahead.copy_dtype": "float32", "lookahead.cache": "text:own"}
     trainer = policy_alone(parse_arguments(train.arguments(tmp_path / "unused", **SMALL, **own))[0])
     assert trainer.lookahead is not None and trainer.lookahead.cache is None
     assert underlying(trainer.lookahead.model) is trainer.model

@@ -221,7 +221,7 @@ def configured(**options: object) -> Config:
             {"lookahead.plan": "paths", "lookahead.paths": "[[2], [], [], [], [], [], [], []]"},
             "lookahead.plan: expected exact, exact_but_last",
         ),
-        ({"lookahead.cache": "text"}, "lookahead.cache: expected null with window.remainder_share below 1"),
+        ({"lookahead.cache": "text:own"}, "lookahead.cache: expected null with window.remainder_share below 1"),
     ],
 )
 def test_remainders_that_mean_nothing_are_refused(options: dict[str, object], expected: str) -> None:

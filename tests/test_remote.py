@@ -100,10 +100,10 @@ def test_a_token_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
                 create("remote", url=url, **QUICK, **options)
 
 
-def posted(url: str, body: bytes, path: str = "/score") -> tuple[int, dict[str, Any]]:
-    request = urllib.request.Request(url + path, data=body)
+def posted(url: str, body: bytes, path: str = "/score", **headers: str) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(url + path, data=body, headers={"Content-Type": "application/json"} | headers)
     try:
-        with urllib.request.urlopen(request, timeout=5) as response:
+        with urllib.request.urlopen(request, timeout=30) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -150,6 +152,118 @@ def test_a_mixture_refuses_bad_terms_and_bad_inputs():
         mixture(IMAGES, PROMPTS[:2])
     with pytest.raises(ValueError, match="got 3 and 1"):
         mixture(IMAGES, PROMPTS, [{}])
+
+
+def test_a_reward_that_writes_into_what_it_gets_harms_nobody():
+    def greedy(images, prompts, metadata):
+        images.zero_()
+        prompts.clear()
+        metadata[0]["n"]["deep"] = 1
+        metadata.clear()
+        return [0.0] * 3
+
+    def seeing(images, prompts, metadata):
+        return [images[i].mean() + len(prompts[i]) + metadata[i]["n"].get("deep", 0) for i in range(3)]
+
+    images, metadata = IMAGES.clone(), [{"n": {}} for _ in range(3)]
+    expected = RewardMixture({"seen": (seeing, 1.0)})(images, PROMPTS, metadata).values
+    scores = RewardMixture({"greedy": (greedy, 1.0), "seen": (seeing, 1.0)})(images, PROMPTS, metadata)
+    assert torch.equal(scores.per_reward["seen"], expected)
+    assert torch.equal(images, IMAGES) and metadata == [{"n": {}}] * 3
+
+
+class Hostile(list):
+    """A list of scores whose every use fails."""
+
+    def __len__(self):
+        raise SystemExit(0)
+
+    __iter__ = __repr__ = __len__
+
+
+class Refusing(Exception):
+    def __str__(self):
+        raise ValueError("no message")
+
+
+def raising(error):
+    def reward(images, prompts, metadata):
+        raise error
+
+    return reward
+
+
+def raising_later(error):
+    async def reward(images, prompts, metadata):
+        raise error
+
+    return reward
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0], ids=["here", "on_a_thread"])
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raising(SystemExit(0)), "raised SystemExit: 0"),
+        (raising_later(SystemExit(0)), "raised SystemExit: 0"),
+        (raising(GeneratorExit()), "raised GeneratorExit"),
+        (raising_later(asyncio.CancelledError()), "raised CancelledError"),
+        (raising(Refusing()), r"raised Refusing: \(its message cannot be read\)"),
+        (raising(StopIteration()), "raised StopIteration"),
+        (returning(Hostile()), "returned raised SystemExit: 0"),
+        (returning([Hostile(), 1.0, 2.0]), "returned raised SystemExit"),
+        (returning(1.0 for _ in range(3)), "got generator"),
+        (returning(torch.tensor([True, False, True]).to_sparse()), "returned raised"),
+        (lambda: [0.0], "raised TypeError"),
+    ],
+)
+def test_whatever_a_reward_does_is_its_own_error(reward, message, timeout):
+    with pytest.raises(RewardError, match=f"reward 'mine' .*{message}") as caught:
+        RewardMixture({"mine": (reward, 1.0)}, timeout)(IMAGES, PROMPTS)
+    assert caught.value.name == "mine"
+
+
+def test_a_score_too_large_for_a_float_is_missing():
+    assert RewardMixture({"r": (returning([10**400, 1, -(10**400)]), 1.0)})(IMAGES, PROMPTS).missing_share > 0.6
+
+
+def test_a_reward_that_hangs_is_left_behind():
+    released = threading.Event()
+
+    def hanging(images, prompts, metadata):
+        released.wait(30)
+
+    async def hanging_later(images, prompts, metadata):
+        await asyncio.sleep(30)
+
+    for reward in (hanging, hanging_later):
+        with pytest.raises(RewardError, match="'slow' did not return within 0.05 s") as caught:
+            RewardMixture({"fine": (returning([1, 2, 3]), 1.0), "slow": (reward, 1.0)}, 0.05)(IMAGES, PROMPTS)
+        assert caught.value.name == "slow"
+    released.set()
+    with pytest.raises(ValueError, match="timeout must be above 0, got 0"):
+        RewardMixture({"fine": (returning([1, 2, 3]), 1.0)}, 0)
+
+
+def test_a_reward_that_changes_directory_or_forks_is_brought_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def wandering(images, prompts, metadata):
+        os.chdir("elsewhere")
+        return [1.0] * 3
+
+    assert RewardMixture({"r": (wandering, 1.0)})(IMAGES, PROMPTS).values.tolist() == [1.0] * 3
+    assert os.getcwd() == str(tmp_path)
+    children = []
+
+    def forking(images, prompts, metadata):
+        children.append(os.fork())
+        return [1.0] * 3
+
+    assert RewardMixture({"r": (forking, 1.0)})(IMAGES, PROMPTS).values.tolist() == [1.0] * 3
+    # the child has ended in the reward's place, and did not come here
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1
 
 
 def test_missing_share_counts_nan_over_any_shape():

@@ -13,8 +13,9 @@ import pytest
 from densegrpo_fast.common import files
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
-from densegrpo_fast.common.files import replace_text
+from densegrpo_fast.common.files import output_errors, replace_text, write_durably
 from densegrpo_fast.run_files import run_directory
+from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.run_directory import RunLock, open_run_directory
 
 
@@ -37,6 +38,64 @@ def test_a_new_directory_is_created_and_an_empty_one_used(tmp_path: Path) -> Non
         with open_run_directory(path, resume=False, overwrite=False) as directory:
             assert directory == path
             assert path.is_dir()
+
+
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    for existed in (False, True):
+        path = tmp_path / str(existed) / "a"
+        if existed:
+            path.mkdir(parents=True)
+        with pytest.raises(KeyError), open_run_directory(path, resume=False, overwrite=False):
+            (path / "metrics.jsonl").touch()
+            replace_text(path / "config.yaml", "seed: 1\n")
+            raise KeyError
+        assert (list(path.iterdir()) == []) if existed else not path.exists()
+    # but for what somebody else may want
+    with pytest.raises(KeyError), open_run_directory(path, resume=False, overwrite=False):
+        (path / "notes.txt").write_text("x")
+        raise KeyError
+    assert {file.name for file in path.iterdir()} == {"notes.txt", "run.lock"}
+    # and a run that has recorded something stays
+    with pytest.raises(KeyError), open_run_directory(path.with_name("b"), resume=False, overwrite=False) as path:
+        (path / "metrics.jsonl").write_text("{}\n")
+        raise KeyError
+    assert {file.name for file in path.iterdir()} == {"metrics.jsonl", "run.lock"}
+
+
+def test_a_lock_whose_file_is_deleted_by_its_holder_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, the holder may have failed to start and taken its directory away."""
+    lock, locked = run_directory.fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not locked:
+            (tmp_path / "run.lock").unlink()
+        locked.append(descriptor)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", late)
+    with RunLock(tmp_path):
+        assert len(locked) == 2 and json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("name", ["run.lock", "config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+def test_what_is_no_plain_file_is_neither_followed_nor_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    target, path = tmp_path / "precious", tmp_path / "a" / name
+    target.write_text("precious")
+    path.parent.mkdir()
+    {"link": lambda: path.symlink_to(target), "fifo": lambda: os.mkfifo(path), "directory": path.mkdir}[kind]()
+    with pytest.raises(UserError, match=f"cannot write .*{name}") as caught:
+        if name == "run.lock":
+            RunLock(path.parent).acquire()
+        elif name == "metrics.jsonl":
+            MetricsLog(path)
+        else:
+            with output_errors(f"cannot write {path}"):
+                write_durably(path, b"x")
+    assert exit_code_of(caught.value) == ExitCode.OUTPUT
+    assert target.read_text() == "precious"
 
 
 def test_a_directory_with_a_run_is_refused_by_default(tmp_path: Path) -> None:
@@ -71,6 +130,7 @@ def test_a_directory_with_other_files_is_never_used(tmp_path: Path) -> None:
     for overwrite in (False, True):
         assert "holds no run" in refused(tmp_path, ExitCode.OUTPUT, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "x"
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_what_a_crash_leaves_behind_does_not_block_a_new_run(tmp_path: Path) -> None:
@@ -82,10 +142,6 @@ def test_what_a_crash_leaves_behind_does_not_block_a_new_run(tmp_path: Path) -> 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     assert "cannot create run directory" in refused(tmp_path / "a", ExitCode.OUTPUT)
-
-
-def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
-    assert "contradict" in refused(make_run(tmp_path / "a"), ExitCode.USAGE, resume=True, overwrite=True)
 
 
 def test_a_second_live_run_is_refused_and_names_the_first(tmp_path: Path) -> None:
@@ -121,6 +177,43 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pyte
     with RunLock(tmp_path) as lock:
         assert json.loads(lock.path.read_text())["pid"] == os.getpid()
     assert f"taking over from process {child.pid}" in caplog.text
+
+
+def test_a_child_does_not_keep_the_lock_of_a_dead_trainer(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from densegrpo_fast.run_files.run_directory import RunLock\n"
+        "RunLock(Path(sys.argv[1])).acquire()\n"
+        "if os.fork():\n"
+        "    os._exit(0)\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert process.wait(30) == 0
+        try:
+            with RunLock(tmp_path) as lock:
+                assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_the_lock_of_a_dead_process_that_somebody_holds_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.lock").write_text(json.dumps({"pid": 2**22 + 5, "host": run_directory.socket.gethostname()}))
+
+    def held(descriptor: int, operation: int) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", held)
+    with pytest.raises(UserError, match="though the run itself is gone; find it with `fuser .*run.lock`"):
+        RunLock(tmp_path).acquire()
 
 
 def test_a_lock_left_by_another_host_is_refused(tmp_path: Path) -> None:

@@ -56,6 +56,16 @@ def test_one_prompt_has_a_mean_but_no_interval():
     assert mean == pytest.approx(0.6) and math.isnan(low) and math.isnan(high)
 
 
+def test_an_interval_stays_within_the_bounds_of_its_values():
+    values = [0.0, 1.0]
+    mean, low, high = mean_interval(values)
+    assert low < -5 and high > 5 and mean_interval(values, bounds=(0, 1)) == (mean, 0, 1)
+    assert paired_interval(values, [1.0, 0.0], bounds=(0, 1)) == (0, -1, 1)
+    scores = {"reward": [[value] for value in values]}
+    found = compare({"a": scores, "b": scores}, {"reward": (0, 1)})
+    assert (found["subjects"]["a"]["reward"]["low"], found["subjects"]["a"]["reward"]["high"]) == (0, 1)
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="at least one value that is not missing"):
         mean_interval([math.nan])

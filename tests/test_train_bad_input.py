@@ -105,12 +105,6 @@ def test_broken_prompt_files_are_refused_with_the_line(
     [
         ("--lookahead.graphs true", "lookahead.graphs: CUDA graphs need a CUDA device, the model is on cpu; set it"),
         ("--lookahead.memory_gb 1e-9", "lookahead.memory_gb: 1e-09 is too small for one row, for which a forward"),
-        (
-            "--lookahead.cache reuse:4-8",
-            "lookahead.cache: expected reuse with an end of at most 6, as this model has blocks 0..5, got reuse:4-8",
-        ),
-        ("--lookahead.cache skip:6", "lookahead.cache: expected skip with blocks of this model, 0..5, got skip:6"),
-        ("--lookahead.cache texts", "lookahead.cache: expected text (or text:own), reuse:2-5 or skip:0,6, joined by"),
         ("--lora.targets [attn.none]", "lora.targets: 'attn.none' matches no module of SD3Transformer2DModel"),
         ("--sampler.calibration none.json", "sampler.calibration: cannot read none.json: No such file"),
     ],
@@ -159,3 +153,27 @@ def test_prompts_outside_the_grammar_are_refused(
     options = {"reward.terms": "{scenes: 1.0}", "reward.observed": "[]", "data.eval_prompts": prompts}
     assert train(tmp_path / "run", **options) == 5
     assert "cannot read 'a photo of a cat'" in capsys.readouterr().err
+
+
+def test_prompts_that_a_reward_cannot_read_are_refused_before_anything_is_loaded(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("a red circle\na cat\n")
+    # nor does it come to the model, which is not there
+    options = {"model.path": tmp_path / "nowhere", "data.eval_prompts": own, "reward.observed": "[scenes_strict]"}
+    assert train(tmp_path / "run", **options) == 5
+    told = capsys.readouterr().err
+    assert "error: reward.observed: reward 'scenes_strict': scenes reward does not know 'a cat'" in told
+    assert "--reward.observed '[]'" in told and not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", **{**options, "reward.observed": "[]", "data.prompts": own}) == 3
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", **{**options, "data.prompts": own, "reward.terms": "{scenes: 1.0}"}) == 5
+    assert "error: reward.terms: reward 'scenes': scenes reward does not know 'a cat'" in capsys.readouterr().err
+    assert train(tmp_path / "run", **{"reward.terms": f"{{{tmp_path}/none.py:f: 1.0}}"}) == 2
+    assert f"error: reward.terms: {tmp_path}/none.py:f: there is no file" in capsys.readouterr().err
+    # held-out prompts that were not chosen are mentioned
+    own.write_text("a red circle\n")
+    caplog.clear()
+    assert train(tmp_path / "run", **{"model.path": tmp_path / "nowhere", "data.prompts": own}) == 3
+    assert "data.eval_prompts: held-out pictures are of the built-in prompts 'scenes'" in caplog.text

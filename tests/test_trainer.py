@@ -128,7 +128,7 @@ def test_where_memory_runs_out_a_streamed_update_is_replayed(
             {"lookahead.guidance": "reuse", "sampler.guidance_scale": 3.0},
             "lookahead.guidance reuse, which needs the whole rollout first",
         ),
-        ({"lookahead.cache": "text"}, "lookahead.cache, which needs the whole rollout first"),
+        ({"lookahead.cache": "text:own"}, "lookahead.cache, which needs the whole rollout first"),
         ({"credit.smoothing": 1.0}, "credit.smoothing, which needs the rewards of all states first"),
         ({"optimizer.updates_per_iteration": 2, "sampler.micro_batch": 3}, "optimizer.updates_per_iteration 2"),
         ({"credit.method": "branch", "sampler.branches": 3, "sampler.micro_batch": 2}, "sampler.branches"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.errors import PluginError, UserError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.credit.dense import reward_gains
@@ -228,18 +228,77 @@ def test_the_loss_of_drawn_steps_is_on_average_that_of_all(mixture_model: Any, o
     assert difference.mean().abs() < 3 * difference.std() / len(difference) ** 0.5
 
 
-@pytest.mark.parametrize("weights", ["[1.0] * 3 + [0.0] * 5", "[math.nan] * 8", "[math.inf] + [1.0] * 7"])
-def test_step_weights_that_leave_too_little_to_draw_are_refused_at_once(
-    mixture_model: Any, tmp_path: Path, weights: str
-) -> None:
-    own = tmp_path / "own.py"
+def weighting(directory: Path, returned: str) -> str:
+    """The option that names step weights of one's own."""
+    own = directory / "own.py"
     own.write_text(
-        "import math\nimport torch\nfrom densegrpo_fast.objective.registry import StepWeighting\n"
-        f"WEIGHTS = StepWeighting(lambda coefficients: torch.tensor({weights}))\n"
+        "import math, sys\nimport torch\nfrom densegrpo_fast.objective.registry import StepWeighting\n"
+        f"WEIGHTS = StepWeighting(lambda coefficients: {returned})\n"
     )
-    config = windowed(*IMPORTANCE, "objective.trained_steps=4", f"objective.step_weight={own}:WEIGHTS")
-    with pytest.raises(UserError, match="objective.step_weight: .*importance draws 4 of them"):
-        Schedule(config, mixture_model)
+    return f"objective.step_weight={own}:WEIGHTS"
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("torch.tensor([math.nan] * 8)", "8 finite weights of at least 0, got [nan"),
+        ("torch.tensor([math.inf] + [1.0] * 7)", "8 finite weights of at least 0, got [inf"),
+        ("torch.tensor([-1.0] + [1.0] * 7)", "8 finite weights of at least 0, got [-1.0"),
+        ("torch.ones(7)", "8 finite weights of at least 0, got shape [7]"),
+        ("torch.ones(8, dtype=torch.complex64)", "8 finite weights of at least 0, got torch.complex64"),
+        ("[1.0] * 8", "8 finite weights of at least 0, got list"),
+        ("1 / 0", "own.py:WEIGHTS raised ZeroDivisionError: division by zero"),
+        ("sys.exit(0)", "own.py:WEIGHTS raised SystemExit: 0"),
+    ],
+)
+@pytest.mark.parametrize("how", ["uniform", "importance"])
+def test_step_weights_of_ones_own_that_are_none(
+    mixture_model: Any, tmp_path: Path, how: str, returned: str, expected: str
+) -> None:
+    options = (f"objective.step_sampling={how}", "objective.trained_steps=4", weighting(tmp_path, returned))
+    with pytest.raises(PluginError) as caught:
+        Schedule(windowed(*options), mixture_model)
+    assert str(caught.value).startswith("objective.step_weight: ") and expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (IMPORTANCE, "importance draws 4 of them"),
+        (("objective.step_sampling=uniform",), "gives the steps [3, 4, 5, 6] the weight 0, so an iteration of"),
+    ],
+)
+def test_step_weights_that_leave_too_little_to_draw_are_refused_at_once(
+    mixture_model: Any, tmp_path: Path, options: tuple[str, ...], expected: str
+) -> None:
+    own = weighting(tmp_path, "torch.tensor([1.0] * 3 + [0.0] * 5)")
+    with pytest.raises(UserError) as caught:
+        Schedule(windowed(*options, "objective.trained_steps=4", own), mixture_model)
+    assert f"objective.step_weight: {own.partition('=')[2]}" in str(caught.value) and expected in str(caught.value)
+
+
+def test_a_step_without_weight_is_named_and_drawn_for_its_kl_alone(
+    mixture_model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = weighting(tmp_path, "1 - coefficients.sigmas[:-1]")
+    drawn = {}
+    for coef in (0, 0.1):
+        options = (*IMPORTANCE, "objective.trained_steps=3", f"objective.kl_coef={coef}", own)
+        schedule = Schedule(windowed(*options), mixture_model)
+        assert "gives the steps [0] the weight 0" in caplog.text
+        caplog.clear()
+        drawn[coef] = [step for iteration in range(300) for step in schedule.trained_steps(iteration)]
+        losses = torch.arange(1.0, 9.0)
+        means = torch.stack(
+            [
+                (schedule.draw_weights(iteration) * losses)[schedule.trained_steps(iteration)].mean()
+                for iteration in range(300)
+            ]
+        )
+    assert 0 not in drawn[0] and 0 in drawn[0.1]
+    # with a KL term all seven steps count, also on average
+    assert (means.mean() - losses[:7].mean()).abs() < 3 * means.std() / 300**0.5
+    assert schedule.draw_weights(0).max() <= 20
 
 
 def test_steps_of_larger_gradients_are_drawn_more_often(mixture_model: Any) -> None:

@@ -6,14 +6,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.calibration.rules import Round, Rule, Signs
-from densegrpo_fast.calibration.store import FORMAT
+from densegrpo_fast.calibration.store import DIGEST, FORMAT
 from densegrpo_fast.common.errors import SetupError
-from densegrpo_fast.common.files import output_errors, replace_text
+from densegrpo_fast.common.files import replace_bytes, replace_text
+from densegrpo_fast.common.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from densegrpo_fast.credit.consistency import StepConsistency
@@ -114,7 +116,10 @@ def write_document(path: Path, content: Mapping[str, Any]) -> None:
         OutputError: if it cannot be written.
     """
     short = {key: value if key in ("sigmas", "noise_level") else _short(value) for key, value in content.items()}
-    lines = ",\n".join(f"{json.dumps(key)}: {_indented(value)}" for key, value in short.items())
+    written = json.loads(json.dumps(short))
+    lines = ",\n".join(
+        f"{json.dumps(key)}: {_indented(value)}" for key, value in {**short, DIGEST: fingerprint(written)}.items()
+    )
     replace_text(path, f"{{\n{lines}\n}}\n")
 
 
@@ -214,8 +219,9 @@ def save_plot(path: Path, content: Mapping[str, Any]) -> None:
     for axis in axes:
         axis.set_xticks(content["steps"])
         axis.grid(alpha=0.25)
-    with output_errors(f"cannot write {path}"):
-        figure.savefig(path, dpi=130, format="png")
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=130, format="png")
+    replace_bytes(path, buffer.getvalue())
 
 
 def figure_class() -> Any:

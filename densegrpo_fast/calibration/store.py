@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.files import read_plainly
+from densegrpo_fast.common.fingerprint import fingerprint
 
 FORMAT = "densegrpo-fast calibration 1"
 """First key of every file; the number is the format's."""
+
+DIGEST = "sha256"
+"""Last key of a file: SHA-256 over the canonical JSON of all others. Files of an earlier version have none."""
+
+_KEYS = {"format", "dynamics", "num_steps", "steps", "sigmas", "noise_level_is", "noise_level", "settled", "rule"}
+_KEYS |= {"unbalanceable", "hopeless", "settings", "before", "after", "rounds"}
+_KEYS |= {"command", "commit", "hardware", "versions", DIGEST}
+"""Keys of a file; among others there may be what once was `DIGEST`."""
+
+_MOST_STEPS = 1000
+"""As many as `sampler.num_steps` may be."""
 
 _AGAIN = "make one with python -m densegrpo_fast.calibrate"
 
@@ -86,16 +99,26 @@ def read_calibration(path: Path, option: str = "sampler.calibration") -> Calibra
         UsageError: it cannot be read, or is none.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_plainly(path))
     except OSError as error:
         raise UsageError(f"{option}: cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise UsageError(f"{option}: {path} is not JSON; {_AGAIN}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UsageError(f'{option}: {path} is no "{FORMAT}"; {_AGAIN}')
-    levels, sigmas, dynamics = (document.get(key) for key in ("noise_level", "sigmas", "dynamics"))
+    content = {key: value for key, value in document.items() if key != DIGEST}
+    try:
+        intact = len(content) == len(document) or document[DIGEST] == fingerprint(content)
+    except ValueError:  # NaN and infinities, which a file never has
+        intact = False
+    if not intact or not {*document} <= _KEYS:
+        raise UsageError(f"{option}: {path} is damaged, or was changed by hand; {_AGAIN}")
+    levels: Any = document.get("noise_level")
+    sigmas: Any = document.get("sigmas")
+    dynamics = document.get("dynamics")
     settings = document.get("settings", {})
-    if _numbers(levels) and _numbers(sigmas) and isinstance(dynamics, str) and isinstance(settings, dict):
+    numbered = _numbers(levels) and _numbers(sigmas) and len(levels) <= _MOST_STEPS
+    if numbered and isinstance(dynamics, str) and isinstance(settings, dict):
         every = range(len(levels))
         steps = document.get("steps", list(every))
         known = isinstance(steps, list) and steps == [step for step in every if step in steps]
@@ -110,5 +133,6 @@ def read_calibration(path: Path, option: str = "sampler.calibration") -> Calibra
 
 def _numbers(value: Any) -> TypeGuard[list[float]]:
     return isinstance(value, list) and all(
-        isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in value
+        isinstance(item, int | float) and not isinstance(item, bool) and abs(item) <= sys.float_info.max
+        for item in value
     )

@@ -35,8 +35,13 @@ class RewardError(UserError):
         self.name = name
 
 
+class PluginError(UserError):
+    """Code of one's own (a credit method, a policy loss, step weights, a model) raised, exited or returned something
+    unusable; for rewards see `RewardError`."""
+
+
 class NonFiniteError(UserError):
-    """Too many losses or gradients in a row were not finite."""
+    """Too many losses or gradients in a row were not finite, or weights or pictures are not."""
 
 
 class OutputError(UserError):

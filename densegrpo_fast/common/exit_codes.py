@@ -6,7 +6,9 @@ meaning.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -16,11 +18,13 @@ from densegrpo_fast.common.errors import (
     CheckpointError,
     NonFiniteError,
     OutputError,
+    PluginError,
     RewardError,
     SetupError,
     UsageError,
     UserError,
 )
+from densegrpo_fast.common.last_resort import explain, keep_traceback, lasting_streams
 
 
 class ExitCode(IntEnum):
@@ -37,13 +41,15 @@ class ExitCode(IntEnum):
     CHECKPOINT = 4
     """`CheckpointError`."""
     REWARD = 5
-    """`RewardError`."""
+    """`RewardError` or `PluginError`."""
     NON_FINITE = 6
     """`NonFiniteError`."""
     OUTPUT = 7
     """`OutputError`."""
     RATIO = 8
     """The doctor found that the importance ratio of an unchanged policy is not 1."""
+    FAULT = 70
+    """Something that nobody foresaw; the message names the file with its traceback (EX_SOFTWARE)."""
     TERMINATED = 75
     """SIGTERM: everything was saved; run again with --resume (EX_TEMPFAIL, which schedulers requeue)."""
     INTERRUPTED = 130
@@ -55,6 +61,7 @@ EXIT_CODES: dict[type[UserError], ExitCode] = {
     SetupError: ExitCode.ENVIRONMENT,
     CheckpointError: ExitCode.CHECKPOINT,
     RewardError: ExitCode.REWARD,
+    PluginError: ExitCode.REWARD,
     NonFiniteError: ExitCode.NON_FINITE,
     OutputError: ExitCode.OUTPUT,
 }
@@ -70,15 +77,34 @@ OF_SIGNALS = {Signals.SIGTERM: ExitCode.TERMINATED, Signals.SIGINT: ExitCode.INT
 """The exit status after a signal that stopped a run in an orderly way."""
 
 
+_OF_KINDS = {ImportError: ExitCode.ENVIRONMENT, MemoryError: ExitCode.ENVIRONMENT, OSError: ExitCode.OUTPUT}
+"""The exit status for each class that `last_resort.explain` tells."""
+
+
 @contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """Turn a `UserError` raised inside into `error: MESSAGE` on stderr and its exit status.
+    """Turn whatever is raised inside into `error: MESSAGE` on stderr and an exit status, without a traceback.
+
+    Within the context a dead terminal or pipe ends nothing (`last_resort.LastingStream`).
 
     Raises:
-        SystemExit: in place of the `UserError`, with its exit code.
+        SystemExit: in place of the error, with its exit code.
     """
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(int(exit_code_of(error))) from None
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(Signals.SIGINT) is signal.SIG_DFL:
+        signal.signal(
+            Signals.SIGINT, signal.default_int_handler
+        )  # commands begin without, so that imports end silently
+    with lasting_streams():
+        try:
+            yield
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(int(exit_code_of(error))) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(int(ExitCode.INTERRUPTED)) from None
+        except Exception as error:
+            words, kind = explain(error)
+            kept = keep_traceback(error)
+            print(f"error: {words}" + ("" if kept is None else f"; traceback: {kept}"), file=sys.stderr)
+            raise SystemExit(int(ExitCode.FAULT if kind is None else _OF_KINDS[kind])) from None

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
+import os
 import re
+import signal
 import sys
+import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
+
+from densegrpo_fast.common.errors import PluginError, UserError
+
+logger = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
 
@@ -27,12 +36,16 @@ def load(spec: str) -> Any:
 
     Raises:
         ValueError: there is no such module or file, it fails when it is run, or it holds no such name.
+        PluginError: it exits when it is run.
     """
     source, _, name = spec.rpartition(":")
     try:
-        module = _file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        with fenced(f"{spec}: {source}", through=(Exception,)):
+            module = _file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except Exception as error:
-        raise ValueError(f"{spec}: cannot load {source}: {type(error).__name__}: {error}") from error
+        if isinstance(error, UserError):
+            raise
+        raise ValueError(f"{spec}: cannot load {source}: {_described(error)}") from error
     if not hasattr(module, name):
         raise ValueError(f"{spec}: {source} holds no {name!r}")
     return getattr(module, name)
@@ -51,6 +64,79 @@ def _file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def is_package_code(thing: Any) -> bool:
+    """Whether a function, an object or a partial of one is defined in this package."""
+    while hasattr(thing, "func"):
+        thing = thing.func
+    module = str(getattr(thing, "__module__", None) or type(thing).__module__)
+    return module.split(".")[0] == __name__.split(".")[0]
+
+
+def fence(function: Any, what: str, through: tuple[type[BaseException], ...] = ()) -> AbstractContextManager[None]:
+    """`fenced` for code of one's own; code of the package raises what it raises."""
+    return nullcontext() if is_package_code(function) else fenced(what, through=through)
+
+
+@contextmanager
+def fenced(
+    what: str, error: Callable[[str], UserError] = PluginError, through: tuple[type[BaseException], ...] = ()
+) -> Iterator[None]:
+    """Run code of one's own so that whatever it does ends here.
+
+    What it raises, `sys.exit` too, becomes an error under its name; a changed working directory is changed back; a
+    process that it forked ends instead of going on with ours. What ends the interpreter (`os._exit`) is not held.
+
+    Args:
+        what: names the code; begins the message.
+        error: makes the error.
+        through: raised on as they are; a Ctrl-C is as well.
+
+    Raises:
+        UserError: what `error` makes.
+    """
+    process, directory = os.getpid(), _working_directory()
+    try:
+        yield
+    except through:
+        raise
+    except BaseException as raised:
+        if os.getpid() == process and _is_interrupt(raised):
+            raise
+        if os.getpid() == process:
+            raise error(f"{what} raised {_described(raised)}") from raised
+    finally:
+        if os.getpid() != process:
+            os._exit(1)
+        if directory is not None and _working_directory() != directory:
+            logger.warning("%s changed the working directory; it is %s again", what, directory)
+            os.chdir(directory)
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # somebody has deleted it
+        return None
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether this is a Ctrl-C of the user's, as far as can be told: code can raise KeyboardInterrupt itself."""
+    return (
+        isinstance(error, KeyboardInterrupt)
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+
+
+def _described(error: BaseException) -> str:
+    """Class and message of an error whose own text may fail."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = "(its message cannot be read)"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -7,12 +7,16 @@ absent; diffusers leaves such tensors without data. Here all of these are errors
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from densegrpo_fast.common.errors import NonFiniteError
+from densegrpo_fast.common.files import verify_directory
 
 NETWORK_FILES = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 """What `fetch` is asked for to load a network of transformers."""
@@ -20,6 +24,7 @@ TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.json", "
 """What `fetch` is asked for to load a tokenizer."""
 
 _TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+_VARIANT = re.compile(r"(?:model|diffusion_pytorch_model)\.(\w+?)(?:-\d+-of-\d+)?\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -92,7 +97,7 @@ def files_problem(directory: Path) -> str | None:
     for index in directory.glob("*.safetensors.index.json"):
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             return f"{index.name} is not the index of a model's files"
         absent = [shard for shard in shards if not (directory / shard).is_file()]
         if absent:
@@ -118,12 +123,14 @@ def load_network(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
 
     Raises:
         OSError: it is another network, or its files are not whole; the message says what was expected.
+        NonFiniteError: a tensor is not finite.
     """
-    problem = files_problem(directory) or _kind_problem(kind, directory / "config.json")
+    verify_directory(directory)
+    config = directory / "config.json"
+    problem = files_problem(directory) or _kind_problem(kind, config) or _size_problem(directory)
     if problem:
         raise OSError(problem)
-    from safetensors import SafetensorError
-
+    variant = {} if (found_variant := _variant(directory)) is None else {"variant": found_variant}
     # transformers then names the tensors whose shape is wrong; diffusers raises, and names one
     extra = {} if _is_diffusers(kind) else {"ignore_mismatched_sizes": True}
     with silence_loading():
@@ -135,8 +142,12 @@ def load_network(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
                 local_files_only=True,
                 output_loading_info=True,
                 **extra,
+                **variant,
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        # a config.json of somebody else's fails in every way: numbers that are texts, sizes that are none, ...
+        except Exception as error:
             raise OSError(_words(error)) from None
     missing = sorted(found["missing_keys"])
     if missing:
@@ -144,7 +155,22 @@ def load_network(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
     for name, *shapes in found["mismatched_keys"]:
         stored, expected = (list(shape) for shape in shapes)
         raise OSError(f"its config.json asks for {name} of shape {expected}, its weights have {stored}")
+    check_finite(f"{directory.name}: {directory}", network.state_dict())
     return network
+
+
+def check_finite(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights from a file that hold a NaN or an infinity.
+
+    Args:
+        source: the file or directory, for the message.
+
+    Raises:
+        NonFiniteError: naming the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(f"{source}: {name} holds numbers that are not finite, so nothing is made of it")
 
 
 def load_tokenizer(kind: Any, directory: Path) -> Any:
@@ -172,7 +198,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise OSError(f"its {path.name} is not a JSON object")
@@ -190,6 +216,34 @@ def _kind_problem(kind: Any, path: Path) -> str | None:
     if settings.get(key) in (None, expected):
         return None
     return f"expected a network of the kind {expected}, its config.json says {settings[key]}"
+
+
+def _size_problem(directory: Path) -> str | None:
+    """What its config.json says that its weights cannot be: more layers than tensors, or numbers in fewer bits."""
+    from safetensors import SafetensorError, safe_open
+
+    settings = read_settings(directory / "config.json")
+    if isinstance(quantised := settings.get("quantization_config"), dict):
+        how = quantised.get("bnb_4bit_quant_type") or quantised.get("quant_method") or quantised.get("quant_type")
+        return f"its weights are quantised ({how}), expected weights in full: download the model that they were made of"
+    tensors = 0
+    for path in directory.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                tensors += len(list(file.keys()))
+        except (OSError, SafetensorError) as error:
+            return f"{path.name} cannot be read: {error}"
+    for key, value in settings.items():
+        if "layers" in key and isinstance(value, int) and value > tensors:
+            return f"its config.json asks for {key} {value}, its weights are {tensors} tensors"
+    return None
+
+
+def _variant(directory: Path) -> str | None:
+    """The variant that a directory's weights are saved as where it has no others, such as "fp16"."""
+    names = [path.name for path in directory.glob("*.safetensors")]
+    found = {match[1] for name in names if (match := _VARIANT.fullmatch(name))}
+    return found.pop() if len(found) == 1 and all(_VARIANT.fullmatch(name) for name in names) else None
 
 
 def _is_diffusers(kind: Any) -> bool:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _GUARDED = {"paper": ("flow_sde", "dance")}
 """Dynamics for which a weight of GRPO-Guard is defined; for the others, all with a variance."""
+_MOST_SAMPLES = 2**20
 _NO_VARIANCE = ("cps",)
 """Dynamics whose log-probability leaves out the variance of the step."""
 
@@ -65,6 +66,7 @@ def problem(config: Config) -> str | None:
         _image_size,
         _batches,
         _streamed,
+        _auto,
     )
     return next((found for check in others if (found := check(config))), None)
 
@@ -388,16 +390,43 @@ def _streamed(config: Config) -> str | None:
     return None if why is None else f"optimizer.update: expected replayed with {why}"
 
 
+def _auto(config: Config) -> str | None:
+    """Plans are compared on one set of trajectories or branches, which must stand for those of every iteration."""
+    if config.lookahead.plan != "auto":
+        return None
+    if not (config.uses_lookahead or config.uses_branches):
+        methods = {name: registry.find(name) for name in registry.names()}
+        able = [name for name, method in methods.items() if method.uses_lookahead and method.plan is None]
+        return (
+            f"lookahead.plan: auto chooses how states are completed, credit.method {config.credit.method} completes "
+            f"none; expected another plan with it, or a method with a lookahead, such as {', '.join(able)}"
+        )
+    if config.window.size is not None and len(windows := config.schedule().reached()) > 1:
+        return (
+            "window.schedule: expected fixed or none with lookahead.plan auto, which compares plans in one window, "
+            f"got {config.window.schedule} with {len(windows)} windows"
+        )
+    if (share := config.window.remainder_share) != 1:
+        return f"window.remainder_share: expected 1 with lookahead.plan auto, got {share}"
+    if config.lookahead.cache is not None:
+        return f"lookahead.cache: expected null with lookahead.plan auto, got {config.lookahead.cache}"
+    return None
+
+
 def _batches(config: Config) -> str | None:
     """An iteration must split into micro-batches, and these into updates."""
     samples, rows = config.data.num_prompts * config.sampler.group_size, config.sampler.micro_batch
     kind, product = "samples", "data.num_prompts x sampler.group_size"
+    if samples > _MOST_SAMPLES:
+        return f"data.num_prompts: expected at most {_MOST_SAMPLES} {kind} of an iteration ({product}), got {samples}"
     if config.sampler.branches is not None:
         samples //= config.sampler.branches
         kind, product = "trajectories", f"{product} / sampler.branches"
     if samples % rows:
+        fitting = next(count for count in range(min(rows, samples), 0, -1) if samples % count == 0)
         return (
-            f"sampler.micro_batch: expected a divisor of the {samples} {kind} of an iteration ({product}), got {rows}"
+            f"sampler.micro_batch: expected a divisor of the {samples} {kind} of an iteration ({product}), such as "
+            f"{fitting}, got {rows}"
         )
     if (samples // rows) % (updates := config.optimizer.updates_per_iteration):
         return (

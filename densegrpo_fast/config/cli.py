@@ -27,6 +27,7 @@ from densegrpo_fast.config.schema import Config, options, sections
 from densegrpo_fast.config.yaml_files import (
     BASE_PRESET,
     DEFAULT_PRESET,
+    check_stored,
     dump_yaml,
     parse_yaml,
     preset_names,
@@ -86,9 +87,14 @@ def parse_arguments(argv: Sequence[str], default: str = DEFAULT_PRESET) -> tuple
     settings = read_settings(_source(arguments, default))
     if arguments.resume_directory is not None:
         arguments.overrides.setdefault("run.output_dir", arguments.resume_directory)
+    if arguments.resume:
+        # one that is stored in a file has had its effect
+        arguments.overrides.setdefault("run.overwrite", "false")
     for key, text in arguments.overrides.items():
         _override(settings, key, text)
     config = validate(settings)
+    if arguments.resume and config.run.overwrite:
+        raise UsageError("--resume and --run.overwrite contradict each other: choose one")
     if arguments.printing == "--print-config":
         _print_and_exit(dump_yaml(config))
     if arguments.printing:
@@ -125,9 +131,15 @@ def load_config(source: str | PurePath = DEFAULT_PRESET, overrides: Mapping[str,
     """
     if overrides is not None and not isinstance(overrides, Mapping):
         raise UsageError(f'overrides: expected a mapping such as {{"run.iterations": 20}}, got {overrides!r}')
-    settings = read_settings(os.fspath(source))
+    if not isinstance(source, str | PurePath):
+        raise UsageError(f"load_config: expected the name of a preset or the path of a file, got {source!r}")
+    settings, given = read_settings(os.fspath(source)), dict[str, str]()
     for key, value in (overrides or {}).items():
-        current = current_option(str(key), "overrides")
+        if not isinstance(key, str):
+            raise UsageError(f'overrides: expected dotted keys such as "run.iterations", got {key!r}')
+        current = current_option(key, "overrides")
+        if given.setdefault(current, key) != key:
+            raise UsageError(f"overrides: {given[current]} and {key} are two names of one option; give one of them")
         if is_removed(current, value, "overrides"):
             continue
         if current in sections():
@@ -232,6 +244,7 @@ def _source(arguments: _Arguments, default: str) -> str:
     stored = Path(arguments.resume_directory) / "config.yaml"
     if not stored.is_file():
         raise CheckpointError(f"--resume: {stored} does not exist, so there is no run to continue")
+    check_stored(stored)
     return str(stored)
 
 

@@ -160,8 +160,10 @@ class Config(Section):
         }
 
     def self_contained(self) -> Config:
-        """The same settings without the file that the noise levels came from: `sampler.noise_level` holds them."""
-        return self.model_copy(update={"sampler": self.sampler.model_copy(update={"calibration": None})})
+        """The same settings as a run stores them: without the file that the noise levels came from, which
+        `sampler.noise_level` holds, and without `run.overwrite`, which has had its effect."""
+        sampler = self.sampler.model_copy(update={"calibration": None})
+        return self.model_copy(update={"sampler": sampler, "run": self.run.model_copy(update={"overwrite": False})})
 
     @property
     def output_dir(self) -> Path:
@@ -179,13 +181,15 @@ class Config(Section):
 
         Left out is what changes neither the weights nor the meaning of a logged number: the preset's name,
         where and how long the run goes on, how often it evaluates, samples and saves, which file the noise
-        levels came from, where rewards are computed, and how memory is saved. The length of the run stays
-        in where `credit.closeness` fades by it.
+        levels came from, by what `lookahead.plan auto` chose, where rewards are computed, and how memory is
+        saved. The length of the run stays in where `credit.closeness` fades by it.
         """
         settings = self.model_dump(mode="json", exclude={"preset", "run"})
         settings["reward"]["options"] = score_affecting(self.reward.options)
         del settings["evaluation"]["every"], settings["sampler"]["calibration"]
         del settings["model"]["gradient_checkpointing"], settings["model"]["prompt_cache"]
+        # what was chosen by them stands in the other options
+        del settings["lookahead"]["budget"], settings["lookahead"]["fidelity"]
         if self.credit.closeness:
             settings["run"] = {"iterations": self.run.iterations}
         return comparable_settings(settings)

@@ -20,17 +20,31 @@ from pydantic import (
 )
 
 from densegrpo_fast.calibration.rules import Staircase
+from densegrpo_fast.common.aliases import cache_problem
 from densegrpo_fast.common.plugins import Registry, is_outside
 from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config.checks import reward_problem
-from densegrpo_fast.credit.registry import METHODS
+from densegrpo_fast.credit.registry import METHODS, local_methods
 from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
 from densegrpo_fast.sampling.windows import Schedule
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
-PositiveInt = Annotated[int, Field(ge=1)]
-StepIndex = Annotated[int, Field(ge=0)]
-_PROMPTS = '"scenes", "general", "ocr" or "geneval" (built in), or a .txt or .jsonl file'
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+StepIndex = Annotated[int, Field(ge=0, lt=2**31)]
+CHOSEN_BY_AUTO = (
+    "lookahead.plan",
+    "lookahead.nodes",
+    "lookahead.n",
+    "lookahead.paths",
+    "lookahead.guidance",
+    "lookahead.copy_dtype",
+    "lookahead.decoder",
+    "objective.trained_steps",
+    "objective.step_sampling",
+    "optimizer.update",
+)
+"""Dotted keys of the options that `lookahead.plan auto` chooses."""
+_PROMPTS = '"scenes", "general", "ocr" or "geneval" (built in), or a .txt, .jsonl, .tsv or .csv file'
 
 
 class Section(BaseModel):
@@ -112,6 +126,10 @@ class LoraOptions(Section):
         min_length=1, description="attention projections that get an adapter"
     )
     init_seed: int = Field(ge=0, lt=2**63, description="seed of the adapter's initial weights")
+    start: Text | None = Field(
+        description="adapter file or directory that the adapter begins as (diffusers', PEFT's, ComfyUI's or kohya's), "
+        "of the same rank; the KL term still holds it to the model without any. null = it begins as no change"
+    )
 
 
 class DataOptions(Section):
@@ -199,8 +217,9 @@ class CalibrationOptions(Section):
 class LookaheadOptions(Section):
     """How each intermediate state is completed to an image. Not run for credit methods without (sparse, coca)."""
 
-    plan: Literal["exact", "exact_but_last", "nodes", "n_step", "one_step", "paths"] = Field(
-        description="later steps at which the velocity is evaluated; exact = all of them"
+    plan: Literal["exact", "exact_but_last", "nodes", "n_step", "one_step", "paths", "auto"] = Field(
+        description="later steps at which the velocity is evaluated; exact = all of them; auto = training first "
+        f"measures what is cheap and good enough, and chooses {', '.join(CHOSEN_BY_AUTO)}"
     )
     nodes: list[PositiveInt] = Field(description="with plan nodes: increasing step indices in 1..T-1; else []")
     n: PositiveInt | None = Field(description="with plan n_step: Euler steps of a completion (1..T); else null")
@@ -215,8 +234,8 @@ class LookaheadOptions(Section):
         description="evaluate a copy of the model with the adapter merged, in this precision; null = the policy itself"
     )
     cache: Text | None = Field(
-        description="features reused from the rollout at the same step: text (of the prompt's first sample) or "
-        "text:own (of each sample), reuse:2-5, skip:0,6, joined by +; approximate; null = none"
+        description="features reused from the rollout at the same step: text:own = each sample's own text keys and "
+        "values, of SD3's transformers; approximate; null = none"
     )
     graphs: bool = Field(description="replay the lookahead's forwards as CUDA graphs; needs a CUDA device")
     decoder: Literal["preview", "full"] = Field(
@@ -237,6 +256,24 @@ class LookaheadOptions(Section):
     monitor_alarm: float = Field(
         ge=-1, le=1, description="rank correlation of the gains in such a re-scoring below which an alarm is on"
     )
+    budget: Annotated[float, Field(gt=0)] | None = Field(
+        description="with plan auto: what an iteration may cost, in operations of one with one reward per picture that "
+        "trains all steps, each with its forward repeated; null = whatever has the least variance of the gradient for "
+        "its operations"
+    )
+    fidelity: list[Annotated[float, Field(ge=-1, le=1)]] = Field(
+        min_length=3,
+        max_length=3,
+        description="with plan auto: rank correlations inside a group with exact completions that the lookahead must "
+        "reach: of the rewards, of the gains, and of the gains in the worst step",
+    )
+
+    @field_validator("cache")
+    @classmethod
+    def _known_cache(cls, cache: str | None) -> str | None:
+        if cache is not None and (problem := cache_problem(cache)):
+            raise ValueError(problem)
+        return cache
 
     @model_validator(mode="after")
     def _plan_and_its_arguments(self) -> LookaheadOptions:
@@ -267,6 +304,10 @@ class RewardOptions(Section):
         "name of your own to a reward, such as {hpsv2: {use: remote, url: http://...}}"
     )
     max_missing: float = Field(ge=0, le=1, description="share of missing scores above which the run stops")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(
+        description="seconds that one call of the rewards may take where one of them is your own; null = no limit. The "
+        "package's have limits of their own"
+    )
     overlap: bool = Field(
         description="score on a thread of its own while further images are decoded, a chunk at a time: for rewards "
         "that leave the model's device alone, on the CPU or a server; else all images in one call"
@@ -398,7 +439,8 @@ class ObjectiveOptions(Section):
     )
     trained_steps: Literal["all_but_last"] | list[StepIndex] | PositiveInt = Field(
         description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration; with windows "
-        "only their steps. Where credit needs no more, only the states at both ends of a trained step are completed"
+        "only their steps. With a credit that is local to a step "
+        f"({local_methods()}), only the states at both ends of a trained step are completed"
     )
     step_sampling: Literal["uniform", "importance"] = Field(
         description="how trained_steps draws a number of steps: uniform = each alike; importance = in proportion to "
@@ -425,8 +467,8 @@ class OptimizerOptions(Section):
     update: Literal["replayed", "streamed"] = Field(
         description="replayed = each trained step's forward runs again, once all are rewarded; streamed = it keeps its "
         "graph from the rollout until the states around it are scored: the same gradient without a repeated forward, "
-        "in the memory of two steps' graphs of all samples (where that runs out, it is replayed). For credit that is "
-        "local to a step, trajectories and one update per iteration"
+        "in the memory of two steps' graphs of all samples (where that runs out, it is replayed). For trajectories, "
+        f"one update per iteration and a credit that is local to a step ({local_methods()})"
     )
     warmup: int = Field(ge=0, description="updates over which the learning rate rises linearly; 0 = none")
 
@@ -443,7 +485,7 @@ class EvaluationOptions(Section):
 
     every: int = Field(ge=0, description="iterations between evaluations (and sample grids); 0 = only before and after")
     num_prompts: PositiveInt = Field(description="held-out prompts")
-    samples_per_prompt: PositiveInt = Field(description="images per held-out prompt")
+    samples_per_prompt: int = Field(ge=1, le=4096, description="images per held-out prompt")
     num_steps: int = Field(ge=1, le=1000, description="Euler steps")
     guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = Field(description="null = the sampler's")
 

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from densegrpo_fast.common.aliases import complete_settings, current_settings
-from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.errors import CheckpointError, UsageError
+from densegrpo_fast.common.files import read_verified
 from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.config.schema import Config, sections
 
@@ -97,7 +98,8 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"{source}, line {mark.line + 1}" if mark and "\n" in text else source
         raise UsageError(f"{where}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    # an explicit tag such as !!timestamp fails in ways of its own
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{source}: not readable as YAML: {error}") from None
 
 
@@ -146,6 +148,29 @@ def read_settings(source: str) -> dict[str, Any]:
     return _merged(base, settings)
 
 
+def check_stored(path: Path) -> None:
+    """Refuse the configuration of a run that is not whole, as a full disk leaves it: what it lacks would be a preset's.
+
+    Raises:
+        CheckpointError: it is cut off, cannot be read, or is not what the run wrote.
+    """
+    try:
+        settings = complete_settings(_read_mapping(path))
+    except UsageError as error:
+        raise CheckpointError(f"--resume: {error}") from None
+    groups = sections()
+    lacking = [name for name in groups if not isinstance(settings.get(name), dict)]
+    if not lacking:
+        # the last one is the first to be cut
+        last = list(groups)[-1]
+        lacking = [f"{last}.{key}" for key in groups[last].model_fields if key not in settings[last]]
+    if lacking:
+        raise CheckpointError(
+            f"--resume: {path} is not the whole configuration of a run, it lacks {', '.join(lacking)}; give the run's "
+            "own with --config FILE"
+        )
+
+
 def _read_preset(name: str, extended_by: tuple[str, ...]) -> dict[str, Any]:
     if name in extended_by:
         chain = " -> ".join([*extended_by, name])
@@ -166,9 +191,9 @@ def _pop_extends(settings: dict[str, Any], path: Path) -> str | None:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_verified(path).decode("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"{path}: cannot read this configuration: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot read this configuration: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from None
     settings = parse_yaml(text, str(path))

@@ -39,7 +39,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from densegrpo_fast.common.plugins import Registry, resolve, select_options
+from densegrpo_fast.common.errors import PluginError
+from densegrpo_fast.common.plugins import Registry, fence, is_package_code, resolve, select_options
 
 if TYPE_CHECKING:
     from densegrpo_fast.credit.inputs import CreditInputs
@@ -177,6 +178,20 @@ METHODS = Registry(CreditMethod, "method", _PACKAGE)
 names, register, find = METHODS.names, METHODS.register, METHODS.find
 
 
+def local_methods() -> str:
+    """The methods of trajectories that are local to a step, with the options that this takes, for people.
+
+    With `credit.smoothing` or `credit.closeness` none of them is.
+    """
+    found = []
+    for name in names():
+        method = find(name)
+        if method.local_with is not None and not method.uses_branches:
+            options = ", ".join(f"{option} {value}" for option, value in method.local_with.items())
+            found.append(f"{name} with {options}" if options else name)
+    return "; ".join(found)
+
+
 def advantages(name: str, inputs: CreditInputs, options: Mapping[str, Any]) -> Advantages:
     """Credit every step by the named method.
 
@@ -188,20 +203,31 @@ def advantages(name: str, inputs: CreditInputs, options: Mapping[str, Any]) -> A
         values [P, G, T] float32, 0 at steps without noise; the shares are over the judged steps.
 
     Raises:
-        ValueError: there is no such method, the lookahead that it needs was not run, it lacks an option, or it returns
-            another shape or numbers that are not finite.
+        ValueError: there is no such method, the lookahead that it needs was not run, or it lacks an option.
+        PluginError: a method of one's own raised, or a method returns something else than finite advantages.
     """
+    from densegrpo_fast.credit.normalize import Advantages  # brings torch, which the configuration does not need
+
     method = find(name)
     needed = {need: getattr(inputs, need) for need in method.needs}
     absent = [key for key, value in needed.items() if value is None]
     if absent:
         raise ValueError(f"credit method {name} needs {', '.join(absent)}, which this iteration does not have")
-    judged = method.function()(**needed, **select_options(f"credit method {name}", (*COMMON, *method.options), options))
-    expected = (*inputs.rewards.shape, inputs.num_steps)
-    if judged.values.shape != expected:
-        raise ValueError(f"credit method {name}: expected advantages {list(expected)}, got {list(judged.values.shape)}")
+    chosen = select_options(f"credit method {name}", (*COMMON, *method.options), options)
+    function = method.function()
+    if not is_package_code(function):
+        # it may write into them
+        needed = {need: value.clone() if hasattr(value, "clone") else value for need, value in needed.items()}
+    with fence(function, f"credit method {name}"):
+        judged = function(**needed, **chosen)
+    expected = [*inputs.rewards.shape, inputs.num_steps]
+    if not isinstance(judged, Advantages) or not hasattr(judged.values, "isfinite"):
+        found = type(judged).__name__
+        raise PluginError(f"credit method {name}: expected Advantages (densegrpo_fast.credit.normalize), got {found}")
+    if list(judged.values.shape) != expected:
+        raise PluginError(f"credit method {name}: expected advantages {expected}, got {list(judged.values.shape)}")
     if not judged.values.isfinite().all():
-        raise ValueError(f"credit method {name}: expected finite advantages; a reward that is missing is NaN")
+        raise PluginError(f"credit method {name}: expected finite advantages; a reward that is missing is NaN")
     values = judged.values.new_zeros(*inputs.rewards.shape, len(inputs.noisy))
     values[..., list(inputs.steps)] = judged.values
     return replace(judged, values=values)

@@ -6,7 +6,8 @@
     python -m densegrpo_fast.fidelity --config embedded_tempflow        branches of one trajectory, as in that preset
     python -m densegrpo_fast.fidelity --analytic                        an exact flow; needs torch alone
     python -m densegrpo_fast.fidelity --cost                            costs for known models, without weights
-    python -m densegrpo_fast.fidelity --cost --plans nodes:4,7 --copy-dtype bfloat16 --cache text reuse:6-18
+    python -m densegrpo_fast.fidelity --cost --config embedded_paper_drawn    what an iteration of these settings costs
+    python -m densegrpo_fast.fidelity --cost --plans nodes:4,7 --copy-dtype bfloat16 --cache text:own
 
 Without --plans the configuration's own lookahead is measured, with its copy and cache, and a few plans beside it.
 The reference is the exact plan with full guidance and the full decoder, in the precision and way of model.vae_dtype and
@@ -23,8 +24,11 @@ Options are parsed before torch is imported.
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `user_errors_exit`: a Ctrl-C during imports is no traceback
 
 import argparse
 import sys
@@ -48,7 +52,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
     with user_errors_exit():
         check_outputs(options, "json", "plot")
+        if options.cost and (options.config or overrides):
+            return int(own_cost(options, overrides))
         return int(costs(options) if options.cost else fidelity(options, overrides))
+
+
+def own_cost(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
+    """Print (and write) what an iteration of a configuration costs.
+
+    Raises:
+        UserError: the configuration is wrong, or its model's sizes are not known.
+    """
+    config = _config(options, overrides)
+    # advice about optional packages is none of this command's business
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from densegrpo_fast.fidelity.costs import own_record, own_text
+    from densegrpo_fast.run_files.provenance import provenance
+
+    record = own_record(config)
+    print(own_text(record))
+    if options.json:
+        write_json(options.json, record | provenance())
+    return ExitCode.OK
 
 
 def costs(options: argparse.Namespace) -> ExitCode:
@@ -73,9 +98,6 @@ def costs(options: argparse.Namespace) -> ExitCode:
         raise SetupError(f"--cost needs {error.name}: pip install densegrpo-fast[train]") from None
     except ValueError as error:
         raise UsageError(f"--plans: {error}") from None
-    for spec in options.cache or ():
-        if all(f"cache({spec})" in record["left_out"] for record in records.values()):
-            raise UsageError(f"--cache {spec}: fits none of {', '.join(records)}")
     print(cost_text(records))
     if options.json:
         from densegrpo_fast.run_files.provenance import provenance
@@ -111,6 +133,7 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
             target,
             half,
             ways=ways,
+            named=[make(target.coefficients.num_steps) for make in plans_of(options)],
             max_nodes=max_nodes,
             worst=thresholds.worst,
             progress=partial(_progress, "searched", len(half)),

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import combinations
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from densegrpo_fast.common.errors import SetupError
+from densegrpo_fast.common.pretrained import is_hub_id
+from densegrpo_fast.fidelity.price import iteration_cost, price
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.variants import Variant, expanded
+from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import Decoder
-from densegrpo_fast.models.cache_spec import CacheSpec
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.flops import (
     ARCHITECTURES,
     Architecture,
     ModelFlops,
+    architecture_of,
     cached_forward,
     clip_h_image,
     count,
+    embedded,
+    sd35_medium,
 )
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import (
+    Evaluations,
     IterationCost,
     branched_iteration,
     dense_iteration,
@@ -31,6 +41,11 @@ from densegrpo_fast.sampling.cost import (
 )
 from densegrpo_fast.sampling.lookahead import Guidance
 from densegrpo_fast.sampling.plan import Plan
+from densegrpo_fast.training.models import load_model
+from densegrpo_fast.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from densegrpo_fast.config import Config
 
 STEPS = 10
 TRAINED = 9
@@ -38,6 +53,7 @@ BRANCHES = 8
 WINDOW = 3
 _RANKS = {"embedded": 16}
 _RANK = 32
+_SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
 
 def cost_records(
@@ -52,7 +68,8 @@ def cost_records(
 
     Each plan is counted for trajectories, for samples of which 8 are branches of one ODE trajectory at every trained
     step, for trajectories with noise in the window of steps 0..2 alone, which are then all that is trained, and for
-    trajectories of which 3 trained steps are drawn, whose states alone are completed: the mean over all draws.
+    trajectories of which 3 trained steps are drawn, each alike, whose states alone are completed: the mean over all
+    draws.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
     and the full decoder, comes first. Caches are for SD3's transformers, and not for branches; what does not fit a
@@ -62,7 +79,7 @@ def cost_records(
         make_plans: from T to a plan.
         guidances, decoders: to combine with every plan.
         copies: dtypes of copies, with the adapter merged, to count every plan with too.
-        caches: specs of features that are reused, to count every plan with too.
+        caches: features that are reused, to count every plan with too.
 
     Raises:
         ValueError: a plan does not fit 10 steps.
@@ -114,11 +131,95 @@ def cost_text(records: dict[str, Any]) -> str:
         "extra: operations that the dense iteration adds to the sparse one, or saves; KL, no KL: dense / sparse.\n"
         f"{BRANCHES} branches: so many samples share an ODE trajectory, which they leave at every trained step.\n"
         f"window: noise in these steps alone, which are trained; against a sparse iteration with the same window.\n"
-        f"drawn: {WINDOW} of the {TRAINED} steps are trained, on average over the draws; against a sparse iteration "
-        f"that trains {WINDOW}, too.\n"
+        f"drawn: {WINDOW} of the {TRAINED} steps are trained, each alike (objective.step_sampling uniform), on average "
+        f"over the draws; against a sparse iteration that trains {WINDOW}, too. --config prices importance.\n"
         "Both sides are this package's: first velocities reused, a backward pass through both halves of guidance."
     )
     return "\n\n".join(blocks)
+
+
+def own_record(config: Config) -> dict[str, Any]:
+    """What an iteration of a configuration costs, per sample; plain JSON data.
+
+    Raises:
+        SetupError: the model's sizes are not known without its weights, or these cannot be loaded; UsageError: an
+            option does not fit the model.
+    """
+    built, sigmas = _architecture(config)
+    lora, targets = config.lora, tuple(config.lora.targets)
+    scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
+    unit = count(built, lora_rank=lora.rank, lora_targets=targets, reward=scored)
+    if config.model.gradient_checkpointing:
+        unit = replace(unit, backward=unit.backward + unit.forward)
+    merged = config.lookahead.copy_dtype is not None
+    ahead = unit.reference_forward if merged else unit.forward
+    if config.lookahead.cache is not None:
+        ahead = cached_forward(built, lora_rank=0 if merged else lora.rank, lora_targets=targets)
+    grid: Any = SimpleNamespace(device=torch.device("cpu"), sigmas=lambda steps: sigmas(steps))
+    guided = built.guided and config.sampler.guidance_scale != 1.0
+    cost = iteration_cost(config, Schedule(config, grid), guided=guided)
+    nothing = Evaluations()
+    parts = {
+        "rollout": replace(cost, lookahead=nothing, policy=nothing, reference=nothing),
+        "lookahead": replace(cost, rollout=nothing, policy=nothing, reference=nothing),
+        "update": replace(cost, rollout=nothing, lookahead=nothing),
+    }
+    pictures = replace(cost, rollout=nothing, lookahead=nothing, policy=nothing, reference=nothing).flops(unit)
+    return {
+        "configuration": config.preset,
+        "title": built.title,
+        "operations": {name: part.flops(unit, ahead) - pictures for name, part in parts.items()}
+        | {"pictures": pictures, "iteration": cost.flops(unit, ahead)},
+        "nfe": {phase: evaluations.forwards for phase, evaluations in cost.phases.items()},
+        "decodes": cost.full_decodes + cost.preview_decodes,
+        "rewards": cost.rewards,
+        "trained_steps": config.objective.trained_steps,
+        "step_sampling": config.objective.step_sampling,
+        "update": config.optimizer.update,
+        "kl": config.objective.kl_coef > 0,
+        **asdict(price(cost, config, unit, ahead, guided=guided)),
+    }
+
+
+def own_text(record: dict[str, Any]) -> str:
+    """The record of a configuration as text."""
+    operations, trained = record["operations"], record["trained_steps"]
+    if isinstance(trained, int):
+        trained = f"{trained}, drawn by {record['step_sampling']}"
+    return "\n".join(
+        [
+            f"{record['configuration']}: {record['title']}",
+            f"trained steps: {trained}; update {record['update']}; {'with' if record['kl'] else 'without'} KL",
+            *(f"  {name:10} {_amount(flops)} per sample" for name, flops in operations.items()),
+            f"  {sum(record['nfe'].values()):.4g} forwards, {record['decodes']:.4g} decodes, "
+            f"{record['rewards']:.4g} rewards",
+            f"over one reward per picture, all steps trained, forwards repeated: {record['over_replayed_sparse']:.2f}",
+            f"  likewise without a repeated forward: {record['over_streamed_sparse']:.2f}",
+            f"  with as many trained steps, forwards repeated: {record['over_sparse_of_as_many_steps']:.2f}",
+        ]
+    )
+
+
+def _architecture(config: Config) -> tuple[Architecture, Callable[[int], torch.Tensor]]:
+    """Of a configuration's model, and the sigmas of so many steps: without weights where it is known by name."""
+    options = config.model
+    if options.path == "embedded" and not options.height:
+        return embedded(), partial(sd3_sigmas, shift=3.0)
+    if options.path == _SD35_MEDIUM:
+        if options.height != options.width:
+            raise SetupError(
+                f"--cost: {options.path} is known for square pictures, got {options.height}x{options.width}"
+            )
+        return sd35_medium(options.height or 1024, 77 + options.max_sequence_length), partial(sd3_sigmas, shift=3.0)
+    if is_hub_id(options.path):
+        raise SetupError(
+            f"--cost: of the hub's models {_SD35_MEDIUM} is known without its weights, for {options.path} give a "
+            "pipeline directory as model.path"
+        )
+    model = load_model(options, torch.device("cpu"))
+    if not isinstance(model, DiffusersModel):
+        raise SetupError(f"--cost: the parts of a pipeline are counted, {options.path} is none")
+    return architecture_of(model), model.sigmas
 
 
 @dataclass(frozen=True)
@@ -127,7 +228,7 @@ class _Extras:
 
     Attributes:
         unit: operations of each part.
-        forwards: operations of one lookahead forward, by (dtype of the copy, cache spec), either or None.
+        forwards: operations of one lookahead forward, by (dtype of the copy, cache), either or None.
         copies, caches: those that fit.
         left_out: what does not, and why.
     """
@@ -158,17 +259,11 @@ class _Extras:
         if not isinstance(network, SD3Transformer2DModel):
             reason = f"for SD3's transformer alone, this is {type(network).__name__}"
             return cls(unit, forwards, tuple(copies), (), {f"cache({spec})": reason for spec in caches})
-        left_out, fitting = {}, []
         for spec in caches:
-            try:
-                # a copy has the adapter merged
-                operations = cached_forward(built, CacheSpec.parse(spec), lora_rank=0 if copies else rank)
-            except ValueError as error:
-                left_out[f"cache({spec})"] = str(error)
-                continue
-            fitting.append(spec)
+            # a copy has the adapter merged
+            operations = cached_forward(built, lora_rank=0 if copies else rank)
             forwards |= {(dtype, spec): operations for dtype in copies or (None,)}
-        return cls(unit, forwards, tuple(copies), tuple(fitting), left_out)
+        return cls(unit, forwards, tuple(copies), tuple(caches), {})
 
 
 def _model_record(architecture: Architecture, extras: _Extras, variants: Sequence[Variant]) -> dict[str, Any]:

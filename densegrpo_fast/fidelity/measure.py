@@ -14,7 +14,6 @@ from torch import Tensor
 from densegrpo_fast.fidelity.target import FidelityTarget
 from densegrpo_fast.fidelity.variants import Variant, reference
 from densegrpo_fast.models.base import Cache, FlowModel, Recorder
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration, sparse_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
@@ -35,7 +34,7 @@ def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> Iterat
     }
     if target.branched:
         return branched_iteration(variant.plan, branches=group_size, **options)
-    options["shared"] = group_size if target.shared_noise and not _uses_its_rollout(variant, target, group_size) else 1
+    options["shared"] = group_size if target.shared_noise and not _uses_its_rollout(variant, target) else 1
     return dense_iteration(variant.plan, **options)
 
 
@@ -154,7 +153,7 @@ def trajectories(target: FidelityTarget, groups: range, *, group_size: int, seed
     """Roll out the named groups, as `batches` does without branches."""
     model = target.model
     for rows, metadata, index in _rows(target, groups, group_size):
-        caches = {key: make(len(rows), group_size) for key, make in target.caches.items()}
+        caches = {key: make(len(rows)) for key, make in target.caches.items()}
         first = index - index % group_size if target.shared_noise else index
         trajectory = rollout(
             model,
@@ -232,26 +231,25 @@ def measure(
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
     done = 0
     for batch in batches(target, groups, group_size=group_size, seed=seed):
-        for way in dict.fromkeys(map(without_decoder, wanted)):
-            lookahead = lookahead_of(target, way, batch)
-            alike = [variant for variant in wanted if without_decoder(variant) == way]
-            for variant, images in pictures(target, lookahead, batch, alike):
-                parts[variant].append(score(target, batch, images))
+        for variant, rewards in rewards_of(target, wanted, batch):
+            parts[variant].append(rewards)
         done += len(batch.rows) // group_size
         progress(done)
     return {variant: torch.cat(values) for variant, values in parts.items()}
 
 
-def pictures(
-    target: FidelityTarget, lookahead: Lookahead, batch: Batch, variants: Sequence[Variant]
-) -> Iterator[tuple[Variant, Tensor]]:
-    """Images [T+1, B, 3, H, W], or [M, B, 3, H, W] of branches, by every variant's decoder."""
-    clean = lookahead.complete(batch.rollout)
-    for variant in variants:
-        yield variant, lookahead.images(batch.rollout, clean, variant.decoder, decoding(target, variant))
+def rewards_of(target: FidelityTarget, variants: Sequence[Variant], batch: Batch) -> Iterator[tuple[Variant, Tensor]]:
+    """Every variant's rewards of a batch, as `measure` returns them; those that differ in the decoder alone share
+    completions."""
+    for way in dict.fromkeys(map(without_decoder, variants)):
+        lookahead = lookahead_of(target, way, batch)
+        clean = lookahead.complete(batch.rollout)
+        for variant in variants:
+            if without_decoder(variant) == way:
+                images = lookahead.images(batch.rollout, clean, variant.decoder, decoding(target, variant))
+                yield variant, score(target, batch, images)
 
 
-def _uses_its_rollout(variant: Variant, target: FidelityTarget, group_size: int) -> bool:
+def _uses_its_rollout(variant: Variant, target: FidelityTarget) -> bool:
     """Whether each completion reuses something from its own sample's rollout, as `Lookahead.dedup` asks."""
-    reused = variant.guidance == "reuse" and target.guided
-    return reused or (variant.cache is not None and CacheSpec.parse(variant.cache).alike(group_size) < group_size)
+    return variant.cache is not None or (variant.guidance == "reuse" and target.guided)

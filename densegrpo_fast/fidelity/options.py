@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from densegrpo_fast.common.aliases import cache_problem
 from densegrpo_fast.common.command_line import command_parser
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.sampling.plan import Plan, make_plan
 
 MakePlan = Callable[[int], Plan]
 """From the number of steps to a plan."""
 
 _EXCLUDED = {
-    "cost": ("analytic", "search", "config", "adapter", "vae_dtype", "plot"),
+    "cost": ("analytic", "search", "adapter", "vae_dtype", "plot"),
     "analytic": ("config", "adapter", "copy_dtype", "vae_dtype", "cache"),
 }
 _DEFAULT_PLANS = ("exact_but_last", "n_step:2", "one_step")
@@ -39,8 +39,15 @@ def parse(arguments: Sequence[str], docstring: str | None = None) -> tuple[argpa
         for name in excluded:
             if getattr(options, name):
                 parser.error(f"--{mode} and --{name.replace('_', '-')} exclude each other")
-        if overrides:
-            parser.error(f"--{mode} takes no configuration, got {' '.join(overrides)}")
+    if options.analytic and overrides:
+        parser.error(f"--analytic takes no configuration, got {' '.join(overrides)}")
+    if options.cost and (options.config or overrides):
+        for name in ("plans", "guidance", "decoder", "copy_dtype", "cache"):
+            if getattr(options, name):
+                parser.error(
+                    f"--cost prices a configuration as it is: not with --{name.replace('_', '-')}, but with options "
+                    "such as --lookahead.plan one_step"
+                )
     if options.search and options.groups < 2:
         parser.error(
             f"--search needs --groups of at least 2, one half to search and one to judge, got {options.groups}"
@@ -84,10 +91,8 @@ def _numbers(text: str) -> list[int] | None:
 
 
 def _cache(text: str) -> str:
-    try:
-        CacheSpec.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    if problem := cache_problem(text):
+        raise argparse.ArgumentTypeError(problem)
     return text
 
 
@@ -128,12 +133,17 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         "--cache",
         nargs="+",
         type=_cache,
-        metavar="SPEC",
-        help="measure every plan also with each of these features of the rollout: text or text:own, reuse:2-5, "
-        "skip:0,6, joined by +; with --copy-dtype it is the copies that take them over",
+        metavar="FORM",
+        help="measure every plan also with features of the rollout, text:own; with --copy-dtype it is the copies that "
+        "reuse them",
     )
     add("--analytic", action="store_true", help="a Gaussian-mixture flow with exact velocities instead of a pipeline")
-    add("--cost", action="store_true", help="print costs for the embedded model, SD3.5-Medium and FLUX.1-dev, and stop")
+    add(
+        "--cost",
+        action="store_true",
+        help="print what an iteration costs and stop: of --config, or of the embedded model, SD3.5-Medium and "
+        "FLUX.1-dev with the plans that are named",
+    )
     add(
         "--plans",
         nargs="+",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from densegrpo_fast.common.errors import SetupError
-from densegrpo_fast.common.files import output_errors
+from densegrpo_fast.common.files import replace_bytes
 
 _PANELS = {
     "rewards": ("spearman_rewards_mean", "rewards"),
@@ -106,8 +107,9 @@ def save_plot(
     figure.draw_without_rendering()
     for axis, (key, _) in zip(axes, _PANELS.values(), strict=True):
         _number(axis, [(record[cost], record[key]) for record in records.values()], 72 / figure.dpi)
-    with output_errors(f"cannot write {path}"):
-        figure.savefig(path, dpi=130, format="png")
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=130, format="png")
+    replace_bytes(path, buffer.getvalue())
 
 
 def placed(points: Sequence[tuple[float, float]], texts: Sequence[str], frame: Box) -> list[Box]:

@@ -1,8 +1,9 @@
 """The cheapest plan whose rewards agree with the exact ones: chosen on some groups, to be compared on others.
 
-Every state is completed along every path once (`completions`): paths that begin alike share their evaluations, so any
-node set, which all states share, is a choice among them at no further evaluation. So is a path for each state, of which
-`Chain` finds the best ones for every number of evaluations.
+Every state is completed along every path of few evaluations once (`completions`): paths that begin alike share theirs,
+so any node set, which all states share, is a choice among them at no further evaluation. So is a path for each state,
+of which `Chain` finds the best ones for every number of evaluations. Plans of more evaluations compete where they are
+named, such as those of `ladder`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from densegrpo_fast.fidelity.measure import (
     decoding,
     flops_ratio,
     lookahead_of,
-    pictures,
+    rewards_of,
     score,
     without_decoder,
 )
@@ -90,10 +91,12 @@ def search(
     max_nodes: int,
     group_size: int,
     seed: int,
+    named: Sequence[Plan] = (),
     worst: float = -1.0,
+    observe: Callable[[Batch, Tensor], object] = lambda batch, exact: None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Candidate]:
-    """Compare every set of at most `max_nodes` nodes, and the best paths of so many evaluations for each state.
+    """Compare every set of at most `max_nodes` nodes, the best paths of so many evaluations for each state, and others.
 
     Args:
         target: what is measured.
@@ -102,51 +105,87 @@ def search(
         max_nodes: evaluations of the longest path.
         group_size: G.
         seed: of all noise.
+        named: further plans, however many evaluations they take.
         worst: what the gains' correlation should reach in every step, which the paths are chosen for too.
+        observe: is shown every batch, and its exact rewards as `measure` returns them.
         progress: is told how many groups are done.
 
     Returns:
         All candidates, cheapest first, by operations of the iteration where they are known and else by forwards; of
         equal cost the preview decoder before the full one, and the better agreement of the gains first. Of plans that
-        complete alike the first is kept, and a copy or a cache only with plans that evaluate something.
+        complete alike the first is kept, and one that evaluates nothing once for each decoder, without copy and cache.
     """
     exactly = reference(target.coefficients.num_steps)
     ways = list(dict.fromkeys(replace(way, plan=exactly.plan) for way in ways))
     parts: dict[Variant, list[Scored]] = {way: [] for way in ways}
-    exact: list[Tensor] = []
+    # the others are among the paths
+    longer = [plan for plan in named if any(len(plan.paths[s]) > max_nodes for s in completed_states(target))]
+    measured = dict.fromkeys([exactly, *(replace(way, plan=plan) for way in ways for plan in longer)])
+    whole: dict[Variant, list[Tensor]] = {variant: [] for variant in measured}
     done = 0
     for batch in batches(target, groups, group_size=group_size, seed=seed):
-        lookahead = lookahead_of(target, exactly, batch)
-        exact.extend(score(target, batch, images) for _, images in pictures(target, lookahead, batch, [exactly]))
+        for variant, rewards in rewards_of(target, [*measured], batch):
+            whole[variant].append(rewards)
+        observe(batch, whole[exactly][-1])
         for completing in dict.fromkeys(map(without_decoder, ways)):
             scored: dict[Variant, dict[tuple[int, Path], Tensor]] = {
                 way: {} for way in ways if without_decoder(way) == completing
             }
             lookahead = lookahead_of(target, completing, batch)
             for state, path, clean in completions(lookahead, batch.rollout, max_nodes=max_nodes):
-                for way, rewards in scored.items():
-                    rewards[state, path] = _decoded(target, batch, clean, way)
-            for way, rewards in scored.items():
-                parts[way].append(rewards)
+                for way, by_path in scored.items():
+                    by_path[state, path] = _decoded(target, batch, clean, way)
+            for way, by_path in scored.items():
+                parts[way].append(by_path)
         done += len(batch.rows) // group_size
         progress(done)
 
-    truth, candidates = torch.cat(exact), []
+    truth, candidates = torch.cat(whole[exactly]), dict[Variant, Candidate]()
     for way in ways:
         table = _joined(parts[way])
-        for plan in _plans(target, table, truth, max_nodes, worst):
-            if not plan.evaluations and (way.copy or way.cache):
-                continue
+        found = {
+            plan: assemble(table, plan, states_of(target))
+            for plan in _plans(target, table, truth, max_nodes, worst, [plan for plan in named if plan not in longer])
+        }
+        found |= {plan: torch.cat(whole[replace(way, plan=plan)]) for plan in longer}
+        for plan, cheap in found.items():
             variant = replace(way, plan=plan)
-            agreement = agreement_of(target, truth, assemble(table, plan, states_of(target)))
+            if not plan.evaluations:
+                # all ways that decode alike are the same
+                variant = replace(variant, guidance=ways[0].guidance, copy=None, cache=None)
+            if variant in candidates:
+                continue
+            agreement = agreement_of(target, truth, cheap)
             forwards = cost_of(variant, target, group_size).lookahead.forwards
-            candidates.append(Candidate(variant, forwards, flops_ratio(variant, target, group_size), agreement))
-    return sorted(candidates, key=_order)
+            candidates[variant] = Candidate(variant, forwards, flops_ratio(variant, target, group_size), agreement)
+    return sorted(candidates.values(), key=_order)
 
 
 def cheapest(candidates: Sequence[Candidate], thresholds: Thresholds) -> Candidate | None:
     """The first candidate, in the order of `search`, that meets the thresholds."""
     return next((candidate for candidate in candidates if thresholds.met_by(candidate.agreement)), None)
+
+
+def ladder(target: FidelityTarget) -> list[Plan]:
+    """Plans from exact on down: all steps but the last, three quarters, half and a quarter of these, evenly spread over
+    what lies ahead of the first completed state, and no step. Of those that complete alike the first."""
+    steps, states = target.coefficients.num_steps, completed_states(target)
+    first = min(states, default=steps)
+    ahead = max(0, steps - 2 - first)
+    rungs = [plans.exact(steps), plans.exact_but_last(steps)]
+    for count in (ahead * share // 4 for share in (3, 2, 1)):
+        if count:
+            rungs.append(plans.nodes(steps, [first + round(i * ahead / count) for i in range(1, count + 1)]))
+    rungs.append(plans.one_step(steps))
+    different: dict[tuple[Path, ...], Plan] = {}
+    for plan in rungs:
+        different.setdefault(tuple(plan.paths[state] for state in states), plan)
+    return list(different.values())
+
+
+def completed_states(target: FidelityTarget) -> list[int]:
+    """The states with a completion of their own that steps are left to, increasing."""
+    return sorted({*states_of(target)} - {target.coefficients.num_steps})
 
 
 def longest_path(target: FidelityTarget) -> int:
@@ -297,22 +336,24 @@ def chain_of(table: Scored, exact: Mapping[int, Tensor], num_steps: int, *, gain
     return Chain(tuple(choices.values()), tuple(states.values()), tuple(steps))
 
 
-def _plans(target: FidelityTarget, table: Scored, truth: Tensor, max_nodes: int, worst: float) -> Iterator[Plan]:
-    """The node sets, then the best paths; of those that complete the measured states alike only the first."""
-    steps, columns = target.coefficients.num_steps, states_of(target)
-    completed_states = sorted({*columns} - {steps})
+def _plans(
+    target: FidelityTarget, table: Scored, truth: Tensor, max_nodes: int, worst: float, named: Sequence[Plan]
+) -> Iterator[Plan]:
+    """The named plans, the node sets, then the best paths; of those that complete the measured states alike only the
+    first."""
+    steps, columns, states = target.coefficients.num_steps, states_of(target), completed_states(target)
     exact = {state: truth[..., columns.index(state)] for state in columns}
     best = chain_of(table, exact, steps, gains=not target.branched)
 
     def single(paths: tuple[Path, ...]) -> Plan:
-        chosen = dict(zip(completed_states, paths, strict=False))
+        chosen = dict(zip(states, paths, strict=False))
         return plans.own_paths(steps, [chosen.get(state, ()) for state in range(steps)])
 
     shared = (plans.nodes(steps, nodes) if nodes else plans.one_step(steps) for nodes in node_sets(steps, max_nodes))
     seen = set()
     # the paths with and without an eye on the worst step
-    for plan in chain(shared, map(single, (*best.best(), *best.best(floor=worst)))):
-        paths = tuple(plan.paths[state] for state in completed_states)
+    for plan in chain(named, shared, map(single, (*best.best(), *best.best(floor=worst)))):
+        paths = tuple(plan.paths[state] for state in states)
         if paths not in seen:
             seen.add(paths)
             yield plan

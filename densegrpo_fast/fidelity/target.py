@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from densegrpo_fast.training.prompts import PromptSet, prompt_set
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
+    from densegrpo_fast.models.diffusers_model import DiffusersModel
 
 _STEPS, _GUIDANCE, _NOISE = 10, 4.5, 0.7
 _COMPONENTS, _ALLOWED, _SHAPE = 48, 12, (3, 4, 4)
@@ -47,9 +48,9 @@ class FidelityTarget:
         branched: whether the samples of a group are branches of one noise-free trajectory instead of trajectories.
         copies: of the model by their dtype, for the variants that evaluate one.
         vaes: the model with its full decoder in another precision, by that.
-        caches: by (dtype of the copy that reads it, or None, and spec) what makes a feature cache for so many rows in
-            groups of so many, for the variants that take features over from the rollout.
-        cheap_flops: of one lookahead forward of those variants, by (dtype of the copy, cache spec), either or None.
+        caches: by (dtype of the copy that reads it, or None, and cache) what makes a feature cache for so many rows,
+            for the variants that reuse features of the rollout.
+        cheap_flops: of one lookahead forward of those variants, by (dtype of the copy, cache), either or None.
         guidance_gradient: halves of guided velocities that training goes through.
         shared_noise: whether the trajectories of a group start from one noise.
         step_runner: how the lookaheads' forwards are run; None = operation by operation.
@@ -69,7 +70,7 @@ class FidelityTarget:
     settings: dict[str, Any]
     copies: Mapping[str, FlowModel] = field(default_factory=dict)
     vaes: Mapping[str, FlowModel] = field(default_factory=dict)
-    caches: Mapping[tuple[str | None, str], Callable[[int, int], Cache]] = field(default_factory=dict)
+    caches: Mapping[tuple[str | None, str], Callable[[int], Cache]] = field(default_factory=dict)
     cheap_flops: Mapping[tuple[str | None, str | None], float] = field(default_factory=dict)
     branched: bool = False
     guidance_gradient: GuidanceGradient = "full"
@@ -90,6 +91,7 @@ def pipeline_target(
     copy_dtypes: Sequence[str] = (),
     vae_dtypes: Sequence[str] = (),
     caches: Sequence[tuple[str | None, str]] = (),
+    made: tuple[DiffusersModel, RewardMixture, PromptSet] | None = None,
 ) -> FidelityTarget:
     """The model, sampler, held-out prompts and reward of a configuration.
 
@@ -101,6 +103,7 @@ def pipeline_target(
         vae_dtypes: further precisions of the full decoder.
         caches: specs of features to take over from the rollout, as in the configuration, each with the precision of the
             copy that reads them; None = the model itself does.
+        made: model, reward and prompts that are there already and are measured instead, the model with its adapter.
 
     Raises:
         UserError: something cannot be loaded, or there are too few prompts.
@@ -113,33 +116,40 @@ def pipeline_target(
     from densegrpo_fast.training.rewarding import build_reward
     from densegrpo_fast.training.schedule import Schedule
 
-    prompts = _held_out(config, groups)
-    reward = build_reward(config.reward.terms, config.reward.options)
-    model = load_model(config.model, default_device())
-    if not isinstance(model, DiffusersModel):
-        raise UsageError(f"model.path: the fidelity of a pipeline is measured, {config.model.path} is none")
-    check_calibration(config, model)
+    if made is None:
+        prompts = _held_out(config, groups)
+        reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
+        loaded = load_model(config.model, default_device())
+        if not isinstance(loaded, DiffusersModel):
+            raise UsageError(f"model.path: the fidelity of a pipeline is measured, {config.model.path} is none")
+        model = loaded
+        check_calibration(config, model)
+    else:
+        model, reward, prompts = made
     step_runner = build_step_runner(config, model)
     if adapter is not None:
         _load_adapter(model.network, adapter)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
     lora = config.lora
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
+    if config.model.gradient_checkpointing:
+        unit = replace(unit, backward=unit.backward + unit.forward)
     copies: dict[str, FlowModel] = {dtype: build_copy(model, dtype) for dtype in copy_dtypes}
     chunks, schedule = lookahead_chunks(config, model, "full"), Schedule(config, model)
     costs: dict[tuple[str | None, str | None], float] = {(dtype, None): unit.reference_forward for dtype in copies}
-    features: dict[tuple[str | None, str], Callable[[int, int], Cache]] = {}
+    features: dict[tuple[str | None, str], Callable[[int], Cache]] = {}
     everywhere, halves = plans.exact(config.sampler.num_steps), model.forwards(config.sampler.guidance_scale)
     for dtype, spec in caches:
         reader = model if dtype is None else copies[dtype]
-        make = partial(build_cache, spec, model, reader, everywhere, halves=halves)
+        make = partial(build_cache, model, reader, everywhere, halves=halves)
+        # a model that it does not fit is refused before it is counted
+        make(rows=1)
         costs[dtype, spec] = cached_forward(
             architecture_of(model),
-            make(rows=1, group=1).spec,
             lora_rank=lora.rank if dtype is None else 0,
             lora_targets=tuple(lora.targets),
         )
-        features[dtype, spec] = lru_cache(maxsize=2)(lambda rows, group, make=make: make(rows=rows, group=group))
+        features[dtype, spec] = lru_cache(maxsize=2)(lambda rows, make=make: make(rows=rows))
     return FidelityTarget(
         model=model,
         coefficients=schedule.coefficients(),
@@ -245,7 +255,8 @@ def _held_out(config: Config, groups: int) -> PromptSet:
 
 def _load_adapter(network: Any, directory: Path) -> None:
     from densegrpo_fast.common.files import ADAPTER_FILE
-    from densegrpo_fast.models.lora import attach_lora, read_lora
+    from densegrpo_fast.models.adapter_formats import read_lora
+    from densegrpo_fast.models.lora import attach_lora
 
     if not (directory / ADAPTER_FILE).is_file():
         raise SetupError(f"--adapter: {directory} holds no {ADAPTER_FILE}")

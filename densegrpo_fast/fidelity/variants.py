@@ -47,7 +47,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Such as "nodes{3,6}+copy(bfloat16)+cache(text)/cond_only/preview" or "exact/full/full(bfloat16)"."""
+        """Such as "nodes{3,6}+copy(bfloat16)+cache(text:own)/cond_only/preview" or "exact/full/full(bfloat16)"."""
         decoder = self.decoder if self.vae is None else f"{self.decoder}({self.vae})"
         extras = "".join(f"+{name}({value})" for name in ("copy", "cache") if (value := getattr(self, name)))
         return f"{self.plan.name}{extras}/{self.guidance}/{decoder}"

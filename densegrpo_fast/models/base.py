@@ -100,9 +100,6 @@ class Recorder(Protocol):
 class Cache(Recorder, Protocol):
     """Features of the rollout's forwards that lookahead forwards take over: `models/feature_cache.py`."""
 
-    alike: int
-    """Rows, in consecutive blocks, that take over the very same features: those of a prompt, or 1."""
-
     def reuse(self, step_index: int, rows: Tensor) -> AbstractContextManager[None]:
         """Within the context, one velocity reuses what the rows [B] of a grid index hold."""
 

@@ -1,4 +1,4 @@
-"""Reading a transformer's features as they pass, and running its blocks on features read before."""
+"""Reading a transformer's text features as they pass, and running its blocks on features read before."""
 
 from __future__ import annotations
 
@@ -10,91 +10,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densegrpo_fast.models.cache_spec import CacheSpec
-from densegrpo_fast.models.features import CachedView, Features, gather_rows
-
 
 @contextmanager
-def recording(network: Any, spec: CacheSpec, current: Callable[[], tuple[Features, slice] | None]) -> Iterator[None]:
-    """Within the context, every forward of `network` copies what `spec` names into `current()`, unless that is None.
+def recording(network: Any, keep: Callable[[int, int, Tensor], None]) -> Iterator[None]:
+    """Within the context, every forward of `network` hands the text's features of each block to `keep`.
 
     Hooks that only read: no number of the network changes.
+
+    Args:
+        keep: takes the block, 0 for keys or 1 for values, and them as [B, H, L, D/H].
     """
-    blocks = network.transformer_blocks
-    entered: list[Tensor] = []
 
-    def keep_text(slot: int, which: int, heads: int) -> Callable[..., None]:
-        def hook(_: Any, args: Any, output: Tensor) -> None:
-            target = current()
-            if target is not None:
-                features, rows = target
-                features.keep_text(slot, which, rows, output if output.ndim == 4 else split_heads(output, heads))
-
-        return hook
-
-    def keep_entry(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        entered[:] = streams(args, inputs)
-
-    def keep_residual(_: Any, args: Any, output: tuple[Tensor | None, Tensor]) -> None:
-        target, (text, image) = current(), output
-        image_before, text_before = entered
-        entered.clear()
-        if target is None:
-            return
-        features, rows = target
-        if features.image_residual is not None:
-            features.image_residual[rows].copy_((image - image_before).detach())
-        if features.text_residual is not None and text is not None:
-            features.text_residual[rows].copy_((text - text_before).detach())
+    def hook(number: int, which: int, heads: int) -> Callable[..., None]:
+        return lambda _, __, output: keep(number, which, output if output.ndim == 4 else split_heads(output, heads))
 
     with ExitStack() as hooks:
-        for slot, number in enumerate(spec.text_blocks(len(blocks))):
-            attention = blocks[number].attn
-            norm, heads = attention.norm_added_k, attention.heads
-            key = attention.add_k_proj if norm is None else norm
-            hooks.enter_context(key.register_forward_hook(keep_text(slot, 0, heads)))
-            hooks.enter_context(attention.add_v_proj.register_forward_hook(keep_text(slot, 1, heads)))
-        if spec.reused:
-            first, last = blocks[spec.reused.start], blocks[spec.reused.stop - 1]
-            hooks.enter_context(first.register_forward_pre_hook(keep_entry, with_kwargs=True))
-            hooks.enter_context(last.register_forward_hook(keep_residual))
+        for number, block in enumerate(network.transformer_blocks):
+            attention = block.attn
+            key = attention.add_k_proj if attention.norm_added_k is None else attention.norm_added_k
+            for which, module in enumerate((key, attention.add_v_proj)):
+                hooks.enter_context(module.register_forward_hook(hook(number, which, attention.heads)))
         yield
 
 
 @contextmanager
-def reusing(network: Any, spec: CacheSpec, current: Callable[[], CachedView]) -> Iterator[None]:
-    """Within the context, blocks of `network` run on the features that `current()` names, as `spec` says."""
-    blocks = network.transformer_blocks
-    computed = spec.computed(len(blocks))
+def reusing(network: Any, text_at: Callable[[int], tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Within the context, no block of `network` computes its text stream: `text_at` names a block's keys and values."""
 
-    def with_text(slot: int, block: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    def with_text(number: int, block: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         def forward(
             hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *_: Any, **__: Any
         ) -> tuple[Tensor, Tensor]:
-            taken = current()
-            text = taken.features.text_at(slot, taken.groups)
-            return encoder_hidden_states, image_block(block, hidden_states, temb, *text)
+            return encoder_hidden_states, image_block(block, hidden_states, temb, *text_at(number))
 
         return forward
 
-    def with_residual(
-        hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        taken = current()
-        if taken.features.text_residual is not None:
-            encoder_hidden_states = encoder_hidden_states + gather_rows(taken.features.text_residual, taken.rows)
-        return encoder_hidden_states, hidden_states + gather_rows(taken.features.image_residual, taken.rows)
-
     with ExitStack() as replacements:
-        for slot, number in enumerate(spec.text_blocks(len(blocks))):
-            replacements.enter_context(replaced_forward(blocks[number], with_text(slot, blocks[number])))
-        for number, block in enumerate(blocks):
-            if number not in computed:
-                first = spec.reused and number == spec.reused.start
-                replacements.enter_context(replaced_forward(block, with_residual if first else _pass_on))
-        if spec.text or not computed:
-            # nobody reads the text stream
-            replacements.enter_context(replaced_forward(network.context_embedder, lambda text: text))
+        for number, block in enumerate(network.transformer_blocks):
+            replacements.enter_context(replaced_forward(block, with_text(number, block)))
+        # nobody reads the text stream
+        replacements.enter_context(replaced_forward(network.context_embedder, lambda text: text))
         yield
 
 
@@ -163,7 +118,3 @@ def _attention(attention: Any, tokens: Tensor, *text: Tensor) -> Tensor:
         key, value = torch.cat([key, text[0]], dim=2), torch.cat([value, text[1]], dim=2)
     mixed = F.scaled_dot_product_attention(query, key, value)
     return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
-
-
-def _pass_on(hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return encoder_hidden_states, hidden_states

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from densegrpo_fast.common.pictures import to_unit
 from densegrpo_fast.common.pretrained import silence_loading
 from densegrpo_fast.models.attention import Attention, use_attention
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity
@@ -74,7 +75,8 @@ class DiffusersModel(FlowModel):
         family: what kind of pipeline it is; None = the one of its class (`models/families.py`).
 
     Raises:
-        ValueError: the size or the schedule is none that the family computes.
+        UsageError: the size is none of the network's.
+        ValueError: the schedule or a setting of the network is none that the family computes.
     """
 
     attention: Attention = "auto"
@@ -265,7 +267,7 @@ class DiffusersModel(FlowModel):
             decoded = self.preview_decoder.decode(grid.to(self.preview_decoder.dtype)).sample
         else:
             decoded = self.family.decode(self.pipeline.vae, grid)
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return to_unit(decoded.float() / 2 + 0.5)
 
     def sigmas(self, num_steps: int) -> Tensor:
         return self.family.sigmas(num_steps)

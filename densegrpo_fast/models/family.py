@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.flow.schedule import check_sigmas
 from densegrpo_fast.models.base import Velocity
 
@@ -41,7 +42,8 @@ class Family(ABC):
         max_sequence_length: of the text encoder, in tokens, where the family lets one choose.
 
     Raises:
-        ValueError: the size, the schedule or a setting of the network is none that this family computes.
+        UsageError: the size is none of the network's.
+        ValueError: the schedule or a setting of the network is none that this family computes.
     """
 
     pipeline_class: ClassVar[str]
@@ -87,7 +89,7 @@ class Family(ABC):
         unit = self.unit()
         for name, size in (("height", self.height), ("width", self.width)):
             if size % unit:
-                raise ValueError(f"{name} must be a multiple of {unit} for this model, got {size}")
+                raise UsageError(f"model.{name}: expected a multiple of {unit} for this model, got {size}")
 
     @property
     def vae_scale(self) -> int:

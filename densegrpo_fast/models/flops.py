@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from densegrpo_fast.models import published
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.families import FAMILIES
 from densegrpo_fast.models.family import JOINT_ATTENTION, Family
@@ -227,14 +226,14 @@ def count(
         lora_targets: suffixes of the names of the adapted projections.
         reward: operations of the reward model for one image, e.g. `clip_h_image()`.
     """
-    from peft import LoraConfig
+    from densegrpo_fast.models.lora_linear import lora_config
 
     with torch.device("meta"):
         network = architecture.network().requires_grad_(False)
         inputs = architecture.inputs(network, 1)
         with torch.no_grad():
             reference = counted(lambda: network(**inputs))
-        network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+        network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
         outputs: list[Tensor] = []
         forward = counted(lambda: outputs.append(first_output(network, inputs)))
         backward = counted(lambda: outputs[0].sum().backward())
@@ -251,29 +250,27 @@ def count(
 
 def cached_forward(
     architecture: Architecture,
-    spec: CacheSpec,
     *,
     lora_rank: int = 32,
     lora_targets: tuple[str, ...] = ATTENTION_TARGETS,
 ) -> float:
-    """Operations of one network forward that reuses features as `spec` says; counted like `count`'s `forward`.
+    """Operations of one network forward that reuses a rollout's text features; counted like `count`'s `forward`.
 
     Args:
         architecture, lora_targets: as for `count`.
-        spec: what is reused.
         lora_rank: of the adapter; 0 = merged into the weights, or none.
 
     Raises:
-        ValueError: the spec does not fit the architecture.
+        ValueError: the architecture's text features cannot be kept.
     """
-    from peft import LoraConfig
+    from densegrpo_fast.models.lora_linear import lora_config
 
     with torch.device("meta"), torch.no_grad():
         network = architecture.network().requires_grad_(False)
         inputs = architecture.inputs(network, 1)
         if lora_rank:
-            network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
-        cache, row = FeatureCache(network, spec, nodes=(1,), rows=1), slice(0, 1)
+            network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+        cache, row = FeatureCache(network, nodes=(1,), rows=1), slice(0, 1)
         with cache.record(1, row):
             network(**inputs)
         with cache.reuse(1, row):

@@ -30,6 +30,8 @@ from densegrpo_fast.models.family import Family
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENCODER, _TOKENIZER = "text_encoder", "tokenizer"
 _INDEX = "model_index.json"
+_NO_LIMIT = 10**9
+"""transformers gives a tokenizer without a limit a larger one."""
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -68,7 +70,9 @@ def directory_family(directory: Path, name: str | None = None) -> type[Family]:
     """
     index, name = directory / _INDEX, str(directory) if name is None else name
     if not index.is_file():
-        raise SetupError(f"model.path: {name} has no {_INDEX}, so it is no pipeline directory")
+        snapshots = sorted(path.parent for path in directory.glob(f"snapshots/*/{_INDEX}"))
+        way_out = f"; it is a folder of the hub's cache, give {snapshots[-1]}" if snapshots else ""
+        raise SetupError(f"model.path: {name} has no {_INDEX}, so it is no pipeline directory{way_out}")
     try:
         return family_of(str(read_settings(index).get("_class_name")))
     except (OSError, ValueError) as error:
@@ -209,9 +213,18 @@ def _download(path: str, revision: str | None) -> Path:
 
 def _check_directory(directory: Path, family: type[Family]) -> None:
     """Complain about anything that a pipeline directory lacks and its family needs."""
-    missing = [name for name in family.parts if not (directory / name).is_dir()]
+    try:
+        index = read_settings(directory / _INDEX)
+    except OSError as error:
+        raise SetupError(f"model.path: {directory}: {error}") from None
+    # a part that is left out on purpose is listed as [null, null], or not at all
+    listed = [name for name in family.optional if isinstance(index.get(name), list) and any(index[name])]
+    missing = [name for name in (*family.parts, *listed) if not (directory / name).is_dir()]
     if missing:
-        raise SetupError(f"model.path: {directory} lacks {', '.join(missing)}")
+        way_out = "; to use it without T5, set these to [null, null] in its model_index.json"
+        raise SetupError(
+            f"model.path: {directory} lacks {', '.join(missing)}{way_out if {*missing} <= {*family.optional} else ''}",
+        )
     for name in (*family.parts, *family.optional):
         if name == "scheduler" or name.startswith(_TOKENIZER) or not (directory / name).is_dir():
             continue
@@ -242,6 +255,9 @@ def _load_pipeline(directory: Path, family: type[Family], dtype: dict[str, torch
         tokenizer = encoder.replace(_ENCODER, _TOKENIZER)
         network, words = parts[encoder], parts[tokenizer]
         if network is not None and words is not None:
+            if words.model_max_length > _NO_LIMIT:
+                # the tokenizer does not say how long a prompt may be, the encoder does
+                words.model_max_length = getattr(network.config, "max_position_embeddings", 512)
             size = network.config.get_text_config().vocab_size
             if len(words) > size:
                 problem = f"it has {len(words)} tokens, {encoder} has {size}"

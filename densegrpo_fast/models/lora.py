@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.files import ADAPTER_FILE
-
-_LAYER = re.compile(r"((transformer|unet)\.)?\w+(\.\w+)*\.lora_[AB]\.weight")
+from densegrpo_fast.common.files import ADAPTER_FILE, replace_bytes
+from densegrpo_fast.common.pretrained import check_finite
 
 
 def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], seed: int) -> None:
     """Freeze `transformer` and give the named projections a trainable float32 LoRA (arXiv 2106.09685) through peft.
+
+    On a half-precision transformer its products are computed in that precision (`models/lora_linear.py`).
 
     Args:
         transformer: a diffusers model.
@@ -29,7 +30,7 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], see
     Raises:
         ValueError: a target matches no module.
     """
-    from peft import LoraConfig
+    from densegrpo_fast.models.lora_linear import lora_config
 
     names = [name for name, _ in transformer.named_modules()]
     for target in targets:
@@ -39,7 +40,7 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
+            lora_config(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
         )
     for parameter in transformer.parameters():
         if parameter.requires_grad:
@@ -84,36 +85,24 @@ def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Pa
     from peft import get_peft_model_state_dict
 
     layers = lora_layers(get_peft_model_state_dict(transformer), rank=rank, alpha=alpha)
-    # every pipeline of a kind names them alike: transformer.MODULE or unet.MODULE
-    if isinstance(transformer, UNet2DConditionModel):
-        StableDiffusionPipeline.save_lora_weights(directory, unet_lora_layers=layers, safe_serialization=True)
-    else:
-        StableDiffusion3Pipeline.save_lora_weights(directory, transformer_lora_layers=layers, safe_serialization=True)
+    check_finite("the trained adapter", layers)
+    # diffusers writes in place, and as a file that its owner alone may read
+    with TemporaryDirectory() as staged:
+        # every pipeline of a kind names them alike: transformer.MODULE or unet.MODULE
+        if isinstance(transformer, UNet2DConditionModel):
+            StableDiffusionPipeline.save_lora_weights(staged, unet_lora_layers=layers, safe_serialization=True)
+        else:
+            StableDiffusion3Pipeline.save_lora_weights(staged, transformer_lora_layers=layers, safe_serialization=True)
+        data = (Path(staged) / ADAPTER_FILE).read_bytes()
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_bytes(directory / ADAPTER_FILE, data, digest=True)
     return directory / ADAPTER_FILE
-
-
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """The layers of an adapter file, as `lora_layers` returns them.
-
-    Raises:
-        ValueError: it cannot be read, or is no LoRA of a transformer alone in diffusers' form.
-    """
-    import safetensors.torch
-
-    try:
-        layers = safetensors.torch.load_file(path)
-    except Exception as error:  # the library raises its own kinds for a damaged file
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    for name, tensor in layers.items():
-        if not _LAYER.fullmatch(name) or tensor.ndim != 2:
-            raise ValueError(f"{path}: expected a LoRA of a diffusers transformer or unet, got {name!r}")
-    return {name.removeprefix("transformer.").removeprefix("unet."): tensor.float() for name, tensor in layers.items()}
 
 
 def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:
     """Give a transformer without an adapter this one, frozen, in float32 whatever its own precision.
 
-    diffusers' own loader would round it to the transformer's dtype; a run evaluates it unrounded.
+    diffusers' own loader would round it to the transformer's dtype; a run keeps it unrounded.
 
     Args:
         layers: as `lora_layers` returns them.
@@ -121,7 +110,7 @@ def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: a layer has no module, or not the shape that it needs; nothing was changed.
     """
-    from peft import LoraConfig
+    from densegrpo_fast.models.lora_linear import lora_config
 
     modules = dict(transformer.named_modules())
     ranks: dict[str, int] = {}
@@ -138,7 +127,7 @@ def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:
     others = {name: rank for name, rank in ranks.items() if rank != common}
     with torch.random.fork_rng(devices=[]):
         transformer.add_adapter(
-            LoraConfig(
+            lora_config(
                 r=common,
                 lora_alpha=common,
                 rank_pattern=others,

@@ -71,7 +71,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """Attention as one kernel that keeps no matrix of scores, which on the meta device torch would not choose.
 
     It takes the function's own place rather than a mode's, which a backward that computes a block again would not see.
@@ -92,7 +92,7 @@ def _fused_attention() -> Iterator[None]:
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """Most bytes of the tensors that `call` makes and that are alive at the same time, its result included."""
-    with _fused_attention(), PeakBytes() as memory:
+    with fused_attention(), PeakBytes() as memory:
         call()
     return memory.peak
 
@@ -119,13 +119,13 @@ class ModelMemory:
         lora_rank: int = 32,
         lora_targets: tuple[str, ...] = ATTENTION_TARGETS,
     ):
-        from peft import LoraConfig
+        from densegrpo_fast.models.lora_linear import lora_config
 
         self.architecture = architecture
         with torch.device("meta"):
             self.network = nn.Module.to(architecture.network(), dtype).requires_grad_(False)
             self.transformer = module_bytes(self.network)
-            self.network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+            self.network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
             self.vae = nn.Module.to(architecture.full_decoder(), vae_dtype)
             make = architecture.preview_decoder
             self.preview = None if make is None else nn.Module.to(make(), preview_dtype)
@@ -156,11 +156,9 @@ class ModelMemory:
             return 4 * self.architecture.decode(self.vae, latents).numel()
 
     @property
-    def tokens(self) -> tuple[int, int]:
-        """Image and text tokens of one row."""
-        _, height, width = self.architecture.latent_shape
-        text = self._inputs(1)["encoder_hidden_states"].shape[1]
-        return height * width // self.network.config.patch_size**2, text
+    def text_tokens(self) -> int:
+        """Text tokens of one row."""
+        return self._inputs(1)["encoder_hidden_states"].shape[1]
 
     def forward(self, rows: int) -> int:
         """One velocity of `rows` rows without gradient, the result included."""
@@ -176,7 +174,7 @@ class ModelMemory:
         """
         self._checkpoint(checkpointing)
         inputs = self._inputs(rows)
-        with _fused_attention(), PeakBytes() as memory:
+        with fused_attention(), PeakBytes() as memory:
             output = first_output(self.network, inputs)
             kept = memory.live
             del output

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.models.family import Family, Prompts, dynamic_shift
 
 
@@ -31,10 +32,9 @@ class StableDiffusion3(Family):
     def __init__(self, pipeline: Any, **options: Any):
         super().__init__(pipeline, **options)
         most = self.unit() * int(self.config["pos_embed_max_size"])
-        if max(self.height, self.width) > most:
-            raise ValueError(
-                f"height and width must be at most {most} for this model, got {self.height} and {self.width}"
-            )
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size > most:
+                raise UsageError(f"model.{name}: expected at most {most} for this model, got {size}")
         self.latent_shape = (self.config["in_channels"], self.height // self.vae_scale, self.width // self.vae_scale)
 
     def unit(self) -> int:

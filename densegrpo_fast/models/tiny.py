@@ -229,6 +229,7 @@ def _z_image() -> tuple[ZImagePipeline, AutoencoderTiny]:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
+        max_window_layers=2,
         pad_token_id=tokenizer.pad_token_id,
     )
     pipeline = ZImagePipeline(

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.plugins import select_options
+from densegrpo_fast.common.errors import PluginError
+from densegrpo_fast.common.plugins import fence, is_package_code, select_options
 from densegrpo_fast.flow.dynamics import LOG_PROB_SCALE, B, C, StepCoefficients
 from densegrpo_fast.objective.clip import METRICS, clip_ratios
 from densegrpo_fast.objective.guard import GuardWeight
@@ -87,7 +88,8 @@ class Objective:
         self.weights = settings.step_weights(coefficients, steps) if weights is None else weights
         self._policy = POLICIES.find(settings.policy)
         chosen = select_options(f"policy {settings.policy}", self._policy.options, settings.options)
-        self._loss = self._policy.function()(coefficients, steps, **chosen)
+        with fence(self._policy.function(), f"policy {settings.policy}"):
+            self._loss = self._policy.function()(coefficients, steps, **chosen)
 
     def loss(
         self,
@@ -117,17 +119,27 @@ class Objective:
             clip_fraction is the share of dropped samples with "dppo". A policy loss of one's own may say more.
 
         Raises:
-            ValueError: kl_coef is not 0 but kl is None; shapes disagree; or a policy loss of one's own returns
-                something else than a number.
+            ValueError: kl_coef is not 0 but kl is None, or shapes disagree.
+            PluginError: a policy loss of one's own raised, or returns something else than a number that depends on the
+                policy, and metrics.
         """
         coef, name = self.settings.kl_coef, self.settings.policy
         if kl is None and coef:
             raise ValueError(f"Objective: kl_coef {coef} needs kl, got None")
         weight = self.weights[step].expand(len(advantages))
         pairs = Pairs(step, log_prob, old_log_prob, advantages, weight, velocity, old_velocity, kl, coef)
-        loss, metrics = self._loss(pairs)
-        if loss.ndim:
-            raise ValueError(f"policy {name}: expected a loss without dimensions, got shape {list(loss.shape)}")
+        function = self._policy.function()
+        with fence(function, f"policy {name}", through=(torch.OutOfMemoryError,)):
+            loss, metrics = self._loss(pairs)
+            if not is_package_code(function):
+                metrics = {str(key): torch.as_tensor(value).detach() for key, value in metrics.items()}
+        if not isinstance(loss, Tensor) or loss.ndim:
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise PluginError(f"policy {name}: expected a loss without dimensions, got {found}")
+        if log_prob.requires_grad and not loss.requires_grad:
+            raise PluginError(f"policy {name}: expected a loss that depends on pairs.log_prob or pairs.velocity")
+        if odd := [key for key, value in metrics.items() if value.ndim]:
+            raise PluginError(f"policy {name}: expected metrics without dimensions, got some in {odd[0]!r}")
         if not metrics.keys() >= {*METRICS}:
             metrics = _plain_metrics(pairs, loss) | metrics
         if kl is not None and coef and not self._policy.adds_kl:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.plugins import select_options
+from densegrpo_fast.common.errors import PluginError
+from densegrpo_fast.common.plugins import fenced, select_options
 from densegrpo_fast.flow.dynamics import LOG_PROB_SCALE, B, C, StepCoefficients
 from densegrpo_fast.objective.registry import STEP_WEIGHTS
 
@@ -63,15 +64,22 @@ def step_weights(
         [T] float32; steps that are not trained are weighted by the same rule. 0 if no trained step has a weight.
 
     Raises:
-        ValueError: there is no such weighting, it lacks an option or returns something else than T weights; or there
-            are no trained steps.
+        ValueError: there is no such weighting, it lacks an option, or there are no trained steps.
+        PluginError: it raised, or returned something else than T finite numbers of at least 0.
     """
     if not steps:
         raise ValueError("step_weights: needs at least one trained step")
-    weighting = STEP_WEIGHTS.find(kind)
-    raw = weighting.function()(coefficients, **select_options(f"step weight {kind}", weighting.options, options or {}))
-    if list(raw.shape) != [coefficients.num_steps]:
-        raise ValueError(f"step weight {kind}: expected [{coefficients.num_steps}] weights, got {list(raw.shape)}")
-    raw = raw.to(coefficients.table)
+    weighting, count = STEP_WEIGHTS.find(kind), coefficients.num_steps
+    chosen = select_options(f"step weight {kind}", weighting.options, options or {})
+    with fenced(f"objective.step_weight: {kind}"):
+        raw = weighting.function()(coefficients, **chosen)
+    expected = f"objective.step_weight: {kind} must return a tensor of {count} finite weights of at least 0"
+    if not isinstance(raw, Tensor) or raw.is_complex():
+        raise PluginError(f"{expected}, got {type(raw).__name__ if not isinstance(raw, Tensor) else raw.dtype}")
+    if list(raw.shape) != [count]:
+        raise PluginError(f"{expected}, got shape {list(raw.shape)}")
+    raw = raw.detach().to(coefficients.table)
+    if not raw.isfinite().all() or (raw < 0).any():
+        raise PluginError(f"{expected}, got {raw.tolist()}")
     mean = raw[list(steps)].mean()
     return raw / mean.where(mean > 0, 1.0)

@@ -6,17 +6,25 @@ A reward is any callable `reward(images, prompts, metadata)`:
 * it returns N scores (list, tuple, array or tensor), or `(scores, info)` as Flow-GRPO's rewards do;
 * it may be async;
 * a score of `None`, NaN or infinity is *missing*: the reward could not judge this picture. Missing is not
-  zero: such a sample stays out of its group's statistics and gets advantage 0.
+  zero: such a sample stays out of its group's statistics and gets advantage 0. So is every score of a picture with a
+  number that is not finite; the rewards see a black one in its place.
+
+A reward from outside of the package is given copies, so that it may write into them, and whatever it does ends as a
+`RewardError` under its name (`common.plugins.fenced`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
+import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -24,6 +32,8 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import RewardError
+from densegrpo_fast.common.pictures import finite_pictures
+from densegrpo_fast.common.plugins import fenced, is_package_code
 
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 """`reward(images, prompts, metadata)`, returning scores as the module docstring says."""
@@ -36,14 +46,17 @@ class Scores:
     Attributes:
         values: [N] float32 on the CPU, the weighted sum; NaN = missing.
         per_reward: each reward's own unweighted scores, [N] float32; NaN = missing.
+        finite: [N] bool, whether the picture holds finite numbers alone, without which it has no scores; None = all do.
     """
 
     values: Tensor
     per_reward: dict[str, Tensor]
+    finite: Tensor | None = None
 
     def select(self, index: Tensor) -> Scores:
         """The scores of the pictures that `index` [n] int64 names, any number of times each."""
-        return Scores(self.values[index], {name: values[index] for name, values in self.per_reward.items()})
+        per_reward = {name: values[index] for name, values in self.per_reward.items()}
+        return Scores(self.values[index], per_reward, None if self.finite is None else self.finite[index])
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
@@ -58,7 +71,16 @@ class Scores:
         return cls(
             torch.cat([part.values for part in parts]),
             {name: torch.cat([part.per_reward[name] for part in parts]) for name in names},
+            torch.cat([part._finite() for part in parts]),
         )
+
+    def _finite(self) -> Tensor:
+        return torch.ones(len(self.values), dtype=torch.bool) if self.finite is None else self.finite
+
+    @property
+    def not_finite(self) -> int:
+        """Number of pictures that hold numbers that are not finite."""
+        return int((~self._finite()).sum())
 
     @property
     def missing_share(self) -> float:
@@ -82,16 +104,20 @@ class RewardMixture:
     ones reach the sum. Async rewards run concurrently with one another.
     """
 
-    def __init__(self, terms: Mapping[str, tuple[Reward, float]]):
+    def __init__(self, terms: Mapping[str, tuple[Reward, float]], timeout: float | None = None):
         """Make the mixture.
 
         Args:
             terms: name -> (reward, weight); weights are finite and may be negative.
+            timeout: seconds that a call may take where a reward is from outside of the package; the mixture then
+                calls on a thread of its own, which it leaves behind when the time is over. None = no limit.
 
         Raises:
             TypeError: a reward is not callable.
-            ValueError: no term has a weight other than 0, or a weight is not finite.
+            ValueError: no term has a weight other than 0, a weight is not finite, or the timeout is not above 0.
         """
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ValueError(f"RewardMixture: timeout must be above 0, got {timeout}")
         for name, (reward, weight) in terms.items():
             if not callable(reward):
                 raise TypeError(f"RewardMixture: reward {name!r} must be callable, got {type(reward).__name__}")
@@ -100,6 +126,8 @@ class RewardMixture:
         if not any(weight for _, weight in terms.values()):
             raise ValueError(f"RewardMixture: terms needs a weight other than 0, got the names {sorted(terms)}")
         self.terms = dict(terms)
+        self.timeout = None if all(is_package_code(reward) for reward, _ in terms.values()) else timeout
+        self._running = ""
 
     @torch.no_grad()
     def __call__(
@@ -126,32 +154,77 @@ class RewardMixture:
             raise ValueError(
                 f"RewardMixture: {count} images need as many prompts and metadata, got {len(prompts)} and {len(rows)}"
             )
-        outputs = self._outputs(images, list(prompts), rows)
-        per_reward = {name: _scores(name, outputs[name], count) for name in self.terms}
+        finite = finite_pictures(images)
+        # a reward need not know of NaN, and what it says of such a picture is left out; a GPU would wait to be asked
+        if images.device.type != "cpu" or not finite.all():
+            images = images.where(finite[:, None, None, None], 0.0)
+        score = partial(self._per_reward, images, list(prompts), rows)
+        per_reward = score() if self.timeout is None else self._in_time(score, images.device, self.timeout)
+        finite = finite.cpu()
+        per_reward = {name: values.where(finite, math.nan) for name, values in per_reward.items()}
         total = torch.zeros(count, dtype=torch.float64)
         for name, (_, weight) in self.terms.items():
             if weight:
                 total += weight * per_reward[name].double()
-        return Scores(_only_finite(total), per_reward)
+        return Scores(_only_finite(total), per_reward, finite)
 
-    def _outputs(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, Any]:
-        outputs: dict[str, Any] = {}
+    def _per_reward(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """[N] scores of each reward, NaN = missing."""
+        count, outputs = len(images), dict[str, Any]()
         for name, (reward, _) in self.terms.items():
+            self._running = name
+            arguments = (images, list(prompts), metadata)
+            if not is_package_code(reward):
+                arguments = (images.clone(), list(prompts), copy.deepcopy(metadata))
+            with _named(name):
+                outputs[name] = reward(*arguments)
+        if pending := {name: output for name, output in outputs.items() if inspect.isawaitable(output)}:
+            self._running = " or ".join(pending)
+            outputs |= _await_all(pending)
+        return {name: _scores(name, outputs[name], count) for name in self.terms}
+
+    def _in_time(
+        self, score: Callable[[], dict[str, Tensor]], device: torch.device, seconds: float
+    ) -> dict[str, Tensor]:
+        """`score` on a thread that is given up after so many seconds."""
+        done: list[dict[str, Tensor]] = []
+        failed: list[BaseException] = []
+
+        @torch.no_grad()
+        def work() -> None:
             try:
-                outputs[name] = reward(images, prompts, metadata)
-            except Exception as error:  # a plug-in may raise anything: it goes on, under the reward's name
-                raise _raised(name, error) from error
-        pending = {name: output for name, output in outputs.items() if inspect.isawaitable(output)}
-        return outputs | _await_all(pending) if pending else outputs
+                # a thread starts on the first device, whichever the run's is
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+                done.append(score())
+            except BaseException as error:  # the caller's to raise
+                failed.append(error)
+
+        thread = threading.Thread(target=work, name="rewards", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if failed:
+            raise failed[0]
+        if not done:
+            raise RewardError(
+                f"reward {self._running!r} did not return within {seconds:g} s, the limit of reward.timeout",
+                self._running,
+            )
+        return done[0]
 
 
-def _raised(name: str, error: BaseException) -> RewardError:
-    return RewardError(f"reward {name!r} raised {type(error).__name__}: {error}", name)
+def _named(name: str) -> AbstractContextManager[None]:
+    """Whatever is raised within becomes the reward's error."""
+    return fenced(f"reward {name!r}", partial(RewardError, name=name))
 
 
 def _await_all(pending: Mapping[str, Awaitable[Any]]) -> dict[str, Any]:
     async def gather() -> list[Any]:
-        return await asyncio.gather(*pending.values(), return_exceptions=True)
+        return await asyncio.gather(*(finished(name, output) for name, output in pending.items()))
+
+    async def finished(name: str, output: Awaitable[Any]) -> Any:
+        with _named(name):
+            return await output
 
     try:
         asyncio.get_running_loop()
@@ -161,14 +234,20 @@ def _await_all(pending: Mapping[str, Awaitable[Any]]) -> dict[str, Any]:
         # inside a running loop (a notebook) a second one needs a thread of its own
         with ThreadPoolExecutor(max_workers=1) as pool:
             results = pool.submit(asyncio.run, gather()).result()
-    for name, result in zip(pending, results, strict=True):
-        if isinstance(result, BaseException):
-            raise _raised(name, result) from result
     return dict(zip(pending, results, strict=True))
 
 
 def _scores(name: str, output: Any, count: int) -> Tensor:
-    """[count] float32 on the CPU from whatever form of scores a reward returned."""
+    """[count] float32 on the CPU from whatever form of scores a reward returned.
+
+    Raises:
+        RewardError: it is none of the forms.
+    """
+    with fenced(f"what reward {name!r} returned", partial(RewardError, name=name), through=(RewardError,)):
+        return _read_scores(name, output, count)
+
+
+def _read_scores(name: str, output: Any, count: int) -> Tensor:
     # Flow-GRPO's form; the dict tells it from the scores of two pictures in a tuple
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
         output = output[0]
@@ -193,7 +272,10 @@ def _number(name: str, index: int, score: Any) -> float:
     if not isinstance(value, Real):
         wrong = f"got {score!r} for image {index}"
         raise RewardError(f"reward {name!r} must return a number or None per image, {wrong}", name)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # as an infinity, too large a number is no score
+        return math.nan
 
 
 def _only_finite(scores: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """JSON over HTTP, for rewards in another process: deadlines, capped retries, a circuit breaker, bounded replies.
 
 Only JSON is read: nothing that a server sends is ever run. The whole exchange has one deadline, so a server that sends
-a byte a minute is a slow server, not an endless one. Redirects are not followed and proxies not used.
+a byte a minute is a slow server, not an endless one; and one limit on the bytes that are received, whatever a reply
+says of its length or its coding. Redirects are not followed and proxies not used.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ Parsed = TypeVar("Parsed")
 _TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 _LONGEST_DELAY = 30.0
 _SHOWN_REPLY = 200
+_OVERHEAD = 2**18
+"""Bytes that a reply may take beside its body: status, headers and the sizes of its chunks."""
 
 
 class HttpFailure(Exception):
@@ -152,7 +155,9 @@ class Endpoint:
 
     def _exchange(self, method: str, path: str, body: bytes | None) -> bytes:
         """One request and its reply's body."""
-        connection = (_SecureConnection if self._secure else _Connection)(self._host, self._port, timeout=self.timeout)
+        kind = _SecureConnection if self._secure else _Connection
+        connection = kind(self._host, self._port, timeout=self.timeout)
+        connection.most = 2 * self.max_reply + _OVERHEAD
         headers = {"Accept": "application/json", "Connection": "close"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -164,7 +169,10 @@ class Endpoint:
             content = response.read(self.max_reply + 1)
         except TimeoutError:
             raise HttpFailure(f"no whole reply within {self.timeout:g} s", temporary=True) from None
-        except (OSError, http.client.HTTPException) as error:
+        except _TooLong:
+            raise HttpFailure(f"the reply is longer than {self.max_reply} bytes") from None
+        # http.client itself fails in many ways at a negative or a huge size
+        except (OSError, http.client.HTTPException, ValueError, ArithmeticError) as error:
             raise HttpFailure(f"{type(error).__name__}: {error}", temporary=True) from None
         finally:
             connection.close()
@@ -217,17 +225,15 @@ def _token(variable: str | None) -> str | None:
     return token
 
 
+class _TooLong(OSError):
+    """More bytes have come than a reply may have."""
+
+
 class _Deadline:
     """A socket whose operations must all end by one moment. What http.client needs of a socket, and no more."""
 
-    def __init__(self, sock: socket.socket, moment: float):
-        self._socket, self._moment = sock, moment
-
-    def _rest(self) -> float:
-        rest = self._moment - time.monotonic()
-        if rest <= 0:
-            raise TimeoutError("deadline")
-        return rest
+    def __init__(self, sock: socket.socket, rest: Callable[[], float], most: int):
+        self._socket, self._rest, self._most = sock, rest, most
 
     def sendall(self, data: bytes) -> None:
         # for sendall the timeout is that of the whole call
@@ -235,23 +241,48 @@ class _Deadline:
         self._socket.sendall(data)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_DeadlineReader(self._socket, self._rest))
+        return io.BufferedReader(DeadlineReader(self._socket, self._rest, self._most))
 
     def close(self) -> None:
         self._socket.close()
 
 
-class _DeadlineReader(io.RawIOBase):
-    def __init__(self, sock: socket.socket, rest: Callable[[], float]):
+def remaining(seconds: float) -> Callable[[], float]:
+    """What gives the seconds that are left, and raises TimeoutError when there are none."""
+    moment = time.monotonic() + seconds
+
+    def rest() -> float:
+        left = moment - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("deadline")
+        return left
+
+    return rest
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads from a socket until a moment, and no more than so many bytes.
+
+    Args:
+        sock: the socket.
+        rest: as `remaining` makes it.
+        most: bytes.
+    """
+
+    def __init__(self, sock: socket.socket, rest: Callable[[], float], most: int):
         # a file of the socket keeps it open after http.client closes the connection
-        self._socket, self._file, self._rest = sock, sock.makefile("rb", buffering=0), rest
+        self._socket, self._file, self._rest, self._left = sock, sock.makefile("rb", buffering=0), rest, most
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
         self._socket.settimeout(self._rest())
-        return self._file.readinto(buffer)
+        count = self._file.readinto(buffer)
+        self._left -= count or 0
+        if self._left < 0:
+            raise _TooLong("too many bytes")
+        return count
 
     def close(self) -> None:
         self._file.close()
@@ -259,18 +290,26 @@ class _DeadlineReader(io.RawIOBase):
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection whose timeout is that of the whole exchange."""
+    """A connection whose timeout is that of the whole exchange.
+
+    Attributes:
+        most: bytes that it receives.
+    """
+
+    most = 0
 
     def connect(self) -> None:
-        moment = time.monotonic() + (self.timeout or 0)
+        rest = remaining(self.timeout or 0)
         super().connect()
-        self.sock: Any = _Deadline(self.sock, moment)
+        self.sock: Any = _Deadline(self.sock, rest, self.most)
 
 
 class _SecureConnection(http.client.HTTPSConnection):
     """The same over TLS, with the server's certificate checked."""
 
+    most = 0
+
     def connect(self) -> None:
-        moment = time.monotonic() + (self.timeout or 0)
+        rest = remaining(self.timeout or 0)
         super().connect()
-        self.sock: Any = _Deadline(self.sock, moment)
+        self.sock: Any = _Deadline(self.sock, rest, self.most)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from densegrpo_fast.common.pictures import to_bytes
 logger = logging.getLogger(__name__)
 
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+
+_QUOTES = str.maketrans({**dict.fromkeys("‘’‚‛′ʼ", "'"), **dict.fromkeys("“”„‟″", '"')})
 
 
 class Ocr:
@@ -93,11 +96,18 @@ def wanted_text(prompt: str, metadata: dict[str, Any]) -> str:
 
 
 def similarity(found: str, wanted: str) -> float:
-    """Flow-GRPO's score in [0, 1] of the text that was read for the text that was wanted (not empty)."""
-    found, wanted = ("".join(text.split()).lower() for text in (found, wanted))
+    """Flow-GRPO's score in [0, 1] of the text that was read for the text that was wanted (not empty).
+
+    Both are brought to one form of Unicode (NFKC) and of quotation marks first: equal characters may have two codes.
+    """
+    found, wanted = (_plain(text) for text in (found, wanted))
     if wanted in found:
         return 1.0
     return max(1 - edit_distance(found, wanted) / len(wanted), 0.0)
+
+
+def _plain(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).translate(_QUOTES).split()).lower()
 
 
 def edit_distance(first: str, second: str) -> int:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from densegrpo_fast.common.plugins import load
+from densegrpo_fast.common.errors import RewardError
+from densegrpo_fast.common.plugins import fenced, load, resolve
 
 if TYPE_CHECKING:
     from densegrpo_fast.rewards.base import Reward
@@ -23,23 +26,35 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class _BuiltIn:
-    """Where a reward of this package lives: its file, its class, and the options its name stands for."""
+    """Where a reward of this package lives.
+
+    Attributes:
+        module, factory: its file and its class.
+        options: that its name stands for.
+        bounds: between which its scores lie; None = none are known.
+        reads: what reads a prompt, as `module:name`, and raises ValueError at one that it cannot; None = it takes any.
+    """
 
     module: str
     factory: str
     options: dict[str, Any] = field(default_factory=dict)
+    bounds: tuple[float, float] | None = None
+    reads: str | None = None
+
+
+_SCENES: dict[str, Any] = {"bounds": (0.0, 1.0), "reads": f"{__package__}.scene_request:parse"}
 
 
 BUILT_IN = {
-    "scenes": _BuiltIn(".scenes", "ScenesReward"),
-    "scenes_strict": _BuiltIn(".scenes", "ScenesReward", {"strict": True}),
-    "scenes_smooth": _BuiltIn(".scenes_smooth", "ScenesSmooth"),
+    "scenes": _BuiltIn(".scenes", "ScenesReward", **_SCENES),
+    "scenes_strict": _BuiltIn(".scenes", "ScenesReward", {"strict": True}, **_SCENES),
+    "scenes_smooth": _BuiltIn(".scenes_smooth", "ScenesSmooth", **_SCENES),
     "jpeg_compressibility": _BuiltIn(".jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": _BuiltIn(".jpeg", "JpegIncompressibility"),
     "pickscore": _BuiltIn(".pickscore", "PickScore"),
     "clipscore": _BuiltIn(".clipscore", "ClipScore"),
     "aesthetic": _BuiltIn(".aesthetic", "Aesthetic"),
-    "ocr": _BuiltIn(".ocr", "Ocr"),
+    "ocr": _BuiltIn(".ocr", "Ocr", bounds=(0.0, 1.0)),
     "remote": _BuiltIn(".remote", "RemoteReward"),
     "vlm_judge": _BuiltIn(".vlm_judge", "VlmJudge"),
 }
@@ -89,6 +104,51 @@ def resolve_alias(name: str, options: Mapping[str, Mapping[str, Any]]) -> tuple[
     return own.pop(USE, name), own
 
 
+def bounds(terms: Mapping[str, float], options: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Between which scores lie, of the rewards that are known to have bounds, and of their weighted sum as "reward".
+
+    Args:
+        terms: reward name -> weight, 0 for those that are only observed.
+        options: as in `reward.options`.
+    """
+    kinds = {name: resolve_alias(name, options)[0] for name in terms}
+    known = {name: own for name, kind in kinds.items() if kind in BUILT_IN and (own := BUILT_IN[kind].bounds)}
+    if all(name in known for name, weight in terms.items() if weight):
+        ends = [sorted(weight * end for end in known[name]) for name, weight in terms.items() if weight]
+        known["reward"] = (sum(low for low, _ in ends), sum(high for _, high in ends))
+    return known
+
+
+def check_sources(names: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Look for the files and modules of one's own rewards without running them.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    for name in names:
+        kind, _ = resolve_alias(name, options)
+        source = kind.rpartition(":")[0]
+        if source.endswith(".py") and not Path(source).is_file():
+            raise ValueError(f"{kind}: there is no file {source}")
+
+
+def check_prompts(names: Iterable[str], options: Mapping[str, Mapping[str, Any]], prompts: Iterable[str]) -> None:
+    """Let the rewards that cannot read every prompt read these.
+
+    Raises:
+        ValueError: one of them cannot read one of the prompts; it names both.
+    """
+    every = list(prompts)
+    for name in names:
+        kind, _ = resolve_alias(name, options)
+        if kind in BUILT_IN and (reads := BUILT_IN[kind].reads) is not None:
+            for prompt in every:
+                try:
+                    resolve(reads)(prompt)
+                except ValueError as error:
+                    raise ValueError(f"reward {name!r}: {error}") from None
+
+
 def score_affecting(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The options without those that only say where and how the package's rewards are computed."""
     affecting = {}
@@ -111,6 +171,7 @@ def create(name: str, **options: Any) -> Reward:
         ValueError: the name is unknown, or what it names cannot be loaded; `OptionError` if it has no such option,
             needs another, or takes no such value.
         OSError, ImportError: what a reward of the package needs is not here.
+        RewardError: one's own reward failed while it was made.
     """
     if ":" in name:
         target = load(name)
@@ -118,11 +179,13 @@ def create(name: str, **options: Any) -> Reward:
             raise ValueError(f"reward {name!r}: expected a function or class, got {type(target).__name__}")
         _check_options(name, target, options, skip=0 if isinstance(target, type) else 3)
         if isinstance(target, type):
-            return target(**options)
+            with _made(name):
+                return target(**options)
         return partial(target, **options) if options else target
     if name in _REGISTERED:
         _check_options(name, _REGISTERED[name], options)
-        return _REGISTERED[name](**options)
+        with _made(name):
+            return _REGISTERED[name](**options)
     if name not in BUILT_IN:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -134,6 +197,11 @@ def create(name: str, **options: Any) -> Reward:
     merged = {**entry.options, **options}
     _check_options(name, factory, merged)
     return factory(**merged)
+
+
+def _made(name: str) -> AbstractContextManager[None]:
+    """Whatever one's own reward raises while it is made is its error."""
+    return fenced(f"making the reward {name!r}", partial(RewardError, name=name))
 
 
 def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str, Any], skip: int = 0) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.aliases import comparable_settings, complete_settings
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError, UsageError
-from densegrpo_fast.common.files import output_errors, sync_directory, unused_name, write_durably
+from densegrpo_fast.common.files import output_errors, read_plainly, sync_directory, unused_name, write_durably
 from densegrpo_fast.common.fingerprint import canonical_json, differences, fingerprint
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class CheckpointManager:
             self.directory.mkdir(parents=True, exist_ok=True)
             for entry in self.directory.iterdir():
                 if entry.name.startswith(_STAGE_PREFIX):
-                    shutil.rmtree(entry)
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             try:
                 self._write(stage, step, files)
                 if target.exists():
@@ -201,18 +201,18 @@ class CheckpointManager:
 
 
 def newest_settings(directory: Path) -> dict[str, Any] | None:
-    """The settings in the newest readable manifest of a run's checkpoints, unverified, by the names of today.
+    """The settings in the newest intact manifest of a run's checkpoints, by the names of today.
 
     Returns:
         None without any.
 
     Raises:
-        CheckpointError: an option that is gone has a value with an effect.
+        CheckpointError: an option that is gone has a value with an effect, or the manifest is of another format.
     """
     for path in sorted(directory.glob(f"step-*/{_MANIFEST}"), reverse=True):
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+            settings = _read_manifest(path.parent)["settings"]
+        except (CorruptCheckpoint, KeyError):
             continue
         if isinstance(settings, dict):
             with _named(path.parent):
@@ -297,7 +297,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_plainly(path)
     except OSError as error:
         raise CorruptCheckpoint(f"{path.name}: {error.strerror}") from error
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from densegrpo_fast.common.pictures import to_bytes
+from densegrpo_fast.common.files import read_plainly, replace_bytes
+from densegrpo_fast.common.pictures import finite_pictures, to_bytes
 
+_MARKER, _VERSION = "densegrpo_fast", "1"
+"""PNG text field by which `read_picture` knows its own fields: other programs write a `prompt`, too."""
+MAX_PIXELS = 2**26
+"""Most pixels of a picture that `read_picture` reads."""
 PROMPTS_KEY = "prompts"
 """PNG text field that holds the captions as a JSON list, in reading order."""
 _GAP = 6
@@ -28,7 +37,7 @@ def save_grid(
     """Save pictures as one PNG, row by row.
 
     Args:
-        images: [N, 3, H, W] float; values outside [0, 1] are clamped.
+        images: [N, 3, H, W] float; values outside [0, 1] are clamped, and a picture that is not finite is left grey.
         path: the file to write; its directory is made.
         columns: pictures per row, at least 1.
         scale: whole-number enlargement without smoothing, so that small pictures show their pixels.
@@ -48,7 +57,7 @@ def save_grid(
         raise ValueError(f"save_grid: columns and scale must be at least 1, got {columns} and {scale}")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"save_grid: captions must hold {len(images)} texts, one per image, got {len(captions)}")
-    pixels = to_bytes(images)
+    pixels = to_bytes(images.where(finite_pictures(images)[:, None, None, None], 0.5))
     width, height = images.shape[3] * scale, images.shape[2] * scale
     columns = min(columns, len(images))
 
@@ -69,7 +78,7 @@ def save_grid(
         information.add_itxt(PROMPTS_KEY, json.dumps(list(captions), ensure_ascii=False))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path, format="PNG", pnginfo=information)
+    _save(grid, path, information)
     return path
 
 
@@ -104,25 +113,60 @@ def read_captions(path: str | Path) -> list[str]:
 def save_picture(image: Tensor, path: str | Path, texts: Mapping[str, str]) -> None:
     """Save one picture [3, H, W] as PNG, values clamped to [0, 1], with text fields that `read_picture` returns."""
     information = PngInfo()
-    for name, text in texts.items():
+    for name, text in {**texts, _MARKER: _VERSION}.items():
         information.add_itxt(name, text)
-    Image.fromarray(to_bytes(image[None])[0]).save(path, format="PNG", pnginfo=information)
+    _save(Image.fromarray(to_bytes(image[None])[0]), Path(path), information)
+
+
+def _save(picture: Image.Image, path: Path, information: PngInfo) -> None:
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=information)
+    replace_bytes(path, buffer.getvalue())
 
 
 def read_picture(path: str | Path) -> tuple[Tensor, dict[str, str]]:
-    """A picture file as [3, H, W] float32 in [0, 1], transparency on white, and the text fields that it carries.
+    """A picture file as [3, H, W] float32 in [0, 1], upright, transparency on white, and the fields of `save_picture`.
+
+    Text fields of other programs are left out. 16-bit grey is scaled; numbers without a known white are refused.
 
     Raises:
-        OSError: it cannot be read, or is no picture.
+        OSError: it cannot be read, is no picture, or has more than `MAX_PIXELS` pixels; the message says so.
     """
-    with Image.open(path) as image:
-        texts = {
-            name: str(text) for name, text in image.info.items() if isinstance(name, str) and isinstance(text, str)
-        }
-        colour = image.convert("RGBA")
+    try:
+        with warnings.catch_warnings():
+            # what is larger than Pillow likes is refused below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(read_plainly(Path(path)))) as image:
+                return _pixels(image), _own_texts(image.info)
+    except OSError:
+        raise
+    except Exception as error:  # Pillow answers a damaged file with errors of a dozen classes
+        raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise OSError(errno.EFBIG, f"it has {width} x {height} pixels, expected at most {MAX_PIXELS} in all")
+    if image.mode in ("F", "I") or (image.mode.startswith("I;") and not image.mode.startswith("I;16")):
+        raise OSError(
+            errno.EINVAL, f"its mode {image.mode} does not say which number is white; save it with 8 or 16 bits"
+        )
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        grey = torch.from_numpy(np.array(upright).astype(np.float32)) / 65535
+        return grey.expand(3, -1, -1).contiguous()
+    colour = upright.convert("RGBA")
     opaque = Image.alpha_composite(Image.new("RGBA", colour.size, (255, 255, 255, 255)), colour).convert("RGB")
-    pixels = torch.from_numpy(np.array(opaque))
-    return pixels.permute(2, 0, 1).float() / 255, texts
+    return torch.from_numpy(np.array(opaque)).permute(2, 0, 1).float() / 255
+
+
+def _own_texts(fields: Mapping[Any, Any]) -> dict[str, str]:
+    """The fields that `save_picture` wrote; those of earlier versions are known by being a prompt and a seed alone."""
+    texts = {name: str(text) for name, text in fields.items() if isinstance(name, str) and isinstance(text, str)}
+    if texts.pop(_MARKER, None) is not None or ({*texts} == {"prompt", "seed"} and texts["seed"].isdecimal()):
+        return texts
+    return {}
 
 
 def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from densegrpo_fast.common.aliases import current_metric
 from densegrpo_fast.common.errors import OutputError
-from densegrpo_fast.common.files import finite, output_errors
+from densegrpo_fast.common.files import finite, open_plainly, output_errors, read_plainly
 from densegrpo_fast.run_files.loggers import Loggers
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class MetricsLog:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         with output_errors(f"cannot write {self.path}"):
-            self._file = open(self.path, "ab+")  # noqa: SIM115 - lives as long as the log
+            descriptor = open_plainly(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self._file = open(descriptor, "ab+")  # noqa: SIM115 - lives as long as the log
             self._cut_to_whole_lines(self._file.seek(0, os.SEEK_END))
         self._loggers: Loggers | None = None
 
@@ -119,7 +120,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         ValueError: if a line is not a JSON object; the message gives its number.
     """
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(read_plainly(Path(path)).split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
@@ -131,13 +132,15 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """Iteration, reward and time left: a bar on a terminal, one line per iteration elsewhere.
+    """What is done, its reward and the time left: a bar on a terminal, one line per update elsewhere.
 
     Args:
-        total: iterations of the whole run.
-        done: iterations done before this process began.
+        total: of what is done, such as the iterations of the whole run.
+        done: before this process began.
         stream: where to write.
         clock: seconds that only grow.
+        unit: what is counted.
+        every: seconds between two updates that are shown, and before the first.
     """
 
     def __init__(
@@ -146,15 +149,18 @@ class Progress:
         done: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "iteration",
+        every: float = 0.0,
     ) -> None:
-        self._total = total
+        self._total, self._unit, self._every = total, unit, every
         self._first = self._done = done
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
-        self._start = clock()
+        self._start = self._shown = clock()
         self._bar: Any = None
         if self._stream.isatty():
-            self._bar = tqdm(total=total, initial=done, file=self._stream, unit="it", dynamic_ncols=True)
+            shown = {"unit": "it"} if not every else {"unit": f" {unit}s", "delay": every, "leave": False}
+            self._bar = tqdm(total=total, initial=done, file=self._stream, dynamic_ncols=True, **shown)
 
     def update(self, iteration: int, **values: float) -> None:
         """Show that `iteration` iterations are done.
@@ -167,9 +173,10 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(iteration - self._done)
-        else:
+        elif self._clock() - self._shown >= self._every:
+            self._shown = self._clock()
             words = "".join(f"  {name} {value}" for name, value in shown.items())
-            self.write(f"iteration {iteration}/{self._total}{words}  left {self._time_left(iteration)}")
+            self.write(f"{self._unit} {iteration}/{self._total}{words}  left {self._time_left(iteration)}")
         self._done = iteration
 
     def write(self, line: str) -> None:

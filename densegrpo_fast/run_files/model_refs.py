@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from densegrpo_fast.common.errors import SetupError, UsageError
-from densegrpo_fast.common.files import ADAPTER_FILE
+from densegrpo_fast.common.files import ADAPTER_FILE, PEFT_WEIGHTS
 from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
 from densegrpo_fast.run_files.checkpoint import CheckpointManager, newest_settings
 from densegrpo_fast.run_files.run_directory import ADAPTER, CHECKPOINTS, CONFIG_FILE
@@ -86,17 +86,25 @@ def locate(name: str) -> ModelRef:
     if name == BASE:
         return ModelRef(name)
     path = Path(name).expanduser()
-    file = path if path.is_file() else path / ADAPTER_FILE
+    file = path if path.is_file() else adapter_file(path)
     if file.is_file():
         above = file.parent.parent
         return ModelRef(name, above if (above / CONFIG_FILE).is_file() else None, file)
     if not (path / CONFIG_FILE).is_file():
         problem = "there is no such file or directory" if not path.exists() else f"it holds no {ADAPTER_FILE}"
+        if pickled := sorted(path.glob("*.bin")) + sorted(path.glob("*.pt")):
+            problem += f", only {pickled[0].name}, a pickle file, which can run any code: save it as safetensors"
         raise SetupError(f"{name}: {problem}; expected {BASE}, a run directory or an adapter directory")
     exported = path / ADAPTER / ADAPTER_FILE
     if not exported.is_file() and newest_settings(path / CHECKPOINTS) is None:
         raise SetupError(f"{name}: this run has no adapter and no checkpoint yet")
     return ModelRef(name, path, exported if exported.is_file() else None)
+
+
+def adapter_file(directory: Path) -> Path:
+    """The file of an adapter directory: diffusers', or PEFT's where that alone is there."""
+    peft = directory / PEFT_WEIGHTS
+    return peft if peft.is_file() and not (directory / ADAPTER_FILE).is_file() else directory / ADAPTER_FILE
 
 
 def settings_source(refs: Sequence[ModelRef], config: str | None) -> str:
@@ -142,7 +150,8 @@ def read_weights(ref: ModelRef) -> Weights:
     Raises:
         SetupError: if the file is no adapter; CheckpointError: if no checkpoint is intact.
     """
-    from densegrpo_fast.models.lora import lora_layers, read_lora
+    from densegrpo_fast.models.adapter_formats import read_lora
+    from densegrpo_fast.models.lora import lora_layers
 
     settings = None if ref.run is None else newest_settings(ref.run / CHECKPOINTS)
     base = None if settings is None else settings.get("base_weights")

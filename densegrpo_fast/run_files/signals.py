@@ -29,8 +29,8 @@ class GracefulStop:
                     save()
                     break
 
-    Outside of the main thread no signal can be received, which is logged. The handlers that were there before come back
-    on exit.
+    A SIGHUP, of a terminal that is gone, is ignored. Outside of the main thread no signal can be received, which is
+    logged. The handlers that were there before come back on exit.
 
     Args:
         clock: seconds that only grow.
@@ -55,6 +55,8 @@ class GracefulStop:
             logger.warning("not in the main thread: SIGTERM and Ctrl-C do not end this run in an orderly way")
             return self
         self._earlier = {number: signal.signal(number, self._receive) for number in _STOPPING}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            self._earlier[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(

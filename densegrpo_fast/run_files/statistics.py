@@ -20,6 +20,9 @@ from scipy import stats
 Scores = Mapping[str, Mapping[str, ArrayLike]]
 """Model -> reward -> [N, S] scores of N prompts with S pictures each; NaN = missing."""
 
+Bounds = tuple[float, float]
+"""Between which every value lies, and so their mean."""
+
 
 class Interval(NamedTuple):
     """A mean with its confidence interval; low and high are NaN where a single prompt allows no interval."""
@@ -29,13 +32,14 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+def mean_interval(values: ArrayLike, confidence: float = 0.95, bounds: Bounds | None = None) -> Interval:
     """Student-t interval of a mean over prompts.
 
     Args:
         values: [N], one value per prompt; or [N, S], S samples of each prompt, averaged first. NaN = missing;
             a prompt without any value is left out.
         confidence: coverage, in (0, 1).
+        bounds: of the values, beyond which the interval does not reach; None = unknown.
 
     Raises:
         ValueError: values has another shape or no value present, or confidence is out of range.
@@ -51,16 +55,20 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
         return Interval(mean, float("nan"), float("nan"))
     error = per_prompt.std(ddof=1) / np.sqrt(per_prompt.size)
     reach = float(stats.t.ppf((1 + confidence) / 2, per_prompt.size - 1) * error)
-    return Interval(mean, mean - reach, mean + reach)
+    lowest, highest = (-math.inf, math.inf) if bounds is None else bounds
+    return Interval(mean, max(mean - reach, lowest), min(mean + reach, highest))
 
 
-def paired_interval(before: ArrayLike, after: ArrayLike, confidence: float = 0.95) -> Interval:
+def paired_interval(
+    before: ArrayLike, after: ArrayLike, confidence: float = 0.95, bounds: Bounds | None = None
+) -> Interval:
     """Student-t interval of the mean change after - before over the same prompts.
 
     Args:
         before, after: [N] or [N, S] each, rows in the same order of prompts; NaN = missing. A prompt that
             lacks a value on either side is left out.
         confidence: coverage, in (0, 1).
+        bounds: of the values, as in `mean_interval`.
 
     Raises:
         ValueError: the numbers of prompts differ, no prompt has a value on both sides, or confidence is out
@@ -71,11 +79,15 @@ def paired_interval(before: ArrayLike, after: ArrayLike, confidence: float = 0.9
         raise ValueError(
             f"paired_interval: before and after must cover the same prompts, got {first.size} and {second.size}"
         )
-    return mean_interval(second - first, confidence)
+    span = None if bounds is None else bounds[1] - bounds[0]
+    return mean_interval(second - first, confidence, None if span is None else (-span, span))
 
 
-def compare(scores: Scores) -> dict[str, Any]:
+def compare(scores: Scores, bounds: Mapping[str, Bounds] | None = None) -> dict[str, Any]:
     """Means of every model, and the paired difference of every two, as JSON data with 95% intervals.
+
+    Args:
+        bounds: of the rewards that have some, by name.
 
     Returns:
         subjects: name -> reward -> {mean, low, high, missing}, missing a share in [0, 1];
@@ -83,17 +95,18 @@ def compare(scores: Scores) -> dict[str, Any]:
         order. verdict is "better", "worse" or "no difference shown" (the interval holds 0, or there is none).
         A number that does not exist is None.
     """
-    subjects: dict[str, Any] = {
-        name: {
-            reward: _json(_or_missing(mean_interval, values)) | {"missing": float(np.isnan(np.asarray(values)).mean())}
-            for reward, values in rewards.items()
-        }
-        for name, rewards in scores.items()
-    }
+    known = {} if bounds is None else bounds
+    subjects: dict[str, Any] = {}
+    for name, rewards in scores.items():
+        subjects[name] = {}
+        for reward, values in rewards.items():
+            mean = _or_missing(mean_interval, values, bounds=known.get(reward))
+            subjects[name][reward] = _json(mean) | {"missing": float(np.isnan(np.asarray(values)).mean())}
     differences = []
     for reward in next(iter(scores.values()), {}):
         for first, second in combinations(scores, 2):
-            change = _or_missing(paired_interval, scores[first][reward], scores[second][reward])
+            both = (scores[first][reward], scores[second][reward])
+            change = _or_missing(paired_interval, *both, bounds=known.get(reward))
             verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
             pair = {"first": first, "second": second, "reward": reward}
             differences.append(pair | _json(change) | {"verdict": verdict})
@@ -128,10 +141,10 @@ def _per_prompt(function: str, values: ArrayLike) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _or_missing(interval: Callable[..., Interval], *values: ArrayLike) -> Interval:
+def _or_missing(interval: Callable[..., Interval], *values: ArrayLike, bounds: Bounds | None) -> Interval:
     """The interval of the values; NaN where no prompt has all that it takes."""
     try:
-        return interval(*values)
+        return interval(*values, bounds=bounds)
     except ValueError:
         return Interval(math.nan, math.nan, math.nan)
 

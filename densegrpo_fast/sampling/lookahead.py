@@ -269,10 +269,10 @@ class Lookahead:
         """Which completions are one and the same.
 
         Samples of one initial noise are, as long as nothing has told them apart, unless the completion uses something
-        of each one's own rollout: reused guidance, or a cache's features other than their prompt's.
+        of each one's own rollout: reused guidance, or a cache's features.
         """
-        own = self.guidance == "reuse" and rollout.guidance_terms is not None
-        return rollout.dedup(own=own or (self.cache is not None and self.cache.alike % rollout.dedup().group != 0))
+        reused = self.guidance == "reuse" and rollout.guidance_terms is not None
+        return rollout.dedup(own=reused or self.cache is not None)
 
     def plan_for(self, num_steps: int) -> Plan:
         """The plan of rollouts with so many steps.

@@ -82,6 +82,10 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result] | None:
         return (work(),)
     except torch.OutOfMemoryError:
         pass
+    except RuntimeError as error:
+        # so the CPU's allocator says it
+        if "not enough memory" not in str(error):
+            raise
     # only here, where the error and the frames that it kept alive are gone
     gc.collect()
     if torch.cuda.is_available():

@@ -129,16 +129,16 @@ def _prices(config: Config, model: DiffusersModel, lookahead: Lookahead | None) 
     copied, cache = False, None
     if lookahead is not None:
         copied, cache = underlying(lookahead.model) is not model, lookahead.cache
-    spec = cache.spec if isinstance(cache, FeatureCache) else None
+    cached = isinstance(cache, FeatureCache)
     pickscore = "pickscore" in config.reward.terms
     again = config.model.gradient_checkpointing
-    key = repr((architecture.title, configs, lora.rank, targets, copied, spec, pickscore, again))
+    key = repr((architecture.title, configs, lora.rank, targets, copied, cached, pickscore, again))
     if key not in _counted:
         unit = count(architecture, lora_rank=lora.rank, lora_targets=targets, reward=clip_h_image() if pickscore else 0)
         if again:
             unit = replace(unit, backward=unit.backward + unit.forward)
         forward = unit.reference_forward if copied else unit.forward
-        if spec is not None:
-            forward = cached_forward(architecture, spec, lora_rank=0 if copied else lora.rank, lora_targets=targets)
+        if cached:
+            forward = cached_forward(architecture, lora_rank=0 if copied else lora.rank, lora_targets=targets)
         _counted[key] = Prices(unit, forward)
     return _counted[key]

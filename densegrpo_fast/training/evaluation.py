@@ -13,9 +13,13 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.run_files.metrics import Progress
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
 from densegrpo_fast.training.prompts import prompt_set
+
+_QUIET = 10.0
+"""Seconds after which an evaluation says how far it is, and again after as many."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,12 @@ class HeldOut:
             latents = sample_ode(model, noise[part], chosen, sigmas, guidance_scale=self.guidance_scale)
             return model.decode(latents)
 
-        images = torch.cat(list(self.rows.each(slice(0, len(rows)), draw)))
+        parts, done = [], 0
+        with Progress(len(rows), unit="held-out picture", every=_QUIET) as progress:
+            for part in self.rows.each(slice(0, len(rows)), draw):
+                parts.append(part)
+                progress.update(done := done + len(part))
+        images = torch.cat(parts)
         metadata = [known for known in self.metadata for _ in range(self.samples)]
         try:
             scores = reward(images, rows, metadata)

@@ -11,7 +11,6 @@ from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit import registry
 from densegrpo_fast.models.base import Decoder, FlowModel
-from densegrpo_fast.models.cache_spec import CacheSpec
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.loading import resolve_dtype
@@ -45,9 +44,8 @@ def build_lookahead(config: Config, model: FlowModel) -> Lookahead | None:
     cache = None
     if options.cache is not None:
         guided = options.guidance == "full" and config.sampler.guidance_scale != 1.0
-        group = config.sampler.group_size
-        shape = {"rows": config.data.num_prompts * group, "group": group, "halves": 2 if guided else 1}
-        cache = build_cache(options.cache, model, evaluated, plan, **shape)
+        rows = config.data.num_prompts * config.sampler.group_size
+        cache = build_cache(model, evaluated, plan, rows=rows, halves=2 if guided else 1)
     chunks = lookahead_chunks(config, evaluated, options.decoder)
     return Lookahead(
         evaluated,
@@ -70,8 +68,17 @@ def completion_ways(config: Config, lookahead: Lookahead) -> list[Lookahead]:
 
 
 def build_plan(config: Config, num_steps: int) -> Plan:
-    """The configured plan, for so many steps."""
+    """The configured plan, for so many steps.
+
+    Raises:
+        UsageError: it is auto, which is not chosen yet.
+    """
     options = config.lookahead
+    if options.plan == "auto":
+        raise UsageError(
+            "lookahead.plan: auto is chosen by python -m densegrpo_fast.train, and in Python by "
+            "densegrpo_fast.fidelity.auto.choose(config); the config.yaml of such a run has what was chosen"
+        )
     return make_plan(options.plan, num_steps, options.nodes, options.n or 1, options.paths)
 
 
@@ -101,24 +108,14 @@ def build_copy(model: FlowModel, dtype: str) -> LookaheadCopy:
         raise UsageError(str(error)) from None
 
 
-def build_cache(
-    text: str, model: FlowModel, reader: FlowModel, plan: Plan, *, rows: int, group: int, halves: int
-) -> FeatureCache:
-    """The cache that a configuration's text asks for, between the policy and the model that the lookahead evaluates.
+def build_cache(model: FlowModel, reader: FlowModel, plan: Plan, *, rows: int, halves: int) -> FeatureCache:
+    """The cache between the policy and the model that the lookahead evaluates.
 
     Raises:
-        UsageError: the text is wrong, or does not fit the model.
+        UsageError: it does not fit the model.
     """
     try:
-        return FeatureCache(
-            model.network,
-            CacheSpec.parse(text),
-            nodes=plan.nodes(),
-            rows=rows,
-            group=group,
-            halves=halves,
-            reader=reader.network,
-        )
+        return FeatureCache(model.network, nodes=plan.nodes(), rows=rows, halves=halves, reader=reader.network)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

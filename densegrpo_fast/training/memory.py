@@ -40,8 +40,7 @@ _ADVICE = {
     "update": "model.gradient_checkpointing true, or a smaller sampler.micro_batch",
     "training": "a smaller lora.rank",
     "trajectories": "fewer samples (data.num_prompts, sampler.group_size)",
-    "lookahead features": "fewer lookahead.nodes, lookahead.guidance cond_only, lookahead.cache text in the place of "
-    "text:own or reuse, or null",
+    "lookahead features": "fewer lookahead.nodes, lookahead.guidance cond_only, or lookahead.cache null",
     "graphs": "optimizer.update replayed, model.gradient_checkpointing true, or fewer samples (data.num_prompts, "
     "sampler.group_size)",
     "evaluation": "fewer held-out pictures (evaluation.num_prompts, evaluation.samples_per_prompt), model.vae_decode "
@@ -356,5 +355,5 @@ def estimate_memory(
         encoders=sum(module_bytes(encoder) for encoder in encoders),
         rewards=0 if reward is None else held_bytes([scorer for scorer, _ in reward.terms.values()], model.device),
         copy=evaluated.bytes() if isinstance(evaluated, LookaheadCopy) else 0,
-        features=cache.capacity(*memory.tokens) if isinstance(cache, FeatureCache) else 0,
+        features=cache.capacity(memory.text_tokens) if isinstance(cache, FeatureCache) else 0,
     )

@@ -15,6 +15,7 @@ from densegrpo_fast.common.plugins import is_outside, load
 from densegrpo_fast.common.pretrained import is_hub_id, silence_loading
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.sections import ModelOptions
+from densegrpo_fast.models.adapter_formats import fit_to, read_lora
 from densegrpo_fast.models.attention import check_attention
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.diffusers_model import DiffusersModel
@@ -29,6 +30,7 @@ from densegrpo_fast.models.loading import (
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.published import MODELS
+from densegrpo_fast.run_files.model_refs import adapter_file
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,13 @@ def build_model(config: Config, device: torch.device, dry_run: bool = False) -> 
         add_lora(model.network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=lora.init_seed)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if lora.start is not None:
+        path = Path(lora.start).expanduser()
+        try:
+            layers = read_lora(path if path.is_file() else adapter_file(path))
+            fit_to(layers, model.trainable_parameters(), lora.alpha / lora.rank)
+        except ValueError as error:
+            raise SetupError(f"lora.start: {error}") from None
     if options.compile is not None:
         model.compile(options.compile)
     return model

@@ -15,12 +15,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.errors import NonFiniteError, UsageError
+from densegrpo_fast.common.pictures import finite_pictures
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import Family, coefficients
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.images import read_picture
 from densegrpo_fast.run_files.model_refs import ModelRef, Weights, read_weights, with_adapter
 from densegrpo_fast.run_files.statistics import compare
@@ -121,7 +123,8 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
         [N, 3, H, W] float32 on the CPU.
 
     Raises:
-        UsageError: a noise level does not fit the dynamics; SetupError: one row is too many for the memory.
+        UsageError: a noise level does not fit the dynamics; SetupError: one row is too many for the memory;
+            NonFiniteError: a picture is not finite.
     """
     sigmas, guidance_scale = model.sigmas(sampler.num_steps), sampler.guidance_scale
     table = None
@@ -153,7 +156,11 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
             latents = trajectory.latents[-1]
         return model.decode(latents).cpu()
 
-    return torch.cat(list(OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
+    images = torch.cat(list(OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
+    if not (finite := finite_pictures(images)).all():
+        count = f"{int((~finite).sum())} of {len(images)} pictures hold numbers that are not finite"
+        raise NonFiniteError(f"{count}: the model or its adapter is broken, or model.dtype is too narrow for it")
+    return images
 
 
 def compare_models(config: Config, refs: Sequence[ModelRef]) -> dict[str, Any]:
@@ -182,7 +189,8 @@ def compare_models(config: Config, refs: Sequence[ModelRef]) -> dict[str, Any]:
         "seed": held_out.seed,
     }
     about = {"adapters": adapters, "settings": settings, "prompts": list(held_out.prompts), "scores": scores}
-    return compare(scores) | about
+    rewards = config.reward
+    return compare(scores, bounds(dict.fromkeys(rewards.observed, 0.0) | rewards.terms, rewards.options)) | about
 
 
 def score_files(config: Config, files: Sequence[Path], prompts: PromptSet | None) -> dict[str, Any]:
@@ -203,7 +211,7 @@ def score_files(config: Config, files: Sequence[Path], prompts: PromptSet | None
         try:
             image, fields = read_picture(file)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is no picture, or a damaged one"
+            reason = getattr(error, "strerror", None) or f"it is no picture, or a damaged one ({error})"
             raise UsageError(f"{file} cannot be read: {reason}") from None
         pictures.append(image)
         written.append(fields.get("prompt", ""))
@@ -211,9 +219,9 @@ def score_files(config: Config, files: Sequence[Path], prompts: PromptSet | None
     if not all(rows.prompts):
         words = "%d of %d pictures have no prompt, which most rewards need: give one with --prompt or --prompts"
         logger.warning(words, rows.prompts.count(""), len(files))
-    reward = build_reward(config.reward.terms, config.reward.options)
+    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     scores = score(reward, pictures, rows.prompts, rows.metadata)
-    means = compare({"files": scores})["subjects"]["files"]
+    means = compare({"files": scores}, bounds(config.reward.terms, config.reward.options))["subjects"]["files"]
     return {"means": means, "files": [str(file) for file in files], "prompts": list(rows.prompts), "scores": scores}
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.errors import RewardError, UsageError
+from densegrpo_fast.common.files import read_plainly
 from densegrpo_fast.common.suggest import did_you_mean
+from densegrpo_fast.rewards.registry import check_prompts, check_sources
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
+
+logger = logging.getLogger(__name__)
 
 _DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
 BUILT_IN = ("general", "geneval", "ocr")
@@ -22,6 +29,7 @@ BUILT_IN = ("general", "geneval", "ocr")
 _SENTENCES = 600
 """Built-in training (and at most held-out) sentences; the six categories take turns until each runs out."""
 
+_TABLES = {".tsv": "\t", ".csv": ","}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_PROBLEMS = 5
 
@@ -66,9 +74,9 @@ def load_prompts(path: Path | str, *, max_chars: int = 2000) -> PromptSet:
     """Read a prompt file.
 
     Args:
-        path: a `.txt` file with one prompt per line, or a `.jsonl` file with one object per line whose
-            `prompt` is the text (GenEval's format). UTF-8, with or without a byte order mark. Blanks around a
-            prompt are dropped.
+        path: a `.txt` file with one prompt per line; a `.jsonl` file with one object per line whose `prompt` is the
+            text (GenEval's format); or a `.tsv` or `.csv` table with a column of that name (PartiPrompts, DrawBench).
+            UTF-8, with or without a byte order mark, lines ended in any way. Blanks around a prompt are dropped.
         max_chars: longest prompt accepted, in characters.
 
     Raises:
@@ -76,20 +84,25 @@ def load_prompts(path: Path | str, *, max_chars: int = 2000) -> PromptSet:
             long, not UTF-8, holds a NUL, or is not the expected JSON; the message gives the line numbers.
     """
     path = Path(path)
-    read_line = {".txt": _text_record, ".jsonl": _json_record}.get(path.suffix.lower())
-    if read_line is None:
+    kind = path.suffix.lower()
+    read_line = {".txt": _text_record, ".jsonl": _json_record}.get(kind)
+    if read_line is None and kind not in _TABLES:
         names = ("scenes", *BUILT_IN)
         raise UsageError(
-            f"{path}: expected a prompt file that ends in .txt or .jsonl, or one of {', '.join(names)}"
+            f"{path}: expected a prompt file that ends in .txt, .jsonl, .tsv or .csv, or one of {', '.join(names)}"
             f"{did_you_mean(str(path), names)}",
         )
     try:
-        content = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+        content = read_plainly(path).removeprefix(_BYTE_ORDER_MARK)
     except OSError as error:
         raise UsageError(
             f"{path}: cannot read this prompt file: {error.strerror}; name your own, one prompt per line, or a set of "
             f"the package: {', '.join(BUILT_IN)}",
         ) from None
+    if b"\n" not in content:
+        content = content.replace(b"\r", b"\n")  # as old programs end lines
+    if read_line is None:
+        return _table(path, content, _TABLES[kind], max_chars)
     # Split at line feeds only: a prompt may hold other characters that str.splitlines would split at.
     lines = content.removesuffix(b"\n").split(b"\n")
     if lines == [b""]:
@@ -106,6 +119,30 @@ def load_prompts(path: Path | str, *, max_chars: int = 2000) -> PromptSet:
     if problems:
         raise UsageError(f"{path}: {_joined(problems)}")
     return PromptSet(tuple(prompt for prompt, _ in records), tuple(metadata for _, metadata in records))
+
+
+def _table(path: Path, content: bytes, delimiter: str, max_chars: int) -> PromptSet:
+    """The prompts of a table, each with its row as metadata."""
+    try:
+        text = content.decode("utf-8")
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: this table cannot be read: {error}") from None
+    column = next((name for name in (rows[0] if rows else ()) if str(name).strip().lower() == "prompt"), None)
+    if column is None:
+        raise UsageError(f"{path}: expected a table whose first line names a column prompt, and at least one row")
+    problems = []
+    prompts: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        prompts.append(str(row[column] or "").strip())
+        try:
+            _check_prompt(prompts[-1], max_chars)
+        except ValueError as error:
+            problems.append(f"row {number}: {error}")
+    if problems:
+        raise UsageError(f"{path}: {_joined(problems)}")
+    metadata = [{str(key): value for key, value in row.items()} for row in rows]
+    return PromptSet(tuple(prompts), tuple(row | {"prompt": p} for row, p in zip(metadata, prompts, strict=True)))
 
 
 def _decoded(line: bytes) -> str:
@@ -244,7 +281,9 @@ class TrainingPrompts:
 
     def used(self, iterations: int) -> list[str]:
         """The prompts that so many iterations use, each once."""
-        indices = {index for iteration in range(iterations) for index in self.sampler.batch(iteration)}
+        # no prompt is used twice before all are used once
+        rounds = min(iterations, -(-self.sampler.num_items // self.sampler.num_prompts))
+        indices = {index for iteration in range(rounds) for index in self.sampler.batch(iteration)}
         return [self.prompts.prompts[index] for index in sorted(indices)]
 
 
@@ -265,3 +304,42 @@ def prompt_set(source: str, held_out: bool) -> PromptSet:
         return load_prompts(source)
     except UsageError as error:
         raise UsageError(f"data.{'eval_prompts' if held_out else 'prompts'}: {error}") from None
+
+
+def check_inputs(config: Config) -> None:
+    """Check what can be told of a run's prompts and rewards in a moment, before torch or a model is loaded.
+
+    Raises:
+        UsageError: a prompt file cannot be read, or a reward's file is not there; RewardError: a reward cannot read
+            the prompts.
+    """
+    training, held_out = prompt_set(config.data.prompts, False), prompt_set(config.data.eval_prompts, True)
+    rewards, options = config.reward, config.reward.options
+    used = held_out.prompts[: config.evaluation.num_prompts]
+    for key, names, prompts, source in (
+        ("reward.terms", rewards.terms, training.prompts, "data.prompts"),
+        ("reward.terms", rewards.terms, used, "data.eval_prompts"),
+        ("reward.observed", rewards.observed, used, "data.eval_prompts"),
+    ):
+        try:
+            check_sources(names, options)
+        except ValueError as error:
+            raise UsageError(f"{key}: {error}") from None
+        try:
+            check_prompts(names, options, prompts)
+        except ValueError as error:
+            way_out = "give --reward.observed '[]'" if key == "reward.observed" else "choose another reward"
+            raise RewardError(f"{key}: {error}, in {source}; {way_out}, or other prompts") from None
+    if config.data.eval_prompts != config.data.prompts and config.data.eval_prompts in ("scenes", *BUILT_IN):
+        _mention_held_out(config.data.prompts, config.data.eval_prompts)
+
+
+@lru_cache
+def _mention_held_out(prompts: str, held_out: str) -> None:
+    """Say, once, that held-out pictures are of other prompts than the training ones."""
+    logger.warning(
+        "data.eval_prompts: held-out pictures are of the built-in prompts %r, while data.prompts is %s; name held-out "
+        "prompts like those with --data.eval_prompts",
+        held_out,
+        prompts,
+    )

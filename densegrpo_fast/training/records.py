@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.errors import OutputError, RewardError, UsageError
-from densegrpo_fast.common.files import output_errors, write_durably
+from densegrpo_fast.common.errors import CheckpointError, NonFiniteError, OutputError, RewardError, UsageError
+from densegrpo_fast.common.files import finite, output_errors, read_verified, replace_bytes, replace_text, unused_name
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
@@ -19,16 +21,20 @@ from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.lora import base_fingerprint, save_lora
+from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.alarms import alarms_for
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
 from densegrpo_fast.run_files.images import save_grid
 from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
+from densegrpo_fast.run_files.run_directory import auto_record
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.rewarding import RewardBatch
 from densegrpo_fast.training.schedule import IterationSteps
+
+logger = logging.getLogger(__name__)
 
 PHASES = ("calibration", "rollout", "lookahead", "reward", "monitor", "update")
 _GRID = 24
@@ -106,21 +112,36 @@ class RunRecords:
         self.checkpoints = CheckpointManager(directory / "checkpoints", config.run.keep_checkpoints, settings)
 
     def begin(self, config_yaml: str) -> None:
-        """Write the resolved configuration, and start torch's generator (for rewards that draw) from the run's seed."""
+        """Write the resolved configuration, and start torch's generator (for rewards that draw) from the run's seed.
+
+        What `lookahead.plan auto` measured stands above it as a comment.
+        """
         torch.manual_seed(self.config.seed)
-        with output_errors(f"cannot write in {self.directory}"):
-            write_durably(self.directory / "config.yaml", config_yaml.encode())
+        if measured := auto_record(self.directory):
+            comment = (f"# {line}".rstrip() for line in measured["text"].splitlines())
+            config_yaml = "\n".join([*comment, config_yaml])
+        replace_text(self.directory / "config.yaml", config_yaml, digest=True)
 
     def restore(self, trainer: Resumable, log: MetricsLog) -> int:
         """Continue from the newest good checkpoint; returns the iterations done, 0 if none was saved yet.
 
         Raises:
-            CheckpointError: none is intact, or it belongs to other settings; UsageError: the run has already gone
-                further than `run.iterations`.
+            CheckpointError: none is intact, or it belongs to other settings; there is less than the run's records say
+                that there was; or what the end of the run needs is lost. UsageError: the run has already gone further
+                than `run.iterations`.
         """
         if not self.checkpoints.steps():
-            log.truncate(0)
+            self._begin_again(log)
             return 0
+        for needed in ("config.yaml", "evaluation-before.json"):
+            try:
+                read_verified(self.directory / needed)
+                self._evaluation("before")
+            except (OSError, OutputError) as error:
+                problem = f"{needed}: {error.strerror}" if isinstance(error, OSError) else error
+                raise CheckpointError(
+                    f"{self.directory} cannot be summed up at the end of the run: {problem}"
+                ) from None
         checkpoint = self.checkpoints.load_latest()
         if checkpoint.step > self.config.run.iterations:
             raise UsageError(
@@ -130,6 +151,32 @@ class RunRecords:
         trainer.restore(checkpoint.tensors, checkpoint.state)
         log.truncate(checkpoint.state["metrics_position"])
         return checkpoint.step
+
+    def _begin_again(self, log: MetricsLog) -> None:
+        """Start a run that has saved nothing from its beginning; what it recorded is kept beside.
+
+        Raises:
+            CheckpointError: it must have saved something, since it went on after that.
+        """
+        every, recorded = self.config.run.checkpoint_every, len(log.records())
+        directory = self.checkpoints.directory
+        if directory.is_symlink() and not directory.exists():
+            raise CheckpointError(f"{directory} leads nowhere: is what it leads to mounted?")
+        if every and recorded > every:
+            raise CheckpointError(
+                f"{self.directory} has records of {recorded} iterations and no checkpoint, though one was saved every "
+                f"{every}: {directory} is gone or empty; bring it back, or choose another run.output_dir"
+            )
+        if recorded:
+            kept = unused_name(log.path, "old")
+            replace_bytes(kept, log.path.read_bytes())
+            logger.warning(
+                "%s: nothing was saved yet, so the run begins again; its %d records are kept in %s",
+                self.directory,
+                recorded,
+                kept,
+            )
+        log.truncate(0)
 
     def checkpoint(self, trainer: Resumable, done: int, log: MetricsLog) -> None:
         """Save everything a bit-exact continuation needs."""
@@ -156,17 +203,17 @@ class RunRecords:
         """Keep the scores and pictures of the evaluation `when` ("before" or "after"), and show them to the loggers.
 
         Raises:
-            RewardError: a reward has no score at all.
+            RewardError: a reward has no score at all; NonFiniteError: since the pictures are not finite.
         """
         for name, values in evaluation.scores.items():
             if values.isnan().all():
-                raise RewardError(
-                    f"the held-out evaluation {when} training has no score of {name!r}: all are missing",
-                )
+                problem = f"the held-out evaluation {when} training has no score of {name!r}: all are missing"
+                if not evaluation.images.isfinite().all():
+                    raise NonFiniteError(f"{problem}, and pictures of the model hold numbers that are not finite")
+                raise RewardError(problem)
         scores = {name: values.tolist() for name, values in evaluation.scores.items()}
-        with output_errors(f"cannot write in {self.directory}"):
-            text = json.dumps({"prompts": held_out.prompts, "scores": scores})
-            write_durably(self.directory / f"evaluation-{when}.json", text.encode())
+        document = {"prompts": held_out.prompts, "scores": scores}
+        replace_text(self.directory / f"evaluation-{when}.json", json.dumps(finite(document)), digest=True)
         self.samples(when, evaluation.images, held_out)
         log.show({"iteration": done} | evaluation.metrics())
 
@@ -179,14 +226,21 @@ class RunRecords:
             _, after = self._evaluation("after")
             metrics = log.records()
             phases = {phase: sum(record.get(f"time/{phase}", 0.0) for record in metrics) for phase in PHASES}
+            reward = self.config.reward
+            terms = dict.fromkeys(reward.observed, 0.0) | reward.terms
+            # a trainer may have been given another reward than the configuration's
+            known = bounds(terms, reward.options) if terms.keys() <= after.keys() else {}
             measured = {
-                "before": {name: mean_interval(values) for name, values in before.items()},
-                "after": {name: mean_interval(values) for name, values in after.items()},
-                "change": {name: paired_interval(before[name], after[name]) for name in after},
+                "before": {name: mean_interval(values, bounds=known.get(name)) for name, values in before.items()},
+                "after": {name: mean_interval(values, bounds=known.get(name)) for name, values in after.items()},
+                "change": {
+                    name: paired_interval(before[name], values, bounds=known.get(name))
+                    for name, values in after.items()
+                },
             }
             report = write_report(
                 self.directory,
-                config_yaml=(self.directory / "config.yaml").read_text(),
+                config_yaml=read_verified(self.directory / "config.yaml").decode(),
                 metrics=metrics,
                 images={when: self.directory / "samples" / f"{when}.png" for when in ("before", "after")},
                 phases=phases,
@@ -207,7 +261,8 @@ class RunRecords:
             lines.append(
                 f"held-out {name}: {first.mean:.3f} [{first.low:.3f}, {first.high:.3f}] before, "
                 f"{last.mean:.3f} [{last.low:.3f}, {last.high:.3f}] after; "
-                f"change {moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}] (95%)"
+                f"change {moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}] (95%, "
+                f"{len(prompts)} prompts)"
             )
         lines.append("seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in phases.items()))
         peaks = [record["memory/peak_gib"] for record in metrics if record.get("memory/peak_gib") is not None]
@@ -232,12 +287,11 @@ class RunRecords:
         """Prompts and scores that `evaluated` kept."""
         path = self.directory / f"evaluation-{when}.json"
         try:
-            found = json.loads(path.read_text())
-            prompts, scores = found["prompts"], found["scores"]
-        except (OSError, ValueError, KeyError):
+            found = json.loads(read_verified(path))
+            scores = {
+                name: [[math.nan if value is None else float(value) for value in row] for row in rows]
+                for name, rows in found["scores"].items()
+            }
+            return list(found["prompts"]), scores
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise OutputError(f"{path} is missing or broken, so the run cannot be summed up") from None
-        return prompts, {name: [[_number(v) for v in row] for row in rows] for name, rows in scores.items()}
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.errors import RewardError, UsageError
+from densegrpo_fast.common.errors import NonFiniteError, RewardError, UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit.dense import reward_gains
 from densegrpo_fast.models.base import Decoder, FlowModel
@@ -219,18 +219,21 @@ def check_missing(scores: Scores, allowed: float) -> None:
         allowed: share of the scores, `reward.max_missing`.
 
     Raises:
-        RewardError: more are missing.
+        RewardError: more are missing; NonFiniteError: and pictures that are not finite are among them.
     """
     if scores.missing_share > allowed:
-        raise RewardError(
-            f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows {allowed:.0%}"
-        )
+        problem = f"{scores.missing_share:.0%} of the scores are missing, reward.max_missing allows {allowed:.0%}"
+        if count := scores.not_finite:
+            problem += f"; {count} of {len(scores.values)} pictures hold numbers that are not finite"
+            raise NonFiniteError(f"{problem}: the model, its adapter or its decoder made them, not the reward")
+        raise RewardError(problem)
 
 
 def build_reward(
     terms: Mapping[str, float],
     options: Mapping[str, Mapping[str, Any]] | None = None,
     made: RewardMixture | None = None,
+    timeout: float | None = None,
 ) -> RewardMixture:
     """The weighted mixture of the named rewards.
 
@@ -238,6 +241,7 @@ def build_reward(
         terms: reward name -> weight.
         options: reward name -> its options, as in `reward.options`.
         made: a mixture whose rewards are reused where the names agree, so that no model is loaded twice.
+        timeout: of the mixture.
 
     Raises:
         UsageError: a name or an option is wrong; RewardError: what a reward needs is not here.
@@ -248,7 +252,7 @@ def build_reward(
         for name in terms:
             kind, own = resolve_alias(name, options or {})
             rewards[name] = ready[name][0] if name in ready else create(kind, **own)
-        return RewardMixture({name: (rewards[name], weight) for name, weight in terms.items()})
+        return RewardMixture({name: (rewards[name], weight) for name, weight in terms.items()}, timeout)
     except ValueError as error:
         raise UsageError(f"reward.terms, reward.options: {error}") from None
     except torch.OutOfMemoryError:
@@ -269,4 +273,4 @@ def build_observer(config: Config, training: RewardMixture | None = None) -> Rew
     terms = config.reward.terms
     # a reward that is both trained and observed keeps its weight
     observed = {name: 0.0 for name in config.reward.observed if name not in terms}
-    return build_reward(terms | observed, config.reward.options, training)
+    return build_reward(terms | observed, config.reward.options, training, config.reward.timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from densegrpo_fast.objective.policy import Objective, ObjectiveSettings
 from densegrpo_fast.sampling.dedup import CompletionDedup
 from densegrpo_fast.sampling.step_draws import draw_steps, inclusion_probabilities
 from densegrpo_fast.sampling.windows import remaining_steps
+
+logger = logging.getLogger(__name__)
+
+_LEAST_SIZE = 0.05
+"""Share of the mean size that a step with a KL term is drawn by at least, since its policy loss may be far smaller than
+its KL, or nothing: any probability above 0 leaves the average as it is, and this bounds the factors of the losses."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ class Schedule:
 
     Raises:
         UsageError: a noise level does not fit the dynamics, whether or not its step is in a window; or step weights
-            leave too few steps to draw.
+            leave too few steps to draw, or nothing to train in an iteration.
+        PluginError: step weights of one's own failed.
     """
 
     def __init__(self, config: Config, model: FlowModel):
@@ -71,6 +79,7 @@ class Schedule:
         self.windows = config.schedule()
         self._known: dict[tuple[float, ...], list[Fraction]] = {}
         self.coefficients()
+        self._check_step_weights()
         self.draw_weights(0)
 
     def at(self, iteration: int, levels: Sequence[float] | None = None) -> IterationSteps:
@@ -130,6 +139,11 @@ class Schedule:
             noisy = [step for step in candidates if table.noisy[step]]
             objective = Objective(objective_settings(self.config), table, noisy, weights)
             sizes = [objective.gradient_size(step) if step in noisy else 0.0 for step in candidates]
+            if self.config.objective.kl_coef:
+                least = _LEAST_SIZE * sum(sizes) / max(len(noisy), 1)
+                sizes = [
+                    max(size, least) if step in noisy else size for step, size in zip(candidates, sizes, strict=True)
+                ]
             if not all(map(isfinite, sizes)) or sum(size > 0 for size in sizes) < count:
                 raise UsageError(
                     f"objective.step_weight: {self.config.objective.step_weight} gives the gradients of the steps "
@@ -138,6 +152,28 @@ class Schedule:
                 )
             self._known[key] = inclusion_probabilities(sizes, count)
         return self._known[key]
+
+    def _check_step_weights(self) -> None:
+        """Refuse weights with which an iteration would train nothing; say which noisy steps weigh nothing."""
+        objective, weights = self.config.objective, self.step_weights().tolist()
+        name, wanted, idle = objective.step_weight, objective.trained_steps, set[int]()
+        for candidates in [wanted] if isinstance(wanted, list) else self.config.windows():
+            noisy = self.config.noisy_among(candidates)
+            useful = [step for step in noisy if weights[step]]
+            idle |= {*noisy} - {*useful}
+            drawn = wanted if isinstance(wanted, int) and objective.step_sampling == "uniform" else len(candidates)
+            if drawn <= len(candidates) - len(useful):
+                raise UsageError(
+                    f"objective.step_weight: {name} gives the steps {sorted({*noisy} - {*useful})} the weight 0, so an "
+                    f"iteration of objective.trained_steps {wanted} could train nothing"
+                )
+        if idle:
+            logger.warning(
+                "objective.step_weight: %s gives the steps %s the weight 0: they are sampled, but their rewards train "
+                "nothing",
+                name,
+                sorted(idle),
+            )
 
     def completed_states(self, noisy: tuple[bool, ...], trained: Sequence[int]) -> tuple[int, ...]:
         """The states whose pictures an iteration's credit needs, the image always among those of a trajectory.

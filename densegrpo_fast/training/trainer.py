@@ -50,7 +50,7 @@ from densegrpo_fast.training.meter import Meter, MeteredModel, MeteredReward, Ph
 from densegrpo_fast.training.models import build_model, default_device, synchronizer
 from densegrpo_fast.training.monitor import LookaheadMonitor
 from densegrpo_fast.training.noise_levels import NoiseLevels
-from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts
+from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts, check_inputs
 from densegrpo_fast.training.records import RunRecords, iteration_record
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
@@ -102,19 +102,23 @@ class Trainer:
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
         if reward is None:
-            self.reward = build_reward(config.reward.terms, config.reward.options)
+            check_inputs(config)
+            self.reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
             self.observed = build_observer(config, self.reward)
         else:
-            self.reward = reward if isinstance(reward, RewardMixture) else RewardMixture({"reward": (reward, 1.0)})
+            if not isinstance(reward, RewardMixture):
+                reward = RewardMixture({"reward": (reward, 1.0)}, config.reward.timeout)
+            self.reward = reward
             self.observed = self.reward
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
+        # what is checked in a moment, before what takes long
+        self.schedule = Schedule(config, self.model)
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
         self.policy = MeteredModel(self.model, self.meter)
         if not self.model.trainable_parameters():
             raise UsageError("Trainer: the model that was given has no adapter, so there is nothing to train")
         self.learner = Learner(self.policy, LearnerOptions.of(config))
         self.lookahead = build_lookahead(config, self.model)
-        self.schedule = Schedule(config, self.model)
         if self.lookahead is not None:
             self.lookahead.model = MeteredModel(self.lookahead.model, self.meter, lookahead=True)
         self.rewards = RewardComputer(config, self.policy, self.reward, self.lookahead, self.meter)
