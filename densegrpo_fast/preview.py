@@ -59,7 +59,7 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
         UserError: anything the user can act on.
     """
     from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, replace_bytes
-    from densegrpo_fast.models.sd3 import SD3
+    from densegrpo_fast.models.diffusers_model import DiffusersModel
     from densegrpo_fast.training.policy_samples import policy_alone
     from densegrpo_fast.training.preview_training import agreement, train_preview
     from densegrpo_fast.training.rewarding import build_reward
@@ -71,7 +71,7 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     trainer = policy_alone(config.model_copy(update={"model": exact, "sampler": sampler}), reward=reward)
     model = trainer.model
-    if not isinstance(model, SD3) or model.preview_decoder is None:
+    if not isinstance(model, DiffusersModel) or model.preview_decoder is None:
         raise UsageError(
             "model.preview_decoder: this pipeline brings no preview decoder to start from; name the directory of an "
             "AutoencoderTiny for its latents (for SD3: TAESD3)",

@@ -75,7 +75,7 @@ class MixtureModel(FlowModel):
         allowed = torch.tensor([[float(str(k) in prompt) for k in range(3)] for prompt in unique])
         allowed[allowed.sum(1) == 0] = 1.0
         rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-        return Conditioning(allowed[:, None], allowed, torch.ones(1, 1, 3), torch.ones(1, 3), rows)
+        return Conditioning({"allowed": allowed}, {"allowed": torch.ones(1, 3)}, rows)
 
     def velocity(
         self,
@@ -90,7 +90,7 @@ class MixtureModel(FlowModel):
         cond = torch.empty_like(latents)
         for number in conditioning.rows.unique():
             mine = conditioning.rows == number
-            flow = self.flow.condition(conditioning.pooled[number].nonzero().flatten().tolist())
+            flow = self.flow.condition(conditioning.prompts["allowed"][number].nonzero().flatten().tolist())
             cond[mine] = flow.velocity(latents[mine], sigma[mine]).to(latents.dtype)
         if guidance_scale == 1.0:
             return Velocity(cond, None, 1.0)

@@ -19,6 +19,7 @@ from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.variants import Variant, expanded
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import Decoder
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.flops import (
     ARCHITECTURES,
     Architecture,
@@ -72,8 +73,8 @@ def cost_records(
     draws.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
-    and the full decoder, comes first. Copies and caches are for SD3's transformers, caches not for branches; what does
-    not fit a model is named in its record's `left_out`.
+    and the full decoder, comes first. Caches are for SD3's transformers, and not for branches; what does not fit a
+    model is named in its record's `left_out`.
 
     Args:
         make_plans: from T to a plan.
@@ -219,6 +220,8 @@ def _architecture(config: Config) -> tuple[Architecture, Callable[[int], torch.T
             "pipeline directory as model.path"
         )
     model = load_model(options, torch.device("cpu"))
+    if not isinstance(model, DiffusersModel):
+        raise SetupError(f"--cost: the parts of a pipeline are counted, {options.path} is none")
     return architecture_of(model), model.sigmas
 
 
@@ -253,13 +256,12 @@ class _Extras:
         from diffusers import SD3Transformer2DModel
 
         forwards: dict[tuple[str | None, str | None], float] = {(None, None): unit.forward}
+        forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
         with torch.device("meta"):
             network = built.network()
         if not isinstance(network, SD3Transformer2DModel):
-            wishes = [*(f"copy({dtype})" for dtype in copies), *(f"cache({spec})" for spec in caches)]
             reason = f"for SD3's transformer alone, this is {type(network).__name__}"
-            return cls(unit, forwards, (), (), dict.fromkeys(wishes, reason))
-        forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
+            return cls(unit, forwards, tuple(copies), (), {f"cache({spec})": reason for spec in caches})
         for spec in caches:
             # a copy has the adapter merged
             operations = cached_forward(built, lora_rank=0 if copies else rank)

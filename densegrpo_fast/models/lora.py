@@ -82,14 +82,18 @@ def lora_layers(parameters: Mapping[str, Tensor], *, rank: int, alpha: int) -> d
 
 def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Path:
     """Write the adapter as diffusers' `pytorch_lora_weights.safetensors` and return the file; see `lora_layers`."""
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
     from peft import get_peft_model_state_dict
 
     layers = lora_layers(get_peft_model_state_dict(transformer), rank=rank, alpha=alpha)
     check_finite("the trained adapter", layers)
     # diffusers writes in place, and as a file that its owner alone may read
     with TemporaryDirectory() as staged:
-        StableDiffusion3Pipeline.save_lora_weights(staged, transformer_lora_layers=layers, safe_serialization=True)
+        # every pipeline of a kind names them alike: transformer.MODULE or unet.MODULE
+        if isinstance(transformer, UNet2DConditionModel):
+            StableDiffusionPipeline.save_lora_weights(staged, unet_lora_layers=layers, safe_serialization=True)
+        else:
+            StableDiffusion3Pipeline.save_lora_weights(staged, transformer_lora_layers=layers, safe_serialization=True)
         data = (Path(staged) / ADAPTER_FILE).read_bytes()
     directory.mkdir(parents=True, exist_ok=True)
     replace_bytes(directory / ADAPTER_FILE, data, digest=True)

@@ -57,9 +57,9 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _literal(text: str) -> str:
-    """A Python string that ends no block of Markdown code."""
-    return repr(text).replace("```", "` ` `")
+def _literal(value: object) -> str:
+    """A Python string or number that ends no block of Markdown code."""
+    return (f"{value:g}" if isinstance(value, float) else repr(value)).replace("```", "` ` `")
 
 
 @cache

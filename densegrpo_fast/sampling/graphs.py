@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Outputs = TypeVar("Outputs")
 """A tuple of tensors, some of which may be None."""
 
-_PROMPTS = ("embeds", "pooled", "negative_embeds", "negative_pooled")
+_PROMPTS = ("prompts", "negative")
 _ROWS = ("latents", "velocity", "sigma", "next_sigma", "samples")
 _WARMUP = 3
 
@@ -198,7 +198,9 @@ class GraphedStepRunner(StepRunner):
         conditioning = padded.conditioning
         inputs = {name: getattr(padded, name) for name in _ROWS if getattr(padded, name) is not None}
         inputs["rows"] = conditioning.rows
-        constants = {name: getattr(conditioning, name) for name in _PROMPTS}
+        constants = {
+            f"{half}.{name}": tensor for half in _PROMPTS for name, tensor in getattr(conditioning, half).items()
+        }
         try:
             # counted here: a capture runs more forwards than the lookahead asked for, a replay calls no velocity
             with model.uncounted():
@@ -227,7 +229,11 @@ class GraphedStepRunner(StepRunner):
 
 
 def _step_input(static: Mapping[str, Tensor]) -> StepInput:
-    conditioning = Conditioning(**{name: static[name] for name in (*_PROMPTS, "rows")})
+    prompts, negative = (
+        {name.removeprefix(f"{half}."): tensor for name, tensor in static.items() if name.startswith(f"{half}.")}
+        for half in _PROMPTS
+    )
+    conditioning = Conditioning(prompts, negative, static["rows"])
     tensors: dict[str, Any] = {name: static.get(name) for name in _ROWS}
     return StepInput(conditioning=conditioning, **tensors)
 

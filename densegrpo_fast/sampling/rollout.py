@@ -240,7 +240,7 @@ class Trajectory:
 def initial_noise(
     model: FlowModel, sample_index: Tensor, *, seed: int, iteration: int, stream: Stream = Stream.INITIAL
 ) -> Tensor:
-    """Standard normal latents [B, ...] float32, each a function of (seed, sample index, iteration, stream) alone."""
+    """Standard normal [B, ...] float32, each a function of (seed, sample index, iteration, stream) alone."""
     return gaussian(
         model.latent_shape,
         seed=seed,
@@ -260,7 +260,7 @@ class TrajectorySampler:
             sampler.advance(step)
 
     Args:
-        noise: initial latents [B, ...] float32.
+        noise: standard normal [B, ...] float32, of which `FlowModel.start` makes the initial latents.
         conditioning: prompts of the B rows.
         coefficients: tables for T steps, on the model's device; their family is that of the steps.
         sample_index: [B] int64, the global index that seeds each row's noise.
@@ -304,8 +304,8 @@ class TrajectorySampler:
         self.parts = [slice(start, start + size) for start in range(0, batch, size)]
         latents = noise.new_empty(self.steps + 1, *noise.shape)
         velocities = noise.new_empty(self.steps, *noise.shape)
-        terms = torch.empty_like(velocities) if keep_guidance and guidance_scale != 1.0 else None
-        latents[0] = self._entering = noise
+        terms = torch.empty_like(velocities) if keep_guidance and model.forwards(guidance_scale) > 1 else None
+        latents[0] = self._entering = model.start(noise, coefficients.sigmas)
         self.trajectory = Trajectory(
             latents,
             velocities,
@@ -384,7 +384,7 @@ def sample_ode(
     guidance_scale: float = 1.0,
     micro_batch: int | None = None,
 ) -> Tensor:
-    """Euler's method from noise to clean latents [B, ...] float32; `sigmas` [T+1] decrease to 0."""
+    """Euler's method to clean latents [B, ...] float32; `noise` are latents at the first of `sigmas` [T+1]."""
     sigmas = sigmas.to(noise.device)
     parts = []
     for rows in torch.arange(len(noise), device=noise.device).split(micro_batch or len(noise)):

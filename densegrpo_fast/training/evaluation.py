@@ -101,6 +101,7 @@ class HeldOut:
         rows = [prompt for prompt in self.prompts for _ in range(self.samples)]
         noise = initial_noise(model, torch.arange(len(rows)), seed=self.seed, iteration=0, stream=Stream.EVALUATION)
         conditioning, sigmas = model.encode(rows), model.sigmas(self.num_steps)
+        noise = model.start(noise, sigmas)
 
         def draw(part: slice) -> Tensor:
             chosen = conditioning.select(part)

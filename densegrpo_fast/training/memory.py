@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -15,11 +16,11 @@ from torch import nn
 from densegrpo_fast.common.errors import SetupError, UserError
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.flops import architecture_of
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.models.memory import ModelMemory, module_bytes, tensor_bytes
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.training.lookahead import GB, Chunks
@@ -110,10 +111,10 @@ def estimate(
         features: bytes that the lookahead's cache will hold.
     """
     sampler, model, held_out = config.sampler, config.model, config.evaluation
-    channels, height, width = memory.architecture.latent_shape
-    latents = 4 * channels * height * width
+    latents = 4 * prod(memory.architecture.latent_shape)
     samples, steps = config.data.num_prompts * sampler.group_size, sampler.num_steps
-    guided, dense = sampler.guidance_scale != 1.0, config.uses_lookahead or config.uses_branches
+    guided = sampler.guidance_scale != 1.0 and memory.architecture.guided
+    dense = config.uses_lookahead or config.uses_branches
     # with branches micro_batch counts trajectories, and evaluation has a row for each branch
     evaluated = min(sampler.micro_batch * (sampler.branches or 1), held_out.num_prompts * held_out.samples_per_prompt)
     states = _completed_states(config) if dense else 0
@@ -298,14 +299,14 @@ def prepare(
     Raises:
         SetupError: the device's free memory is clearly too small; OutputError: the cache cannot be written.
     """
-    if not isinstance(model, SD3):
+    if not isinstance(model, DiffusersModel):
         return True
     encoded = model.prepare(list(prompts))
     if encoded:
         print(f"encoded {encoded} prompts into {config.model.prompt_cache}", flush=True)
     if model.device.type == "cuda" or config.model.attention != "auto":
         by = "PyTorch's own" if model.attention == "auto" else f"{model.attention} through diffusers' dispatcher"
-        print(f"attention: {by}, {str(model.transformer.dtype).removeprefix('torch.')} on {model.device}", flush=True)
+        print(f"attention: {by}, {str(model.network.dtype).removeprefix('torch.')} on {model.device}", flush=True)
     if config.run.memory_check == "off":
         return True
     needed = estimate_memory(config, model, lookahead, reward)
@@ -332,7 +333,7 @@ def prepare(
 
 
 def estimate_memory(
-    config: Config, model: SD3, lookahead: Lookahead | None = None, reward: RewardMixture | None = None
+    config: Config, model: DiffusersModel, lookahead: Lookahead | None = None, reward: RewardMixture | None = None
 ) -> MemoryEstimate:
     """What the run will need on the model's device, the model's own weights included.
 
@@ -343,7 +344,7 @@ def estimate_memory(
     pipeline, lora = model.pipeline, config.lora
     memory = ModelMemory(
         architecture_of(model),
-        dtype=model.transformer.dtype,
+        dtype=model.network.dtype,
         vae_dtype=pipeline.vae.dtype,
         preview_dtype=model.preview_dtype,
         lora_rank=lora.rank,
@@ -351,7 +352,7 @@ def estimate_memory(
     )
     chunks = None if lookahead is None else Chunks(lookahead.rows.rows, lookahead.decode_rows.rows)
     evaluated, cache = (None, None) if lookahead is None else (underlying(lookahead.model), lookahead.cache)
-    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+    encoders = [getattr(pipeline, name) for name in pipeline.config if name.startswith("text_encoder")]
     return estimate(
         config,
         memory,

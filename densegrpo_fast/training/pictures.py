@@ -136,9 +136,9 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
         if sampler.dynamics is not None:
             latents = _trajectory(model, prompts, seeds, sampler).latents[-1]
         else:
-            noise = _noise(model, seeds)
+            start = model.start(_noise(model, seeds), sigmas)
             latents = sample_ode(
-                model, noise, model.encode(list(prompts)), sigmas, guidance_scale=sampler.guidance_scale
+                model, start, model.encode(list(prompts)), sigmas, guidance_scale=sampler.guidance_scale
             )
         return model.decode(latents).cpu()
 

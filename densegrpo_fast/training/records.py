@@ -19,6 +19,7 @@ from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.lora import base_fingerprint, save_lora, save_parameters
 from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
@@ -307,7 +308,11 @@ class RunRecords:
         )
 
     def _base_facts(self) -> BaseFacts:
+        family = self.model.family if isinstance(self.model, DiffusersModel) else None
         return BaseFacts(
+            pipeline=None if family is None else family.pipeline_class,
+            call={} if family is None else family.call_options(self.config.evaluation_guidance_scale),
+            scheduler=None if family is None else family.sampler,
             has_t5=getattr(self.model, "has_t5", False),
             dtype=str(self.model.network.dtype).removeprefix("torch."),
             device=self.model.device.type,
