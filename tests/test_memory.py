@@ -351,9 +351,9 @@ def test_the_24_gb_preset_fits_24_gb() -> None:
     assert found.weights["text encoders"] == 0 and chosen.model.prompt_cache
     assert 8e9 < found.total < 0.8 * 24e9
     assert check(found, 24 * 10**9 - sum(found.weights.values()), "cuda:0") is None
-    # the README's figures; without checkpointing the update alone would hardly fit
-    assert memory.update(8, forwards=0, checkpointing=False) == pytest.approx(21.0e9, rel=0.01)
-    assert chosen.sampler.micro_batch == 8 and found.phases["update"] == pytest.approx(2.39e9, rel=0.01)
+    # without checkpointing the update of one half alone would hardly fit
+    assert memory.update(8, forwards=0, checkpointing=False) == pytest.approx(16.4e9, rel=0.01)
+    assert chosen.sampler.micro_batch == 8 and found.phases["update"] == pytest.approx(2.20e9, rel=0.01)
 
 
 SMALL = MemoryEstimate({"transformer": 3 * GIB}, {"training": GIB}, {"rollout": GIB, "update": 9 * GIB})
