@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from densegrpo_fast.common.command_line import check_outputs, command_parser, positive
 from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import configuration
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_outputs(options, "output")
         if options.output.exists():
             raise OutputError(f"--output: {options.output} is there already; give another directory")
+        announce("fitting a preview decoder: loading torch and the model")
         return int(preview(config, options))
 
 

@@ -77,8 +77,8 @@ def test_granularities_share_first_velocities():
     counted = IterationOperations(config_of(settings, 0))
     noisy = counted._noisy(0)
     both = counted.cost(noisy, (2, 3))
-    counted.several = False
-    one = counted.cost(noisy, (2, 3))
+    single = settings_of("embedded_g2rpo", "credit.granularities=[1]")
+    one = IterationOperations(config_of(single, 0)).cost(noisy, (2, 3))
     assert settings["credit"]["granularities"] == [1, 2]
     assert both.preview_decodes + both.full_decodes == 2 * (one.preview_decodes + one.full_decodes)
     assert (both.rollout, both.policy) == (one.rollout, one.policy)

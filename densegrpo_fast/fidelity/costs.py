@@ -13,6 +13,7 @@ import torch
 
 from densegrpo_fast.common.errors import SetupError
 from densegrpo_fast.common.pretrained import is_hub_id
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.fidelity.price import iteration_cost, price
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.variants import Variant, expanded
@@ -86,14 +87,16 @@ def cost_records(
     chosen = [make(STEPS) for make in make_plans]
     plain = [Variant(plan, guidance, decoder) for plan in chosen for guidance in guidances for decoder in decoders]
     records = {}
-    for name, architecture in ARCHITECTURES.items():
-        built, rank = architecture(), _RANKS.get(name, _RANK)
-        # the embedded model's own reward is image analysis: no arithmetic to speak of
-        unit = count(built, lora_rank=rank, reward=0.0 if name == "embedded" else clip_h_image())
-        extras = _Extras.of(built, unit, rank, copies=copies, caches=caches)
-        variants = expanded(plain, copies=extras.copies, caches=extras.caches)
-        published = Variant(plans.exact(STEPS), "full", "full")
-        records[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
+    with PhaseProgress("counting", len(ARCHITECTURES), "models") as progress:
+        for name, architecture in ARCHITECTURES.items():
+            built, rank = architecture(), _RANKS.get(name, _RANK)
+            # the embedded model's own reward is image analysis: no arithmetic to speak of
+            unit = count(built, lora_rank=rank, reward=0.0 if name == "embedded" else clip_h_image())
+            extras = _Extras.of(built, unit, rank, copies=copies, caches=caches)
+            variants = expanded(plain, copies=extras.copies, caches=extras.caches)
+            published = Variant(plans.exact(STEPS), "full", "full")
+            records[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
+            progress()
     return records
 
 

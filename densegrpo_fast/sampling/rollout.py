@@ -142,6 +142,9 @@ class Trajectory:
         guidance_terms: [T, B, ...] float32, `velocities` minus the conditional ones; None if they were not kept.
         shared: rows, in consecutive blocks, that have prompt and initial noise in common; 1 = each row its own.
         completed_states: the states to complete, increasing, each with a completion of its own; None = all T+1.
+
+    Raises:
+        ValueError: shapes that do not belong together, such as samples before steps.
     """
 
     latents: Tensor
@@ -153,6 +156,25 @@ class Trajectory:
     guidance_terms: Tensor | None = None
     shared: int = 1
     completed_states: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        steps, batch = len(self.velocities), self.latents.shape[1]
+        like = (steps, *self.latents.shape[1:])
+        expected = {"latents": (steps + 1, *like[1:]), "velocities": like, "log_probs": like[:2]}
+        if self.guidance_terms is not None:
+            expected["guidance_terms"] = like
+        for name, shape in expected.items():
+            if (found := getattr(self, name)).shape != shape:
+                raise ValueError(
+                    f"Trajectory: {name} must have shape {list(shape)}, steps before samples (latents [T+1, B, ...], "
+                    f"velocities [T, B, ...], log_probs [T, B]), got {list(found.shape)}"
+                )
+        if len(self.conditioning) != batch:
+            raise ValueError(
+                f"Trajectory: conditioning must have {batch} rows like latents, got {len(self.conditioning)}"
+            )
+        if steps > self.coefficients.num_steps:
+            raise ValueError(f"Trajectory: {steps} steps were taken, coefficients has {self.coefficients.num_steps}")
 
     @property
     def num_steps(self) -> int:

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import RewardError
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.run_files.metrics import Progress
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
 from densegrpo_fast.training.prompts import prompt_set
-
-_QUIET = 10.0
-"""Seconds after which an evaluation says how far it is, and again after as many."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,11 @@ class HeldOut:
         )
 
     @torch.no_grad()
-    def evaluate(self, model: FlowModel, reward: RewardMixture) -> Evaluation:
+    def evaluate(self, model: FlowModel, reward: RewardMixture, name: str = "held-out evaluation") -> Evaluation:
         """Draw and score all pictures with the model as it stands.
+
+        Args:
+            name: what its progress is called.
 
         Raises:
             RewardError: a reward failed.
@@ -107,11 +107,11 @@ class HeldOut:
             latents = sample_ode(model, noise[part], chosen, sigmas, guidance_scale=self.guidance_scale)
             return model.decode(latents)
 
-        parts, done = [], 0
-        with Progress(len(rows), unit="held-out picture", every=_QUIET) as progress:
-            for part in self.rows.each(slice(0, len(rows)), draw):
-                parts.append(part)
-                progress.update(done := done + len(part))
+        parts = []
+        with PhaseProgress(name, len(rows), "pictures") as progress:
+            for images in self.rows.each(slice(0, len(rows)), draw):
+                parts.append(images)
+                progress(len(images))
         images = torch.cat(parts)
         metadata = [known for known in self.metadata for _ in range(self.samples)]
         try:

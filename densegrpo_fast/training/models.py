@@ -11,6 +11,7 @@ import torch
 from densegrpo_fast.calibration.rules import Staircase
 from densegrpo_fast.calibration.store import read_calibration
 from densegrpo_fast.common.errors import SetupError, UsageError
+from densegrpo_fast.common.plugins import is_outside
 from densegrpo_fast.common.pretrained import is_hub_id, silence_loading
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.sections import ModelOptions
@@ -21,12 +22,16 @@ from densegrpo_fast.models.loading import load_sd3, pipeline_directory, resolve_
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.rewards.registry import USE, resolve_alias
 from densegrpo_fast.run_files.model_refs import adapter_file
+from densegrpo_fast.training.prompts import is_there
 
 logger = logging.getLogger(__name__)
 
 _LARGE = 2**30
 """Bytes of a transformer's weights; SD3.5-Medium has five times as many."""
+_WEIGHTLESS = ("scenes", "scenes_strict", "scenes_smooth", "jpeg_compressibility", "jpeg_incompressibility")
+"""Rewards of the package that need neither weights nor a server."""
 
 
 def default_device() -> torch.device:
@@ -164,7 +169,7 @@ def prompt_cache(options: ModelOptions, dtype: torch.dtype) -> PromptCache | Non
 
 
 def tiny_config(config: Config) -> Config:
-    """The configuration of a dry run: two samples of one prompt, and a reward that needs no weights."""
+    """The configuration of a dry run: two samples of one prompt, and rewards that need no weights and no server."""
     settings = config.model_dump()
     settings["data"] |= {"num_prompts": 1}
     settings["sampler"] |= {"group_size": 2, "micro_batch": 2}
@@ -177,6 +182,11 @@ def tiny_config(config: Config) -> Config:
         settings["model"] |= {"height": 0, "width": 0}
         # the levels stay; the tiny model that takes the place of this one has a schedule of its own
         settings["sampler"] |= {"calibration": None}
-        settings["reward"] |= {"terms": {"jpeg_compressibility": 1.0}, "observed": [], "options": {}}
-        settings["data"] |= {"prompts": "scenes", "eval_prompts": "scenes"}
+        for key in ("prompts", "eval_prompts"):
+            if not is_there(settings["data"][key]):
+                settings["data"][key] = "scenes"
+        for name in (*config.reward.terms, *config.reward.observed):
+            kind, _ = resolve_alias(name, config.reward.options)
+            if not (is_outside(kind) or kind in _WEIGHTLESS):
+                settings["reward"]["options"][name] = {USE: "jpeg_compressibility"}
     return Config.model_validate(settings)

@@ -19,16 +19,16 @@ from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.lora import base_fingerprint, save_lora
+from densegrpo_fast.models.lora import base_fingerprint, save_lora, save_parameters
 from densegrpo_fast.rewards.registry import bounds
-from densegrpo_fast.run_files.alarms import alarms_for
 from densegrpo_fast.run_files.checkpoint import CheckpointManager
 from densegrpo_fast.run_files.images import save_grid
 from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
-from densegrpo_fast.run_files.run_directory import auto_record
+from densegrpo_fast.run_files.run_directory import SAMPLES, STRIPS, auto_record, iteration_name
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
+from densegrpo_fast.run_files.strip import Strip, save_strip
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.rewarding import RewardBatch
 from densegrpo_fast.training.schedule import IterationSteps
@@ -66,11 +66,20 @@ def iteration_record(
     for name, values in reward_batch.scores.per_reward.items():
         record[f"rewards/{name}/mean"] = values[-final:].nanmean().item()
         record[f"rewards/{name}/std"] = _spread(values[None, -final:])
+    if (branches := reward_batch.branch_rewards) is not None:
+        # of a state's branches, by the finest completion; a step's mean over the states
+        spread = branches[..., -1] - branches[..., -1].nanmean(2, keepdim=True)
+        by_step = spread.square().nanmean(2).sqrt().nanmean((0, 1)).tolist()
+        branching = [step for step, injects in enumerate(steps.coefficients.noisy) if injects]
+        record |= {f"branch_spread/step_{step}": value for step, value in zip(branching, by_step, strict=True)}
     if reward_batch.gains is not None:
         known, noisy = steps.with_gain, steps.coefficients.noisy
         for step, gain in enumerate(reward_batch.gains.nanmean(dim=(0, 1)).tolist()):
             if step in known:
                 record[f"gain/step_{step}"] = gain
+                if noisy[step]:
+                    own = reward_batch.gains[..., step]
+                    record[f"gain_positive/step_{step}"] = (own[~own.isnan()] > 0).float().mean().item()
         # of neighbours among the noisy steps
         if any({*pair} <= {*known} for pair in pairwise(step for step, injects in enumerate(noisy) if injects)):
             record["gain_correlation"] = neighbour_correlation(reward_batch.gains[..., list(noisy)])
@@ -104,6 +113,11 @@ class RunRecords:
 
     def __init__(self, directory: Path, config: Config, model: FlowModel):
         self.directory, self.config, self.model = directory, config, model
+        if not isinstance(getattr(model, "network", None), torch.nn.Module):
+            raise UsageError(
+                f"Trainer.run: expected {type(model).__name__}.network to be the torch module that is trained "
+                "(a loop over Trainer.step does without)"
+            )
         settings = config.resume_settings() | {
             "noise_layout": LAYOUT_VERSION,
             "base_weights": base_fingerprint(model.network),
@@ -186,41 +200,69 @@ class RunRecords:
         """Whether something that happens every so many iterations happens now (not at the very end)."""
         return every > 0 and done % every == 0 and done < self.config.run.iterations
 
-    def samples(self, name: str, images: Tensor, held_out: HeldOut) -> None:
-        """Write the grid `samples/NAME.png` of the held-out prompts' first pictures."""
+    def _samples(self, name: str, images: Tensor, held_out: HeldOut, log: MetricsLog, done: int) -> None:
+        """Write the grid `samples/NAME.png` of the held-out prompts' first pictures, and show it to the loggers."""
+        path = self.directory / SAMPLES / f"{name}.png"
         with output_errors(f"cannot write in {self.directory}"):
             count = min(_GRID, len(images))
             save_grid(
                 images[:count],
-                self.directory / "samples" / f"{name}.png",
+                path,
                 columns=6,
                 scale=max(1, 128 // images.shape[-1]),
                 captions=held_out.prompts[:count],
             )
+        log.show_picture("samples", path, done)
+
+    def evaluations_after(self, done: int) -> int:
+        """How many evaluations come after so many iterations, the last one included."""
+        every, total = self.config.evaluation.every, self.config.run.iterations
+        return 1 + (max(total - 1, done) // every - done // every if every else 0)
+
+    def strip(self, strip: Strip, log: MetricsLog, done: int) -> None:
+        """Write the strip of an iteration, `strips/iteration-NNNNN.png` and `.webp`, and show it to the loggers."""
+        path = self.directory / STRIPS / f"{iteration_name(done)}.png"
+        save_strip(strip, path)
+        log.show_picture("strip", path, done)
 
     def evaluated(self, when: str, evaluation: Evaluation, held_out: HeldOut, log: MetricsLog, done: int) -> None:
-        """Keep the scores and pictures of the evaluation `when` ("before" or "after"), and show them to the loggers.
+        """Keep scores and pictures of an evaluation, and show them to the loggers.
+
+        Args:
+            when: "before", "after", or the `iteration_name` of one between them.
+            done: iterations done.
 
         Raises:
-            RewardError: a reward has no score at all; NonFiniteError: since the pictures are not finite.
+            RewardError: before or after training, a reward has no score at all; NonFiniteError: since the pictures are
+                not finite.
         """
         for name, values in evaluation.scores.items():
-            if values.isnan().all():
+            if when in ("before", "after") and values.isnan().all():
                 problem = f"the held-out evaluation {when} training has no score of {name!r}: all are missing"
                 if not evaluation.images.isfinite().all():
                     raise NonFiniteError(f"{problem}, and pictures of the model hold numbers that are not finite")
                 raise RewardError(problem)
         scores = {name: values.tolist() for name, values in evaluation.scores.items()}
-        document = {"prompts": held_out.prompts, "scores": scores}
+        document = {"iteration": done, "prompts": held_out.prompts, "scores": scores}
         replace_text(self.directory / f"evaluation-{when}.json", json.dumps(finite(document)), digest=True)
-        self.samples(when, evaluation.images, held_out)
-        log.show({"iteration": done} | evaluation.metrics())
+        self._samples(when, evaluation.images, held_out, log, done)
+        if when in ("before", "after"):
+            # that of an iteration is in its record
+            log.show({"iteration": done} | evaluation.metrics())
+
+    def report(self) -> Path:
+        """Write the report anew, from the files as they are."""
+        return write_report(self.directory)
 
     def finish(self, log: MetricsLog) -> str:
         """Write adapter and report (the model must hold the weights to export); returns the closing message."""
         lora = self.config.lora
         with output_errors(f"cannot write in {self.directory}"):
-            save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
+            has_lora = hasattr(self.model.network, "peft_config")
+            if has_lora:
+                save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
+            else:
+                save_parameters(self.model.trainable_parameters(), self.directory / "adapter")
             prompts, before = self._evaluation("before")
             _, after = self._evaluation("after")
             metrics = log.records()
@@ -237,23 +279,16 @@ class RunRecords:
                     for name, values in after.items()
                 },
             }
-            report = write_report(
-                self.directory,
-                config_yaml=read_verified(self.directory / "config.yaml").decode(),
-                metrics=metrics,
-                images={when: self.directory / "samples" / f"{when}.png" for when in ("before", "after")},
-                phases=phases,
-                advice={alarm.name: f"{alarm.meaning}: {alarm.advice}." for alarm in alarms_for(self.config)},
-                **measured,
-            )
-            write_model_card(
-                self.directory / "adapter",
-                self.config,
-                base=self._base_facts(),
-                prompt=prompts[0],
-                metrics=metrics,
-                **measured,
-            )
+            report = self.report()
+            if has_lora:
+                write_model_card(
+                    self.directory / "adapter",
+                    self.config,
+                    base=self._base_facts(),
+                    prompt=prompts[0],
+                    metrics=metrics,
+                    **measured,
+                )
         lines = []
         for name in after:
             first, last, moved = (measured[when][name] for when in ("before", "after", "change"))

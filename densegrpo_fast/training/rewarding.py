@@ -24,6 +24,7 @@ from densegrpo_fast.sampling.rollout import Rollout
 from densegrpo_fast.training.lookahead import lookahead_chunks
 from densegrpo_fast.training.meter import Meter, MeteredReward
 from densegrpo_fast.training.prompts import PromptBatch
+from densegrpo_fast.training.strips import StripRecorder
 
 _AHEAD = 2
 """Parts that may be scored or waiting at a time: what else is made waits, so that pictures do not pile up."""
@@ -71,6 +72,9 @@ class RewardComputer:
         reward: what scores.
         lookahead: the run's, or None.
         meter: counts the pictures that are scored; None = nothing does.
+
+    Attributes:
+        strip: keeps what is decoded and scored of a batch's first prompt; None = nothing does.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class RewardComputer:
     ):
         self.model, self.overlap, self.max_missing = model, config.reward.overlap, config.reward.max_missing
         self.reward: Scorer = reward if meter is None else MeteredReward(reward, meter)
+        self.strip: StripRecorder | None = None
         self.completes = lookahead is not None
         self.decoder: Decoder = "full" if lookahead is None else config.lookahead.decoder
         chunk = lookahead_chunks(config, model, "full").decode
@@ -97,6 +102,8 @@ class RewardComputer:
             RewardError: a reward failed.
         """
         images = self._decoded(completions.clean, self.decoder, self.decodes)
+        if self.strip is not None:
+            images = self.strip.watching(images, rollout, completions)
         scores = self._scored(images, completions.samples, batch).select(completions.index)
         by_state, branches = None, None
         if self.completes:
@@ -104,9 +111,13 @@ class RewardComputer:
         if self.scores_ends and rollout.coefficients.num_steps in rollout.completed:
             scores = Scores.joined([scores, self._final_scores(rollout, batch)])
         if branches is not None:
-            return RewardBatch(branches[..., -1].flatten(1), None, branches, scores)
-        final = scores.values[-len(batch.prompts) :].view(-1, batch.group_size)
-        return RewardBatch(final, by_state, None, scores)
+            rewards = RewardBatch(branches[..., -1].flatten(1), None, branches, scores)
+        else:
+            final = scores.values[-len(batch.prompts) :].view(-1, batch.group_size)
+            rewards = RewardBatch(final, by_state, None, scores)
+        if self.strip is not None:
+            self.strip.rewarded(rollout, rewards.rewards, rewards.lookahead_rewards, rewards.branch_rewards)
+        return rewards
 
     def rewards_of(self, clean: Tensor, batch: PromptBatch) -> Tensor:
         """Rewards [S, B] of clean latents [S*B, ...], S for each of the batch's rows, by the full decoder."""

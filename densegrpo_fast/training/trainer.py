@@ -11,7 +11,7 @@ for iteration in range(10):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit import registry
@@ -32,15 +33,19 @@ from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C, StepCoefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
+from densegrpo_fast.models.check import check_model
 from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
+from densegrpo_fast.run_files.early_stopping import EarlyStopping
 from densegrpo_fast.run_files.loggers import Loggers, RunFacts
 from densegrpo_fast.run_files.metrics import MetricsLog, Progress
-from densegrpo_fast.run_files.run_directory import open_run_directory
+from densegrpo_fast.run_files.run_directory import iteration_name, open_run_directory
 from densegrpo_fast.run_files.signals import GracefulStop
+from densegrpo_fast.run_files.strip import Strip
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
 from densegrpo_fast.sampling.rollout import Rollout, Trajectory, TrajectorySampler, initial_noise, rollout
+from densegrpo_fast.training.callbacks import Callback
 from densegrpo_fast.training.costs import CostReport
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.learner import Learner, LearnerOptions
@@ -55,6 +60,7 @@ from densegrpo_fast.training.records import RunRecords, iteration_record
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
 from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
+from densegrpo_fast.training.strips import StripRecorder
 
 
 class RunResult(NamedTuple):
@@ -80,9 +86,13 @@ class Trainer:
         strategy: order of the phases; None = what `optimizer.update` names.
         model: ready made, with its adapter, in the place of the one that the configuration names.
         reward: likewise, a mixture or a function of pictures, prompts and metadata; it scores held-out pictures, too.
+        callbacks: what `run` calls after each iteration and evaluation, in this order.
 
     Raises:
         UserError: the model, a reward or a prompt file cannot be loaded, or does not fit the configuration.
+
+    Attributes:
+        stop_reason: why the run ends after this iteration; None while it goes on.
     """
 
     def __init__(
@@ -93,16 +103,23 @@ class Trainer:
         strategy: UpdateStrategy | None = None,
         model: FlowModel | None = None,
         reward: RewardMixture | Reward | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
         if not isinstance(config, Config):
             raise UsageError(
                 f"Trainer: expected a configuration, as load_config({config!r}) returns it, got {config!r}"
             )
         self.config, self.strategy = config, strategy_of(config) if strategy is None else strategy
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise UsageError(f"Trainer: expected callbacks derived from densegrpo_fast.Callback, got {callback!r}")
+        self.callbacks = tuple(callbacks)
+        self.stop_reason: str | None = None
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
         if reward is None:
             check_inputs(config)
+            announce(f"loading the rewards {', '.join([*config.reward.terms, *config.reward.observed])}")
             self.reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
             self.observed = build_observer(config, self.reward)
         else:
@@ -110,13 +127,15 @@ class Trainer:
                 reward = RewardMixture({"reward": (reward, 1.0)}, config.reward.timeout)
             self.reward = reward
             self.observed = self.reward
+        if model is None and not tiny:
+            announce(f"loading the model {config.model.path}")
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
+        if model is not None:
+            check_model(model, self.held_out.prompts[0], config.sampler.guidance_scale, config.sampler.num_steps)
         # what is checked in a moment, before what takes long
         self.schedule = Schedule(config, self.model)
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
         self.policy = MeteredModel(self.model, self.meter)
-        if not self.model.trainable_parameters():
-            raise UsageError("Trainer: the model that was given has no adapter, so there is nothing to train")
         self.learner = Learner(self.policy, LearnerOptions.of(config))
         self.lookahead = build_lookahead(config, self.model)
         if self.lookahead is not None:
@@ -145,6 +164,15 @@ class Trainer:
         steps = self.schedule.at(iteration, self.noise_levels.levels)
         experience = self.strategy.run(self, batch, steps, iteration)
         return self._record(iteration, experience, steps)
+
+    def step_with_strip(self, iteration: int) -> tuple[dict[str, Any], Strip | None]:
+        """`step`, and what its first prompt's samples looked like at every step; None if none of them has a reward."""
+        batch = self.prompts.batch(iteration)
+        self.rewards.strip = recorder = StripRecorder(batch.prompts[0], batch.group_size)
+        try:
+            return self.step(iteration), recorder.strip()
+        finally:
+            self.rewards.strip = None
 
     def calibrate(self, iteration: int) -> None:
         """Find the noise level of each step again, on the policy as it is."""
@@ -323,39 +351,74 @@ class Trainer:
         with MetricsLog(directory / "metrics.jsonl") as log, GracefulStop() as stop:
             start = records.restore(self, log) if resume else 0
             log.also(Loggers(config.run.loggers, RunFacts(directory, config.model_dump(mode="json"), start)))
-            alarms = Alarms(alarms_for(config), past=log.records())
+            alarms, stopping = Alarms(alarms_for(config), past=log.records()), EarlyStopping(config, log.records())
+            done, self.stop_reason = start, None
             if start == 0 and self.learner.updates:
                 raise UsageError("Trainer.run: this trainer has trained already; make a new one, or run(resume=True)")
-            if start == 0:
-                records.begin(dump_yaml(config.self_contained()))
-                records.evaluated("before", self.held_out.evaluate(self.model, self.observed), self.held_out, log, 0)
-            with Progress(total, start) as progress:
+            samples, gpus = config.data.num_prompts * config.sampler.group_size, int(self.model.device.type == "cuda")
+            with Progress(total, start, images=samples, gpus=gpus, pauses=records.evaluations_after) as progress:
+                if start == 0:
+                    records.begin(dump_yaml(config.self_contained()))
+                    with progress.pause():
+                        evaluation = self.held_out.evaluate(self.model, self.observed, "evaluation before training")
+                        records.evaluated("before", evaluation, self.held_out, log, 0)
+                        self._evaluated(evaluation, 0)
+                        records.report()
                 for iteration in range(start, total):
-                    record, done = self.step(iteration), iteration + 1
+                    done = iteration + 1
+                    shown = done in (1, total) or records.due(config.evaluation.every, done)
+                    record, strip = self.step_with_strip(iteration) if shown else (self.step(iteration), None)
+                    if strip is not None:
+                        records.strip(strip, log, done)
                     if records.due(config.evaluation.every, done):
-                        evaluation = self.evaluate()
+                        with progress.pause():
+                            evaluation = self.evaluate()
+                            records.evaluated(iteration_name(done), evaluation, self.held_out, log, done)
                         record |= evaluation.metrics()
-                        records.samples(f"iteration-{done:05d}", evaluation.images, self.held_out)
+                        self._evaluated(evaluation, done)
                     if alarmed := alarms.check(record):
                         record["alarms"] = alarmed
+                    for callback in self.callbacks:
+                        callback.on_iteration_end(self, record)
                     log.append(record)
+                    if records.due(config.evaluation.every, done):
+                        records.report()
                     progress.update(done, reward=record["reward"])
+                    if reason := stopping.check(record):
+                        self.stop(reason)
+                    if self.stop_reason is not None and not stop.requested:
+                        break
                     if stop.requested or records.due(config.run.checkpoint_every, done):
                         records.checkpoint(self, done, log)
                     if stop.requested:
                         progress.write(f"stopped after iteration {done}; continue with --resume")
                         return RunResult(done, None, stop.signal)
-            records.checkpoint(self, total, log)
+            records.checkpoint(self, done, log)
             with self.learner.averaged():
-                evaluation = self.held_out.evaluate(self.model, self.observed)
-                records.evaluated("after", evaluation, self.held_out, log, total)
+                evaluation = self.held_out.evaluate(self.model, self.observed, "evaluation after training")
+                records.evaluated("after", evaluation, self.held_out, log, done)
+                self._evaluated(evaluation, done)
                 summary = records.finish(log)
-        return RunResult(total, summary, None)
+        if self.stop_reason is not None and done < total:
+            summary = f"ended after iteration {done} of {total}: {self.stop_reason}\n{summary}"
+        return RunResult(done, summary, None)
+
+    def stop(self, reason: str) -> None:
+        """End `run` after this iteration as after its last: checkpoint, evaluation, adapter and report.
+
+        Args:
+            reason: what the user is told.
+        """
+        self.stop_reason = reason
 
     def evaluate(self) -> Evaluation:
         """Scores and pictures of the held-out prompts, with the running average of the weights if one is kept."""
         with self.learner.averaged():
             return self.held_out.evaluate(self.model, self.observed)
+
+    def _evaluated(self, evaluation: Evaluation, done: int) -> None:
+        for callback in self.callbacks:
+            callback.on_evaluate(self, evaluation, done)
 
     def _begin(self) -> None:
         self.timer.reset()
