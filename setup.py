@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,12 +21,10 @@ CPU_FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-uninitialized"),
 ]
-# The last one is for GPUs to come; it is compiled for them when first used. -v reports registers and spills.
-CUDA_FLAGS = [
-    *("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"),
-    *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"),
-    *("-gencode", "arch=compute_90,code=compute_90"),
-]
+# -v reports registers and spills.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+# Those of them that nvcc knows, and the last one's PTX besides, which GPUs to come compile when it is first used.
+CUDA_CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
 
 class BuildNative(build_ext):
@@ -48,7 +47,8 @@ class BuildNative(build_ext):
             if ext.name == CUDA:
                 output = Path(self.get_ext_fullpath(ext.name))
                 output.parent.mkdir(parents=True, exist_ok=True)
-                self.spawn([find_nvcc() or "nvcc", *CUDA_FLAGS, "-o", str(output), *ext.sources])
+                nvcc = find_nvcc() or "nvcc"
+                self.spawn([nvcc, *CUDA_FLAGS, *cuda_targets(nvcc), "-o", str(output), *ext.sources])
             else:
                 super().build_extension(ext)
         except (CCompilerError, ExecError, PlatformError) as error:
@@ -69,9 +69,22 @@ class PlatformWheel(bdist_wheel):
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: of CUDA_HOME, else on the path; None if there is none."""
-    home = os.environ.get("CUDA_HOME")
-    return (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
+    """The CUDA compiler: of CUDA_HOME, on the path, or of the package nvidia-cuda-nvcc; None if there is none."""
+    packages = [str(Path(folder, "nvidia", "cu13", "bin")) for folder in sys.path]
+    homes = [str(Path(os.environ["CUDA_HOME"], "bin"))] if "CUDA_HOME" in os.environ else []
+    return shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", ""), *packages]))
+
+
+def cuda_targets(nvcc: str) -> list[str]:
+    """Options of nvcc for the GPUs that it can compile for; none without it, where compiling says what is wrong."""
+    try:
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    known = [number for number in CUDA_CAPABILITIES if f"sm_{number}" in listed]
+    pairs = [f"arch=compute_{number},code=sm_{number}" for number in known]
+    pairs += [f"arch=compute_{known[-1]},code=compute_{known[-1]}"] if known else []
+    return [option for pair in pairs for option in ("-gencode", pair)]
 
 
 def wants_cuda() -> bool:

@@ -60,7 +60,9 @@ def held_out_pictures(model: FlowModel, held_out: HeldOut, samples: int) -> Tens
 
     def draw(part: slice) -> Tensor:
         rows = conditioning.select(part)
-        return model.decode(sample_ode(model, noise[part], rows, sigmas, guidance_scale=held_out.guidance_scale))
+        return model.decode(
+            sample_ode(model, model.start(noise[part], sigmas), rows, sigmas, guidance_scale=held_out.guidance_scale)
+        )
 
     return torch.cat(list(held_out.rows.each(slice(0, len(index)), draw))).float().cpu()
 

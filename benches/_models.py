@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.embedded import architecture, scenes
-from densegrpo_fast.models.flops import CLIP_H, LARGE_VAE, SD35_MEDIUM
+from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.flops import CLIP_H
 from densegrpo_fast.models.loading import resolve_dtype
 from densegrpo_fast.models.lora import add_lora
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.published import MODELS
 from densegrpo_fast.training.models import build_model
 
 EMBEDDED_RANDOM, SD35_RANDOM = "embedded_random", "sd35_medium_random"
@@ -42,7 +43,7 @@ def model_options(name: str) -> dict[str, Any]:
     }
 
 
-def load(config: Config, device: torch.device) -> SD3:
+def load(config: Config, device: torch.device) -> DiffusersModel:
     """The model that a configuration's `model.path` names, with its adapter and the full decoder that it asks for.
 
     Raises:
@@ -51,7 +52,7 @@ def load(config: Config, device: torch.device) -> SD3:
     options, lora = config.model, config.lora
     if options.path not in (EMBEDDED_RANDOM, SD35_RANDOM):
         model = build_model(config, device)
-        assert isinstance(model, SD3)
+        assert isinstance(model, DiffusersModel)
         return model
     if options.path == EMBEDDED_RANDOM:
         model = random_embedded(device)
@@ -59,7 +60,7 @@ def load(config: Config, device: torch.device) -> SD3:
         model = random_sd35(
             device,
             resolve_dtype(options.dtype, device),
-            SD35_MEDIUM,
+            MODELS["sd35_medium"].network_config,
             max_sequence_length=options.max_sequence_length,
             height=options.height,
             width=options.width,
@@ -68,7 +69,7 @@ def load(config: Config, device: torch.device) -> SD3:
     return with_decoder(model, config)
 
 
-def with_decoder(model: SD3, config: Config) -> SD3:
+def with_decoder(model: DiffusersModel, config: Config) -> DiffusersModel:
     """The model, if it decodes as a configuration asks; else the same with a copy of its full decoder that does."""
     dtype, vae = resolve_dtype(config.model.vae_dtype, model.device), model.pipeline.vae
     how = "tiled" if vae.use_tiling else "sliced" if vae.use_slicing else "whole"
@@ -79,7 +80,7 @@ def with_decoder(model: SD3, config: Config) -> SD3:
     return other
 
 
-def random_embedded(device: torch.device) -> SD3:
+def random_embedded(device: torch.device) -> DiffusersModel:
     """The embedded pipeline untrained: its cost, without its weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -88,7 +89,9 @@ def random_embedded(device: torch.device) -> SD3:
     # the latents of an untrained autoencoder have no scale of their own
     pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     _freeze(pipeline, preview)
-    return SD3(pipeline.to(device), preview.to(device, memory_format=torch.channels_last), max_sequence_length=0)
+    return DiffusersModel(
+        pipeline.to(device), preview.to(device, memory_format=torch.channels_last), max_sequence_length=0
+    )
 
 
 def random_sd35(
@@ -99,7 +102,7 @@ def random_sd35(
     max_sequence_length: int,
     height: int,
     width: int,
-) -> SD3:
+) -> DiffusersModel:
     """Stable Diffusion 3.5's pipeline with random weights: its cost, not its pictures.
 
     The two CLIP encoders have their real shapes. T5 is left out on both sides, so its block of the text is zeros.
@@ -133,7 +136,7 @@ def random_sd35(
         ]
         network = SD3Transformer2DModel(**transformer).to(dtype)
         # SD3.5's own scale of the latents
-        vae = AutoencoderKL(**LARGE_VAE, scaling_factor=1.5305, shift_factor=0.0609)
+        vae = AutoencoderKL(**MODELS["sd35_medium"].vae_config, scaling_factor=1.5305, shift_factor=0.0609)
         preview = AutoencoderTiny(latent_channels=16)
     pipeline = StableDiffusion3Pipeline(
         transformer=network,
@@ -147,7 +150,7 @@ def random_sd35(
         tokenizer_3=None,
     )
     _freeze(pipeline, preview)
-    return SD3(
+    return DiffusersModel(
         pipeline,
         preview.to(memory_format=torch.channels_last),
         max_sequence_length=max_sequence_length,

@@ -71,9 +71,11 @@ def inputs(batch: int) -> Inputs:
     latents, velocity, noise = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(3))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(NUM_STEPS)
+    table = coefficients(scheduler.sigmas, NOISE_LEVEL, "flow_sde").table.to(DEVICE)
+    # the codebases keep the schedule where the states are
+    scheduler.set_timesteps(NUM_STEPS, device=DEVICE)
     timestep = scheduler.timesteps[STEP].unsqueeze(0)
     step = eager_step(scheduler, velocity, timestep, latents, NOISE_LEVEL, noise=noise)
-    table = coefficients(scheduler.sigmas, NOISE_LEVEL, "flow_sde").table.to(DEVICE)
     return Inputs(scheduler, table, latents, velocity, step.prev_sample, timestep)
 
 

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.training.meter import PhaseTimer
 from densegrpo_fast.training.schedule import Schedule
@@ -150,7 +150,7 @@ class Stock:
             decodes in parts.
     """
 
-    def __init__(self, model: SD3, config: Config, reward: RewardMixture):
+    def __init__(self, model: DiffusersModel, config: Config, reward: RewardMixture):
         levels = set(config.noise_levels)
         if config.sampler.dynamics != "flow_sde" or len(levels) != 1 or 0.0 in levels:
             raise ValueError(
@@ -268,7 +268,7 @@ class Stock:
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Text:
-        pipeline, dtype = self.model.pipeline, self.model.transformer.dtype
+        pipeline, dtype = self.model.pipeline, self.model.network.dtype
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompt=prompts,
             prompt_2=None,
@@ -281,8 +281,8 @@ class Stock:
 
     def _velocity(self, latents: Tensor, timestep: Tensor, text: Text) -> Tensor:
         copies = self.model.forwards(self.guidance_scale)
-        (output,) = self.model.transformer(
-            hidden_states=torch.cat([latents] * copies).to(self.model.transformer.dtype),
+        (output,) = self.model.network(
+            hidden_states=torch.cat([latents] * copies).to(self.model.network.dtype),
             timestep=torch.cat([timestep] * copies),
             encoder_hidden_states=text.embeds,
             pooled_projections=text.pooled,

@@ -14,7 +14,7 @@ from _stock import Stock
 from torch import Tensor
 
 from densegrpo_fast.config import Config
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.cost import (
@@ -52,12 +52,12 @@ class Variant:
         models: the policy, and what its lookahead evaluates instead.
     """
 
-    def __init__(self, name: str, config: Config, model: SD3, reward: RewardMixture):
+    def __init__(self, name: str, config: Config, model: DiffusersModel, reward: RewardMixture):
         self.name, self.config = name, config
         self.steps = _typical(name, config, Schedule(config, model))
         self.cost = _cost(name, config, self.steps)
         self.phases: list[dict[str, float]] = []
-        self.models: tuple[SD3, ...] = (model,)
+        self.models: tuple[DiffusersModel, ...] = (model,)
         self.trainer: Trainer | None = None
         self._iterations, self._prompts = 0, TrainingPrompts.of(config)
         if name in STOCK:
@@ -112,16 +112,16 @@ class Retained:
         return Experience(rollout, rewards, advantages, update)
 
 
-def copies(lookahead: Lookahead | None, model: SD3) -> tuple[SD3, ...]:
+def copies(lookahead: Lookahead | None, model: DiffusersModel) -> tuple[DiffusersModel, ...]:
     """What a lookahead evaluates instead of the model, if it does."""
     own = None if lookahead is None else underlying(lookahead.model)
-    return (own,) if isinstance(own, SD3) and own is not model else ()
+    return (own,) if isinstance(own, DiffusersModel) and own is not model else ()
 
 
 _Step = Callable[[PromptBatch, int], object]
 
 
-def _stock(name: str, config: Config, model: SD3, reward: RewardMixture, timer: PhaseTimer) -> _Step:
+def _stock(name: str, config: Config, model: DiffusersModel, reward: RewardMixture, timer: PhaseTimer) -> _Step:
     stock = Stock(model, config, reward)
 
     def step(batch: PromptBatch, iteration: int) -> None:
@@ -210,7 +210,7 @@ def reward_with_tally(config: Config) -> tuple[RewardMixture, Tally]:
 
 
 @contextmanager
-def counted(models: Sequence[SD3], tally: Tally) -> Iterator[Work]:
+def counted(models: Sequence[DiffusersModel], tally: Tally) -> Iterator[Work]:
     """Within the context, everything that goes through the parts of the models is counted; complete at its end.
 
     Args:
@@ -228,7 +228,7 @@ def counted(models: Sequence[SD3], tally: Tally) -> Iterator[Work]:
 
     parts: dict[torch.nn.Module, str] = {}
     for model in models:
-        parts |= {model.transformer: "forwards", model.pipeline.vae.decoder: "full_decodes"}
+        parts |= {model.network: "forwards", model.pipeline.vae.decoder: "full_decodes"}
         if model.preview_decoder is not None:
             parts[model.preview_decoder.decoder] = "preview_decodes"
     handles = [part.register_forward_pre_hook(count(name), with_kwargs=True) for part, name in parts.items()]

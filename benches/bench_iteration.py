@@ -77,7 +77,7 @@ from _variants import Tally, Variant, counted, reward_with_tally
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.noise import Stream, gaussian
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.sampling.cost import IterationCost
 from densegrpo_fast.training.models import default_device
 from densegrpo_fast.training.rewarding import build_reward
@@ -108,12 +108,12 @@ class Bench:
     """
 
     protocol: Protocol
-    model: SD3
+    model: DiffusersModel
     variants: dict[str, Variant]
     tally: Tally
 
 
-def prepare(protocol: Protocol, *, kl: bool, model: SD3 | None = None) -> Bench:
+def prepare(protocol: Protocol, *, kl: bool, model: DiffusersModel | None = None) -> Bench:
     """Make the variants, on a model that is loaded unless given, and check that they agree and cost what they should.
 
     Args:
@@ -147,7 +147,7 @@ def check_states(bench: Bench) -> None:
     A narrower base rounds with the batch shape, which the two do not share, so there is nothing to compare there.
     """
     model, sparse = bench.model, bench.variants[SPARSE]
-    if model.transformer.dtype != torch.float32:
+    if model.network.dtype != torch.float32:
         return
     trainer, config = sparse.trainer, sparse.config
     assert trainer is not None

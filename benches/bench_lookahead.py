@@ -51,7 +51,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.plan import one_step
@@ -79,7 +79,7 @@ class Way:
 
     complete: Callable[[], Tensor]
     evaluations: Evaluations
-    models: tuple[SD3, ...]
+    models: tuple[DiffusersModel, ...]
 
 
 def ways(protocol: Protocol) -> dict[str, Way]:
@@ -161,7 +161,7 @@ def check(found: dict[str, Way], rows: int) -> None:
         assert work.forwards == expected, f"{name} took {work.forwards} forwards, expected {expected}"
     scale = clean["exact"].abs().max().item()
     for name in ("serial", "copy"):
-        if all(model.transformer.dtype == torch.float32 for model in found[name].models):
+        if all(model.network.dtype == torch.float32 for model in found[name].models):
             torch.testing.assert_close(clean[name], clean["exact"], rtol=1e-3, atol=1e-3 * scale)
 
 

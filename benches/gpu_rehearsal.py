@@ -38,8 +38,8 @@ from _variants import Variant
 
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.flops import ModelFlops, architecture_of, clip_h_image, count
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import IterationCost
 from densegrpo_fast.training.memory import estimate_memory, peak_bytes, start_peak
 from densegrpo_fast.training.models import default_device, synchronizer
@@ -86,7 +86,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) 
     return rate
 
 
-def rehearse(protocol: Protocol, *, rounds: int, warmup: int, model: SD3 | None = None) -> dict[str, Any]:
+def rehearse(protocol: Protocol, *, rounds: int, warmup: int, model: DiffusersModel | None = None) -> dict[str, Any]:
     """Run the iterations; the document that the command writes.
 
     Args:
@@ -121,13 +121,15 @@ def rehearse(protocol: Protocol, *, rounds: int, warmup: int, model: SD3 | None 
     }
 
 
-def rates(variant: Variant, config: Config, model: SD3, phases: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def rates(
+    variant: Variant, config: Config, model: DiffusersModel, phases: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
     """Seconds, forwards, operations and their rate by phase."""
     scored = clip_h_image() if config.model.path == SD35_RANDOM else 0.0
     lora, cost = config.lora, variant.cost
     unit = count(architecture_of(model), lora_rank=lora.rank, lora_targets=tuple(lora.targets), reward=scored)
     work = operations(cost, unit, checkpointing=config.model.gradient_checkpointing)
-    fastest = matmul_rate(model.device, model.transformer.dtype)
+    fastest = matmul_rate(model.device, model.network.dtype)
     seconds = {name: [each.get(name, 0.0) for each in phases] for name in work}
     done = {name: variant.rows * each / median(seconds[name]) for name, each in work.items()}
     forwards = {name: variant.rows * getattr(cost, name).forwards for name in ("rollout", "lookahead")}
@@ -151,7 +153,7 @@ def rates(variant: Variant, config: Config, model: SD3, phases: Sequence[Mapping
     }
 
 
-def estimated_bytes(config: Config, model: SD3, reward: Any) -> int:
+def estimated_bytes(config: Config, model: DiffusersModel, reward: Any) -> int:
     """What the run's memory check would have said, the reward's network included."""
     return estimate_memory(config, model, reward=reward).total
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from densegrpo_fast.config import Config
-    from densegrpo_fast.models.sd3 import SD3
+    from densegrpo_fast.models.diffusers_model import DiffusersModel
     from densegrpo_fast.training.evaluation import HeldOut
 
 SCORES = ("graded", "probability")
@@ -110,7 +110,7 @@ class Bench:
         settings: what is recorded of all that; `samples` is S.
     """
 
-    model: SD3
+    model: DiffusersModel
     held_out: HeldOut
     judge: Judge
     walk: Config
@@ -311,7 +311,7 @@ def _opened(output: Path, settings: Mapping[str, Any], about: Mapping[str, Any])
     return fresh | {"runs": document["runs"]}
 
 
-def _judge(file: Path, model: SD3) -> tuple[Judge, dict[str, Any]]:
+def _judge(file: Path, model: DiffusersModel) -> tuple[Judge, dict[str, Any]]:
     from _judge_training import Recipe, trained
 
     return trained(file, model.pipeline.vae, Recipe())

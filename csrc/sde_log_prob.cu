@@ -75,7 +75,7 @@ DENSEGRPO_API int32_t densegrpo_cuda_sde_log_prob(int32_t device, void* stream_h
   using namespace densegrpo;
   const Launch launch = make_launch(table, step_index, steps, elements);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream_handle);
-  if (const cudaError_t error = cudaSetDevice(device)) return error;
+  if (const cudaError_t error = select_device(device)) return error;
   const bool vector = aligned(latents, latents_dtype, elements) && aligned(velocity, velocity_dtype, elements) &&
                       aligned(next, latents_dtype, elements);
   const bool known = for_types(latents_dtype, velocity_dtype, vector, [&](auto l, auto v, auto quads) {
@@ -102,7 +102,7 @@ DENSEGRPO_API int32_t densegrpo_cuda_sde_log_prob_backward(int32_t device, void*
   const Launch launch = make_launch(table, step_index, steps, elements);
   const float mean_weight = static_cast<float>(2.0 / static_cast<double>(elements));
   const cudaStream_t queue = static_cast<cudaStream_t>(stream_handle);
-  if (const cudaError_t error = cudaSetDevice(device)) return error;
+  if (const cudaError_t error = select_device(device)) return error;
   const bool vector = aligned(latents, latents_dtype, elements) && aligned(velocity, velocity_dtype, elements) &&
                       aligned(next, latents_dtype, elements) && aligned(grad_velocity, velocity_dtype, elements);
   const bool known = for_types(latents_dtype, velocity_dtype, vector, [&](auto l, auto v, auto quads) {

@@ -80,7 +80,7 @@ DENSEGRPO_API int32_t densegrpo_cuda_sde_step(int32_t device, void* stream_handl
   const Launch launch = make_launch(table, step_index, steps, elements);
   const Noise noise = {seed, sample_index, iteration, stream};
   const cudaStream_t queue = static_cast<cudaStream_t>(stream_handle);
-  if (const cudaError_t error = cudaSetDevice(device)) return error;
+  if (const cudaError_t error = select_device(device)) return error;
   const bool vector = aligned(latents, latents_dtype, elements) && aligned(velocity, velocity_dtype, elements) &&
                       aligned(next, latents_dtype, elements);
   const bool known = for_types(latents_dtype, velocity_dtype, vector, [&](auto l, auto v, auto quads) {

@@ -34,6 +34,13 @@ inline Launch make_launch(const float* table, const int64_t* step_index, int64_t
   return {table, step_index, steps, elements, static_cast<unsigned>((elements + kBlock - 1) / kBlock)};
 }
 
+// Makes a device the current one. A failure is taken here, or the next launch that succeeds would report it.
+inline cudaError_t select_device(int32_t device) {
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 // What a thread block works on: the elements of a row from `begin` on; the row starts at `offset`.
 struct Place {
   int64_t row, offset, begin;

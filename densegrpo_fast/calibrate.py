@@ -38,6 +38,7 @@ from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, S
 from densegrpo_fast.common.command_line import check_outputs, command_parser
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import configuration
 
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors_exit():
         config = configuration(overrides)
         check_outputs(options, "output", "plot")
+        announce("calibrating: loading torch and the model")
         return int(calibrate(config, options))
 
 

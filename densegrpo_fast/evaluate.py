@@ -32,6 +32,7 @@ from densegrpo_fast.common.command_line import check_outputs, command_parser, re
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import write_json
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments, split_overrides
 from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refs = [locate(name) for name in names]
         config, _ = parse_arguments(["--config", settings_source(refs, options.config), *overrides])
         check_models(refs, config.model.path)
+        announce(f"evaluating {', '.join(names)}: loading torch and the model")
         return int(evaluate(config, refs, options.json))
 
 

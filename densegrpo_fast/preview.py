@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from densegrpo_fast.common.command_line import check_outputs, command_parser, positive, refuse_processes
 from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import configuration
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_outputs(options, "output")
         if options.output.exists():
             raise OutputError(f"--output: {options.output} is there already; give another directory")
+        announce("fitting a preview decoder: loading torch and the model")
         return int(preview(config, options))
 
 
@@ -58,7 +60,7 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
         UserError: anything the user can act on.
     """
     from densegrpo_fast.common.files import STAGE_SUFFIX, output_errors, replace_bytes
-    from densegrpo_fast.models.sd3 import SD3
+    from densegrpo_fast.models.diffusers_model import DiffusersModel
     from densegrpo_fast.training.policy_samples import policy_alone
     from densegrpo_fast.training.preview_training import agreement, train_preview
     from densegrpo_fast.training.rewarding import build_reward
@@ -70,7 +72,7 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
     trainer = policy_alone(config.model_copy(update={"model": exact, "sampler": sampler}), reward=reward)
     model = trainer.model
-    if not isinstance(model, SD3) or model.preview_decoder is None:
+    if not isinstance(model, DiffusersModel) or model.preview_decoder is None:
         raise UsageError(
             "model.preview_decoder: this pipeline brings no preview decoder to start from; name the directory of an "
             "AutoencoderTiny for its latents (for SD3: TAESD3)",

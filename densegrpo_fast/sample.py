@@ -3,11 +3,15 @@
     python -m densegrpo_fast.sample "a red circle" "two blue squares" --output pictures
     python -m densegrpo_fast.sample --prompts prompts.txt --adapter runs/embedded_branched-0 --output pictures
     python -m densegrpo_fast.sample "a cat" --model.path stabilityai/stable-diffusion-3.5-medium --output pictures
+    python -m densegrpo_fast.sample "a red circle" --strip --seeds 0,1 --output steps
 
 Writes `grid.png` (a row for each prompt, a column for each seed), every picture by itself under `images/`, and
 `settings.json` with all that is needed to draw them again. A picture depends on its prompt and seed (to rounding), not
-on what else is drawn. Settings are those of --config; by default those of the adapter's run, else of the preset
-embedded_dense. Options of training may be overridden as there: `--model.path DIR`, `--sampler.dynamics cps`.
+on what else is drawn. With `--strip`, `strips/NNNN.png` and `.webp` (an animation) are written instead, one for each
+prompt: for each seed and step the latent, the picture that the noise-free sampler would reach from there, its reward
+(`--reward.terms`) and the gain of the step. Settings are those of --config; by default those of the adapter's run, else
+of the preset embedded_dense. Options of training may be overridden as there: `--model.path DIR`,
+`--sampler.dynamics cps`.
 """
 
 from __future__ import annotations
@@ -26,16 +30,22 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.command_line import command_parser, refuse_processes
 from densegrpo_fast.common.errors import OutputError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import output_errors, write_json
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments, split_overrides
 from densegrpo_fast.run_files.model_refs import BASE, ModelRef, check_models, locate, settings_source
 from densegrpo_fast.training.prompts import PromptSet, load_prompts
+
+if TYPE_CHECKING:
+    from densegrpo_fast.models.base import FlowModel
+    from densegrpo_fast.run_files.model_refs import Weights
+    from densegrpo_fast.training.pictures import PictureSampler
 
 _SEEDS = re.compile(r"([0-9]{1,10})(?:-([0-9]{1,10}))?")
 _MOST_SEEDS = 10_000
@@ -52,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, _ = parse_arguments(["--config", settings_source([ref], options.config), *overrides])
         check_models([ref], config.model.path)
         _check_output(options.output, options.overwrite)
-        return int(sample(config, ref, prompts, options))
+        announce(f"drawing with {ref.name}: loading torch and the model")
+        return int((strips if options.strip else sample)(config, ref, prompts, options))
 
 
 def sample(config: Config, ref: ModelRef, prompts: PromptSet, options: argparse.Namespace) -> ExitCode:
@@ -61,32 +72,72 @@ def sample(config: Config, ref: ModelRef, prompts: PromptSet, options: argparse.
     Raises:
         UserError: anything the user can act on.
     """
-    from densegrpo_fast.flow.noise import LAYOUT_VERSION
     from densegrpo_fast.run_files.images import save_pictures
-    from densegrpo_fast.run_files.provenance import provenance
     from densegrpo_fast.training.pictures import draw, picture_sampler, with_each
 
-    sampler = picture_sampler(config, options.sampler, options.steps, options.guidance)
+    sampler = picture_sampler(config, options.sampler or "ode", options.steps, options.guidance)
     rows = [(prompt, seed) for prompt in prompts.prompts for seed in options.seeds]
     ((weights, images),) = with_each(
         config, [ref], lambda model: draw(model, rows, sampler, config.sampler.micro_batch)
     )
     with output_errors(f"cannot write in {options.output}"):
         files = save_pictures(images, options.output, rows, columns=len(options.seeds))
-    settings = {
-        "model": config.model.model_dump(mode="json"),
-        "adapter": {"name": ref.name, **weights.about()},
-        "sampler": sampler.settings(),
-        "seeds": options.seeds,
+    settings = _settings(config, ref, weights, sampler, options) | {
         "images": [
             {"file": file, "prompt": prompt, "seed": seed} for file, (prompt, seed) in zip(files, rows, strict=True)
         ],
         "size": list(images.shape[-2:]),
-        "noise_layout": LAYOUT_VERSION,
     }
-    write_json(options.output / "settings.json", settings | provenance())
+    write_json(options.output / "settings.json", settings)
     print(f"{len(rows)} pictures by {ref.name} ({weights.origin}): {options.output / 'grid.png'}")
     return ExitCode.OK
+
+
+def strips(config: Config, ref: ModelRef, prompts: PromptSet, options: argparse.Namespace) -> ExitCode:
+    """Write a strip for each prompt, with a row for each seed, into the output directory.
+
+    Raises:
+        UserError: anything the user can act on.
+    """
+    from densegrpo_fast.run_files.strip import save_strip
+    from densegrpo_fast.training.pictures import draw_strip, picture_sampler, with_each
+    from densegrpo_fast.training.rewarding import build_reward
+
+    if options.sampler == "ode":
+        raise UsageError("--strip shows what each noisy step gains, so it goes with --sampler sde")
+    sampler = picture_sampler(config, "sde", options.steps, options.guidance)
+    reward = build_reward(config.reward.terms, config.reward.options)
+    chunk = min(config.sampler.micro_batch, config.lookahead.chunk)
+    names = [f"strips/{number:04d}.png" for number in range(len(prompts))]
+
+    def draw_all(model: FlowModel) -> None:
+        for name, prompt, metadata in zip(names, prompts.prompts, prompts.metadata, strict=True):
+            save_strip(
+                draw_strip(model, prompt, metadata, options.seeds, sampler, reward, chunk), options.output / name
+            )
+
+    ((weights, _),) = with_each(config, [ref], draw_all)
+    written = [{"file": name, "prompt": prompt} for name, prompt in zip(names, prompts.prompts, strict=True)]
+    settings = _settings(config, ref, weights, sampler, options) | {"strips": written}
+    write_json(options.output / "settings.json", settings | {"reward": config.reward.model_dump(mode="json")})
+    print(f"{len(names)} strips by {ref.name} ({weights.origin}): {options.output / 'strips'}")
+    return ExitCode.OK
+
+
+def _settings(
+    config: Config, ref: ModelRef, weights: Weights, sampler: PictureSampler, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What is needed to draw the same again."""
+    from densegrpo_fast.flow.noise import LAYOUT_VERSION
+    from densegrpo_fast.run_files.provenance import provenance
+
+    return provenance() | {
+        "model": config.model.model_dump(mode="json"),
+        "adapter": {"name": ref.name, **weights.about()},
+        "sampler": sampler.settings(),
+        "seeds": options.seeds,
+        "noise_layout": LAYOUT_VERSION,
+    }
 
 
 def _prompts(options: argparse.Namespace) -> PromptSet:
@@ -149,9 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--sampler",
         choices=("ode", "sde"),
-        default="ode",
-        help="noise-free or with the noise of training; default: ode",
+        help="noise-free or with the noise of training; default: ode, with --strip sde",
     )
+    add("--strip", action="store_true", help="show each step: latent, predicted picture, its reward, the step's gain")
     add("--steps", type=partial(_number, int, 1, 1000), help="denoising steps; default: the configuration's")
     add("--guidance", type=partial(_number, float, 1, 100), help="guidance scale; default: the configuration's")
     return parser

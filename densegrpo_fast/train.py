@@ -23,11 +23,17 @@ if __name__ == "__main__":
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode, user_errors_exit
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.rewards.registry import resolve_alias
 from densegrpo_fast.training.prompts import check_inputs
+
+if TYPE_CHECKING:
+    from densegrpo_fast.training.trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with user_errors_exit():
         config, flags = parse_arguments(sys.argv[1:] if arguments is None else list(arguments))
+        if not flags.dry_run:
+            check_inputs(config)
+        announce(f"{config.preset}: loading torch and diffusers")
         return int(dry_run(config) if flags.dry_run else train(config, resume=flags.resume))
 
 
@@ -48,7 +57,6 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     from densegrpo_fast.training.processes import joined
     from densegrpo_fast.training.records import run_directory
 
-    check_inputs(config)
     with joined(config) as world:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             # torchrun starts the processes again after one has failed
@@ -77,8 +85,8 @@ def train(config: Config, resume: bool = False) -> ExitCode:
 def dry_run(config: Config) -> ExitCode:
     """One whole iteration on two samples of one prompt (or one for each process); writes nothing.
 
-    A model that is not in the package is replaced by a tiny random one of the same classes, and its reward by JPEG
-    compressibility, so that every option is tried without weights.
+    A model that is not in the package is replaced by a tiny random one of the same classes, and rewards that need
+    weights or a server by JPEG compressibility, so that every option is tried without them; the output says what was.
     """
     from densegrpo_fast.fidelity.auto import rehearse
     from densegrpo_fast.training.meter import PHASES
@@ -92,20 +100,37 @@ def dry_run(config: Config) -> ExitCode:
             small, model = rehearse(config, small)
         else:
             small = world.from_main(lambda: rehearse(config, small)[0])
-        record = Trainer(small, tiny=True, model=model, world=world).step(0)
+        trainer = Trainer(small, tiny=True, model=model, world=world)
+        record = trainer.step(0)
     if not world.main:
         return ExitCode.OK
     samples = small.data.num_prompts * small.sampler.group_size
     print(f"dry run of {config.preset}: one iteration of {samples} samples, {small.sampler.num_steps} steps")
-    if config.model.path != "embedded":
-        print(
-            f"  {config.model.path} was not read: in its place stands a tiny random SD3 pipeline of its own size, with "
-            "the built-in prompts scenes and the reward jpeg_compressibility"
-        )
+    for name, words in _what_was_real(config, small, trainer).items():
+        print(f"  {name:10} {words}")
     for phase in PHASES:
         print(f"  {phase:10} {record[f'time/{phase}']:7.2f} s  {record.get(f'nfe/{phase}', 0):5.0f} NFE")
     print(f"  largest |ratio - 1| {record['ratio_deviation']:.1e}, gradient norm {record['grad_norm']:.2e}")
     return ExitCode.OK
+
+
+def _what_was_real(config: Config, small: Config, trainer: Trainer) -> dict[str, str]:
+    """For each part of the run, whether it is the configuration's own or what stood in for it."""
+    names = [*config.reward.terms, *config.reward.observed]
+    kinds = {name: resolve_alias(name, config.reward.options)[0] for name in names}
+    tried = {name: resolve_alias(name, small.reward.options)[0] for name in names}
+    own = [name for name in names if kinds[name] == tried[name]]
+    replaced = [f"{tried[name]} in the place of {name}" for name in names if name not in own]
+    of_iteration = f"{config.data.num_prompts} x {config.sampler.group_size}"
+    used, path = (small.data.prompts, small.data.eval_prompts), config.model.path
+    lacking = [source for source in (config.data.prompts, config.data.eval_prompts) if source not in used]
+    prompts = f"{len(trainer.prompts.prompts)} for training, {len(trainer.held_out.prompts)} held out"
+    return {
+        "model": "real" if path == "embedded" else f"a tiny random one in the place of {path}, which was not looked at",
+        "rewards": "; ".join([*(["real: " + ", ".join(own)] if own else []), *replaced]),
+        "prompts": f"scenes in the place of {', '.join(lacking)}: not there" if lacking else f"real: {prompts}",
+        "samples": f"{small.data.num_prompts} x {small.sampler.group_size} in the place of {of_iteration}",
+    }
 
 
 if __name__ == "__main__":

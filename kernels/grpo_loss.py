@@ -55,6 +55,8 @@ def grpo_loss_kernel(
     clipped_sum = tl.zeros([WIDTH], dtype=tl.float32)
     old_kl_sum = tl.zeros([WIDTH], dtype=tl.float32)
     furthest = tl.zeros([WIDTH], dtype=tl.float32)
+    # Divisions round to nearest, as PyTorch's do: an operator / may be off by two units in the last place.
+    count = rows * 1.0
     # Not range(): with NumPy 2.4, the interpreter of Triton 3.6 cannot count up to an argument.
     start = 0
     while start < rows:
@@ -76,7 +78,7 @@ def grpo_loss_kernel(
         is_clipped = clipped > unclipped
         policy_sum += weight * tl.where(is_clipped, clipped, unclipped)
         slope = tl.where(is_clipped, 0.0, unclipped * scale)
-        tl.store(grad_ptr + row, weight * slope / rows, mask=mask)
+        tl.store(grad_ptr + row, tl.div_rn(weight * slope, count), mask=mask)
 
         kl_sum += tl.load(kl_ptr + row, mask=mask, other=0.0)
         clipped_sum += (deviation > clip_range).to(tl.float32)
@@ -84,13 +86,13 @@ def grpo_loss_kernel(
         furthest = tl.where(deviation <= furthest, furthest, deviation)
         start += WIDTH
 
-    policy_loss = tl.sum(policy_sum, axis=0) / rows
-    mean_kl = tl.sum(kl_sum, axis=0) / rows
-    old_kl = tl.sum(old_kl_sum, axis=0) / rows
+    policy_loss = tl.div_rn(tl.sum(policy_sum, axis=0), count)
+    mean_kl = tl.div_rn(tl.sum(kl_sum, axis=0), count)
+    old_kl = tl.div_rn(tl.sum(old_kl_sum, axis=0), count)
     tl.store(loss_ptr, policy_loss + kl_coef * mean_kl)
     tl.store(metrics_ptr, policy_loss)
     tl.store(metrics_ptr + 1, mean_kl)
-    tl.store(metrics_ptr + 2, tl.sum(clipped_sum, axis=0) / rows)
+    tl.store(metrics_ptr + 2, tl.div_rn(tl.sum(clipped_sum, axis=0), count))
     tl.store(metrics_ptr + 3, old_kl)
     tl.store(metrics_ptr + 4, tl.where(old_kl != old_kl, old_kl, tl.max(furthest, axis=0)))
 

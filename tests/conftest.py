@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 # Read once, when the OpenMP runtime starts: before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -44,7 +47,7 @@ def poisoned_memory() -> Iterator[None]:
 class MixtureModel(FlowModel):
     """A flow model with an exact velocity that counts what it is asked for.
 
-    Latents are vectors [4]. A prompt is the digits of the mixture components it allows, e.g. "02"; the empty prompt
+    Latents are vectors [4]. A prompt is the digits of the mixture components it allows, e.g. "02"; one without any
     allows all.
 
     Attributes:
@@ -70,8 +73,9 @@ class MixtureModel(FlowModel):
     def encode(self, prompts: list[str]) -> Conditioning:
         unique = list(dict.fromkeys(prompts))
         allowed = torch.tensor([[float(str(k) in prompt) for k in range(3)] for prompt in unique])
+        allowed[allowed.sum(1) == 0] = 1.0
         rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-        return Conditioning(allowed[:, None], allowed, torch.ones(1, 1, 3), torch.ones(1, 3), rows)
+        return Conditioning({"allowed": allowed}, {"allowed": torch.ones(1, 3)}, rows)
 
     def velocity(
         self,
@@ -86,7 +90,7 @@ class MixtureModel(FlowModel):
         cond = torch.empty_like(latents)
         for number in conditioning.rows.unique():
             mine = conditioning.rows == number
-            flow = self.flow.condition(conditioning.pooled[number].nonzero().flatten().tolist())
+            flow = self.flow.condition(conditioning.prompts["allowed"][number].nonzero().flatten().tolist())
             cond[mine] = flow.velocity(latents[mine], sigma[mine]).to(latents.dtype)
         if guidance_scale == 1.0:
             return Velocity(cond, None, 1.0)
@@ -236,3 +240,73 @@ class TrainCommand:
 def train(pipeline_directory: Path) -> TrainCommand:
     """The training command, ready to run."""
     return TrainCommand(pipeline_directory)
+
+
+_RUN_CONFIG = """preset: embedded_dense
+seed: 7
+model: {path: embedded}
+run: {iterations: 40}
+sampler: {group_size: 8, num_steps: 2, noise_level: [0.7, 0.5]}
+reward:
+  terms: {"<script>alert(1)</script>": 1.0}
+"""
+_RUN_PROMPTS = ["a <b>red</b> circle", "two & two"]
+
+
+def run_record_of(iteration: int) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "reward": 0.5 + 0.01 * iteration,
+        "gain/step_0": 0.1,
+        "gain/step_1": -0.02 + 0.001 * iteration,
+        "gain_positive/step_1": 0.25,
+        "clip_fraction": 0.2,
+        "grad_norm": None if iteration == 3 else 0.4 + 0.01 * iteration,
+        "kl": None,
+        "nfe/rollout": 80,
+        "time/rollout": 0.75,
+        "time/monitor": 0.0,
+        "time/update": 1.5 + 0.01 * iteration,
+        "flops/over_sparse": 1.5,
+        **({"alarms": ["zero_spread"]} if iteration in (3, 4, 20) else {}),
+    }
+
+
+def fill_run_directory(
+    directory: Path, done: int = 40, times: tuple[str, ...] = ("before", "iteration-00020", "after")
+) -> Path:
+    """A run directory as training leaves it."""
+    from PIL import Image
+
+    from densegrpo_fast.run_files.images import save_grid
+    from densegrpo_fast.run_files.strip import Strip, StripRow, save_strip
+
+    directory.mkdir()
+    (directory / "config.yaml").write_text(_RUN_CONFIG)
+    lines = [json.dumps(run_record_of(iteration)) + "\n" for iteration in range(1, done + 1)]
+    (directory / "metrics.jsonl").write_text("".join(lines))
+    for number, when in enumerate(times):
+        iteration = {"before": 0, "after": done}.get(when, 20)
+        scores = {"reward": [[0.5, 0.7 + 0.1 * number], [0.9 - 0.2 * number, None]]}
+        document = {"iteration": iteration, "prompts": _RUN_PROMPTS, "scores": scores}
+        (directory / f"evaluation-{when}.json").write_text(json.dumps(document))
+        pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        save_grid(pictures, directory / "samples" / f"{when}.png", columns=2, captions=_RUN_PROMPTS)
+    grey = Image.new("RGB", (8, 8), (90, 90, 90))
+    row = StripRow("highest & best", [grey, grey], [None, grey], [math.nan, 0.75], [math.nan, 0.25])
+    for iteration in {1, done} if done else ():
+        strip = Strip("a <i>cat</i>", "a note", ["noise", "image"], [row])
+        save_strip(strip, directory / "strips" / f"iteration-{iteration:05d}.png")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def fill_run() -> Callable[..., Path]:
+    """Makes a run directory: `fill_run(path, done=40, times=("before", "iteration-00020", "after"))`."""
+    return fill_run_directory
+
+
+@pytest.fixture(scope="session")
+def run_record() -> Callable[[int], dict[str, Any]]:
+    """The record that `fill_run` writes for an iteration."""
+    return run_record_of

@@ -12,16 +12,16 @@ from torch import Tensor
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.models.attention import DispatchedJointAttention, check_attention, use_attention
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 
-Policy = Callable[..., SD3]
+Policy = Callable[..., DiffusersModel]
 PACKAGES = {"xformers": "xformers", "flash": "flash_attn"}
 
 
-def velocity_and_gradients(model: SD3) -> tuple[Tensor, list[Tensor]]:
+def velocity_and_gradients(model: DiffusersModel) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, *model.latent_shape, generator=generator).to(model.device)
     sigma = torch.tensor([0.8, 0.3], device=model.device)
@@ -45,6 +45,15 @@ def test_native_through_the_dispatcher_is_the_model_s_own_to_the_bit(tiny_policy
     assert torch.equal(after[0], before[0])
     for found, expected in zip(after[1], before[1], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["auto", "native"])
+def test_rollout_and_update_cannot_get_different_kernels(tiny_policy: Policy, name: str) -> None:
+    # cuDNN has one kernel for inference and another that keeps what a backward needs
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tiny_policy().set_attention(name)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def test_every_call_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +96,7 @@ def test_a_feature_cache_reads_the_same_keys(tiny_policy: Policy) -> None:
 def test_the_lookahead_copy_takes_the_policy_s(tiny_policy: Policy) -> None:
     model = tiny_policy()
     model.set_attention("native")
-    copied = [m.processor for m in LookaheadCopy(model).transformer.modules() if hasattr(m, "processor")]
+    copied = [m.processor for m in LookaheadCopy(model).network.modules() if hasattr(m, "processor")]
     assert len(copied) == 3 and all(isinstance(processor, DispatchedJointAttention) for processor in copied)
 
 
@@ -96,7 +105,7 @@ def test_a_missing_package_is_named(name: str) -> None:
     if importlib.util.find_spec(PACKAGES[name]):
         pytest.skip(f"{PACKAGES[name]} is installed")
     with pytest.raises(UserError, match=rf"model.attention: {name} needs the package .* set model.attention to native"):
-        use_attention(tiny_sd3().transformer, name)
+        use_attention(tiny_sd3().network, name)
     with pytest.raises(UserError) as caught:
         check_attention(name, torch.device("cuda"), torch.bfloat16)
     assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
@@ -121,7 +130,7 @@ def test_packages_need_a_gpu_and_flash_half_precision(monkeypatch: pytest.Monkey
 
 def test_an_unknown_choice_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="attention must be one of auto, native, xformers, flash, got 'sage'"):
-        use_attention(tiny_sd3().transformer, "sage")
+        use_attention(tiny_sd3().network, "sage")
 
 
 @pytest.mark.gpu
@@ -135,7 +144,7 @@ def test_parity_on_a_gpu(name: str) -> None:
 
     def measured(attention: str) -> tuple[Tensor, list[Tensor]]:
         pipeline = tiny_sd3().pipeline.to("cuda", torch.bfloat16)
-        model = SD3(pipeline, max_sequence_length=8)
+        model = DiffusersModel(pipeline, max_sequence_length=8)
         model.set_attention(attention)
         add_lora(model.network, rank=2, alpha=4, targets=["attn.to_q", "attn.to_v"], seed=0)
         for parameter in model.trainable_parameters().values():

@@ -16,13 +16,16 @@ sys.path.insert(0, str(ROOT / "benches"))
 import bench_lookahead  # noqa: E402
 from _protocol import Protocol  # noqa: E402
 
-from densegrpo_fast.models.sd3 import SD3  # noqa: E402
+from densegrpo_fast.models.diffusers_model import DiffusersModel  # noqa: E402
 
 ARGUMENTS = ("--model", "embedded_random", "--prompts", "1", "--group-size", "2", "--rounds", "1", "--warmup", "0")
 
 
 def test_every_way_is_timed_against_the_serial_and_the_exact_one(
-    tiny_policy: Callable[..., SD3], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_policy: Callable[..., DiffusersModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = tiny_policy(spread=0.2)
     monkeypatch.setattr(bench_lookahead, "load", lambda config, device: made)
@@ -60,7 +63,7 @@ def test_what_the_ways_are_without_options() -> None:
 
 
 def test_a_way_that_does_other_work_is_noticed(
-    tiny_policy: Callable[..., SD3], monkeypatch: pytest.MonkeyPatch
+    tiny_policy: Callable[..., DiffusersModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = tiny_policy()
     monkeypatch.setattr(bench_lookahead, "load", lambda config, device: made)

@@ -8,29 +8,29 @@ import pytest
 import torch
 
 from densegrpo_fast.models.cached_blocks import image_block, replaced_forward, split_heads
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 
 NODE, ROWS = 5, slice(0, 2)
 
 
 @pytest.fixture
-def model() -> SD3:
+def model() -> DiffusersModel:
     return tiny_sd3()
 
 
-def run(model: SD3, rows: int = 2) -> None:
+def run(model: DiffusersModel, rows: int = 2) -> None:
     with torch.no_grad():
         model.velocity(torch.zeros(rows, *model.latent_shape), torch.full((rows,), 0.5), model.encode(["a cat"] * rows))
 
 
-def untouched(model: SD3) -> bool:
+def untouched(model: DiffusersModel) -> bool:
     modules = model.network.modules()
     return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
 
 
-def test_an_error_leaves_nothing_behind(model: SD3) -> None:
+def test_an_error_leaves_nothing_behind(model: DiffusersModel) -> None:
     cache = FeatureCache(model.network, nodes=(NODE,), rows=2)
     for context in (cache.record, cache.reuse):
         with pytest.raises(ArithmeticError), context(NODE, ROWS):
@@ -39,7 +39,7 @@ def test_an_error_leaves_nothing_behind(model: SD3) -> None:
         assert untouched(model)
 
 
-def test_a_forward_that_fails_has_recorded_nothing(model: SD3) -> None:
+def test_a_forward_that_fails_has_recorded_nothing(model: DiffusersModel) -> None:
     cache = FeatureCache(model.network, nodes=(NODE,), rows=2)
 
     def fail(*_: Any) -> None:
@@ -68,7 +68,7 @@ def test_a_forward_that_was_replaced_before_stays_so() -> None:
 
 
 @torch.no_grad()
-def test_an_image_block_is_the_block_without_its_text_stream(model: SD3) -> None:
+def test_an_image_block_is_the_block_without_its_text_stream(model: DiffusersModel) -> None:
     for number, block in enumerate(model.network.transformer_blocks):
         assert block.use_dual_attention == (number == 0) and block.context_pre_only == (number == 1)
         image, text, embedding = torch.randn(2, 16, 32), torch.randn(2, 7, 32), torch.randn(2, 32)

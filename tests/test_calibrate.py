@@ -125,6 +125,10 @@ def test_training_takes_the_file_and_goes_on_without_it(
     capsys.readouterr()
     made = json.loads((calibrated / "levels.json").read_text())
     levels.write_text(json.dumps(made | {"steps": [0, 1]}))
+    assert train(tmp_path / "refused", **sampler, **{"sampler.calibration": levels}) == 2
+    assert "is damaged, or was changed by hand" in capsys.readouterr().err
+    del made["sha256"]
+    levels.write_text(json.dumps(made | {"steps": [0, 1]}))
     wrong = [
         ({"sampler.num_steps": 4}, calibrated / "levels.json", "was made for 3 steps, sampler.num_steps is 4"),
         ({"sampler.dynamics": "cps"}, calibrated / "levels.json", "was made for dynamics flow_sde"),

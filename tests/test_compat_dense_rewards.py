@@ -26,7 +26,7 @@ from densegrpo_fast.compat.flow_grpo import (  # noqa: E402
 )
 from densegrpo_fast.credit.dense import dense_advantages  # noqa: E402
 from densegrpo_fast.flow.dynamics import coefficients  # noqa: E402
-from densegrpo_fast.models.sd3 import SD3  # noqa: E402
+from densegrpo_fast.models.diffusers_model import DiffusersModel  # noqa: E402
 from densegrpo_fast.models.tiny import tiny_sd3  # noqa: E402
 from densegrpo_fast.sampling import plan as plans  # noqa: E402
 from densegrpo_fast.sampling.lookahead import Lookahead  # noqa: E402
@@ -38,14 +38,14 @@ ROWS = [{"row": row} for row in range(4)]
 
 
 @pytest.fixture(scope="module")
-def model() -> SD3:
+def model() -> DiffusersModel:
     model = tiny_sd3()
     model.pipeline.set_progress_bar_config(disable=True)
     return model
 
 
 @pytest.fixture
-def text(model: SD3) -> dict[str, Any]:
+def text(model: DiffusersModel) -> dict[str, Any]:
     """The prompts as a script encodes them."""
     with torch.no_grad():
         embeds, _, pooled, _ = model.pipeline.encode_prompt(PROMPTS, None, None, max_sequence_length=8)
@@ -67,7 +67,7 @@ def reward_fn(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
     return {"red": red.tolist(), "blue": blue, "avg": ((red + blue) / 2).tolist(), "groups": {"all": 1.0}}, {}
 
 
-def sampled(model: SD3, text: dict[str, Any], fast: bool, **options: Any) -> dict[str, Any]:
+def sampled(model: DiffusersModel, text: dict[str, Any], fast: bool, **options: Any) -> dict[str, Any]:
     """A sampling call, and its results as a script stacks them."""
     function = pipeline_with_logprob_fast if fast else pipeline_with_logprob
     images, latents, log_probs, *timesteps = function(
@@ -79,7 +79,9 @@ def sampled(model: SD3, text: dict[str, Any], fast: bool, **options: Any) -> dic
     return found
 
 
-def serial_rewards(model: SD3, text: dict[str, Any], latents: Tensor, images: Tensor, first: int) -> dict[str, Tensor]:
+def serial_rewards(
+    model: DiffusersModel, text: dict[str, Any], latents: Tensor, images: Tensor, first: int
+) -> dict[str, Tensor]:
     """Every state completed on its own by all remaining Euler steps of the host's loop."""
     prompts = tuple(value for value in text.values() if isinstance(value, Tensor))
     columns = []
@@ -102,7 +104,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_exact_is_the_serial_completion(model: SD3, text: dict[str, Any]) -> None:
+def test_exact_is_the_serial_completion(model: DiffusersModel, text: dict[str, Any]) -> None:
     done = sampled(model, text, fast=False)
     sigmas = model.pipeline.scheduler.sigmas
     dense = dense_rewards(model.pipeline, reward_fn, PROMPTS, ROWS, latents=done["latents"], **text)
@@ -119,7 +121,7 @@ def test_exact_is_the_serial_completion(model: SD3, text: dict[str, Any]) -> Non
     assert model.pipeline.scheduler.sigmas is sigmas and len(sigmas) == N + 1
 
 
-def test_it_is_the_packages_own_lookahead(model: SD3, text: dict[str, Any]) -> None:
+def test_it_is_the_packages_own_lookahead(model: DiffusersModel, text: dict[str, Any]) -> None:
     """Same trajectory, same plan, guidance after the first velocity left out: two ways through the package."""
     with keep_velocities() as kept:
         done = sampled(model, text, fast=False)
@@ -156,7 +158,7 @@ def test_it_is_the_packages_own_lookahead(model: SD3, text: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("known", ["images", "kept", "nothing"])
-def test_a_window(model: SD3, text: dict[str, Any], known: str) -> None:
+def test_a_window(model: DiffusersModel, text: dict[str, Any], known: str) -> None:
     random.seed(1)
     window = {"sde_window_size": 2, "sde_window_range": (1, 3), "sde_type": "cps"}
     with keep_velocities() as kept:
@@ -172,7 +174,7 @@ def test_a_window(model: SD3, text: dict[str, Any], known: str) -> None:
     assert dense.evaluations == {"images": 3 + 2, "kept": 3, "nothing": 3 + 2 + 1}[known]
 
 
-def test_rows_may_have_different_windows(model: SD3, text: dict[str, Any]) -> None:
+def test_rows_may_have_different_windows(model: DiffusersModel, text: dict[str, Any]) -> None:
     """What an epoch of several sampling calls looks like."""
     parts = []
     for start in (0, 2):
@@ -209,7 +211,7 @@ def test_rows_may_have_different_windows(model: SD3, text: dict[str, Any]) -> No
     close(dense.gains, expected)
 
 
-def test_advantages_are_the_trackers(model: SD3, text: dict[str, Any]) -> None:
+def test_advantages_are_the_trackers(model: DiffusersModel, text: dict[str, Any]) -> None:
     done = sampled(model, text, fast=False)
     with ThreadPoolExecutor(2) as executor:
         dense = dense_rewards(
@@ -236,7 +238,7 @@ def test_advantages_are_the_trackers(model: SD3, text: dict[str, Any]) -> None:
     assert torch.equal(scores["avg"], dense.rewards[:, -1]) and torch.equal(scores["gains"], dense.gains)
 
 
-def test_missing_rewards_stay_out_of_the_statistics(model: SD3, text: dict[str, Any]) -> None:
+def test_missing_rewards_stay_out_of_the_statistics(model: DiffusersModel, text: dict[str, Any]) -> None:
     done = sampled(model, text, fast=False)
     calls = []
 
@@ -256,7 +258,7 @@ def test_missing_rewards_stay_out_of_the_statistics(model: SD3, text: dict[str, 
     assert (dense.advantages[[0, 2]] == 0).all() and (dense.advantages[[1, 3]] != 0).any()
 
 
-def test_another_decoder_serves_all_images(model: SD3, text: dict[str, Any]) -> None:
+def test_another_decoder_serves_all_images(model: DiffusersModel, text: dict[str, Any]) -> None:
     done = sampled(model, text, fast=False)
     decoded = []
 
@@ -272,7 +274,7 @@ def test_another_decoder_serves_all_images(model: SD3, text: dict[str, Any]) -> 
     close(dense.rewards[:, -1], torch.tensor(end))
 
 
-def test_without_guidance_no_negative_prompts_are_needed(model: SD3, text: dict[str, Any]) -> None:
+def test_without_guidance_no_negative_prompts_are_needed(model: DiffusersModel, text: dict[str, Any]) -> None:
     plain = {name: text[name] for name in ("prompt_embeds", "pooled_prompt_embeds")} | {"guidance_scale": 1.0}
     done = sampled(model, plain, fast=False)
     dense = dense_rewards(model.pipeline, reward_fn, PROMPTS, ROWS, latents=done["latents"], **plain)
@@ -297,14 +299,16 @@ def test_without_guidance_no_negative_prompts_are_needed(model: SD3, text: dict[
         ({"chunk": 0}, "chunk must be at least 1 row"),
     ],
 )
-def test_mistakes_are_refused(model: SD3, text: dict[str, Any], change: dict[str, Any], message: str) -> None:
+def test_mistakes_are_refused(
+    model: DiffusersModel, text: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
     model.pipeline.scheduler.set_timesteps(N)
     options = {"latents": torch.zeros(4, N + 1, 16, 8, 8), **text, **change}
     with pytest.raises(ValueError, match=message):
         dense_rewards(model.pipeline, reward_fn, PROMPTS, ROWS, **options)
 
 
-def test_a_reward_function_must_return_what_is_credited(model: SD3, text: dict[str, Any]) -> None:
+def test_a_reward_function_must_return_what_is_credited(model: DiffusersModel, text: dict[str, Any]) -> None:
     done = sampled(model, text, fast=False)
     options = {"latents": done["latents"], "plan": "one_step", **text}
     dense = dense_rewards(model.pipeline, reward_fn, PROMPTS, ROWS, key="red", **options)

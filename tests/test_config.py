@@ -45,10 +45,14 @@ PRESETS = [
     "embedded_turning_point_free",
     "embedded_value",
     "embedded_vgpo",
+    "flux1_dev_pickscore",
+    "qwen_image_pickscore",
+    "sd15_pickscore",
     "sd35_medium_pickscore",
     "sd35_medium_pickscore_24gb",
     "sd35_medium_pickscore_drawn",
     "sd35_medium_pickscore_fast",
+    "z_image_pickscore",
 ]
 EMBEDDED_DENSE = read_settings("embedded_dense")
 BASE = Path(__file__).parent / "data" / "base.yaml"
@@ -344,7 +348,7 @@ def test_every_reward_of_the_package_can_be_named() -> None:
         ("sampler.dynamics", "flow.dynamics", "Family"),
         ("lookahead.guidance", "sampling.lookahead", "Guidance"),
         ("lookahead.decoder", "models.base", "Decoder"),
-        ("model.vae_decode", "models.sd3", "VaeDecode"),
+        ("model.vae_decode", "models.diffusers_model", "VaeDecode"),
         ("model.attention", "models.attention", "Attention"),
     ],
 )

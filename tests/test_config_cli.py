@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.errors import UsageError, UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import options
-from densegrpo_fast.config.cli import parse_arguments, split_overrides
+from densegrpo_fast.config.cli import load_config, parse_arguments, split_overrides
 from densegrpo_fast.config.yaml_files import preset_names
 
 
@@ -87,3 +87,39 @@ def test_a_command_refuses_wrong_options_of_the_configuration(argv: list[str], w
     with pytest.raises(UserError, match=words) as caught:
         split_overrides(argv)
     assert exit_code_of(caught.value) == ExitCode.USAGE
+
+
+def test_an_automatic_micro_batch_divides_what_an_update_trains_on() -> None:
+    for overrides, rows in (
+        ({}, 6),
+        ({"data.num_prompts": 5}, 5),
+        ({"data.num_prompts": 67}, 1),
+        ({"data.num_prompts": 16, "sampler.group_size": 64}, 64),
+        ({"optimizer.updates_per_iteration": 2}, 3),
+        ({"sampler.micro_batch": 2}, 2),
+    ):
+        assert load_config("embedded_branched", {"sampler.micro_batch": "auto"} | overrides).sampler.micro_batch == rows
+    for wrong in ({"data.num_prompts": 0}, {"sampler.group_size": "many"}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            load_config("embedded_branched", wrong)
+
+
+def test_rewards_of_a_preset_are_observed_with_its_own_rewards_and_prompts_alone(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: embedded_branched\nreward: {terms: {jpeg_compressibility: 1.0}}\n")
+    assert load_config().reward.observed == ["scenes_strict"]
+    assert load_config(own).reward.observed == []
+    prompts = {"data.eval_prompts": "general"}
+    assert load_config("embedded_branched", prompts).reward.observed == []
+    assert load_config("embedded_branched", prompts | {"reward.observed": ["scenes"]}).reward.observed == ["scenes"]
+    own.write_text("extends: embedded_branched\nreward: {observed: [scenes]}\n")
+    assert load_config(own, prompts).reward.observed == ["scenes"], "what a file asks for stays"
+    assert parse_arguments(["reward.terms={jpeg_compressibility: 1.0}"])[0].reward.observed == []
+
+
+def test_a_credit_method_that_does_not_fit_names_presets_that_do() -> None:
+    with pytest.raises(UsageError, match=r"; presets with credit.method sparse: embedded_sparse, "):
+        parse_arguments(["credit.method=sparse"])
+    with pytest.raises(UsageError) as error:
+        parse_arguments(["sampler.branches=1"])
+    assert "presets with" not in str(error.value)

@@ -188,7 +188,7 @@ class CountingModel(FlowModel):
 
     def encode(self, prompts: list[str]) -> Conditioning:
         one = torch.zeros(1, 1, 1)
-        return Conditioning(one, one[0], one, one[0], torch.zeros(len(prompts), dtype=torch.int64))
+        return Conditioning({"embeds": one}, {"embeds": one}, torch.zeros(len(prompts), dtype=torch.int64))
 
     def velocity(
         self,

@@ -1,13 +1,12 @@
-"""The CUDA sources, compiled for sm_80 and sm_90 as an installation compiles them, where there is nvcc.
+"""The CUDA sources, compiled for the GPUs they are meant for as an installation compiles them, where there is nvcc.
 
-Their machine code is held to its limits and described in csrc/RESOURCES.md. It is not run: see test_native_cuda.py.
+Their machine code is held to its limits and described in csrc/RESOURCES.md. tests/gpu/test_cuda_kernels.py runs them.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,11 +15,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from emulator.on_cuda import find_nvcc
 
 from densegrpo_fast.flow import native_cuda, shared_library
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 OPS = ("sde_step", "sde_log_prob", "sde_log_prob_backward")
 TYPES = {
     "ff": "float32",
@@ -53,9 +53,10 @@ class Build(NamedTuple):
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """The CUDA library, built by setup.py as an installation builds it."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("there is no nvcc on the path")
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("there is no nvcc, neither on the path nor as a package")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     compiler = f"nvcc {re.search(r'release ([0-9.]+)', version)[1]}"
     folder = tmp_path_factory.mktemp("cuda")
     command = [
@@ -68,7 +69,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         str(folder / "temp"),
     ]
     environment = {**os.environ, "DENSEGRPO_CUDA": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "was not built" not in result.stderr, result.stdout + result.stderr
     report = re.compile(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.embedded import WEIGHTS, card, scenes
-from densegrpo_fast.models.loading import load_sd3
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.loading import load_pipeline
 from densegrpo_fast.rewards.scenes import ScenesReward
 from densegrpo_fast.sampling.rollout import sample_ode
 
@@ -22,12 +22,12 @@ REWARD = ScenesReward()
 
 
 @pytest.fixture(scope="module")
-def model() -> SD3:
-    return load_sd3("embedded", device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)
+def model() -> DiffusersModel:
+    return load_pipeline("embedded", device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)
 
 
 @torch.no_grad()
-def draw(model: SD3, prompts: list[str], num_steps: int, guidance_scale: float = 1.0) -> Tensor:
+def draw(model: DiffusersModel, prompts: list[str], num_steps: int, guidance_scale: float = 1.0) -> Tensor:
     """Clean latents of one picture per prompt, always from the same noise."""
     noise = torch.randn(len(prompts), *model.latent_shape, generator=torch.Generator().manual_seed(0))
     return sample_ode(model, noise, model.encode(prompts), model.sigmas(num_steps), guidance_scale=guidance_scale)
@@ -64,7 +64,7 @@ def test_the_weights_are_small_half_precision_safetensors() -> None:
     assert {"README.md", "pretraining.json"} <= {path.name for path in WEIGHTS.iterdir()}
 
 
-def test_our_short_path_draws_what_plain_diffusers_draws(model: SD3) -> None:
+def test_our_short_path_draws_what_plain_diffusers_draws(model: DiffusersModel) -> None:
     # diffusers puts 256 zero tokens where T5's would be; we leave them out
     prompts = scenes.prompts(held_out=True, count=40)
     pipeline = model.pipeline
@@ -78,20 +78,20 @@ def test_our_short_path_draws_what_plain_diffusers_draws(model: SD3) -> None:
     assert (strict(ours, prompts) == strict(theirs, prompts)).mean() >= 0.9
 
 
-def test_single_objects_are_drawn(model: SD3) -> None:
+def test_single_objects_are_drawn(model: DiffusersModel) -> None:
     prompts = [scene.prompt for scene in scenes.split(held_out=True)["single"]]
     prompts = prompts * (-(-40 // len(prompts)))
     # these weights are at nine tenths, and two standard errors of 40 pictures are 9 points
     assert strict(model.decode(draw(model, prompts, num_steps=10, guidance_scale=4.5)), prompts).mean() >= 0.8
 
 
-def test_it_can_draw_and_can_improve(model: SD3) -> None:
+def test_it_can_draw_and_can_improve(model: DiffusersModel) -> None:
     prompts = scenes.prompts(held_out=True, count=90)
     share = strict(model.decode(draw(model, prompts, num_steps=10)), prompts).mean()
     assert 0.55 <= share <= 0.9
 
 
-def test_guidance_works(model: SD3) -> None:
+def test_guidance_works(model: DiffusersModel) -> None:
     prompts = scenes.prompts(held_out=True, count=60)
     scores = [
         np.mean(REWARD(model.decode(draw(model, prompts, num_steps=6, guidance_scale=scale)), prompts))
@@ -101,7 +101,7 @@ def test_guidance_works(model: SD3) -> None:
 
 
 @torch.no_grad()
-def test_pictures_survive_the_autoencoder(model: SD3) -> None:
+def test_pictures_survive_the_autoencoder(model: DiffusersModel) -> None:
     generator = np.random.default_rng(5)
     drawn = scenes.sample_scenes(200, generator, held_out=True)
     images = torch.from_numpy(scenes.render_batch(drawn, generator))
@@ -116,7 +116,7 @@ def test_pictures_survive_the_autoencoder(model: SD3) -> None:
     assert (model.decode(latents) - images).abs().mean() < 0.02
 
 
-def test_the_preview_decoder_agrees_with_the_full_one(model: SD3) -> None:
+def test_the_preview_decoder_agrees_with_the_full_one(model: DiffusersModel) -> None:
     prompts = scenes.prompts(held_out=True, count=90)
     latents = draw(model, prompts, num_steps=10)
     full, preview = model.decode(latents), model.decode(latents, "preview")
@@ -126,7 +126,7 @@ def test_the_preview_decoder_agrees_with_the_full_one(model: SD3) -> None:
     assert np.corrcoef(*graded)[0, 1] >= 0.95
 
 
-def test_the_card_reports_what_is_drawn(model: SD3) -> None:
+def test_the_card_reports_what_is_drawn(model: DiffusersModel) -> None:
     text = (WEIGHTS / "README.md").read_text()
     assert all(f"| {category} |" in text for category in scenes.CATEGORIES)
     evidence = json.loads((WEIGHTS / "pretraining.json").read_text())

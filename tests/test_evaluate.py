@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from densegrpo_fast.common.fingerprint import canonical_json
 from densegrpo_fast.evaluate import main
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import save_lora
@@ -135,7 +137,10 @@ def test_another_base_than_the_runs_is_noticed(
     assert "this run trained the model" in refused(2, capsys, run, "--model.path=embedded")
     moved = shutil.copytree(run, tmp_path / "run")
     manifest = moved / "checkpoints" / "step-00000002" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"base_weights": "', '"base_weights": "0'))
+    content = json.loads(manifest.read_text())
+    del content["sha256"]
+    content["settings"]["base_weights"] = "0"
+    manifest.write_text(json.dumps(content | {"sha256": hashlib.sha256(canonical_json(content)).hexdigest()}))
     with caplog.at_level(logging.WARNING):
         assert command(run) == 0
         assert "not the one that this run trained" not in caplog.text

@@ -141,7 +141,7 @@ def test_costs_of_cheaper_forwards_by_hand(tmp_path: Path, capsys: pytest.Captur
     assert (row["copy"], row["cache"]) == ("bfloat16", "text:own")
     # what does not fit a model is left out, and said
     assert not models["embedded"]["left_out"] and not record["left_out"]
-    assert list(models["flux"]["left_out"]) == ["copy(bfloat16)", "cache(text:own)"]
+    assert list(models["flux"]["left_out"]) == ["cache(text:own)"]
     assert "left out: cache(text:own): for SD3's transformer alone" in capsys.readouterr().out
 
 
@@ -198,10 +198,12 @@ def test_a_preset_with_branches_is_judged_on_branches(
 def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.fidelity.target import pipeline_target
-    from densegrpo_fast.models.loading import load_sd3
+    from densegrpo_fast.models.loading import load_pipeline
     from densegrpo_fast.models.lora import add_lora, save_lora
 
-    model = load_sd3(str(pipeline_directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)
+    model = load_pipeline(
+        str(pipeline_directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0
+    )
     add_lora(model.network, rank=2, alpha=4, targets=["attn.to_q", "attn.to_out.0"], seed=0)
     for parameter in model.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.3)

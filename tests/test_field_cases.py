@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
 from densegrpo_fast.config.cli import load_config, parse_arguments
 from densegrpo_fast.config.yaml_files import parse_yaml
-from densegrpo_fast.models.loading import load_sd3
+from densegrpo_fast.models.loading import load_pipeline
 from densegrpo_fast.rewards.ocr import similarity
 from densegrpo_fast.run_files.images import read_picture, save_picture
 from densegrpo_fast.sample import main as sample
@@ -172,7 +172,9 @@ def model(pipeline_directory: Path, tmp_path: Path) -> Path:
 
 
 def loaded(directory: Path, **options: Any) -> Any:
-    return load_sd3(str(directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0, **options)
+    return load_pipeline(
+        str(directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0, **options
+    )
 
 
 def changed(path: Path, **settings: Any) -> None:
@@ -209,11 +211,11 @@ def test_a_deeply_nested_configuration_is_refused(model: Path) -> None:
 
 
 def test_a_variant_alone_is_loaded(model: Path) -> None:
-    expected = loaded(model).transformer.state_dict()
+    expected = loaded(model).network.state_dict()
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         (file,) = (model / part).glob("*.safetensors")
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
-    found = loaded(model).transformer.state_dict()
+    found = loaded(model).network.state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
@@ -224,7 +226,7 @@ def test_a_tokenizer_without_a_limit_takes_the_encoder_s(model: Path) -> None:
         (model / part / "tokenizer_config.json").write_text(json.dumps(settings))
     found = loaded(model)
     assert found.pipeline.tokenizer.model_max_length == found.pipeline.text_encoder.config.max_position_embeddings
-    assert found.encode(["a red circle " * 50]).embeds.isfinite().all()
+    assert found.encode(["a red circle " * 50]).prompts["embeds"].isfinite().all()
 
 
 def test_a_folder_of_the_hub_s_cache_leads_to_its_snapshot(model: Path, tmp_path: Path) -> None:

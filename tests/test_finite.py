@@ -16,7 +16,7 @@ from densegrpo_fast.common.errors import NonFiniteError, RewardError, SetupError
 from densegrpo_fast.common.pictures import to_bytes, to_unit
 from densegrpo_fast.models.adapter_formats import read_lora
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.loading import load_sd3
+from densegrpo_fast.models.loading import load_pipeline
 from densegrpo_fast.rewards.base import RewardMixture, Scores
 from densegrpo_fast.run_files.images import save_grid
 from densegrpo_fast.training.pictures import draw, picture_sampler
@@ -64,7 +64,7 @@ def test_broken_weights_are_named(pipeline_directory: Path, tmp_path: Path, part
     weights[name].flatten()[-1] = number
     safetensors.torch.save_file(weights, file, {"format": "pt"})
     with pytest.raises(NonFiniteError, match=f"{part}: .*{name} holds numbers that are not finite"):
-        load_sd3(str(directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)
+        load_pipeline(str(directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)
 
 
 def test_a_broken_adapter_is_named(tmp_path: Path) -> None:
@@ -108,4 +108,4 @@ def test_a_listed_t5_that_is_gone_is_missed(pipeline_directory: Path, tmp_path: 
     parts["text_encoder_3"] = ["transformers", "T5EncoderModel"]
     index.write_text(json.dumps(parts))
     with pytest.raises(SetupError, match="lacks text_encoder_3; to use it without T5, set these to"):
-        load_sd3(str(directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)
+        load_pipeline(str(directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)

@@ -63,7 +63,7 @@ def flux_forward() -> float:
     architecture = flops.flux()
     with torch.device("meta"), torch.no_grad():
         network = architecture.network()
-        inputs = architecture.inputs(network.config)
+        inputs = architecture.inputs(network, 1)
         return flops.counted(lambda: network(**inputs))
 
 

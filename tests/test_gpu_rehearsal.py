@@ -21,8 +21,8 @@ from _host_syncs import HostSyncs  # noqa: E402
 from _protocol import Protocol  # noqa: E402
 from _sensors import Sensors  # noqa: E402
 
+from densegrpo_fast.models.diffusers_model import DiffusersModel  # noqa: E402
 from densegrpo_fast.models.flops import ModelFlops  # noqa: E402
-from densegrpo_fast.models.sd3 import SD3  # noqa: E402
 from densegrpo_fast.sampling.cost import dense_iteration  # noqa: E402
 from densegrpo_fast.sampling.plan import nodes  # noqa: E402
 
@@ -49,7 +49,10 @@ def test_the_matmul_rate_is_a_rate() -> None:
 
 
 def test_three_iterations_on_a_small_model(
-    tiny_policy: Callable[..., SD3], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_policy: Callable[..., DiffusersModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = tiny_policy()
     monkeypatch.setattr(gpu_rehearsal, "load", lambda config, device: made)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -99,8 +101,8 @@ class Setting:
         return model
 
     def close(self, found: Tensor, expected: Tensor) -> None:
-        """The same operations: to the bit on the CPU; a GPU's libraries may choose other kernels in a graph."""
-        tolerance = 0.0 if self.device.type == "cpu" else 1e-4
+        """The same operations; padded to other sizes, or in a graph, libraries may choose other kernels."""
+        tolerance = 1e-5 if self.device.type == "cpu" else 1e-4
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -148,13 +150,13 @@ def move(model: Any, name: str = ".lora_") -> None:
 def test_a_replay_is_the_computation(setting: Setting, scale: float, guidance: Any) -> None:
     model, plan = setting.policy(), plans.exact(T)
     runner = GraphedStepRunner(setting.capturer)
-    # node 1 has 3 rows, node 2 has 6, node 3 has 9: chunks of 4 make graphs of 3, 4, 2 and 1 rows
+    # node 1 has 3 rows, node 2 has 6, node 3 has 9: chunks of 4 make graphs of 3, 4 and 1 rows, and 2 are padded to 3
     graphed = Lookahead(model, plan, guidance=guidance, chunk=4, step_runner=runner)
     eager = Lookahead(model, plan, guidance=guidance, chunk=4)
     for iteration, prompts in enumerate((PROMPTS, PROMPTS[::-1], ["the moon", "a cat", "a cat"])):
         trajectory = sampled(model, iteration, prompts, scale, keep_guidance=True)
         setting.close(graphed.complete(trajectory), eager.complete(trajectory))
-        assert len(runner.graphs) == 4
+        assert len(runner.graphs) == 3
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -174,8 +176,8 @@ def test_branches_are_completed_by_the_same_graphs(setting: Setting, scale: floa
         # the 6 branches of step 0 and the 6 of step 2 arrive at the states 1 and 3; the former go on by 2 and 3
         assert runner.rows == [4, 2] * 4
         setting.close(found, eager.complete(tree))
-        # one graph for each number of rows, with a jump and without
-        assert len(runner.graphs) == 4
+        # one graph with a jump and one without, both of four rows
+        assert len(runner.graphs) == 2
         forwards.clear()
 
 
@@ -264,8 +266,8 @@ def test_features_of_the_latest_rollout_are_taken_over(setting: Setting) -> None
         setting.close(found[-1], eager.complete(trajectory))
         plain = Lookahead(model, plan).complete(trajectory)
         assert (found[-1] - plain)[:2].abs().max() > 1e-5
-    # node 2: 4 + 2 rows; node 3: 4 + 4 + 1 rows; each node reads features of its own
-    assert len(runner.graphs) == 4
+    # node 2: 4 rows, and 2 padded; node 3: 4 + 4 + 1 rows; each node reads features of its own
+    assert len(runner.graphs) == 3
 
 
 def test_gradients_are_refused(setting: Setting) -> None:
@@ -288,6 +290,39 @@ def test_a_model_that_asks_the_device_runs_without_graphs(setting: Setting, capl
             setting.close(graphed.complete(trajectory), Lookahead(model, plans.exact(T)).complete(trajectory))
     (message,) = [record.getMessage() for record in caplog.records]
     assert "lookahead.graphs: the evaluation cannot be captured" in message and "runs without graphs" in message
+
+
+def test_memory_that_runs_out_in_a_capture_costs_rows_and_not_graphs(
+    tiny_policy: Callable[..., FlowModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Small(TapeCapturer):
+        def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+            play, outputs = super().capture(function)
+            if len(outputs.velocity) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return play, outputs
+
+    model, capturer = tiny_policy(spread=0.3), Small()
+    runner = GraphedStepRunner(capturer)
+    graphed = Lookahead(model, plans.exact(T), chunk=4, step_runner=runner)
+    trajectory = sampled(model)
+    with caplog.at_level(logging.WARNING):
+        found = graphed.complete(trajectory)
+    torch.testing.assert_close(found, Lookahead(model, plans.exact(T)).complete(trajectory), rtol=1e-5, atol=1e-5)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "going on with 2" in message
+    # what was captured before gives its memory back
+    assert capturer.releases == 1 and len(runner.graphs) == 1
+
+
+def test_a_capture_bears_with_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: modes.append(options) or nullcontext())
+    for name in ("current_stream", "Stream", "CUDAGraph", "graph_pool_handle", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    CudaCapturer().capture(lambda: (torch.zeros(1),))
+    assert [mode["capture_error_mode"] for mode in modes] == ["thread_local"]
 
 
 def test_without_a_gpu_the_lookahead_runs_as_it_is(mixture_model: FlowModel, caplog: pytest.LogCaptureFixture) -> None:

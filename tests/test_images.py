@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from densegrpo_fast.run_files.images import read_captions, read_picture, save_grid, save_picture
+from densegrpo_fast.run_files.grids import read_captions, read_grid
+from densegrpo_fast.run_files.images import read_picture, save_grid, save_picture
 
 COLOURS = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]])
 
@@ -29,6 +30,8 @@ def test_pictures_stand_in_reading_order_and_keep_their_pixels(pictures, tmp_pat
         expected = (pictures[index] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(grid[y : y + 32, x : x + 48], expected.repeat(2, 0).repeat(2, 1))
     assert (grid[44:76, 114:162] == 255).all(), "the empty sixth place is paper"
+    again = [np.asarray(picture) for picture in read_grid(path)]
+    np.testing.assert_array_equal(again, (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
 def test_captions_are_drawn_below_and_stored_in_the_file(pictures, tmp_path):

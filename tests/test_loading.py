@@ -17,15 +17,16 @@ from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.config.sections import ModelOptions
 from densegrpo_fast.embedded.architecture import build_tokenizer
-from densegrpo_fast.models.loading import load_sd3, pipeline_directory
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models import loading
+from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.loading import load_pipeline, pipeline_directory
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.sampling.replay import replay
 from densegrpo_fast.sampling.rollout import rollout
 from densegrpo_fast.training.models import load_model
 
 CPU = torch.device("cpu")
-Policy = Callable[..., SD3]
+Policy = Callable[..., DiffusersModel]
 
 
 def options(**changes: object) -> ModelOptions:
@@ -48,7 +49,7 @@ def damaged(tiny_directory: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_directory, tmp_path / "pipeline")
 
 
-def velocities(model: SD3, checkpointing: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def velocities(model: DiffusersModel, checkpointing: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     if checkpointing:
         model.checkpoint_gradients()
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +100,7 @@ def test_options_reach_the_model(tiny_directory: Path) -> None:
     vae = model.pipeline.vae
     assert model.network.gradient_checkpointing and model.attention == "native"
     assert (vae.dtype, vae.use_slicing, vae.use_tiling) == (torch.bfloat16, True, True)
-    assert model.transformer.dtype == torch.float32
+    assert model.network.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in vae.parameters())
 
 
@@ -252,14 +253,14 @@ def test_a_wrong_or_partial_component_is_named(
 ) -> None:
     damage(damaged / part)
     with pytest.raises(UserError, match=rf"model.path: cannot load {damaged}: {part}: .*{expected}") as caught:
-        load_sd3(str(damaged), device=CPU, dtype=torch.float32, max_sequence_length=8)
+        load_pipeline(str(damaged), device=CPU, dtype=torch.float32, max_sequence_length=8)
     assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
 
 
 def test_a_tokenizer_of_another_encoder_is_named(damaged: Path) -> None:
     build_tokenizer([f"word{number}" for number in range(2000)]).save_pretrained(damaged / "tokenizer_2")
     with pytest.raises(UserError, match=r"tokenizer_2: it has \d+ tokens, text_encoder_2 has \d+"):
-        load_sd3(str(damaged), device=CPU, dtype=torch.float32, max_sequence_length=8)
+        load_pipeline(str(damaged), device=CPU, dtype=torch.float32, max_sequence_length=8)
 
 
 def test_weights_that_do_not_fit_the_device_say_what_to_do(
@@ -273,7 +274,7 @@ def test_weights_that_do_not_fit_the_device_say_what_to_do(
     monkeypatch.setattr(StableDiffusion3Pipeline, "to", too_large)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
     with pytest.raises(UserError, match=r"do not fit .* \(1.0 of 8.0 GiB free\).*model.prompt_cache") as caught:
-        load_sd3(str(tiny_directory), device=CPU, dtype=torch.float32, max_sequence_length=8)
+        load_pipeline(str(tiny_directory), device=CPU, dtype=torch.float32, max_sequence_length=8)
     assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
 
 
@@ -284,12 +285,17 @@ def test_a_hub_id_is_downloaded_as_safetensors(
 
     asked = []
 
+    def fetch(name: str, patterns: list[str], revision: str | None) -> Path:
+        assert patterns == ["model_index.json"]
+        return tiny_directory
+
     def download(name: str, **given: object) -> str:
         asked.append((name, given))
         if given["revision"] == "nowhere":
             raise ConnectionError("no route to host")
         return str(tiny_directory)
 
+    monkeypatch.setattr(loading, "fetch", fetch)
     monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
     assert pipeline_directory("someone/something", "v1") == tiny_directory
     assert asked == [("someone/something", {"revision": "v1", "use_safetensors": True})]
@@ -298,3 +304,16 @@ def test_a_hub_id_is_downloaded_as_safetensors(
     caplog.clear()
     assert load_model(options(path="someone/something", max_sequence_length=8), CPU).latent_shape == (16, 8, 8)
     assert "no CUDA device" in caplog.text and "embedded model trains in minutes" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["someone/something", None])
+def test_another_architecture_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    # nothing but the file that names it
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanDiTPipeline"}))
+    monkeypatch.setattr(loading, "fetch", lambda *_: tmp_path)
+    words = rf"model.path: {name or tmp_path}: HunyuanDiTPipeline is not supported; supported are .*StableDiffusion3"
+    with pytest.raises(UserError, match=words) as caught:
+        pipeline_directory(name or str(tmp_path))
+    assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT

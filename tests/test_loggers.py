@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from densegrpo_fast.run_files.loggers import KINDS, Loggers, RunFacts
 from densegrpo_fast.run_files.metrics import MetricsLog, read_metrics
@@ -89,6 +90,22 @@ def test_wandb_goes_on_under_its_id(fake: Callable[..., Fake], tmp_path: Path) -
     assert (first["name"], first["dir"], first["resume"]) == ("mine", str(tmp_path / "mine"), "allow")
     assert wandb.of("log")[0] == (({**NUMBERS, "iteration": 3},), {})
     assert wandb.of("define_metric")[0] == (("*",), {"step_metric": "iteration"})
+
+
+def test_pictures_are_shown_by_those_that_show_pictures(fake: Callable[..., Fake], tmp_path: Path) -> None:
+    trackio, wandb, path = fake("trackio"), fake("wandb"), tmp_path / "strip.png"
+    Image.new("RGB", (4, 3), (9, 0, 0)).save(path)
+    with Loggers(["trackio", "wandb"], facts(tmp_path / "mine")) as loggers:
+        loggers.log_picture("strip", path, 3)
+    assert trackio.of("log") == [(({"strip": trackio},), {"step": 3})]
+    assert wandb.of("log") == [(({"strip": wandb, "iteration": 3},), {})]
+    assert trackio.of("Image") == wandb.of("Image") == [((str(path),), {})]
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Loggers(["tensorboard"], facts(tmp_path / "mine")) as loggers:
+        loggers.log_picture("strip", path, 3)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "mine" / "tensorboard")).Reload()
+    (image,) = events.Images("strip")
+    assert (image.step, image.width, image.height) == (3, 4, 3)
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
@@ -173,6 +190,9 @@ def test_a_whole_run_survives_its_loggers(
     trackio = fake("trackio")
     assert train(tmp_path / "run", **{"run.iterations": 1, "run.loggers": "[wandb, trackio]"}) == 0
     assert "run.loggers: wandb cannot start (ConnectionError: no network)" in caplog.text
-    steps = [options["step"] for _, options in trackio.of("log")]
-    assert steps == [0, 1, 1], "before, the iteration, after"
+    numbers = [options["step"] for (values,), options in trackio.of("log") if "eval/reward" in values]
+    pictures = [(name, options["step"]) for (values,), options in trackio.of("log") for name in values]
+    assert numbers == [0, 1], "before and after"
+    shown = [(name, step) for name, step in pictures if name in ("samples", "strip")]
+    assert shown == [("samples", 0), ("strip", 1), ("samples", 1)]
     assert trackio.of("init")[0][1]["config"]["run"]["loggers"] == ["wandb", "trackio"]

@@ -16,10 +16,10 @@ from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models import flops
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, peak_bytes, tensor_bytes
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.rewards.pickscore import PickScore
 from densegrpo_fast.run_files.metrics import read_metrics
@@ -46,14 +46,14 @@ ROWS = 3
 
 
 @pytest.fixture(scope="module")
-def model() -> SD3:
+def model() -> DiffusersModel:
     made = tiny_sd3()
     add_lora(made.network, rank=4, alpha=4, targets=list(TARGETS), seed=0)
     return made
 
 
 @pytest.fixture(scope="module")
-def memory(model: SD3) -> ModelMemory:
+def memory(model: DiffusersModel) -> ModelMemory:
     return ModelMemory(flops.architecture_of(model), dtype=torch.float32, lora_rank=4)
 
 
@@ -90,7 +90,7 @@ def test_tensors_from_before_do_not_count() -> None:
     assert peak_bytes(lambda: before + 1) == 4000
 
 
-def test_weights_are_those_of_the_loaded_model(model: SD3, memory: ModelMemory) -> None:
+def test_weights_are_those_of_the_loaded_model(model: DiffusersModel, memory: ModelMemory) -> None:
     trained = tensor_bytes(model.trainable_parameters().values())
     assert memory.adapter == trained > 0
     assert memory.transformer == module_bytes(model.network) - trained
@@ -99,19 +99,21 @@ def test_weights_are_those_of_the_loaded_model(model: SD3, memory: ModelMemory) 
     assert memory.picture == tensor_bytes([model.decode(torch.zeros(1, *model.latent_shape))])
 
 
-def inputs(model: SD3, rows: int) -> dict[str, Tensor]:
+def inputs(model: DiffusersModel, rows: int) -> dict[str, Tensor]:
     conditioning = model.encode(["a photo"] * rows)
     return {
         "hidden_states": torch.randn(rows, *model.latent_shape),
-        "encoder_hidden_states": conditioning.embeds[conditioning.rows],
-        "pooled_projections": conditioning.pooled[conditioning.rows],
+        "encoder_hidden_states": conditioning.prompts["embeds"][conditioning.rows],
+        "pooled_projections": conditioning.prompts["pooled"][conditioning.rows],
         "timestep": torch.full((rows,), 500.0),
     }
 
 
 @pytest.mark.parametrize("graphs", [1, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_update_takes_what_was_counted(model: SD3, memory: ModelMemory, checkpointing: bool, graphs: int) -> None:
+def test_an_update_takes_what_was_counted(
+    model: DiffusersModel, memory: ModelMemory, checkpointing: bool, graphs: int
+) -> None:
     network, given = model.network, inputs(model, ROWS)
     parameters = list(model.trainable_parameters().values())
     (network.enable_gradient_checkpointing if checkpointing else network.disable_gradient_checkpointing)()
@@ -140,7 +142,7 @@ def test_checkpointing_saves_memory_and_further_rows_cost_it(memory: ModelMemory
     assert memory.update(4, forwards=1, checkpointing=True) >= dropped
 
 
-def test_a_forward_and_a_decode_take_what_was_counted(model: SD3, memory: ModelMemory) -> None:
+def test_a_forward_and_a_decode_take_what_was_counted(model: DiffusersModel, memory: ModelMemory) -> None:
     given, latents = inputs(model, ROWS), torch.randn(ROWS, *model.latent_shape)
     with torch.no_grad():
         assert memory.forward(ROWS) == pytest.approx(allocated(lambda: model.network(**given)), rel=0.15)
@@ -156,7 +158,7 @@ def config(*overrides: str) -> Config:
     return parse_arguments(["--config", "embedded_paper", *overrides])[0]
 
 
-def test_a_graph_is_what_a_forward_keeps_for_its_backward(memory: ModelMemory, model: SD3) -> None:
+def test_a_graph_is_what_a_forward_keeps_for_its_backward(memory: ModelMemory, model: DiffusersModel) -> None:
     """Against the tensors that autograd really saves, weights not counted, and less with checkpointing."""
     network, inputs = model.network, {name: torch.randn(tensor.shape) for name, tensor in memory._inputs(ROWS).items()}
     saved: dict[int, int] = {}
@@ -238,6 +240,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "trajectories": 8 * latents * 11,
         "lookahead features": 19,
         "graphs": 0,
+        "captured graphs": 0,
     }
     assert found.phases == {
         "rollout": memory.forward(2),
@@ -255,6 +258,11 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     tight = chosen.model_copy(update={"lookahead": chosen.lookahead.model_copy(update={"memory_gb": 1e-6})})
     assert estimate(tight, memory).phases["pictures"] == 2 * 5 * 8 * picture + memory.decode(4, "preview")
 
+    # captured, its forward's memory stays where no other phase can use it
+    graphed = chosen.model_copy(update={"lookahead": chosen.lookahead.model_copy(update={"graphs": True})})
+    assert estimate(graphed, memory).state["captured graphs"] == memory.forward(4)
+    assert estimate(graphed, memory).phases["lookahead"] == 4 * 4 * 8 * latents
+
     half = chosen.model_copy(
         update={"objective": chosen.objective.model_copy(update={"guidance_gradient": "conditional"})}
     )
@@ -270,6 +278,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
         "trajectories": samples * latents * 21,
         "lookahead features": 0,
         "graphs": 0,
+        "captured graphs": 0,
     }
 
 
@@ -287,7 +296,7 @@ def sampled(trainer: Trainer) -> Rollout:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("guidance", "halves"), [("cond_only", 1), ("full", 2)])
 def test_features_take_what_was_counted(
-    tiny_policy: Callable[..., SD3], guidance: str, halves: int, dtype: str
+    tiny_policy: Callable[..., DiffusersModel], guidance: str, halves: int, dtype: str
 ) -> None:
     model = tiny_policy()
     chosen = of_the_rollout(

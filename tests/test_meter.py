@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dense_iteration
 from densegrpo_fast.training.costs import GFLOP
@@ -118,9 +118,9 @@ def counted(trainer: Trainer) -> Iterator[Counter[str]]:
         return hook
 
     model = trainer.model
-    assert isinstance(model, SD3)
-    networks = [model.transformer]
-    if trainer.lookahead is not None and trainer.lookahead.model.network is not model.transformer:
+    assert isinstance(model, DiffusersModel)
+    networks = [model.network]
+    if trainer.lookahead is not None and trainer.lookahead.model.network is not model.network:
         networks.append(trainer.lookahead.model.network)
     parts = [(network, lambda: f"nfe/{phase[-1]}") for network in networks]
     parts += [(model.pipeline.vae.decoder, lambda: "decodes/full")]
@@ -202,7 +202,7 @@ def test_the_formulas_say_what_the_meter_counts(tiny_policy: Policy, options: di
 )
 def test_operations_are_those_of_a_real_iteration(tiny_policy: Policy, options: dict[str, object]) -> None:
     model = tiny_policy()
-    assert isinstance(model, SD3)
+    assert isinstance(model, DiffusersModel)
     config = configured(**options, **{"lookahead.monitor_every": int("lookahead.cache" not in options)})
     if config.model.gradient_checkpointing:
         model.checkpoint_gradients()

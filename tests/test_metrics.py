@@ -10,6 +10,7 @@ import pytest
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.run_files import metrics
 from densegrpo_fast.run_files.metrics import MetricsLog, Progress, read_metrics
 from densegrpo_fast.training.meter import PhaseTimer
@@ -188,20 +189,6 @@ def test_progress_prints_lines_where_there_is_no_terminal() -> None:
     ]
 
 
-def test_progress_that_is_quiet_at_first() -> None:
-    clock, stream = Clock(), io.StringIO()
-    with Progress(100, stream=stream, clock=clock, unit="picture", every=10) as progress:
-        for done in range(1, 101):
-            clock.now += 0.4
-            progress.update(done)
-    assert stream.getvalue().splitlines() == [
-        "picture 25/100  left 0:30",
-        "picture 50/100  left 0:20",
-        "picture 75/100  left 0:10",
-        "picture 100/100  left 0:00",
-    ]
-
-
 def test_progress_shows_a_bar_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -241,3 +228,34 @@ def test_what_a_run_writes_is_documented_and_what_is_documented_is_written(
     known = {name: {key for key in written if re.fullmatch(pattern, key)} for name, pattern in patterns.items()}
     assert written == set.union(*known.values())
     assert all(known.values())
+
+
+def test_the_time_left_counts_the_evaluations_to_come() -> None:
+    clock, stream = Clock(), io.StringIO()
+    options = {"images": 48, "gpus": 2, "pauses": lambda done: 1 + (done < 2)}
+    with Progress(4, stream=stream, clock=clock, **options) as progress:
+        with progress.pause():
+            clock.now += 100
+        for done in (1, 2):
+            clock.now += 24
+            progress.update(done, reward=0.5)
+    # 24 s per iteration and 3, then 2 to go; an evaluation of 100 s before iteration 2 and one at the end
+    assert stream.getvalue().splitlines() == [
+        "iteration 1/4  reward 0.5  images/s 2  left 4:32  GPU hours 0.07 of 0.22",
+        "iteration 2/4  reward 0.5  images/s 2  left 2:28  GPU hours 0.08 of 0.16",
+    ]
+
+
+def test_a_long_phase_says_how_far_it_is() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with PhaseProgress("evaluation", 100, "pictures", stream=stream, clock=clock) as progress:
+        for seconds, done in ((1, 10), (3, 10), (10, 20), (31, 50), (1, 10)):
+            clock.now += seconds
+            progress(done)
+    assert stream.getvalue().splitlines() == [
+        "evaluation: 20 of 100 pictures  left 0:16",
+        "evaluation: 90 of 100 pictures  left 0:05",
+    ]
+    with PhaseProgress("short", 2, "pictures", stream=stream, clock=clock) as progress:
+        progress(2)
+    assert "short" not in stream.getvalue()

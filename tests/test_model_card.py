@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from densegrpo_fast.sampling.rollout import sample_ode
 from densegrpo_fast.training.models import build_model
 
 PROMPT = "a red circle to the left of a blue square"
-CPU = BaseFacts(has_t5=False, dtype="float32", device="cpu")
+CALL = {"guidance_scale": 2.0, "max_sequence_length": 0}
+SD3 = {"pipeline": "StableDiffusion3Pipeline", "call": CALL, "scheduler": None}
+CPU = BaseFacts(**SD3, has_t5=False, dtype="float32", device="cpu")
 NAN = float("nan")
 
 
@@ -91,7 +94,7 @@ def test_the_example_names_what_a_large_model_needs(tmp_path: Path) -> None:
         "--model.height=512",
         "--model.width=768",
     )
-    base = BaseFacts(has_t5=True, dtype="bfloat16", device="cuda")
+    base = BaseFacts(**SD3, has_t5=True, dtype="bfloat16", device="cuda")
     text = code(card(tmp_path, settings, base, prompt='it\'s "so"'))
     calls = {ast.unparse(node.func): node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
     loading = calls["StableDiffusion3Pipeline.from_pretrained"]
@@ -104,7 +107,7 @@ def test_the_example_names_what_a_large_model_needs(tmp_path: Path) -> None:
     assert drawing == {
         "num_inference_steps": 2,
         "guidance_scale": 2,
-        "max_sequence_length": 128,
+        "max_sequence_length": 0,
         "height": 512,
         "width": 768,
     }
@@ -170,3 +173,15 @@ def test_a_name_with_a_bar_keeps_the_table(tmp_path: Path) -> None:
     values = {"a|b": Interval(0.0, NAN, NAN)}
     text = card(tmp_path, config(), before=values, after=values, change=values)
     assert "| a\\|b (not trained) | 0.000 | 0.000 | +0.000 |" in text
+
+
+def test_another_family_is_called_as_its_pipeline_wants_it(tmp_path: Path) -> None:
+    call = {"true_cfg_scale": 4.0, "negative_prompt": " "}
+    base = BaseFacts("QwenImagePipeline", call, "DDIMScheduler", has_t5=False, dtype="float32", device="cpu")
+    text = code(card(tmp_path, config("--model.path=Qwen/Qwen-Image"), base))
+    assert "from diffusers import DDIMScheduler, QwenImagePipeline\n" in text and "tokenizer_3" not in text
+    assert "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)\n" in text
+    (drawn,) = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "pipe"]
+    assert {word.arg: ast.literal_eval(word.value) for word in drawn.keywords} == call | {"num_inference_steps": 2}
+    # of a model that is no pipeline there is no example
+    assert "```python" not in card(tmp_path, config(), replace(base, pipeline=None))

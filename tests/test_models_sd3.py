@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from densegrpo_fast.common.errors import UsageError
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.tiny import tiny_sd3
 from densegrpo_fast.sampling.rollout import sample_ode
 
@@ -16,11 +16,11 @@ PROMPTS = ["a photo of a cat", "the moon", "a photo of a cat"]
 
 
 @pytest.fixture
-def model() -> SD3:
+def model() -> DiffusersModel:
     return tiny_sd3()
 
 
-def test_every_different_prompt_is_encoded_once(model: SD3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_different_prompt_is_encoded_once(model: DiffusersModel, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[list[str]] = []
     original = model.pipeline.encode_prompt
 
@@ -37,24 +37,24 @@ def test_every_different_prompt_is_encoded_once(model: SD3, monkeypatch: pytest.
     assert len(conditioning) == 3
     assert conditioning.rows.tolist() == [0, 1, 0]
     # 16 CLIP tokens and 8 of the T5 block
-    assert conditioning.embeds.shape == (2, 24, 128)
-    assert conditioning.negative_embeds.shape == (1, 24, 128)
+    assert conditioning.prompts["embeds"].shape == (2, 24, 128)
+    assert conditioning.negative["embeds"].shape == (1, 24, 128)
     for row, prompt in zip(conditioning.rows, PROMPTS, strict=True):
         alone = model.encode([prompt])
-        torch.testing.assert_close(conditioning.embeds[row], alone.embeds[0])
-        torch.testing.assert_close(conditioning.pooled[row], alone.pooled[0])
-    assert not torch.allclose(conditioning.pooled[0], conditioning.pooled[1])
+        torch.testing.assert_close(conditioning.prompts["embeds"][row], alone.prompts["embeds"][0])
+        torch.testing.assert_close(conditioning.prompts["pooled"][row], alone.prompts["pooled"][0])
+    assert not torch.allclose(conditioning.prompts["pooled"][0], conditioning.prompts["pooled"][1])
 
 
-def test_conditioning_rows_are_selected_and_repeated(model: SD3) -> None:
+def test_conditioning_rows_are_selected_and_repeated(model: DiffusersModel) -> None:
     conditioning = model.encode(PROMPTS)
     assert conditioning.select(slice(1, 3)).rows.tolist() == [1, 0]
     assert conditioning.repeat(2).rows.tolist() == [0, 1, 0, 0, 1, 0]
-    assert conditioning.select(torch.tensor([2])).embeds is conditioning.embeds
+    assert conditioning.select(torch.tensor([2])).prompts["embeds"] is conditioning.prompts["embeds"]
 
 
 @torch.no_grad()
-def test_guidance_mixes_two_velocities(model: SD3) -> None:
+def test_guidance_mixes_two_velocities(model: DiffusersModel) -> None:
     latents, sigma = torch.randn(3, *model.latent_shape), torch.tensor([0.9, 0.5, 0.2])
     cond = model.velocity(latents, sigma, model.encode(PROMPTS))
     uncond = model.velocity(latents, sigma, model.encode([""] * 3))
@@ -69,7 +69,7 @@ def test_guidance_mixes_two_velocities(model: SD3) -> None:
     assert (model.forwards(1.0), model.forwards(3.5)) == (1, 2)
 
 
-def test_the_scheduler_has_our_grid_to_the_bit(model: SD3) -> None:
+def test_the_scheduler_has_our_grid_to_the_bit(model: DiffusersModel) -> None:
     scheduler = model.pipeline.scheduler
     for num_steps in (1, 4, 10, 28, 40):
         scheduler.set_timesteps(num_steps)
@@ -81,7 +81,7 @@ def test_the_scheduler_has_our_grid_to_the_bit(model: SD3) -> None:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @torch.no_grad()
-def test_sampling_is_the_pipeline_s(model: SD3, guidance_scale: float) -> None:
+def test_sampling_is_the_pipeline_s(model: DiffusersModel, guidance_scale: float) -> None:
     noise = torch.randn(3, *model.latent_shape)
     model.pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 4, "guidance_scale": guidance_scale, "latents": noise, "max_sequence_length": 8}
@@ -94,7 +94,7 @@ def test_sampling_is_the_pipeline_s(model: SD3, guidance_scale: float) -> None:
     torch.testing.assert_close(model.decode(ours), pictures, rtol=1e-5, atol=2e-5)
 
 
-def test_pictures(model: SD3) -> None:
+def test_pictures(model: DiffusersModel) -> None:
     latents = torch.randn(2, *model.latent_shape)
     full, preview = model.decode(latents), model.decode(latents, "preview")
     for images in (full, preview):
@@ -105,27 +105,28 @@ def test_pictures(model: SD3) -> None:
     assert not torch.allclose(full, preview)
 
 
-def test_a_preview_needs_its_decoder(model: SD3) -> None:
+def test_a_preview_needs_its_decoder(model: DiffusersModel) -> None:
     model.preview_decoder = None
     with pytest.raises(ValueError, match="no preview decoder: set lookahead.decoder to full"):
         model.decode(torch.zeros(1, *model.latent_shape), "preview")
 
 
-def test_sizes(model: SD3) -> None:
+def test_sizes(model: DiffusersModel) -> None:
     pipeline = model.pipeline
-    assert SD3(pipeline).latent_shape == (16, 8, 8)
-    assert SD3(pipeline, height=32, width=48).latent_shape == (16, 4, 6)
+    assert DiffusersModel(pipeline).latent_shape == (16, 8, 8)
+    assert DiffusersModel(pipeline, height=32, width=48).latent_shape == (16, 4, 6)
     # 8x autoencoder and patches of 2
     with pytest.raises(UsageError, match="model.height: expected a multiple of 16 for this model, got 40"):
-        SD3(pipeline, height=40, width=48)
+        DiffusersModel(pipeline, height=40, width=48)
     with pytest.raises(UsageError, match="model.width: expected a multiple of 16"):
-        SD3(pipeline, height=48, width=40)
+        DiffusersModel(pipeline, height=48, width=40)
 
 
-def test_dynamic_shifting_is_refused(model: SD3) -> None:
-    model.pipeline.scheduler.register_to_config(use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match="dynamic shifting"):
-        model.sigmas(4)
+@pytest.mark.parametrize("setting", ["invert_sigmas", "stochastic_sampling"])
+def test_a_schedule_that_is_not_computed_is_refused(model: DiffusersModel, setting: str) -> None:
+    model.pipeline.scheduler.register_to_config(**{setting: True})
+    with pytest.raises(ValueError, match=f"scheduler: {setting} of FlowMatchEulerDiscreteScheduler is not supported"):
+        DiffusersModel(model.pipeline)
 
 
 def test_the_tiny_model_is_the_same_every_time() -> None:
@@ -138,7 +139,7 @@ def test_the_tiny_model_is_the_same_every_time() -> None:
     assert one.trainable_parameters() == {}
 
 
-def test_a_compiled_forward_is_the_same_with_and_without_gradient(tiny_policy: Callable[..., SD3]) -> None:
+def test_a_compiled_forward_is_the_same_with_and_without_gradient(tiny_policy: Callable[..., DiffusersModel]) -> None:
     # traced and differentiated as torch.compile does it, without the minutes that its compiler takes
     model = tiny_policy(spread=0.1)
     conditioning, sigma = model.encode(PROMPTS[:2]), torch.tensor([0.7, 0.3])

@@ -42,10 +42,14 @@ def model(tiny_policy: Callable[..., FlowModel]) -> FlowModel:
 @pytest.fixture
 def conditioning(model: FlowModel) -> Conditioning:
     width, pooled = model.network.config.joint_attention_dim, model.network.config.pooled_projection_dim
-    shapes = [(2, 5, width), (2, pooled), (1, 5, width), (1, pooled)]
-    return Conditioning(
-        *(torch.empty(shape, device="meta") for shape in shapes), torch.zeros(B, dtype=torch.int64, device="meta")
+    prompts, negative = (
+        {
+            "embeds": torch.empty(count, 5, width, device="meta"),
+            "pooled": torch.empty(count, pooled, device="meta"),
+        }
+        for count in (2, 1)
     )
+    return Conditioning(prompts, negative, torch.zeros(B, dtype=torch.int64, device="meta"))
 
 
 @pytest.fixture

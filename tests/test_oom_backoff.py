@@ -16,13 +16,13 @@ from torch import Tensor
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.dynamics import coefficients
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 
-Policy = Callable[..., SD3]
+Policy = Callable[..., DiffusersModel]
 T, B = 2, 4
 OPTIONS = LearnerOptions(
     lr=1e-3,
@@ -49,7 +49,7 @@ OPTIONS = LearnerOptions(
 
 
 @contextmanager
-def small_memory(model: SD3, rows: int, *, backward: bool = False) -> Iterator[list[int]]:
+def small_memory(model: DiffusersModel, rows: int, *, backward: bool = False) -> Iterator[list[int]]:
     """Within the context the network runs out of memory with more rows: at its last block's end, or on the way back.
 
     Yields:
@@ -90,7 +90,7 @@ def small_memory(model: SD3, rows: int, *, backward: bool = False) -> Iterator[l
             handle.remove()
 
 
-def sampled(model: SD3) -> Trajectory:
+def sampled(model: DiffusersModel) -> Trajectory:
     index = torch.arange(B)
     return rollout(
         model,
@@ -104,7 +104,9 @@ def sampled(model: SD3) -> Trajectory:
     )
 
 
-def updated(model: SD3, trajectory: Trajectory, micro_batch: int = B) -> tuple[dict[str, Tensor], dict[str, float]]:
+def updated(
+    model: DiffusersModel, trajectory: Trajectory, micro_batch: int = B
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """First moments, which are 0.1 times the gradient, and the metrics of an update."""
     learner = Learner(model, replace(OPTIONS, micro_batch=micro_batch))
     judged = torch.tensor([1.0, -0.5, 0.3, 2.0])[:, None].repeat(1, T)
@@ -183,9 +185,9 @@ def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
     from densegrpo_fast.run_files.metrics import read_metrics
 
     rows = []
-    original = SD3._forward
+    original = DiffusersModel._forward
 
-    def forward(self: SD3, latents: Tensor, *rest: Tensor) -> Tensor:
+    def forward(self: DiffusersModel, latents: Tensor, *rest: Tensor) -> Tensor:
         if len(latents) > 1 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("too many")
         rows.append((len(latents), torch.is_grad_enabled()))
@@ -194,7 +196,7 @@ def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
     settings = {"optimizer.updates_per_iteration": 1, "run.iterations": 2, "run.memory_check": "off"}
     settings |= {"lookahead.chunk": 7, "evaluation.every": 0}
     assert train(tmp_path / "plain", **settings) == 0
-    monkeypatch.setattr(SD3, "_forward", forward)
+    monkeypatch.setattr(DiffusersModel, "_forward", forward)
     assert train(tmp_path / "small", **settings) == 0
     plain, small = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "small"))
     assert caplog.text.count("the memory ran out") == 1
@@ -212,10 +214,10 @@ def test_the_monitor_and_its_decodes_go_on_with_fewer_rows(
 ) -> None:
     from densegrpo_fast.run_files.metrics import read_metrics
 
-    forward, decode = SD3._forward, SD3.decode
+    forward, decode = DiffusersModel._forward, DiffusersModel.decode
 
     def narrow(original: Any, rows: int) -> Any:
-        def limited(self: SD3, latents: Tensor, *rest: Any) -> Tensor:
+        def limited(self: DiffusersModel, latents: Tensor, *rest: Any) -> Tensor:
             if len(latents) > rows:
                 raise torch.OutOfMemoryError("too many")
             return original(self, latents, *rest)
@@ -227,8 +229,8 @@ def test_the_monitor_and_its_decodes_go_on_with_fewer_rows(
     settings |= {"lookahead.plan": "one_step", "run.iterations": 1, "evaluation.every": 0}
     settings |= {"objective.trained_steps": "all_but_last"}
     assert train(tmp_path / "plain", **settings) == 0
-    monkeypatch.setattr(SD3, "_forward", narrow(forward, 2))
-    monkeypatch.setattr(SD3, "decode", narrow(decode, 3))
+    monkeypatch.setattr(DiffusersModel, "_forward", narrow(forward, 2))
+    monkeypatch.setattr(DiffusersModel, "decode", narrow(decode, 3))
     assert train(tmp_path / "small", **settings) == 0
     (plain,), (small,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "small"))
     assert "of the lookahead monitor)" in caplog.text and "of full decodes)" in caplog.text

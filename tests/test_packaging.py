@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import ast
 import ctypes
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,18 +19,26 @@ ROOT = Path(__file__).resolve().parent.parent
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
-def build_wheel(folder: Path, **environment: str) -> tuple[Path, str]:
-    """Build a wheel from a copy of the sources without the symlink; return it and the build output."""
-    source = folder / "source"
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "build")
-    for name in ("csrc", "kernels", "densegrpo_fast"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignored, symlinks=True)
-    # Git without symlink support leaves a text file in its place; the wheel must not depend on the link.
-    (source / "densegrpo_fast" / "kernels").unlink()
-    (source / "densegrpo_fast" / "kernels").write_text("../kernels")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    (source / "README.md").write_text("# densegrpo-fast\n")
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution; it has no symlink, so no wheel depends on that of kernels/."""
+    folder = tmp_path_factory.mktemp("sdist")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*.egg-info", "build", "runs", "shared")
+    shutil.copytree(ROOT, folder / "checkout", ignore=ignored, symlinks=True)
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder / "checkout", capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, str]:
+    """Build a wheel; return it and the build output."""
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
     result = subprocess.run(
         [*command, "--wheel-dir", str(folder), str(source)],
@@ -41,8 +52,8 @@ def build_wheel(folder: Path, **environment: str) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("wheel"))[0]
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))[0]
 
 
 def contents(wheel: Path) -> list[str]:
@@ -99,10 +110,41 @@ def test_the_core_needs_torch_alone(wheel: Path) -> None:
     assert required[0].startswith("Requires-Dist: torch")
 
 
-def test_the_install_succeeds_without_a_compiler(tmp_path: Path) -> None:
-    built, output = build_wheel(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+def test_the_install_succeeds_without_a_compiler(source: Path, tmp_path: Path) -> None:
+    shutil.rmtree(source / "build", ignore_errors=True)
+    built, output = build_wheel(source, tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     assert not [name for name in contents(built) if name.endswith(".so")]
     assert "the compiled CPU library was not built" in output
+
+
+def test_the_source_distribution_can_test_itself(source: Path) -> None:
+    for name in ("csrc", "kernels", "tests", "benches", "docs"):
+        ours = {path.relative_to(ROOT) for path in (ROOT / name).rglob("*.py")}
+        assert ours <= {path.relative_to(source) for path in source.rglob("*.py")}
+
+
+def test_an_installed_wheel_has_one_command(wheel: Path, tmp_path: Path) -> None:
+    """It tells of its commands without any other package."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path)]
+    subprocess.run([*install, str(wheel)], check=True, timeout=120)
+    code = (
+        "import sys; from importlib.metadata import entry_points\n"
+        "(entry,) = entry_points(group='console_scripts', name='densegrpo')\n"
+        "status = entry.load()(['--help'])\n"
+        "assert not {'torch', 'pydantic', 'argparse'} & set(sys.modules)\n"
+        "sys.exit(status)"
+    )
+    # -S: without site-packages
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "densegrpo COMMAND" in result.stdout and "evaluate" in result.stdout
 
 
 def test_kernels_is_not_a_regular_package() -> None:
@@ -130,7 +172,11 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_public_names_resolve() -> None:
     import densegrpo_fast
 
-    for name in densegrpo_fast.__all__:
-        assert getattr(densegrpo_fast, name) is not None
+    tree = ast.parse(Path(densegrpo_fast.__file__).read_text())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [(node.module, alias) for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    for module, alias in imports:
+        assert getattr(importlib.import_module(str(module)), alias.name) is getattr(densegrpo_fast, str(alias.asname))
+    assert {"__version__", *(alias.asname for _, alias in imports)} == set(densegrpo_fast.__all__)
     with pytest.raises(AttributeError, match="no attribute 'missing'"):
         _ = densegrpo_fast.missing

@@ -12,7 +12,7 @@ from densegrpo_fast import train as train_command
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config.cli import parse_arguments
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.rewards.pickscore import PickScore
 from densegrpo_fast.training.memory import GIB, estimate_memory
@@ -20,7 +20,7 @@ from densegrpo_fast.training.models import check_device
 from densegrpo_fast.training.rewarding import build_reward
 
 
-def test_the_estimate_holds_the_rewards(tiny_policy: Callable[..., SD3], clip_directory: Path) -> None:
+def test_the_estimate_holds_the_rewards(tiny_policy: Callable[..., DiffusersModel], clip_directory: Path) -> None:
     model, config = tiny_policy(), parse_arguments([])[0]
     reward = RewardMixture({"clip": (PickScore(str(clip_directory), str(clip_directory), device="cpu"), 1.0)})
     without, found = estimate_memory(config, model), estimate_memory(config, model, reward=reward)

@@ -13,16 +13,16 @@ from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.config.sections import ModelOptions
 from densegrpo_fast.models import loading
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.training.models import load_model, prompt_cache
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a red circle"]
 
 
-def encoded(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(5, 8).to(dtype), torch.randn(3).to(dtype)
+def encoded(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return {"embeds": torch.randn(5, 8).to(dtype), "mask": torch.arange(5), "pooled": torch.randn(3).to(dtype)}
 
 
 @pytest.fixture
@@ -34,11 +34,12 @@ def cache(tmp_path: Path) -> PromptCache:
 def test_what_is_kept_is_found_to_the_bit(cache: PromptCache, dtype: torch.dtype) -> None:
     tensors = encoded(dtype)
     assert cache.find("ein Kreis \u2460") is None and not cache.holds("ein Kreis \u2460")
-    cache.keep("ein Kreis \u2460", *tensors)
+    cache.keep("ein Kreis \u2460", tensors)
     found = cache.find("ein Kreis \u2460")
     assert found is not None and cache.holds("ein Kreis \u2460")
-    for one, two in zip(found, tensors, strict=True):
-        assert torch.equal(one, two) and one.dtype == dtype
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
     assert [path.name[0] for path in cache.directory.rglob("*") if path.is_file()] != ["."]
 
 
@@ -51,7 +52,7 @@ def test_names_depend_on_everything_that_the_content_does(cache: PromptCache) ->
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_file_is_not_believed(cache: PromptCache, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    cache.keep("a", *encoded())
+    cache.keep("a", encoded())
     path = cache.path("a")
     data = bytearray(path.read_bytes())
     if damage == "flipped":
@@ -63,9 +64,9 @@ def test_a_damaged_file_is_not_believed(cache: PromptCache, damage: str, caplog:
     # without reading all of it, only the length shows
     assert cache.holds("a") == (damage == "flipped")
     tensors = encoded()
-    cache.keep("a", *tensors)
+    cache.keep("a", tensors)
     found = cache.find("a")
-    assert found is not None and torch.equal(found[0], tensors[0])
+    assert found is not None and torch.equal(found["embeds"], tensors["embeds"])
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -125,8 +126,8 @@ def test_a_model_with_a_cache_encodes_as_one_without(
     found = cached.encode(PROMPTS)
     assert cached.pipeline.text_encoder is None
     assert len(loads) == 3
-    for name in ("embeds", "pooled", "negative_embeds", "negative_pooled"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    for half in ("prompts", "negative"):
+        torch.testing.assert_close(getattr(found, half), getattr(expected, half), rtol=1e-5, atol=1e-5)
     assert found.rows.tolist() == expected.rows.tolist() == [0, 1, 0]
     latents, sigma = torch.randn(3, *plain.latent_shape), torch.full((3,), 0.6)
     torch.testing.assert_close(
@@ -143,10 +144,10 @@ def test_a_second_start_loads_no_encoders(pipeline_directory: Path, tmp_path: Pa
     loads.clear()
     second = load_model(options(pipeline_directory, prompt_cache=tmp_path), CPU)
     assert second.prepare(PROMPTS) == 0
-    assert torch.equal(second.encode(PROMPTS).embeds, first.encode(PROMPTS).embeds)
+    assert torch.equal(second.encode(PROMPTS).prompts["embeds"], first.encode(PROMPTS).prompts["embeds"])
     assert loads == [False]
     # a prompt that nobody prepared is encoded all the same
-    assert second.encode(["a green cross"]).embeds.shape[0] == 1
+    assert second.encode(["a green cross"]).prompts["embeds"].shape[0] == 1
     assert loads == [False, True]
 
 
@@ -163,7 +164,7 @@ def test_a_damaged_entry_is_encoded_again(
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     loads.clear()
-    torch.testing.assert_close(model.encode(PROMPTS).embeds, before.embeds, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.encode(PROMPTS).prompts["embeds"], before.prompts["embeds"], rtol=1e-6, atol=1e-6)
     assert loads == [True] and "is damaged" in caplog.text
     assert model.encode(PROMPTS).rows.tolist() == [0, 1, 0] and loads == [True]
 
@@ -185,5 +186,5 @@ def test_a_run_trains_on_cached_prompts_to_the_same_numbers(
     def never(*_: object) -> None:
         raise AssertionError("the text encoders were loaded")
 
-    monkeypatch.setattr(SD3, "_encode_by", never)
+    monkeypatch.setattr(DiffusersModel, "_encode_by", never)
     assert train(tmp_path / "again", **cached) == 0

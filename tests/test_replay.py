@@ -84,9 +84,7 @@ def halves_detached(model: FlowModel, trajectory: Trajectory, step: int, detache
     rows, scale = slice(0, 2), trajectory.guidance_scale
     latents, sigma = trajectory.latents[step, rows], trajectory.coefficients.sigmas[step].expand(2)
     given = trajectory.conditioning.select(rows)
-    empty = replace(
-        given, embeds=given.negative_embeds, pooled=given.negative_pooled, rows=torch.zeros_like(given.rows)
-    )
+    empty = replace(given, prompts=given.negative, rows=torch.zeros_like(given.rows))
     prompts = {"cond": given, "uncond": empty}
     halves = {name: model.velocity(latents, sigma, texts).cond for name, texts in prompts.items()}
     halves[detached] = halves[detached].detach()
@@ -147,8 +145,8 @@ def test_the_learners_gradient_is_the_derivative_of_the_guided_loss(tiny_policy:
         def half(rows: torch.Tensor) -> torch.Tensor:
             (output,) = model.network(
                 hidden_states=trajectory.latents[step].double(),
-                encoder_hidden_states=conditioning.embeds[rows],
-                pooled_projections=conditioning.pooled[rows],
+                encoder_hidden_states=conditioning.prompts["embeds"][rows],
+                pooled_projections=conditioning.prompts["pooled"][rows],
                 timestep=1000.0 * trajectory.coefficients.sigmas[step].expand(4),
                 return_dict=False,
             )

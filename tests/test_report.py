@@ -1,211 +1,238 @@
-"""The report: valid, self-contained, escaped, and showing the numbers it was given."""
+"""The report: valid, self-contained, escaped, and showing the numbers of its run directory."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import math
+from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from jinja2 import UndefinedError
 
-from densegrpo_fast.run_files.images import save_grid
-from densegrpo_fast.run_files.rendering import render
-from densegrpo_fast.run_files.report import line_chart, nice_ticks, smooth, write_report
+from densegrpo_fast.common.errors import SetupError
+from densegrpo_fast.run_files.charts import heat_map, line_chart, nice_ticks, smooth, stacked_chart
+from densegrpo_fast.run_files.rendering import figure, render
+from densegrpo_fast.run_files.report import alarm_spans, curve, evenly, render_report, write_report
+from densegrpo_fast.run_files.run_data import read_run
 
-VOID = {"meta", "img", "br", "line", "circle"}
-CONFIG = """preset: embedded_dense
-seed: 7
-model: {path: embedded}
-sampler: {group_size: 8, num_steps: 2, noise_level: [0.7, 0.5]}
-reward:
-  terms: {"<script>alert(1)</script>": 1.0}
-"""
+Fill = Callable[..., Path]
+
+VOID = {"meta", "img", "br", "line", "circle", "input"}
 
 
 class Page(HTMLParser):
     """Tags with their attributes, text per tag, and the check that every tag is closed in its place."""
 
-    def __init__(self, html):
+    def __init__(self, html: str) -> None:
         super().__init__()
-        self.tags, self.open, self.text = [], [], []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[tuple[str, str]] = []
         self.feed(html)
         self.close()
         assert self.open == []
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
         self.tags.append((tag, dict(attributes)))
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attributes):
+    def handle_startendtag(self, tag: str, attributes: Any) -> None:
         self.tags.append((tag, dict(attributes)))
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open and self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         self.text.append((self.open[-1] if self.open else "", data))
 
-    def all(self, tag):
+    def all(self, tag: str) -> list[Any]:
         return [attributes for name, attributes in self.tags if name == tag]
 
-    def texts(self, tag):
+    def texts(self, tag: str) -> list[str]:
         return [data for name, data in self.text if name == tag]
 
 
-def record(iteration):
-    return {
-        "iteration": iteration,
-        "reward": 0.5 + 0.01 * iteration,
-        "gain/step_0": 0.1,
-        "gain/step_1": -0.02,
-        "gain/step_10": 0.03,
-        "clip_fraction": 0.2,
-        "ratio_deviation": 1e-4,
-        "approx_kl": 1e-8,
-        "grad_norm": math.nan if iteration == 3 else 0.4,
-        "kl": None,
-        "nfe/rollout": 80,
-        "nfe/lookahead": 110.0,
-        **({"eval/reward": 0.6, "eval/strict": 0.5} if iteration % 10 == 0 else {}),
-    }
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, fill_run: Fill) -> Path:
+    return fill_run(tmp_path_factory.mktemp("report") / "run <one> & two")
 
 
-@pytest.fixture
-def run(tmp_path):
-    run_dir = tmp_path / "run <one> & two"
-    grids = {}
-    for name in ("before", "after"):
-        pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(len(name)))
-        grids[name] = save_grid(
-            pictures, run_dir / f"{name}.png", columns=2, captions=["a <b>red</b> circle", "two & two"]
-        )
-    path = write_report(
-        run_dir,
-        config_yaml=CONFIG,
-        metrics=[record(i) for i in range(40)],
-        before={"reward": (0.5312, 0.51, 0.5524), "strict": 0.4},
-        after={"reward": (0.6157, 0.6, 0.6314), "strict": 0.5},
-        change={"reward": (0.0845, 0.07, 0.099)},
-        images=grids,
-        phases={"rollout": 30.0, "lookahead": 10.0, "update": 60.0},
-    )
-    return path, Page(path.read_text(encoding="utf-8")), grids
+@pytest.fixture(scope="module")
+def page(run: Path) -> Page:
+    path = write_report(run)
+    assert path == run / "report.html" and path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>\n<html lang=")
+    return Page(path.read_text(encoding="utf-8"))
 
 
-def test_the_page_is_balanced_and_titled_after_the_run(run):
-    path, page, _ = run
-    assert path.name == "report.html" and path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>\n<html lang=")
+def test_the_page_is_balanced_and_titled_after_the_run(page: Page) -> None:
     assert page.texts("h1") == ["run <one> & two"] == page.texts("title")[:1]
-    assert [name.name for name in path.parent.glob("report*")] == ["report.html"]
+    assert any("Finished: 40 iterations in 1 min 38 s." in text for text in page.texts("p"))
 
 
-def test_nothing_is_requested_from_anywhere(run):
-    path, page, _ = run
-    html = path.read_text(encoding="utf-8")
+def test_nothing_is_requested_from_anywhere_and_only_the_own_script_runs(run: Path, page: Page) -> None:
+    html = (run / "report.html").read_text(encoding="utf-8")
     for _, attributes in page.tags:
         assert "href" not in attributes and not any(name.startswith("on") for name in attributes)
-        assert attributes.get("src", "data:").startswith("data:")
-    assert page.all("script") == page.all("link") == page.all("iframe") == []
+        assert (attributes.get("src") or "data:").startswith("data:")
+    assert page.all("link") == page.all("iframe") == []
     assert "url(" not in html and "@import" not in html and "http://" not in html and "https://" not in html
-    policies = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
-    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    data, script = page.texts("script")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = (meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert "<" not in data, "data cannot end its script"
+    live = Page(render_report(read_run(run), live="abc"))
+    (policy,) = (meta["content"] for meta in live.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy.endswith("; connect-src 'self'") and live.all("html")[0]["data-live"] == "abc"
 
 
-def test_pictures_are_inside_the_file_with_their_prompts(run):
-    _, page, grids = run
-    data = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in page.all("img")]
-    assert data == [grids["before"].read_bytes(), grids["after"].read_bytes()]
-    assert page.texts("li") == ["a <b>red</b> circle", "two & two"] * 2
+def test_everything_that_is_seen_can_be_read_out_and_reached_by_keyboard(page: Page) -> None:
+    assert page.all("img") and all(image["alt"] for image in page.all("img"))
+    assert page.all("svg") and all(svg["aria-label"] and svg["tabindex"] == "0" for svg in page.all("svg"))
+    assert all(control["aria-label"] for control in page.all("input"))
 
 
-def test_text_is_escaped_and_the_settings_are_whole(run):
-    _, page, _ = run
-    assert page.texts("pre") == [CONFIG]
+def test_strips_come_first(page: Page) -> None:
+    assert page.texts("h2")[0] == "Step by step"
+    frames = [figure for figure in page.all("figure") if "data-frame" in figure]
+    assert ["hidden" in frame for frame in frames] == [True, False], "the last one is shown"
+    assert page.texts("h3")[:2] == ["highest & best"] * 2 and "a <i>cat</i>" in page.texts("b")
+    assert page.texts("span").count("not completed") == 2 and "+0.250" in page.texts("b")
+
+
+def test_each_picture_has_its_reward_and_change_sorted(page: Page) -> None:
+    articles = [article["data-index"] for article in page.all("article")]
+    # prompt 0 stays at .5, prompt 1 falls from .9 to .5
+    assert articles == ["0", "1"]
+    data = json.loads(page.texts("script")[0])
+    assert [time["name"] for time in data["times"]] == ["before training", "iteration 20", "iteration 40"]
+    assert data["times"][1]["rewards"] == ["0.500", "0.700"] and data["times"][2]["changes"] == ["0.000", "-0.400"]
+    assert data["prompts"] == ["a <b>red</b> circle", "two & two"] and all(
+        len(time["urls"]) == 2 for time in data["times"]
+    )
+
+
+def test_the_headline_shows_before_after_and_change_with_intervals(page: Page) -> None:
+    # prompt means: before .6 and .9, after .7 and .5
+    assert page.texts("strong") == ["0.750", "0.600"]
+    assert any("-0.150" in text for text in page.texts("b"))
+
+
+def test_text_is_escaped_and_the_settings_are_whole(run: Path, page: Page) -> None:
+    assert page.texts("pre") == [(run / "config.yaml").read_text()]
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
-    assert facts["Iterations"] == "40" and facts["Time"] == "1 min 40 s"
     assert facts["Preset"] == "embedded_dense" and facts["Noise level"] == "0.7, 0.5"
     assert "Credit" not in facts, "a setting that is absent is left out"
 
 
-def test_the_headline_shows_before_after_and_change_with_intervals(run):
-    _, page, _ = run
-    assert page.texts("strong") == ["0.5312", "0.6157", "+0.0845", "0.4", "0.5"]
-    assert "95% 0.51 to 0.5524" in page.texts("small") and "95% 0.6 to 0.6314" in page.texts("small")
-    assert [text.strip() for text in page.texts("p")].count("95% 0.07 to 0.099") == 1
-
-
-def test_curves_appear_for_the_keys_that_are_there(run):
-    _, page, _ = run
-    labels = [svg["aria-label"] for svg in page.all("svg")]
-    assert labels[:3] == ["Training reward", "Held-out reward", "Reward gain per step"]
-    assert "Gradient norm" in labels and "KL to the reference policy" not in labels
-    assert [text for text in page.texts("span") if text.startswith("step")] == ["step 0", "step 1", "step 10"]
-    for line in page.all("polyline"):
+def test_only_charts_that_say_something_are_drawn(page: Page) -> None:
+    titles = [svg["aria-label"].split(":")[0].split(", on average")[0] for svg in page.all("svg")]
+    assert titles[:3] == ["Held-out reward", "Gain of each step", "Training reward"]
+    assert "Gradient norm" in titles and "Clip fraction" not in titles and "KL to the reference policy" not in titles
+    assert any("Without any change in this run: clip fraction 0.200." in text for text in page.texts("small"))
+    assert page.all("svg")[0]["aria-label"].startswith("Held-out reward: reward from 0.750 to 0.600")
+    for line in page.all("polyline") + page.all("polygon"):
         coordinates = [float(number) for pair in line["points"].split() for number in pair.split(",")]
-        assert all(0 <= x <= 560 for x in coordinates[::2]) and all(0 <= y <= 250 for y in coordinates[1::2])
+        assert coordinates and all(0 <= x <= 560 for x in coordinates[::2])
 
 
-def test_costs_per_phase_in_seconds_share_and_network_evaluations(run):
-    _, page, _ = run
-    cells = page.texts("td")
-    assert page.texts("th")[-3:] == ["rollout", "lookahead", "update"]
-    assert cells == [
-        "30.0",
-        "30.0%",
-        "0.750",
-        "80",
-        "10.0",
-        "10.0%",
-        "0.250",
-        "110",
-        "60.0",
-        "60.0%",
-        "1.500",
-        "–",
-    ]
-    assert [i["style"].split(";")[0] for i in page.all("i") if "title" in i] == [
-        "width:30.00%",
-        "width:10.00%",
-        "width:60.00%",
-    ]
+def test_costs_leave_out_phases_that_never_ran(page: Page) -> None:
+    rows = [text for text in page.texts("th") if text in ("rollout", "monitor", "update")]
+    assert rows == ["rollout", "update"]
+    assert "1.5 times the operations of one with a single reward per image." in page.texts("small")[-1]
 
 
-def test_the_work_of_an_iteration_is_a_sentence(tmp_path):
-    work = [
-        {"decodes/full": 4 * n, "decodes/preview": 0, "pictures_scored": 20, "flops/over_sparse": n} for n in (1, 2)
-    ]
-    metrics = [record(n) | own for n, own in enumerate(work)]
-    options = {"config_yaml": "seed: 1\n", "before": {}, "after": {}, "images": {}, "phases": {"rollout": 1.0}}
-    page = Page(write_report(tmp_path, metrics=metrics, **options).read_text(encoding="utf-8"))
-    told = "An iteration has on average 6 full decodes, 20 pictures scored, 1.5 times the operations of one with a "
-    assert told + "single reward per image." in page.texts("small")[-1]
-    plain = Page(write_report(tmp_path, metrics=[record(1)], **options).read_text(encoding="utf-8"))
-    assert "on average" not in plain.texts("small")[-1]
+def test_alarms_stand_where_they_happened(run: Path, page: Page) -> None:
+    assert alarm_spans(read_run(run).records) == [(3, 4, "alarm zero_spread"), (20, 20, "alarm zero_spread")]
+    marks = [rect for rect in page.all("rect") if rect.get("class") == "mark"]
+    assert len(marks) == 2 * len(page.all("svg"))
+    stops = json.loads(page.all("svg")[2]["data-stops"])
+    assert [words for _, words in stops if "zero_spread" in words][0].startswith("iteration 3: reward 0.530, alarm")
+    assert any(": 3 of 40 iterations, first in iteration 3." in text for text in page.texts("li"))
 
 
-def test_an_empty_run_still_gives_a_page(tmp_path):
-    path = write_report(tmp_path, config_yaml="seed: 1\n", metrics=[], before={}, after={}, images={}, phases={})
-    page = Page(path.read_text(encoding="utf-8"))
+def test_a_run_that_goes_on_has_a_page(tmp_path: Path, fill_run: Fill) -> None:
+    run = fill_run(tmp_path / "new", done=0, times=())
+    assert read_run(run).evaluations == {}
+    page = Page(render_report(read_run(run)))
     assert page.texts("h2") == ["Settings"] and page.all("svg") == []
+    half = fill_run(tmp_path / "half", done=30, times=("before", "iteration-00020"))
+    page = Page(render_report(read_run(half)))
+    assert any("Iteration 30 of 40" in text for text in page.texts("p")) and "now" in page.texts("span")
+    # what a run left that was resumed from before it
+    (half / "evaluation-iteration-00035.json").write_text('{"iteration": 35, "prompts": [], "scores": {}}')
+    assert list(read_run(half).evaluations) == [0, 20]
 
 
-def test_a_flat_or_single_point_series_has_a_chart(tmp_path):
-    for points in ([(0, 0.25)], [(0, 0.0), (1, 0.0)], [(0, 1e-12), (1, 3e-12)]):
-        metrics = [{"iteration": x, "reward": y} for x, y in points]
-        options = {"config_yaml": "seed: 1\n", "before": {}, "after": {}, "images": {}, "phases": {}}
-        page = Page(write_report(tmp_path, metrics=metrics, **options).read_text(encoding="utf-8"))
-        (svg,) = page.all("svg")
-        assert svg["aria-label"] == "Training reward" and len(page.all("circle")) == len(points)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.yaml", "a: [1"), ("config.yaml", "a: 1"), ("metrics.jsonl", "{\n"), ("evaluation-before.json", "{}")],
+)
+def test_a_damaged_file_is_named(name: str, text: str, tmp_path: Path, fill_run: Fill) -> None:
+    run = fill_run(tmp_path / "run", done=2, times=("before",))
+    (run / name).write_text(text)
+    with pytest.raises(SetupError, match=r"run"):
+        read_run(run)
+    (run / "config.yaml").unlink()
+    with pytest.raises(SetupError, match=r"there is no run here"):
+        read_run(run)
+
+
+def test_an_evaluation_without_its_iteration_is_that_of_its_name(tmp_path: Path, fill_run: Fill) -> None:
+    run = fill_run(tmp_path / "run")
+    for when in ("before", "after"):
+        path = run / f"evaluation-{when}.json"
+        document = json.loads(path.read_text())
+        del document["iteration"]
+        path.write_text(json.dumps(document))
+    data = read_run(run)
+    assert list(data.evaluations) == [0, 20, 40] == [x for x, _ in curve(data, "reward")] and data.finished
+    assert list(data.samples()) == [0, 20, 40] and list(data.strips()) == [1, 40]
+
+
+def test_numbers_have_the_same_digits_everywhere() -> None:
+    values = (0.51234, 12.3456, 1234.56, 2e-5, 0.0, -0.25, math.nan)
+    assert [figure(value) for value in values] == ["0.512", "12.35", "1,235", "2.0e-05", "0", "-0.250", "–"]
+    assert [figure(value, sign=True) for value in (0.25, -0.25, 1e-5, 0.0)] == ["+0.250", "-0.250", "0.000", "0.000"]
+
+
+def test_evenly_keeps_both_ends() -> None:
+    assert evenly(list(range(5)), 8) == list(range(5))
+    assert evenly(list(range(100)), 4) == [0, 33, 66, 99]
+
+
+def test_series_without_a_point_have_no_chart() -> None:
     assert line_chart("none", {"a": [(0, math.nan), (1, math.inf)], "b": []}) is None
+    assert heat_map("none", {"a": []}, "") is None and stacked_chart("none", {"a": [(0, 1.0)]}, "", "s") is None
+    for points in ([(0, 0.25)], [(0, 0.0), (1, 0.0)], [(0, 1e-12), (1, 3e-12)]):
+        chart = line_chart("one", {"a": points})
+        assert chart is not None and len(chart.lines[0].dots) == len(points) == len(chart.stops)
+
+
+def test_a_heat_map_of_a_long_run_averages_neighbours() -> None:
+    chart = heat_map("gains", {"step 0": [(x, x % 2 - 0.25) for x in range(1000)]}, "")
+    assert chart is not None and len(chart.cells) == 200
+    assert {cell.opacity for cell in chart.cells} == {1.0, 0.429}, "means of .35 and .15"
+    assert chart.stops[0][1].startswith("iterations 0 to 4: step 0 +0.150")
+
+
+def test_a_stack_adds_up() -> None:
+    chart = stacked_chart("s", {"a": [(0, 1.0), (1, 1.0)], "b": [(0, 2.0), (1, 3.0)]}, "", "s")
+    assert chart is not None and [label for _, label in chart.grid] == ["0", "1", "2", "3", "4"]
+    tops = [line.band.split()[1] for line in chart.lines]
+    assert [round(float(top.split(",")[1])) for top in tops] == [168, 14], "1 and 4 of 4"
 
 
 @pytest.mark.parametrize(
     ("low", "high"), [(0.0, 1.0), (0.48, 0.63), (-3e-7, 2e-6), (5.0, 5.0), (0.0, 0.0), (-9e5, 12.0)]
 )
-def test_ticks_are_round_even_and_enclose(low, high):
+def test_ticks_are_round_even_and_enclose(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     step = ticks[1] - ticks[0]
     assert ticks[0] <= low + 1e-9 * step and ticks[-1] >= high - 1e-9 * step and 2 <= len(ticks) <= 7
@@ -213,7 +240,7 @@ def test_ticks_are_round_even_and_enclose(low, high):
     assert min(abs(mantissa - round_number) for round_number in (1, 2, 5)) < 1e-6
 
 
-def test_smoothing_keeps_a_straight_line_and_the_ends():
+def test_smoothing_keeps_a_straight_line_and_the_ends() -> None:
     line = [(x, 2.0 * x) for x in range(60)]
     assert [y for _, y in smooth(line)] == pytest.approx([y for _, y in line])
     jagged = [(x, float(x % 2)) for x in range(60)]
@@ -221,17 +248,6 @@ def test_smoothing_keeps_a_straight_line_and_the_ends():
     assert all(abs(y - 0.5) <= 0.31 for _, y in smooth(jagged)), "the ends are smoothed as well"
 
 
-def test_alarms_are_listed_with_advice(tmp_path):
-    metrics = [record(n) | ({"alarms": ["zero_spread"]} if n in (3, 4) else {}) for n in range(1, 6)]
-    path = write_report(
-        tmp_path, config_yaml="seed: 1\n", metrics=metrics, before={}, after={}, images={}, phases={},
-        advice={"zero_spread": "no <spread>"},
-    )  # fmt: skip
-    page = Page(path.read_text(encoding="utf-8"))
-    assert "Alarms" in page.texts("h2") and page.texts("b")[0] == "zero_spread"
-    assert page.texts("li") == [": 2 of 5 iterations, first in iteration 3. no <spread>"]
-
-
-def test_a_value_that_nobody_gave_is_an_error():
+def test_a_value_that_nobody_gave_is_an_error() -> None:
     with pytest.raises(UndefinedError):
         render("report.html.j2", name="run")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import save_lora
 from densegrpo_fast.models.tiny import tiny_sd3
-from densegrpo_fast.run_files.images import read_captions, read_picture
+from densegrpo_fast.run_files.grids import read_captions
+from densegrpo_fast.run_files.images import read_picture
+from densegrpo_fast.run_files.strip import read_strip
 from densegrpo_fast.sample import main
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
 from densegrpo_fast.training.pictures import PictureSampler, draw
@@ -196,3 +199,21 @@ def test_nothing_is_overwritten_unasked(
     assert command(*arguments, "--overwrite") == 0
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
     assert command("a cat", "--output", tmp_path / "out" / "mine.txt") == 7
+
+
+def test_strips_instead_of_pictures(command: Callable[..., int], tmp_path: Path) -> None:
+    rewarded = ["--reward.terms", "{jpeg_compressibility: 1.0}", "--reward.observed", "[]"]
+    assert command(*PROMPTS, *FAST, *rewarded, "--strip", "--output", tmp_path / "out") == 0
+    assert [item["file"] for item in settings_of(tmp_path / "out")["strips"]] == ["strips/0000.png", "strips/0001.png"]
+    strip = read_strip(tmp_path / "out" / "strips" / "0001.png")
+    assert strip.prompt == PROMPTS[1] and [row.label for row in strip.rows] == ["seed 0", "seed 7"]
+    assert strip.columns[0] == "noise" and strip.columns[-1] == "image"
+    # the seed's picture, whatever else is drawn
+    assert command(PROMPTS[1], "--steps", 2, "--seeds", 7, "--sampler", "sde", "--output", tmp_path / "one") == 0
+    image, _ = read_picture(tmp_path / "one" / "images" / "0000-seed7.png")
+    last = strip.rows[1].pictures[-1]
+    assert last is not None and last.size == (64, 64)
+    shown = torch.from_numpy(np.array(last)).permute(2, 0, 1) / 255
+    # the strip is drawn at one and a half times the size
+    assert (shown - image).abs().mean() < 0.05
+    assert command(PROMPTS[0], *FAST, "--strip", "--sampler", "ode", "--output", tmp_path / "not") == 2

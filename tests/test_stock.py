@@ -338,7 +338,7 @@ def test_each_variant_has_the_decoder_of_its_configuration(tiny_policy: Policy) 
     assert model.pipeline.vae.dtype == torch.float32
     assert decoders["sparse"] is decoders["dense_fast"] is decoders["dense_trajectories"]
     assert decoders["sparse"].dtype == torch.bfloat16
-    assert {variant.models[0].transformer for variant in bench.variants.values()} == {model.transformer}
+    assert {variant.models[0].network for variant in bench.variants.values()} == {model.network}
 
 
 def test_what_is_timed_without_options_is_the_fast_preset() -> None:

@@ -67,20 +67,22 @@ def test_a_run_writes_its_directory(whole_run: Path) -> None:
         "report.html",
         "evaluation-before.json",
         "evaluation-after.json",
+        "evaluation-iteration-00002.json",
         "adapter/pytorch_lora_weights.safetensors",
         "adapter/README.md",
         "samples/before.png",
         "samples/iteration-00002.png",
         "samples/after.png",
+        *(f"strips/iteration-{done:05d}.{kind}" for done in (1, 2, 3) for kind in ("png", "webp")),
     }
     assert expected <= files
     rest = {name for name in files - expected if not name.startswith("checkpoints/")}
-    assert rest <= {"run.lock"}
+    assert rest <= {"run.lock", "SHA256SUMS", "adapter/SHA256SUMS"}
     assert [path.name for path in sorted((whole_run / "checkpoints").iterdir())] == [
         f"step-{step:08d}" for step in (1, 2, 3)
     ]
     report = (whole_run / "report.html").read_text()
-    assert "jpeg_incompressibility" in report and "data:image/png;base64," in report
+    assert "jpeg_incompressibility" in report and "data:image/webp;base64," in report
 
 
 def test_the_policy_moves(whole_run: Path) -> None:
@@ -97,6 +99,7 @@ def test_metrics(whole_run: Path) -> None:
         *("iteration", "reward", "reward_std", "reward_missing", "frac_reward_zero_std"),
         *(f"rewards/jpeg_incompressibility/{name}" for name in ("mean", "std")),
         *(f"gain/step_{step}" for step in range(3)),
+        *(f"gain_positive/step_{step}" for step in range(2)),
         "gain_correlation",
         *("loss", "policy_loss", "kl", "clip_fraction", "approx_kl", "ratio_deviation", "grad_norm"),
         *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
@@ -113,7 +116,7 @@ def test_metrics(whole_run: Path) -> None:
     # of the noisy steps 0 and 1 one is drawn; step 1 needs no completion of state 0
     drawn = [0 if "gain/step_0" in line else 1 for line in lines]
     assert set(drawn) == {0, 1}
-    keys = {0: common, 1: common - {"gain/step_0", "gain_correlation"}}
+    keys = {0: common, 1: common - {"gain/step_0", "gain_positive/step_0", "gain_correlation"}}
     first, second, third = (keys[step] for step in drawn)
     assert [set(line) for line in lines] == [first, second | evaluated, third]
     timed = json.loads((whole_run / "metrics.jsonl").read_text().splitlines()[0])
@@ -313,7 +316,11 @@ def test_a_dry_run_of_every_preset_writes_nothing(
     monkeypatch.setattr("densegrpo_fast.models.loading.WEIGHTS", pipeline_directory)
     monkeypatch.chdir(tmp_path)
     assert main(["--config", preset, "--dry-run"]) == 0
-    assert f"dry run of {preset}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"dry run of {preset}" in output
+    stands_in = "a tiny random one in the place of stabilityai/stable-diffusion-3.5-medium"
+    assert (stands_in in output) == preset.startswith("sd35")
+    assert ("jpeg_compressibility in the place of pickscore" in output) == preset.startswith("sd35")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -46,9 +46,12 @@ def test_a_pipeline_of_another_class_is_refused(
     train: Train, damaged_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = damaged_pipeline / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusion3Pipeline", "FluxPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusion3Pipeline", "HunyuanDiTPipeline"))
     assert train(tmp_path / "run", **{"model.path": damaged_pipeline}) == 3
-    assert f"{damaged_pipeline} is a FluxPipeline, expected a StableDiffusion3Pipeline" in capsys.readouterr().err
+    assert (
+        f"{damaged_pipeline}: HunyuanDiTPipeline is not supported; supported are StableDiffusion3Pipeline"
+        in capsys.readouterr().err
+    )
     index.write_text("{")
     assert train(tmp_path / "run", **{"model.path": damaged_pipeline}) == 3
     assert "its model_index.json is not a JSON object" in capsys.readouterr().err

@@ -6,10 +6,13 @@ import base64
 import binascii
 import struct
 from io import BytesIO
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_SIDE = 4096
 """Longest side of a picture that `decode_png` accepts, in pixels."""
@@ -44,6 +47,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 def encode_png(picture: np.ndarray) -> str:
     """A picture [H, W, 3] uint8 as a PNG file in base64."""
+    import numpy as np
     from PIL import Image
 
     buffer = BytesIO()
@@ -74,6 +78,7 @@ def decode_png(text: str) -> np.ndarray:
     Raises:
         ValueError: the text is not base64, not a PNG file, or the picture has a side above `MAX_SIDE`.
     """
+    import numpy as np
     from PIL import Image
 
     size = png_size(text)

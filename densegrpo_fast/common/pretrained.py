@@ -30,7 +30,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 def is_hub_id(path: str) -> bool:
     """Whether `model.path` names a repository of the hub: OWNER/NAME, and no directory here."""
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
+    return path.count("/") == 1 and ":" not in path and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
 
 
 def fetch(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:

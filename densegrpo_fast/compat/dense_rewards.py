@@ -254,7 +254,10 @@ def _check(
         counts["kept"] = kept.clean
     for name, rows in counts.items():
         if rows is not None and len(rows) != batch:
-            raise ValueError(f"{name} must have one entry per row of latents ({batch}), got {len(rows)}")
+            raise ValueError(
+                f"{name} must have one entry per row of latents ({batch}), got {len(rows)}; latents are a tensor "
+                "[B, T+1, ...] or a list of T+1 states [B, ...]"
+            )
     if guidance not in get_args(Guidance):
         raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {guidance!r}")
     if scale != 1.0 and negative is None:

@@ -41,13 +41,12 @@ class PipelineModel(FlowModel):
         guidance_gradient: GuidanceGradient = "full",
     ) -> Velocity:
         rows, guided = conditioning.rows, guidance_scale != 1.0
-        embeds, pooled = conditioning.embeds[rows], conditioning.pooled[rows]
+        prompts = {name: tensor[rows] for name, tensor in conditioning.prompts.items()}
         if guided:
-            embeds = torch.cat([conditioning.negative_embeds[rows], embeds])
-            pooled = torch.cat([conditioning.negative_pooled[rows], pooled])
+            prompts = {name: torch.cat([conditioning.negative[name][rows], own]) for name, own in prompts.items()}
             latents, sigma = torch.cat([latents, latents]), torch.cat([sigma, sigma])
         time = sigma * getattr(self.pipeline.scheduler.config, "num_train_timesteps", 1000)
-        output = forward(self.pipeline, latents.to(self.dtype or latents.dtype), time, embeds, pooled).float()
+        output = forward(self.pipeline, latents.to(self.dtype or latents.dtype), time, **prompts).float()
         if not guided:
             return Velocity(output, None, 1.0)
         uncond, cond = output.chunk(2)
@@ -83,10 +82,10 @@ class PipelineModel(FlowModel):
 def conditioning_of(prompts: Prompts) -> Conditioning:
     """One entry per row; without negative prompts, the positive ones stand in their place unused."""
     rows = torch.arange(len(prompts.embeds), device=prompts.embeds.device)
-    negative = prompts.negative_embeds, prompts.negative_pooled
-    negative_embeds = prompts.embeds if negative[0] is None else negative[0].expand_as(prompts.embeds)
-    negative_pooled = prompts.pooled if negative[1] is None else negative[1].expand_as(prompts.pooled)
-    return Conditioning(prompts.embeds, prompts.pooled, negative_embeds, negative_pooled, rows)
+    own = {"embeds": prompts.embeds, "pooled": prompts.pooled}
+    given = {"embeds": prompts.negative_embeds, "pooled": prompts.negative_pooled}
+    negative = {name: own[name] if t is None else t.expand_as(own[name]) for name, t in given.items()}
+    return Conditioning(own, negative, rows)
 
 
 def trajectory_from(

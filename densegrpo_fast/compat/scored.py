@@ -13,7 +13,7 @@ from torch import Tensor
 
 from densegrpo_fast.credit.dense import reward_gains
 
-RewardFunction = Callable[[Any, Sequence[str], Sequence[Any]], Any]
+RewardFunction = Callable[[Any, Any, Any], Any]
 """`fn(images, prompts, metadata) -> (scores, info)`; scores are B numbers, or a dict of them by name."""
 
 

@@ -66,6 +66,7 @@ def problem(config: Config) -> str | None:
         _image_size,
         _batches,
         _streamed,
+        _early_stopping,
         _auto,
     )
     return next((found for check in others if (found := check(config))), None)
@@ -388,6 +389,15 @@ def _streamed(config: Config) -> str | None:
     elif config.optimizer.updates_per_iteration > 1:
         why = f"optimizer.updates_per_iteration {config.optimizer.updates_per_iteration}"
     return None if why is None else f"optimizer.update: expected replayed with {why}"
+
+
+def _early_stopping(config: Config) -> str | None:
+    run = config.run
+    if run.early_stopping_patience and not config.evaluation.every:
+        return f"run.early_stopping_patience: expected 0 without evaluation.every, got {run.early_stopping_patience}"
+    if run.max_kl is not None and not config.objective.kl_coef:
+        return f"run.max_kl: expected null with objective.kl_coef 0, where no kl is computed, got {run.max_kl}"
+    return None
 
 
 def _auto(config: Config) -> str | None:

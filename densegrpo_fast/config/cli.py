@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -29,6 +29,7 @@ from densegrpo_fast.config.yaml_files import (
     DEFAULT_PRESET,
     check_stored,
     dump_yaml,
+    follow_rewards,
     parse_yaml,
     preset_names,
     preset_summary,
@@ -84,7 +85,8 @@ def parse_arguments(argv: Sequence[str], default: str = DEFAULT_PRESET) -> tuple
     arguments = _split(argv)
     if arguments.printing == "--list-presets":
         _print_and_exit("".join(f"{name:28}{preset_summary(name)}\n" for name in preset_names()))
-    settings = read_settings(_source(arguments, default))
+    source = _source(arguments, default)
+    settings = read_settings(source)
     if arguments.resume_directory is not None:
         arguments.overrides.setdefault("run.output_dir", arguments.resume_directory)
     if arguments.resume:
@@ -92,7 +94,8 @@ def parse_arguments(argv: Sequence[str], default: str = DEFAULT_PRESET) -> tuple
         arguments.overrides.setdefault("run.overwrite", "false")
     for key, text in arguments.overrides.items():
         _override(settings, key, text)
-    config = validate(settings)
+    follow_rewards(settings, arguments.overrides, source)
+    config = _validated(settings, arguments.overrides)
     if arguments.resume and config.run.overwrite:
         raise UsageError("--resume and --run.overwrite contradict each other: choose one")
     if arguments.printing == "--print-config":
@@ -149,7 +152,8 @@ def load_config(source: str | PurePath = DEFAULT_PRESET, overrides: Mapping[str,
         if isinstance(value, tuple):
             value = list(value)
         _set(settings, current, str(value) if isinstance(value, PurePath) else value)
-    return validate(settings)
+    follow_rewards(settings, overrides or {}, os.fspath(source))
+    return _validated(settings, overrides or {})
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -196,6 +200,28 @@ def validate(settings: dict[str, Any]) -> Config:
         return Config.model_validate(config.model_dump() | {"sampler": sampler})
     except ValidationError as error:
         raise _invalid(f"sampler.calibration: the levels of {made.path} do not fit:", error) from None
+
+
+def _validated(settings: dict[str, Any], given: Collection[str]) -> Config:
+    """`validate`; what is wrong with a credit method that somebody chose ends with the presets that are made for it."""
+    try:
+        return validate(settings)
+    except UsageError as error:
+        if "credit.method" not in given:
+            raise
+        method, model = _at(settings, "credit", "method"), _at(settings, "model", "path")
+        presets = {name: read_settings(name) for name in preset_names()}
+        made = [name for name, own in presets.items() if own["credit"]["method"] == method]
+        near = [name for name in made if presets[name]["model"]["path"] == model] or made
+        if not near:
+            raise
+        near = sorted(near, key=lambda name: (str(method) not in name, len(name)))[:3]
+        raise UsageError(f"{error}; presets with credit.method {method}: {', '.join(near)}") from None
+
+
+def _at(settings: dict[str, Any], section: str, name: str) -> Any:
+    options = settings.get(section)
+    return options.get(name) if isinstance(options, dict) else None
 
 
 def _fitting_calibration(config: Config) -> Calibration | None:

@@ -15,7 +15,7 @@ from densegrpo_fast.config.schema import Config, options, sections
 from densegrpo_fast.config.yaml_files import DEFAULT_PRESET, inline_yaml, preset_names
 
 _USAGE = """\
-usage: densegrpo-train [--config PRESET_OR_FILE] [--SECTION.KEY VALUE | SECTION.KEY=VALUE ...] [flags]
+usage: densegrpo train [--config PRESET_OR_FILE] [--SECTION.KEY VALUE | SECTION.KEY=VALUE ...] [flags]
 
   --config NAME      preset ({presets}),
                      or a .yaml file with any of the keys; what it leaves out comes from the preset that

@@ -40,6 +40,8 @@ from densegrpo_fast.sampling.windows import Windows, remaining_steps
 
 _DETERMINISTIC_END = ("cps", "precise")
 """Dynamics whose last step, which ends at sigma 0, injects no noise."""
+_MOST_ROWS = 64
+"""Rows of an automatic micro-batch, at most."""
 
 
 class Config(Section):
@@ -64,6 +66,22 @@ class Config(Section):
     evaluation: EvaluationOptions
     run: RunOptions
     distributed: DistributedOptions
+
+    @model_validator(mode="before")
+    @classmethod
+    def _automatic_micro_batch(cls, settings: Any) -> Any:
+        """`sampler.micro_batch: auto` as a number; it stays where the numbers that it depends on are wrong."""
+        if not isinstance(settings, dict) or _at(settings, "sampler.micro_batch") != "auto":
+            return settings
+        needed = ("data.num_prompts", "sampler.group_size", "optimizer.updates_per_iteration")
+        numbers = [_at(settings, key) for key in needed]
+        branches = _at(settings, "sampler.branches") or 1
+        if not all(isinstance(number, int) and number > 0 for number in (*numbers, branches)):
+            return settings
+        prompts, size, updates = numbers
+        rows = max(prompts * size // branches // updates, 1)
+        chosen = max(divisor for divisor in range(1, min(rows, _MOST_ROWS) + 1) if rows % divisor == 0)
+        return settings | {"sampler": settings["sampler"] | {"micro_batch": chosen}}
 
     @model_validator(mode="after")
     def _options_agree(self) -> Config:
@@ -219,6 +237,13 @@ def sections() -> dict[str, type[Section]]:
         for name, field in Config.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     }
+
+
+def _at(settings: dict[str, Any], key: str) -> Any:
+    """The value under section.option, None where there is none."""
+    section, _, name = key.partition(".")
+    options = settings.get(section)
+    return options.get(name) if isinstance(options, dict) else None
 
 
 def _portable(text: str) -> str:

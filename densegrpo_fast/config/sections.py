@@ -163,7 +163,10 @@ class SamplerOptions(Section):
         "at every trained step (TempFlow-GRPO, Granular-GRPO; credit.method branch or granular); null = trajectories"
     )
     shared_noise: bool = Field(description="start all samples of a prompt from the same initial noise")
-    micro_batch: PositiveInt = Field(description="rows per forward pass, the same in rollout and replay")
+    micro_batch: PositiveInt = Field(
+        description="rows per forward pass, the same in rollout and replay: a divisor of an update's samples (with "
+        "branches trajectories); auto = the largest up to 64"
+    )
 
 
 class WindowOptions(Section):
@@ -497,6 +500,15 @@ class RunOptions(Section):
     iterations: PositiveInt = Field(description="GRPO iterations in all")
     checkpoint_every: int = Field(ge=0, description="iterations between checkpoints; 0 = only at the end")
     keep_checkpoints: PositiveInt = Field(description="newest checkpoints kept")
+    early_stopping_patience: int = Field(
+        ge=0,
+        description="evaluations in a row without a better held-out reward after which the run ends, with its adapter "
+        "and report as they are then; 0 = off",
+    )
+    early_stopping_threshold: float = Field(ge=0, description="by how much a better held-out reward must be better")
+    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+        description="kl of an iteration beyond which the run ends likewise; null = any"
+    )
     max_bad_steps: PositiveInt = Field(description="non-finite losses or gradients in a row before the run stops")
     overwrite: bool = Field(description="move a run that is already in output_dir aside (to NAME.old-K)")
     memory_check: Literal["refuse", "warn", "off"] = Field(

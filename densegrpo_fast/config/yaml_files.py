@@ -7,6 +7,7 @@ given twice or an alias is an error. So a file cannot mean something other than 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,32 @@ def read_settings(source: str) -> dict[str, Any]:
     extended = _pop_extends(settings, path)
     if extended is None and settings.keys() >= sections().keys() - ADDED_SECTIONS:
         settings = complete_settings(settings)
+    follow_rewards(settings, {f"{section}.{key}" for section, keys in settings.items() for key in _keys(keys)})
     base = _read_preset(extended or BASE_PRESET, ())
     settings.setdefault("preset", re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "config")
     return _merged(base, settings)
+
+
+def follow_rewards(settings: dict[str, Any], given: Collection[str], source: str | None = None) -> None:
+    """Observe no reward of a preset beside other rewards or held-out prompts than the preset's, unless it is asked for.
+
+    Args:
+        settings: changed in place.
+        given: dotted keys of what somebody has set on top of a source.
+        source: a preset or file that was read; one that names `reward.observed` itself keeps it. None = no source.
+    """
+    if "reward.observed" in given or not {"reward.terms", "data.eval_prompts"} & {*given}:
+        return
+    if source is not None and source.lower().endswith((".yaml", ".yml")):
+        if "observed" in _keys(_read_mapping(Path(source)).get("reward")):
+            return
+    reward = settings.setdefault("reward", {})
+    if isinstance(reward, dict):
+        reward["observed"] = []
+
+
+def _keys(section: Any) -> list[str]:
+    return [str(key) for key in section] if isinstance(section, dict) else []
 
 
 def check_stored(path: Path) -> None:

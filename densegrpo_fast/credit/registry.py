@@ -35,14 +35,18 @@ file needs no torch, so that the configuration can read it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from densegrpo_fast.common.errors import PluginError
 from densegrpo_fast.common.plugins import Registry, fence, is_package_code, resolve, select_options
+from densegrpo_fast.common.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from densegrpo_fast.credit.inputs import CreditInputs
     from densegrpo_fast.credit.normalize import Advantages
 
@@ -211,21 +215,81 @@ def advantages(name: str, inputs: CreditInputs, options: Mapping[str, Any]) -> A
         ValueError: there is no such method, the lookahead that it needs was not run, or it lacks an option.
         PluginError: a method of one's own raised, or a method returns something else than finite advantages.
     """
-    from densegrpo_fast.credit.normalize import Advantages  # brings torch, which the configuration does not need
-
     method = find(name)
     needed = {need: getattr(inputs, need) for need in method.needs}
     absent = [key for key, value in needed.items() if value is None]
     if absent:
         raise ValueError(f"credit method {name} needs {', '.join(absent)}, which this iteration does not have")
     chosen = select_options(f"credit method {name}", (*COMMON, *method.options), options)
+    judged = _judged(name, method, needed | chosen, [*inputs.rewards.shape, inputs.num_steps])
+    values = judged.values.new_zeros(*inputs.rewards.shape, len(inputs.noisy))
+    values[..., list(inputs.steps)] = judged.values
+    return replace(judged, values=values)
+
+
+def advantages_of(lookahead_rewards: Tensor, method: str = "dense", **options: Any) -> Advantages:
+    """Credit every step of samples that came from anywhere, all steps being stochastic: `densegrpo_fast.advantages`.
+
+        advantages(rewards).values                         # DenseGRPO (arXiv 2601.20218, Eq 10)
+        advantages(rewards, "return_to_go", discount=0.9, normalize="step")
+
+    Args:
+        lookahead_rewards: [P, G, T+1] float; index = steps done, the last is the real final image; NaN = missing.
+        method: of `credit.method`, registered, or `file.py:NAME`; one that needs more than rewards (coca, branch,
+            granular) is refused.
+        **options: of the method's function; those with a default may be left out.
+
+    Returns:
+        values [P, G, T] float32.
+
+    Raises:
+        ValueError: the shape or dtype of lookahead_rewards, an unknown method or option, or one that is lacking.
+        PluginError: a method of one's own raised, or a method returns something else than finite advantages.
+    """
+    from densegrpo_fast.credit.normalize import normalize_groups
+
+    shape = list(lookahead_rewards.shape)
+    if len(shape) != 3 or shape[-1] < 2 or not lookahead_rewards.is_floating_point():
+        raise ValueError(
+            "advantages: lookahead_rewards must be floating point with shape [P, G, T+1] and T >= 1, "
+            f"got {lookahead_rewards.dtype} with shape {shape}"
+        )
+    steps, credit = shape[-1] - 1, find(method)
+    known = {
+        "rewards": lookahead_rewards[..., -1],
+        "lookahead_rewards": lookahead_rewards,
+        "steps": tuple(range(steps)),
+        "num_steps": steps,
+        "noisy": (True,) * steps,
+    }
+    if absent := [need for need in credit.needs if need not in known]:
+        raise ValueError(f"advantages: method {method} needs {', '.join(absent)}, not rewards alone")
+    parameters = inspect.signature(credit.function()).parameters
+    takes = {name: own for name, own in parameters.items() if name not in known and own.kind is not own.VAR_KEYWORD}
+    names = list(dict.fromkeys((*takes, *COMMON, *credit.options)))
+    for name in options:
+        if name not in names:
+            raise ValueError(
+                f"advantages: method {method} has no option {name!r}{did_you_mean(name, names)} "
+                f"(it takes {', '.join(names)})"
+            )
+    usual = inspect.signature(normalize_groups).parameters
+    chosen = {name: usual[name].default for name in COMMON} | options
+    if lacking := [name for name, own in takes.items() if own.default is own.empty and name not in chosen]:
+        raise ValueError(f"advantages: method {method} needs the options {', '.join(lacking)}")
+    return _judged(method, credit, {need: known[need] for need in credit.needs} | chosen, [*shape[:2], steps])
+
+
+def _judged(name: str, method: CreditMethod, arguments: dict[str, Any], expected: list[int]) -> Advantages:
+    """What a method's function returns, if that is finite advantages of the expected shape."""
+    from densegrpo_fast.credit.normalize import Advantages  # brings torch, which the configuration does not need
+
     function = method.function()
     if not is_package_code(function):
         # it may write into them
-        needed = {need: value.clone() if hasattr(value, "clone") else value for need, value in needed.items()}
+        arguments = {name: value.clone() if hasattr(value, "clone") else value for name, value in arguments.items()}
     with fence(function, f"credit method {name}"):
-        judged = function(**needed, **chosen)
-    expected = [*inputs.rewards.shape, inputs.num_steps]
+        judged = function(**arguments)
     if not isinstance(judged, Advantages) or not hasattr(judged.values, "isfinite"):
         found = type(judged).__name__
         raise PluginError(f"credit method {name}: expected Advantages (densegrpo_fast.credit.normalize), got {found}")
@@ -233,6 +297,4 @@ def advantages(name: str, inputs: CreditInputs, options: Mapping[str, Any]) -> A
         raise PluginError(f"credit method {name}: expected advantages {expected}, got {list(judged.values.shape)}")
     if not judged.values.isfinite().all():
         raise PluginError(f"credit method {name}: expected finite advantages; a reward that is missing is NaN")
-    values = judged.values.new_zeros(*inputs.rewards.shape, len(inputs.noisy))
-    values[..., list(inputs.steps)] = judged.values
-    return replace(judged, values=values)
+    return judged

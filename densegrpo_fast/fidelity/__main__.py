@@ -34,13 +34,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING
 
 from densegrpo_fast.common.command_line import check_outputs, refuse_processes
 from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.files import write_json
+from densegrpo_fast.common.progress import PhaseProgress, announce
 from densegrpo_fast.fidelity.options import parse, plans_of
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors_exit():
         refuse_processes("fidelity")
         check_outputs(options, "json", "plot")
+        announce("counting costs: loading torch" if options.cost else "measuring lookaheads: loading torch")
         if options.cost and (options.config or overrides):
             return int(own_cost(options, overrides))
         return int(costs(options) if options.cost else fidelity(options, overrides))
@@ -130,21 +131,23 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
         groups, half = range(options.groups // 2, options.groups), range(options.groups // 2)
         longest = longest_path(target)
         max_nodes = min(options.max_nodes, longest)
-        candidates = search(
-            target,
-            half,
-            ways=ways,
-            named=[make(target.coefficients.num_steps) for make in plans_of(options)],
-            max_nodes=max_nodes,
-            worst=thresholds.worst,
-            progress=partial(_progress, "searched", len(half)),
-            **sampling,
-        )
+        with PhaseProgress("searching", len(half), "groups") as progress:
+            candidates = search(
+                target,
+                half,
+                ways=ways,
+                named=[make(target.coefficients.num_steps) for make in plans_of(options)],
+                max_nodes=max_nodes,
+                worst=thresholds.worst,
+                progress=progress.at,
+                **sampling,
+            )
         chosen = cheapest(candidates, thresholds)
         variants += [chosen.variant] if chosen and chosen.variant not in variants else []
         searched = report.search_record(candidates, chosen, thresholds, max_nodes=max_nodes, longest_path=longest)
 
-    rewards = measure(target, variants, groups, progress=partial(_progress, "measured", len(groups)), **sampling)
+    with PhaseProgress("measuring", len(groups), "groups") as progress:
+        rewards = measure(target, variants, groups, progress=progress.at, **sampling)
     exact = rewards[reference(target.coefficients.num_steps)]
     records = {
         variant.name: report.plan_record(
@@ -172,11 +175,6 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> Config:
         raise SetupError(f"{error.name} is missing: pip install densegrpo-fast[train], or use --analytic") from None
     named = [] if options.config is None else ["--config", options.config]
     return configuration([*named, *overrides])
-
-
-def _progress(what: str, total: int, done: int) -> None:
-    start, end = ("\r", "\n" if done == total else "") if sys.stderr.isatty() else ("", "\n")
-    print(f"{start}{what} {done} of {total} groups", end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ import torch
 
 from densegrpo_fast.common.errors import SetupError
 from densegrpo_fast.common.pretrained import is_hub_id
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.fidelity.price import iteration_cost, price
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.variants import Variant, expanded
 from densegrpo_fast.flow.schedule import sd3_sigmas
 from densegrpo_fast.models.base import Decoder
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.flops import (
     ARCHITECTURES,
     Architecture,
@@ -71,8 +73,8 @@ def cost_records(
     draws.
 
     Guidance is on where it takes a second forward (FLUX.1-dev's does not). The published plan, exact with full guidance
-    and the full decoder, comes first. Copies and caches are for SD3's transformers, caches not for branches; what does
-    not fit a model is named in its record's `left_out`.
+    and the full decoder, comes first. Caches are for SD3's transformers, and not for branches; what does not fit a
+    model is named in its record's `left_out`.
 
     Args:
         make_plans: from T to a plan.
@@ -86,14 +88,16 @@ def cost_records(
     chosen = [make(STEPS) for make in make_plans]
     plain = [Variant(plan, guidance, decoder) for plan in chosen for guidance in guidances for decoder in decoders]
     records = {}
-    for name, architecture in ARCHITECTURES.items():
-        built, rank = architecture(), _RANKS.get(name, _RANK)
-        # the embedded model's own reward is image analysis: no arithmetic to speak of
-        unit = count(built, lora_rank=rank, reward=0.0 if name == "embedded" else clip_h_image())
-        extras = _Extras.of(built, unit, rank, copies=copies, caches=caches)
-        variants = expanded(plain, copies=extras.copies, caches=extras.caches)
-        published = Variant(plans.exact(STEPS), "full", "full")
-        records[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
+    with PhaseProgress("counting", len(ARCHITECTURES), "models") as progress:
+        for name, architecture in ARCHITECTURES.items():
+            built, rank = architecture(), _RANKS.get(name, _RANK)
+            # the embedded model's own reward is image analysis: no arithmetic to speak of
+            unit = count(built, lora_rank=rank, reward=0.0 if name == "embedded" else clip_h_image())
+            extras = _Extras.of(built, unit, rank, copies=copies, caches=caches)
+            variants = expanded(plain, copies=extras.copies, caches=extras.caches)
+            published = Variant(plans.exact(STEPS), "full", "full")
+            records[name] = _model_record(built, extras, list(dict.fromkeys([published, *variants])))
+            progress()
     return records
 
 
@@ -216,6 +220,8 @@ def _architecture(config: Config) -> tuple[Architecture, Callable[[int], torch.T
             "pipeline directory as model.path"
         )
     model = load_model(options, torch.device("cpu"))
+    if not isinstance(model, DiffusersModel):
+        raise SetupError(f"--cost: the parts of a pipeline are counted, {options.path} is none")
     return architecture_of(model), model.sigmas
 
 
@@ -250,13 +256,12 @@ class _Extras:
         from diffusers import SD3Transformer2DModel
 
         forwards: dict[tuple[str | None, str | None], float] = {(None, None): unit.forward}
+        forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
         with torch.device("meta"):
             network = built.network()
         if not isinstance(network, SD3Transformer2DModel):
-            wishes = [*(f"copy({dtype})" for dtype in copies), *(f"cache({spec})" for spec in caches)]
             reason = f"for SD3's transformer alone, this is {type(network).__name__}"
-            return cls(unit, forwards, (), (), dict.fromkeys(wishes, reason))
-        forwards |= {(dtype, None): unit.reference_forward for dtype in copies}
+            return cls(unit, forwards, tuple(copies), (), {f"cache({spec})": reason for spec in caches})
         for spec in caches:
             # a copy has the adapter merged
             operations = cached_forward(built, lora_rank=0 if copies else rank)

@@ -24,7 +24,7 @@ from densegrpo_fast.training.prompts import PromptSet, prompt_set
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
-    from densegrpo_fast.models.sd3 import SD3
+    from densegrpo_fast.models.diffusers_model import DiffusersModel
 
 _STEPS, _GUIDANCE, _NOISE = 10, 4.5, 0.7
 _COMPONENTS, _ALLOWED, _SHAPE = 48, 12, (3, 4, 4)
@@ -91,7 +91,7 @@ def pipeline_target(
     copy_dtypes: Sequence[str] = (),
     vae_dtypes: Sequence[str] = (),
     caches: Sequence[tuple[str | None, str]] = (),
-    made: tuple[SD3, RewardMixture, PromptSet] | None = None,
+    made: tuple[DiffusersModel, RewardMixture, PromptSet] | None = None,
 ) -> FidelityTarget:
     """The model, sampler, held-out prompts and reward of a configuration.
 
@@ -108,6 +108,7 @@ def pipeline_target(
     Raises:
         UserError: something cannot be loaded, or there are too few prompts.
     """
+    from densegrpo_fast.models.diffusers_model import DiffusersModel
     from densegrpo_fast.models.flops import architecture_of, cached_forward, clip_h_image, count
     from densegrpo_fast.models.loading import resolve_dtype
     from densegrpo_fast.training.lookahead import build_cache, build_copy, build_step_runner, lookahead_chunks
@@ -118,7 +119,10 @@ def pipeline_target(
     if made is None:
         prompts = _held_out(config, groups)
         reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
-        model = load_model(config.model, default_device())
+        loaded = load_model(config.model, default_device())
+        if not isinstance(loaded, DiffusersModel):
+            raise UsageError(f"model.path: the fidelity of a pipeline is measured, {config.model.path} is none")
+        model = loaded
         check_calibration(config, model)
     else:
         model, reward, prompts = made

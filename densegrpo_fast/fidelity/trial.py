@@ -21,7 +21,7 @@ from densegrpo_fast.fidelity.search import Candidate, Thresholds, ladder, search
 from densegrpo_fast.fidelity.target import FidelityTarget, pipeline_target
 from densegrpo_fast.fidelity.variance import step_gradients
 from densegrpo_fast.fidelity.variants import Variant, reference
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.objective.policy import Objective
 from densegrpo_fast.rewards.base import Scores
 from densegrpo_fast.sampling.cost import Evaluations, sparse_iteration
@@ -83,7 +83,7 @@ class Trial:
     def __init__(self, config: Config, *, tiny: bool = False, groups: int | None = None):
         self.config, self.notes = config, list[str]()
         model = build_model(config, default_device(), dry_run=tiny)
-        assert isinstance(model, SD3)
+        assert isinstance(model, DiffusersModel)
         # of the policy's loss alone: a fresh adapter's KL has no gradient
         objective = config.objective.model_copy(update={"kl_coef": 0.0})
         self.trainer = Trainer(config.model_copy(update={"objective": objective}), model=model)
@@ -155,7 +155,7 @@ class Trial:
         some = PromptSet(tuple(prompts.prompts[i] for i in chosen), tuple(prompts.metadata[i] for i in chosen))
         self.model.prepare(list(some.prompts))
         on_gpu, free = self.model.device.type == "cuda", free_bytes(self.model.device)
-        needs = sum(p.numel() for p in self.model.transformer.parameters()) * (2 if on_gpu else 4)
+        needs = sum(p.numel() for p in self.model.network.parameters()) * (2 if on_gpu else 4)
         copies = ["bfloat16" if on_gpu else "float32"]
         if free is not None and 2 * needs > free:
             copies = []

@@ -161,22 +161,22 @@ def _run(
     *options: int,
 ) -> None:
     """Call densegrpo_cuda_<op>(device, queue, dtypes, inputs, options, steps, batch, elements, outputs)."""
-    library = _library()
     # Named until the launch. The caching allocator gives their memory to later work of the same stream only.
     packed = [tensor.contiguous() for tensor in inputs]
+    arguments = (
+        DTYPES[latents.dtype],
+        DTYPES[velocity.dtype],
+        *(tensor.data_ptr() for tensor in packed),
+        *options,
+        steps,
+        len(latents),
+        latents[0].numel(),
+        *(tensor.data_ptr() for tensor in outputs),
+    )
+    library = _library()
     with torch.cuda.device(latents.device):
-        code = getattr(library, f"densegrpo_cuda_{op}")(
-            latents.device.index,
-            torch.cuda.current_stream(latents.device).cuda_stream,
-            DTYPES[latents.dtype],
-            DTYPES[velocity.dtype],
-            *(tensor.data_ptr() for tensor in packed),
-            *options,
-            steps,
-            len(latents),
-            latents[0].numel(),
-            *(tensor.data_ptr() for tensor in outputs),
-        )
+        queue = torch.cuda.current_stream(latents.device).cuda_stream
+        code = getattr(library, f"densegrpo_cuda_{op}")(latents.device.index or 0, queue, *arguments)
     if code:
         raise RuntimeError(f"{op}: the compiled CUDA library failed: {library.densegrpo_cuda_error(code).decode()}")
 

@@ -44,7 +44,7 @@ class AnalyticModel(FlowModel):
         allowed = torch.stack([self._allowed(prompt) for prompt in unique])
         rows = torch.tensor([index[prompt] for prompt in prompts], device=self.device)
         everything = self._allowed("")[None]
-        return Conditioning(allowed[:, None], allowed, everything[:, None], everything, rows)
+        return Conditioning({"allowed": allowed}, {"allowed": everything}, rows)
 
     def velocity(
         self,
@@ -57,7 +57,7 @@ class AnalyticModel(FlowModel):
         cond = torch.empty_like(latents)
         for prompt in conditioning.rows.unique().tolist():
             rows = conditioning.rows == prompt
-            flow = self.flow.condition(conditioning.pooled[prompt].nonzero().flatten().tolist())
+            flow = self.flow.condition(conditioning.prompts["allowed"][prompt].nonzero().flatten().tolist())
             cond[rows] = flow.velocity(latents[rows], sigma[rows]).to(latents.dtype)
         if guidance_scale == 1.0:
             return Velocity(cond, None, 1.0)

@@ -88,7 +88,7 @@ def use_attention(transformer: Any, name: Attention) -> None:
     """Let a transformer compute attention so.
 
     Raises:
-        SetupError: the package is missing or too old; UsageError: it does not serve this device or precision.
+        SetupError: the package is missing or too old; UsageError: it does not serve this device, precision or network.
         ValueError: there is no such choice.
     """
     if name not in get_args(Attention):
@@ -96,9 +96,22 @@ def use_attention(transformer: Any, name: Attention) -> None:
     if name == "auto":
         return
     check_attention(name, transformer.device, transformer.dtype)
-    for module in transformer.modules():
-        if _is_joint(module):
-            module.set_processor(DispatchedJointAttention(name))
+    joint = [module for module in transformer.modules() if _is_joint(module)]
+    for module in joint:
+        module.set_processor(DispatchedJointAttention(name))
+    if joint:
+        return
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    processors: list[Any] = [getattr(module, "processor", None) for module in transformer.modules()]
+    dispatching = [processor for processor in processors if hasattr(processor, "_attention_backend")]
+    if not dispatching:
+        raise UsageError(
+            f"model.attention: {type(transformer).__name__} does not compute attention through diffusers' dispatcher; "
+            "set it to auto"
+        )
+    for processor in dispatching:
+        processor._attention_backend = AttentionBackendName(name)
 
 
 def check_attention(name: Attention, device: torch.device, dtype: torch.dtype) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -20,17 +21,13 @@ class Conditioning:
     """Encoded prompts: every different prompt once, and which of them each row of a batch uses.
 
     Attributes:
-        embeds: [U, L, D] token embeddings of the U different prompts.
-        pooled: [U, D'] pooled embeddings.
-        negative_embeds: [1, L, D] embeddings of the empty prompt, for guidance.
-        negative_pooled: [1, D'].
+        prompts: what the model is given of a prompt, by names of its own: [U, ...] each, of the U different prompts.
+        negative: the same of the negative (as a rule empty) prompt, for guidance: [1, ...] each.
         rows: [B] int64, index of each row's prompt.
     """
 
-    embeds: Tensor
-    pooled: Tensor
-    negative_embeds: Tensor
-    negative_pooled: Tensor
+    prompts: dict[str, Tensor]
+    negative: dict[str, Tensor]
     rows: Tensor
 
     def __len__(self) -> int:
@@ -44,6 +41,15 @@ class Conditioning:
         """Rows repeated as a whole, `times` after one another: [times * B]."""
         return replace(self, rows=self.rows.repeat(times))
 
+    def conditional(self) -> dict[str, Tensor]:
+        """Each row's prompt: [B, ...] each, copied."""
+        return {name: tensor[self.rows] for name, tensor in self.prompts.items()}
+
+    def unconditional(self) -> dict[str, Tensor]:
+        """The negative prompt for each row: [B, ...] each, views."""
+        batch = len(self)
+        return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in self.negative.items()}
+
 
 @dataclass(frozen=True)
 class Velocity:
@@ -51,26 +57,34 @@ class Velocity:
 
     Attributes:
         cond: [B, ...] float32 given the prompt.
-        uncond: [B, ...] float32 given the empty prompt; None without guidance.
+        uncond: [B, ...] float32 given the negative prompt; None without guidance.
         guidance_scale: 1 for no guidance.
+        keeps_norm: whether the guided velocity is rescaled to the conditional one's norm over the last dimension, as
+            Qwen-Image does; guidance is then not linear in the halves.
     """
 
     cond: Tensor
     uncond: Tensor | None
     guidance_scale: float
+    keeps_norm: bool = False
 
     @property
     def guidance_term(self) -> Tensor:
-        """What guidance adds to the conditional velocity, (scale - 1) * (cond - uncond); zeros without guidance."""
+        """What guidance adds to the conditional velocity, such as (scale - 1) * (cond - uncond); zeros without."""
         if self.uncond is None:
             return torch.zeros_like(self.cond)
+        if self.keeps_norm:
+            return self.combined() - self.cond
         return (self.guidance_scale - 1) * (self.cond - self.uncond)
 
     def combined(self) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598): uncond + scale * (cond - uncond). [B, ...] float32."""
         if self.uncond is None:
             return self.cond
-        return self.uncond + self.guidance_scale * (self.cond - self.uncond)
+        guided = self.uncond + self.guidance_scale * (self.cond - self.uncond)
+        if not self.keeps_norm:
+            return guided
+        return guided * (self.cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
 class Recorder(Protocol):
@@ -91,14 +105,14 @@ class Cache(Recorder, Protocol):
 
 
 class FlowModel(ABC):
-    """A rectified-flow image model with a trainable adapter.
+    """A flow model of pictures or videos with a trainable adapter.
 
     The conditional and the unconditional half of a guided velocity are always two forwards of B rows, in rollout and
     in training alike, so that both phases compute the very same numbers and either half can go without a gradient.
     """
 
     latent_shape: tuple[int, ...]
-    """Shape of one sample's latents, e.g. (16, 64, 64)."""
+    """Shape of one sample's latents: a picture (C, H, W), tokens (N, D), a video (C, F, H, W) or any other."""
 
     device: torch.device
 
@@ -142,13 +156,13 @@ class FlowModel(ABC):
                 neither its memory nor its backward, and only a part of the gradient.
         """
 
-    @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
         """Within the context the adapter is off: the model is the reference policy."""
+        return _without_adapter(self)
 
-    @abstractmethod
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Adapter parameters by name, in a fixed order."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     @abstractmethod
     def decode(self, latents: Tensor, decoder: Decoder = "full") -> Tensor:
@@ -156,7 +170,11 @@ class FlowModel(ABC):
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:
-        """The model's own noise levels for `num_steps` steps: [num_steps + 1] float32, from 1 down to 0."""
+        """The model's own noise levels for `num_steps` steps: [num_steps + 1] float32, decreasing within [0, 1]."""
+
+    def start(self, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """Latents [B, ...] at the first level of a grid [T+1], made of standard normal noise; as a rule that itself."""
+        return noise
 
     def compile(self, mode: str | None, backend: str = "inductor") -> None:
         """Compile the network's forward with `torch.compile`, of which `mode` and `backend` are options.
@@ -177,5 +195,16 @@ class FlowModel(ABC):
         return nullcontext()
 
     def forwards(self, guidance_scale: float) -> int:
-        """Network forwards that one evaluated row costs (NFE)."""
+        """Network forwards that one evaluated row costs (NFE): 2 where guidance takes a second one."""
         return 1 if guidance_scale == 1.0 else 2
+
+
+@contextmanager
+def _without_adapter(model: FlowModel) -> Iterator[None]:
+    before, model.mode = model.mode, "reference"
+    model.network.disable_adapters()
+    try:
+        yield
+    finally:
+        model.network.enable_adapters()
+        model.mode = before

@@ -11,67 +11,21 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from densegrpo_fast.models import published
+from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.families import FAMILIES
+from densegrpo_fast.models.family import JOINT_ATTENTION, Family
 from densegrpo_fast.models.feature_cache import FeatureCache
-from densegrpo_fast.models.sd3 import SD3
 
-ATTENTION_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
-"""The attention projections of joint-attention transformers, which Flow-GRPO adapts."""
-
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-"""Configuration of Stable Diffusion 3.5 Medium's transformer."""
-
-FLUX1_DEV = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
-"""Configuration of FLUX.1-dev's transformer; its guidance is an input, not a second forward."""
-
-LARGE_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-"""Configuration of the autoencoder that SD3, SD3.5 and FLUX.1 share."""
+ATTENTION_TARGETS = JOINT_ATTENTION
 
 CLIP_H = {
     "hidden_size": 1280,
@@ -112,20 +66,22 @@ class Architecture:
 
     Attributes:
         title: name, image size and text length, for people.
-        network: builds the transformer.
-        inputs: makes the transformer's keyword arguments for one row from its configuration.
-        latent_shape: of one sample, as the decoders see it, (C, H, W).
+        network: builds the network.
+        inputs: makes the network's keyword arguments, given the network and a number of rows.
+        latent_shape: of one sample, as the decoders see it, (C, H, W) or (C, F, H, W).
         full_decoder: builds the autoencoder.
         preview_decoder: builds the preview decoder, or None.
+        decode: pictures by the full decoder of latents [B, *latent_shape].
         guided: whether guidance takes a second forward.
     """
 
     title: str
     network: Callable[[], Any]
-    inputs: Callable[[Any], dict[str, Tensor]]
-    latent_shape: tuple[int, int, int]
+    inputs: Callable[[Any, int], dict[str, Any]]
+    latent_shape: tuple[int, ...]
     full_decoder: Callable[[], Any]
     preview_decoder: Callable[[], Any] | None
+    decode: Callable[[Any, Tensor], Tensor]
     guided: bool = True
 
 
@@ -133,77 +89,125 @@ def embedded() -> Architecture:
     """The embedded model at its own 64 pixels."""
     from densegrpo_fast.embedded import architecture as parts
 
-    size, tokens = parts.LATENT_SIZE, parts.MAX_TOKENS
-    shape = (parts.LATENT_CHANNELS, size, size)
-    return Architecture(
-        f"embedded model, 64 px, {tokens} text tokens",
-        parts.build_transformer,
-        lambda config: _sd3_inputs(shape, tokens, config),
-        shape,
-        parts.build_vae,
-        parts.build_preview_decoder,
+    return architecture(
+        "StableDiffusion3Pipeline",
+        "embedded model",
+        network=parts.build_transformer,
+        full_decoder=parts.build_vae,
+        preview_decoder=parts.build_preview_decoder,
+        pixels=parts.LATENT_SIZE * 4,
+        text_tokens=parts.MAX_TOKENS,
     )
 
 
 def sd35_medium(pixels: int = 512, text_tokens: int = 205) -> Architecture:
     """Stable Diffusion 3.5 Medium; 205 text tokens are CLIP's 77 and Flow-GRPO's 128 of T5."""
-    from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
-
-    shape = (16, pixels // 8, pixels // 8)
-    return Architecture(
-        f"SD3.5-Medium, {pixels} px, {text_tokens} text tokens",
-        lambda: SD3Transformer2DModel(**SD35_MEDIUM),
-        lambda config: _sd3_inputs(shape, text_tokens, config),
-        shape,
-        lambda: AutoencoderKL(**LARGE_VAE),
-        lambda: AutoencoderTiny(latent_channels=16),
-    )
+    return known("sd35_medium", pixels, text_tokens)
 
 
 def flux(pixels: int = 512, text_tokens: int = 256) -> Architecture:
     """FLUX.1-dev, whose transformer sees 2x2 patches of the latents as tokens of 64 values."""
-    from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel
+    return known("flux", pixels, text_tokens)
 
-    tokens = (pixels // 16) ** 2
-    return Architecture(
-        f"FLUX.1-dev, {pixels} px, {text_tokens} text tokens",
-        lambda: FluxTransformer2DModel(**FLUX1_DEV),
-        lambda config: {
-            "hidden_states": torch.empty(1, tokens, config["in_channels"]),
-            "encoder_hidden_states": torch.empty(1, text_tokens, config["joint_attention_dim"]),
-            "pooled_projections": torch.empty(1, config["pooled_projection_dim"]),
-            "timestep": torch.empty(1),
-            "guidance": torch.empty(1),
-            "img_ids": torch.empty(tokens, 3),
-            "txt_ids": torch.empty(text_tokens, 3),
-        },
-        (16, pixels // 8, pixels // 8),
-        lambda: AutoencoderKL(**LARGE_VAE),
-        lambda: AutoencoderTiny(latent_channels=16),
-        guided=False,
+
+def known(name: str, pixels: int = 0, text_tokens: int = 0) -> Architecture:
+    """A model of `published.MODELS`, at its usual size and text length or others."""
+    import diffusers
+
+    model = published.MODELS[name]
+    network, vae = getattr(diffusers, model.network), getattr(diffusers, model.vae)
+    channels = model.preview_channels
+    return architecture(
+        model.pipeline,
+        model.title,
+        network=lambda: network(**model.network_config),
+        full_decoder=lambda: vae(**model.vae_config),
+        preview_decoder=None if channels is None else lambda: diffusers.AutoencoderTiny(latent_channels=channels),
+        pixels=pixels or model.pixels,
+        text_tokens=text_tokens or model.text_tokens,
+    )
+
+
+def architecture(
+    pipeline: str,
+    title: str,
+    *,
+    network: Callable[[], Any],
+    full_decoder: Callable[[], Any],
+    preview_decoder: Callable[[], Any] | None,
+    pixels: int,
+    text_tokens: int,
+) -> Architecture:
+    """The architecture of a model that is known by its configurations.
+
+    Args:
+        pipeline: class of its pipeline, one of a known family.
+        title: its name.
+        network, full_decoder, preview_decoder: as in `Architecture`.
+        pixels: side of its pictures.
+        text_tokens: of a prompt.
+    """
+    with torch.device("meta"):
+        parts = SimpleNamespace(vae=full_decoder(), scheduler=SimpleNamespace(config={"num_train_timesteps": 1000}))
+        setattr(parts, FAMILIES[pipeline].network_part, network())
+        family = FAMILIES[pipeline](parts, height=pixels, width=pixels)
+    return _architecture(
+        family,
+        f"{title}, {pixels} px, {text_tokens} text tokens",
+        lambda rows: family.example(rows, text_tokens),
+        network,
+        full_decoder,
+        preview_decoder,
     )
 
 
 ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "embedded": embedded,
-    "sd35_medium": sd35_medium,
-    "flux": flux,
+    **{name: partial(known, name) for name in ("sd35_medium", "flux")},
 }
-"""The models whose cost is known by name."""
+"""The models whose plans are compared by cost."""
 
 
-def architecture_of(model: SD3) -> Architecture:
+def architecture_of(model: DiffusersModel) -> Architecture:
     """The architecture of a loaded model, at its image size and text length."""
-    network, vae, preview = model.transformer, model.pipeline.vae, model.preview_decoder
-    channels, height, width = model.latent_shape
-    tokens = model.encode([""]).embeds.shape[1]
-    return Architecture(
-        f"{type(network).__name__}, latents {channels}x{height}x{width}, {tokens} text tokens",
+    network, vae, preview = model.network, model.pipeline.vae, model.preview_decoder
+    encoded = model.encode([model.family.negative_prompt]).prompts
+    shapes = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in encoded.items()}
+    size = "x".join(str(side) for side in model.latent_shape)
+    tokens = max(shape[0] for shape, _ in shapes.values() if len(shape) > 1)
+    return _architecture(
+        model.family,
+        f"{type(network).__name__}, latents {size}, {tokens} text tokens",
+        lambda rows: {name: torch.empty(rows, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()},
         lambda: _like(network),
-        lambda config: _sd3_inputs((channels, height, width), tokens, config),
-        (channels, height, width),
         lambda: _like(vae),
         None if preview is None else lambda: _like(preview),
+    )
+
+
+def _architecture(
+    family: Family,
+    title: str,
+    prompts: Callable[[int], dict[str, Tensor]],
+    network: Callable[[], Any],
+    full_decoder: Callable[[], Any],
+    preview_decoder: Callable[[], Any] | None,
+) -> Architecture:
+    def inputs(network: Any, rows: int) -> dict[str, Any]:
+        dtype = network.dtype
+        own = {name: t.to(dtype) if t.is_floating_point() else t for name, t in prompts(rows).items()}
+        return family.inputs(torch.empty(rows, *family.latent_shape, dtype=dtype), torch.empty(rows), own, 2.0)
+
+    grid = family.grid(torch.empty(1, *family.latent_shape, device="meta"))
+    return Architecture(
+        title,
+        network,
+        inputs,
+        tuple(grid.shape[1:]),
+        full_decoder,
+        preview_decoder,
+        family.decode,
+        family.guided,
     )
 
 
@@ -226,17 +230,17 @@ def count(
 
     with torch.device("meta"):
         network = architecture.network().requires_grad_(False)
-        inputs = architecture.inputs(network.config)
+        inputs = architecture.inputs(network, 1)
         with torch.no_grad():
             reference = counted(lambda: network(**inputs))
         network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
         outputs: list[Tensor] = []
-        forward = counted(lambda: outputs.append(network(**inputs, return_dict=False)[0]))
+        forward = counted(lambda: outputs.append(first_output(network, inputs)))
         backward = counted(lambda: outputs[0].sum().backward())
         latents = torch.empty(1, *architecture.latent_shape)
         full, preview = architecture.full_decoder(), architecture.preview_decoder
         with torch.no_grad():
-            full_decode = counted(lambda: full.decode(latents))
+            full_decode = counted(lambda: architecture.decode(full, latents))
             preview_decode = math.nan
             if preview is not None:
                 small = preview()
@@ -263,7 +267,7 @@ def cached_forward(
 
     with torch.device("meta"), torch.no_grad():
         network = architecture.network().requires_grad_(False)
-        inputs = architecture.inputs(network.config)
+        inputs = architecture.inputs(network, 1)
         if lora_rank:
             network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
         cache, row = FeatureCache(network, nodes=(1,), rows=1), slice(0, 1)
@@ -290,16 +294,13 @@ def counted(call: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
+def first_output(network: Any, inputs: dict[str, Any]) -> Tensor:
+    """The network's first output, stacked where it is a list of one tensor for each row."""
+    output = network(**inputs, return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output
+
+
 def _like(module: Any) -> Any:
     """A new module of the same class and configuration, less the entries that its class derived itself."""
     accepted = inspect.signature(type(module)).parameters
     return type(module)(**{key: value for key, value in module.config.items() if key in accepted})
-
-
-def _sd3_inputs(latent_shape: tuple[int, int, int], text_tokens: int, config: Any) -> dict[str, Tensor]:
-    return {
-        "hidden_states": torch.empty(1, *latent_shape),
-        "encoder_hidden_states": torch.empty(1, text_tokens, config["joint_attention_dim"]),
-        "pooled_projections": torch.empty(1, config["pooled_projection_dim"]),
-        "timestep": torch.empty(1),
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
 from densegrpo_fast.common.pretrained import (
+    fetch,
     files_problem,
     is_hub_id,
     load_network,
@@ -21,27 +23,15 @@ from densegrpo_fast.common.pretrained import (
     why_not_fetched,
 )
 from densegrpo_fast.embedded import WEIGHTS
-from densegrpo_fast.models.sd3 import SD3, PromptStore, StoredPrompts
+from densegrpo_fast.models.diffusers_model import DiffusersModel, PromptStore, StoredPrompts
+from densegrpo_fast.models.families import family_of
+from densegrpo_fast.models.family import Family
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-_TEXT = (*_ENCODERS, *_TOKENIZERS)
-_T5 = ("text_encoder_3", "tokenizer_3")
-_KINDS = {
-    "transformer": "SD3Transformer2DModel",
-    "vae": "AutoencoderKL",
-    "scheduler": "FlowMatchEulerDiscreteScheduler",
-    "text_encoder": "CLIPTextModelWithProjection",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-    "text_encoder_3": "T5EncoderModel",
-    "tokenizer": "CLIPTokenizer",
-    "tokenizer_2": "CLIPTokenizer",
-    "tokenizer_3": "T5TokenizerFast",
-}
+_ENCODER, _TOKENIZER = "text_encoder", "tokenizer"
+_INDEX = "model_index.json"
 _NO_LIMIT = 10**9
 """transformers gives a tokenizer without a limit a larger one."""
-_NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -52,11 +42,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def pipeline_directory(path: str, revision: str | None = None) -> Path:
-    """The directory of an SD3 pipeline that `model.path` names; a hub id is downloaded unless it is here already.
+    """The directory of a pipeline that `model.path` names; a hub id is downloaded unless it is here already.
+
+    What kind of pipeline it is says its model_index.json, which is read, or downloaded, before anything else.
 
     Raises:
-        SetupError: there is no such pipeline, or its directory is not whole; the message says what is
-            missing and what to do.
+        SetupError: there is no such pipeline, no family of models (`models/families.py`) has its kind, or its directory
+            is not whole; the message says what is missing and what to do.
     """
     directory = WEIGHTS if path == "embedded" else Path(path).expanduser()
     if path != "embedded" and not directory.is_dir():
@@ -66,11 +58,28 @@ def pipeline_directory(path: str, revision: str | None = None) -> Path:
                 "stabilityai/stable-diffusion-3.5-medium, or embedded",
             )
         directory = _download(path, revision)
-    _check_directory(directory)
+    _check_directory(directory, directory_family(directory))
     return directory
 
 
-def load_sd3(
+def directory_family(directory: Path, name: str | None = None) -> type[Family]:
+    """The family of the pipeline in a directory; `name` is what messages call it, None = its path.
+
+    Raises:
+        SetupError: it holds no pipeline, or one of another kind.
+    """
+    index, name = directory / _INDEX, str(directory) if name is None else name
+    if not index.is_file():
+        snapshots = sorted(path.parent for path in directory.glob(f"snapshots/*/{_INDEX}"))
+        way_out = f"; it is a folder of the hub's cache, give {snapshots[-1]}" if snapshots else ""
+        raise SetupError(f"model.path: {name} has no {_INDEX}, so it is no pipeline directory{way_out}")
+    try:
+        return family_of(str(read_settings(index).get("_class_name")))
+    except (OSError, ValueError) as error:
+        raise SetupError(f"model.path: {name}: {error}") from None
+
+
+def load_pipeline(
     path: str,
     *,
     device: torch.device,
@@ -83,120 +92,148 @@ def load_sd3(
     preview_decoder: str | None = None,
     preview_dtype: torch.dtype = torch.float32,
     prompt_store: PromptStore | None = None,
-) -> SD3:
-    """Load an SD3 pipeline, without its T5 encoder if the directory has none.
+    family: type[Family] | None = None,
+) -> DiffusersModel:
+    """Load a pipeline, without the parts that its family can do without and the directory lacks.
 
     Args:
         path: "embedded", a local pipeline directory, or a hub id.
-        dtype: of transformer and text encoders.
+        dtype: of network and text encoders.
+        max_sequence_length: of the text encoder in tokens, where the family lets one choose.
+        height, width: in pixels; 0 = the model's own.
         vae_dtype: of the full decoder.
         preview_decoder: directory of the `AutoencoderTiny` for previews; None = the pipeline directory's own folder
             `preview_decoder`, if it has one.
         preview_dtype: of the preview decoder.
         prompt_store: where encoded prompts are kept; the text encoders are then loaded for missing prompts alone.
+        family: of the pipeline; None = what its model_index.json says.
 
     Raises:
-        SetupError: something is missing, or the device's memory is too small; the message says what and
-            what to do.
+        SetupError: something is missing, or the device's memory is too small; the message says what and what to do.
+        UsageError: a size, a length or the schedule is none that the family computes.
     """
-    directory = pipeline_directory(path, revision)
+    if family is None:
+        directory = pipeline_directory(path, revision)
+        family = directory_family(directory)
+    else:
+        directory = Path(path).expanduser()
+        _check_directory(directory, family)
     has_t5 = (directory / "text_encoder_3").is_dir()
     if has_t5 and max_sequence_length == 0:
         raise UsageError("model.max_sequence_length: this model has a T5 encoder, so expected at least 1")
-    encoders: Callable[[Any], AbstractContextManager[Any]] = partial(_text_encoders, directory, device, dtype)
+    encoders: Callable[[Any], AbstractContextManager[Any]] = partial(_text_encoders, directory, family, device, dtype)
     with _fits(path, device):
-        left_out = _absent_t5(directory) if prompt_store is None else dict.fromkeys(_TEXT)
-        pipeline = _load_pipeline(directory, {"default": dtype, "vae": vae_dtype}, left_out)
+        left_out = _absent(directory, family) if prompt_store is None else dict.fromkeys(_text_parts(family))
+        pipeline = _load_pipeline(directory, family, {"default": dtype, "vae": vae_dtype}, left_out)
         pipeline.to(device)
-    for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        if module is not None:
+    for name in (*family.parts, *family.optional):
+        if isinstance(module := getattr(pipeline, name), torch.nn.Module):
             module.requires_grad_(False).eval()
-    pipeline.vae.to(memory_format=torch.channels_last)
-    channels = pipeline.transformer.config.in_channels
-    preview = _load_preview(directory, preview_decoder, channels, device, preview_dtype)
-    return SD3(
-        pipeline,
-        preview,
-        max_sequence_length=max_sequence_length,
-        height=height,
-        width=width,
-        stored_prompts=None if prompt_store is None else StoredPrompts(prompt_store, encoders),
-        has_t5=has_t5,
-    )
+    if all(weight.ndim < 5 for weight in pipeline.vae.parameters()):
+        pipeline.vae.to(memory_format=torch.channels_last)
+    preview = _load_preview(directory, preview_decoder, pipeline.vae, device, preview_dtype)
+    try:
+        return DiffusersModel(
+            pipeline,
+            preview,
+            max_sequence_length=max_sequence_length,
+            height=height,
+            width=width,
+            stored_prompts=None if prompt_store is None else StoredPrompts(prompt_store, encoders),
+            has_t5=has_t5,
+            family=family,
+        )
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from None
 
 
 def text_files(directory: Path) -> list[Path]:
     """Every file of a pipeline directory that the encoding of a prompt depends on, sorted."""
-    return sorted(path for name in _TEXT for path in (directory / name).rglob("*") if path.is_file())
+    names = _text_parts(directory_family(directory))
+    return sorted(path for name in names for path in (directory / name).rglob("*") if path.is_file())
+
+
+def _text_parts(family: type[Family]) -> list[str]:
+    return [name for name in (*family.parts, *family.optional) if name.startswith((_ENCODER, _TOKENIZER))]
 
 
 @contextmanager
-def _text_encoders(directory: Path, device: torch.device, dtype: torch.dtype, transformer: Any) -> Iterator[Any]:
-    """A pipeline of this transformer and the text encoders, which are let go of at the end."""
+def _text_encoders(
+    directory: Path, family: type[Family], device: torch.device, dtype: torch.dtype, network: Any
+) -> Iterator[Any]:
+    """A pipeline of this network and the text encoders, which are let go of at the end."""
+    names = [name for name in _text_parts(family) if name.startswith(_ENCODER)]
     with _fits(str(directory), device):
-        given = _absent_t5(directory) | {"vae": None, "transformer": transformer}
-        pipeline = _load_pipeline(directory, {"default": dtype}, given)
-        for name in _ENCODERS:
+        given = _absent(directory, family) | {"vae": None, family.network_part: network}
+        pipeline = _load_pipeline(directory, family, {"default": dtype}, given)
+        for name in names:
             if getattr(pipeline, name) is not None:
                 getattr(pipeline, name).requires_grad_(False).eval().to(device)
     try:
         yield pipeline
     finally:
-        for name in _ENCODERS:
+        for name in names:
             setattr(pipeline, name, None)
         del pipeline
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _absent_t5(directory: Path) -> dict[str, None]:
-    """What to pass for T5: diffusers refuses a pipeline without it unless told that it is left out on purpose."""
-    return {name: None for name in _T5 if not (directory / name).is_dir()}
+def _absent(directory: Path, family: type[Family]) -> dict[str, None]:
+    """What to pass for parts that a directory lacks: diffusers wants to be told that they are left out on purpose."""
+    return {name: None for name in family.optional if not (directory / name).is_dir()}
+
+
+def hub_family(path: str, revision: str | None = None) -> type[Family]:
+    """The family of a pipeline on the hub, of which a few hundred bytes are downloaded.
+
+    Raises:
+        SetupError: it is of another kind, or (from an OSError) cannot be fetched.
+    """
+    try:
+        directory = fetch(path, [_INDEX], revision)
+    except OSError as error:
+        raise _cannot_load(path, str(error)) from error
+    return directory_family(directory, path)
 
 
 def _download(path: str, revision: str | None) -> Path:
+    family = hub_family(path, revision)
     with silence_loading():
-        from diffusers import StableDiffusion3Pipeline
+        import diffusers
 
+    unused = dict.fromkeys(family.unused)
     try:
-        return Path(StableDiffusion3Pipeline.download(path, revision=revision, use_safetensors=True))
+        kind = getattr(diffusers, family.pipeline_class)
+        return Path(kind.download(path, revision=revision, use_safetensors=True, **unused))
     # connections fail with errors of the HTTP library, which are not OSErrors
     except Exception as error:
         raise _cannot_load(path, why_not_fetched(path, error)) from None
 
 
-def _check_directory(directory: Path) -> None:
-    """Complain about anything but T5 that a pipeline directory lacks."""
-    index = directory / "model_index.json"
-    if not index.is_file():
-        snapshots = sorted(path.parent for path in directory.glob("snapshots/*/model_index.json"))
-        way_out = f"; it is a folder of the hub's cache, give {snapshots[-1]}" if snapshots else ""
-        raise SetupError(
-            f"model.path: {directory} has no model_index.json, so it is no pipeline directory{way_out}",
-        )
+def _check_directory(directory: Path, family: type[Family]) -> None:
+    """Complain about anything that a pipeline directory lacks and its family needs."""
     try:
-        parts = read_settings(index)
+        index = read_settings(directory / _INDEX)
     except OSError as error:
         raise SetupError(f"model.path: {directory}: {error}") from None
-    if parts.get("_class_name") != "StableDiffusion3Pipeline":
-        raise SetupError(
-            f"model.path: {directory} is a {parts.get('_class_name')}, expected a StableDiffusion3Pipeline",
-        )
     # a part that is left out on purpose is listed as [null, null], or not at all
-    listed = [name for name in _T5 if isinstance(parts.get(name), list) and any(parts[name])]
-    missing = [name for name in (*_NEEDED, *listed) if not (directory / name).is_dir()]
+    listed = [name for name in family.optional if isinstance(index.get(name), list) and any(index[name])]
+    missing = [name for name in (*family.parts, *listed) if not (directory / name).is_dir()]
     if missing:
         way_out = "; to use it without T5, set these to [null, null] in its model_index.json"
         raise SetupError(
-            f"model.path: {directory} lacks {', '.join(missing)}{way_out if {*missing} <= {*_T5} else ''}",
+            f"model.path: {directory} lacks {', '.join(missing)}{way_out if {*missing} <= {*family.optional} else ''}",
         )
-    for name in ("transformer", "vae", *_ENCODERS):
-        problem = files_problem(directory / name) if (directory / name).is_dir() else None
+    for name in (*family.parts, *family.optional):
+        if name == "scheduler" or name.startswith(_TOKENIZER) or not (directory / name).is_dir():
+            continue
+        problem = files_problem(directory / name)
         if problem:
             raise _cannot_load(str(directory), f"{name}: {problem}")
 
 
-def _load_pipeline(directory: Path, dtype: dict[str, torch.dtype], given: dict[str, Any]) -> Any:
+def _load_pipeline(directory: Path, family: type[Family], dtype: dict[str, torch.dtype], given: dict[str, Any]) -> Any:
     """A pipeline whose parts are loaded one by one, so that a fault has the name of its part.
 
     Args:
@@ -204,43 +241,54 @@ def _load_pipeline(directory: Path, dtype: dict[str, torch.dtype], given: dict[s
         given: parts that are not loaded; None leaves one out.
     """
     with silence_loading():
-        from diffusers import StableDiffusion3Pipeline
+        import diffusers
 
     parts = dict(given)
-    for name in (*_NEEDED, *_T5):
+    for name, kinds in {**family.parts, **family.optional}.items():
         if name in parts:
             continue
         try:
-            parts[name] = _load_part(name, directory / name, dtype.get(name, dtype["default"]))
+            parts[name] = _load_part(name, kinds, directory / name, dtype.get(name, dtype["default"]))
         except OSError as error:
             raise _cannot_load(str(directory), f"{name}: {error}") from None
-    for encoder, tokenizer in zip(_ENCODERS, _TOKENIZERS, strict=True):
+    for encoder in (name for name in parts if name.startswith(_ENCODER)):
+        tokenizer = encoder.replace(_ENCODER, _TOKENIZER)
         network, words = parts[encoder], parts[tokenizer]
-        if network is not None and words is not None and words.model_max_length > _NO_LIMIT:
-            # the tokenizer does not say how long a prompt may be, the encoder does
-            words.model_max_length = getattr(network.config, "max_position_embeddings", 512)
-        if network is not None and words is not None and len(words) > network.config.vocab_size:
-            problem = f"it has {len(words)} tokens, {encoder} has {network.config.vocab_size}"
-            raise _cannot_load(str(directory), f"{tokenizer}: {problem}")
-    return StableDiffusion3Pipeline(**parts)
+        if network is not None and words is not None:
+            if words.model_max_length > _NO_LIMIT:
+                # the tokenizer does not say how long a prompt may be, the encoder does
+                words.model_max_length = getattr(network.config, "max_position_embeddings", 512)
+            size = network.config.get_text_config().vocab_size
+            if len(words) > size:
+                problem = f"it has {len(words)} tokens, {encoder} has {size}"
+                raise _cannot_load(str(directory), f"{tokenizer}: {problem}")
+    # what the pipeline was saved with besides its parts, such as whether an empty prompt means zeros
+    index = read_settings(directory / _INDEX)
+    with silence_loading():
+        kind = getattr(diffusers, family.pipeline_class)
+        accepted = inspect.signature(kind).parameters
+        settings = {name: value for name, value in index.items() if name in accepted and not isinstance(value, list)}
+        return kind(**(settings | dict.fromkeys(family.unused) | parts))
 
 
-def _load_part(name: str, directory: Path, dtype: torch.dtype) -> Any:
+def _load_part(name: str, kinds: str | tuple[str, ...], directory: Path, dtype: torch.dtype) -> Any:
     import diffusers
     import transformers
 
-    kind = getattr(diffusers if name in ("transformer", "vae", "scheduler") else transformers, _KINDS[name])
-    if name in _TOKENIZERS:
-        return load_tokenizer(kind, directory)
+    names = (kinds,) if isinstance(kinds, str) else kinds
+    text = name.startswith((_ENCODER, _TOKENIZER))
+    if text:
+        kind = getattr(transformers, names[0])
+        return load_tokenizer(kind, directory) if name.startswith(_TOKENIZER) else load_network(kind, directory, dtype)
     if name != "scheduler":
-        return load_network(kind, directory, dtype)
+        return load_network(getattr(diffusers, names[0]), directory, dtype)
     said = read_settings(directory / "scheduler_config.json").get("_class_name")
-    if said != _KINDS[name]:
-        raise OSError(f"expected a {_KINDS[name]}, its scheduler_config.json says {said}")
-    return kind.from_pretrained(directory)
+    if said not in names:
+        raise OSError(f"expected a {' or '.join(names)}, its scheduler_config.json says {said}")
+    return getattr(diffusers, str(said)).from_pretrained(directory)
 
 
-def _load_preview(pipeline: Path, given: str | None, channels: int, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_preview(pipeline: Path, given: str | None, vae: Any, device: torch.device, dtype: torch.dtype) -> Any:
     directory = pipeline / "preview_decoder" if given is None else Path(given).expanduser()
     if not directory.is_dir():
         if given is None:
@@ -254,6 +302,7 @@ def _load_preview(pipeline: Path, given: str | None, channels: int, device: torc
     except OSError as error:
         words = f"cannot load an AutoencoderTiny from {directory}: {error}"
         raise SetupError(f"model.preview_decoder: {words}") from None
+    channels = vae.config.get("latent_channels") or vae.config.get("z_dim")
     if preview.config.latent_channels != channels:
         raise SetupError(
             f"model.preview_decoder: {directory} decodes latents of {preview.config.latent_channels} channels, "

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from densegrpo_fast.models.attention import use_attention
 from densegrpo_fast.models.base import Conditioning
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 
 _ADAPTER, _BASE = ".lora_", ".base_layer"
 
 
-class LookaheadCopy(SD3):
+class LookaheadCopy(DiffusersModel):
     """The policy with its LoRA merged, for evaluations that feed nothing but a reward.
 
-    It is a flow model of its own transformer and, for the rest, of the policy's parts: prompts are encoded and images
+    It is a flow model of its own network and, for the rest, of the policy's parts: prompts are encoded and images
     decoded by them. Its velocity differs from the policy's by rounding alone, so it is exact to its precision and still
     never used by rollout or training, where the importance ratio must be 1 to the last digit.
 
@@ -29,16 +29,21 @@ class LookaheadCopy(SD3):
         ValueError: the policy trains something else than plain LoRA matrices.
     """
 
-    def __init__(self, policy: SD3, dtype: torch.dtype | None = None):
+    def __init__(self, policy: DiffusersModel, dtype: torch.dtype | None = None):
         self.__dict__.update(policy.__dict__)
         self.policy, self.mode, self._compiled = policy, "copy", False
-        source = policy.transformer
+        source = policy.network
         self._adapted = _lora_layers(source)
         with torch.device("meta"):
-            # diffusers' own `to` warns about modules to be kept in float32, of which these transformers have none
+            # diffusers' own `to` warns about modules to be kept in float32, of which these networks have none
             network = nn.Module.to(type(source).from_config(source.config), dtype or source.dtype)
-        self.network = self.transformer = network.to_empty(device=policy.device).requires_grad_(False).eval()
-        use_attention(self.transformer, policy.attention)
+        self.network = network.to_empty(device=policy.device).requires_grad_(False).eval()
+        # tables that are no buffers, such as frequencies of positions
+        for name, module in self.network.named_modules():
+            for key, value in vars(module).items():
+                if isinstance(value, Tensor):
+                    setattr(module, key, getattr(source.get_submodule(name), key))
+        use_attention(self.network, policy.attention)
         self._copy_all()
 
     @torch.no_grad()
@@ -52,7 +57,7 @@ class LookaheadCopy(SD3):
                 if adapter in layer.lora_A:
                     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                     merged = merged + layer.scaling[adapter] * (up.to(exact) @ down.to(exact))
-            self.transformer.get_submodule(name).weight.copy_(merged)
+            self.network.get_submodule(name).weight.copy_(merged)
 
     def encode(self, prompts: list[str]) -> Conditioning:
         return self.policy.encode(prompts)
@@ -62,19 +67,15 @@ class LookaheadCopy(SD3):
 
     def bytes(self) -> int:
         """Memory of the copied weights."""
-        tensors = (*self.transformer.parameters(), *self.transformer.buffers())
+        tensors = (*self.network.parameters(), *self.network.buffers())
         return sum(x.numel() * x.element_size() for x in tensors)
-
-    def _forward(self, latents: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
-        dtype = self.transformer.dtype
-        return super()._forward(latents, sigma, embeds.to(dtype), pooled.to(dtype))
 
     @torch.no_grad()
     def _copy_all(self) -> None:
-        source = self.policy.transformer
+        source = self.policy.network
         theirs = {**dict(source.named_parameters()), **dict(source.named_buffers())}
         own = {name.replace(_BASE, ""): tensor for name, tensor in theirs.items() if _ADAPTER not in name}
-        for name, tensor in (*self.transformer.named_parameters(), *self.transformer.named_buffers()):
+        for name, tensor in (*self.network.named_parameters(), *self.network.named_buffers()):
             tensor.copy_(own[name])
         self.refresh()
 

@@ -53,8 +53,9 @@ def base_fingerprint(network: Any) -> str:
     The names are those of a network that carries an adapter, so it must carry one, with the same targets each time.
     """
     digest = hashlib.sha256()
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     for name, weight in network.state_dict().items():
-        if ".lora_" not in name:
+        if ".lora_" not in name and name not in trained:
             values = weight.detach().flatten()
             picked = values[:: max(1, len(values) // 64)].double().cpu()
             digest.update(f"{name}{tuple(weight.shape)}{picked.tolist()}".encode())
@@ -81,18 +82,33 @@ def lora_layers(parameters: Mapping[str, Tensor], *, rank: int, alpha: int) -> d
 
 def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Path:
     """Write the adapter as diffusers' `pytorch_lora_weights.safetensors` and return the file; see `lora_layers`."""
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
     from peft import get_peft_model_state_dict
 
     layers = lora_layers(get_peft_model_state_dict(transformer), rank=rank, alpha=alpha)
     check_finite("the trained adapter", layers)
     # diffusers writes in place, and as a file that its owner alone may read
     with TemporaryDirectory() as staged:
-        StableDiffusion3Pipeline.save_lora_weights(staged, transformer_lora_layers=layers, safe_serialization=True)
+        # every pipeline of a kind names them alike: transformer.MODULE or unet.MODULE
+        if isinstance(transformer, UNet2DConditionModel):
+            StableDiffusionPipeline.save_lora_weights(staged, unet_lora_layers=layers, safe_serialization=True)
+        else:
+            StableDiffusion3Pipeline.save_lora_weights(staged, transformer_lora_layers=layers, safe_serialization=True)
         data = (Path(staged) / ADAPTER_FILE).read_bytes()
     directory.mkdir(parents=True, exist_ok=True)
     replace_bytes(directory / ADAPTER_FILE, data, digest=True)
     return directory / ADAPTER_FILE
+
+
+def save_parameters(parameters: Mapping[str, Tensor], directory: Path) -> Path:
+    """Write the trained parameters of a network without a LoRA as they are, and return the file."""
+    from safetensors.torch import save
+
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+    check_finite("the trained parameters", values)
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_bytes(directory / "parameters.safetensors", save(values), digest=True)
+    return directory / "parameters.safetensors"
 
 
 def attach_lora(transformer: Any, layers: Mapping[str, Tensor]) -> None:

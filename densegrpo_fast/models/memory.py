@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from densegrpo_fast.models.base import Decoder
-from densegrpo_fast.models.flops import ATTENTION_TARGETS, Architecture
+from densegrpo_fast.models.flops import ATTENTION_TARGETS, Architecture, first_output
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -100,8 +101,8 @@ class ModelMemory:
     """Bytes of an architecture's weights, and the most that each kind of work with them needs beside them.
 
     Args:
-        architecture: what to count; of the SD3 family.
-        dtype: of the transformer; its adapter is float32.
+        architecture: what to count.
+        dtype: of the network; its adapter is float32.
         vae_dtype: of the full decoder.
         preview_dtype: of the preview decoder.
         lora_rank: of the adapter.
@@ -147,12 +148,12 @@ class ModelMemory:
         """Bytes of the preview autoencoder, encoder included; 0 without one."""
         return module_bytes(self.preview)
 
-    @property
+    @cached_property
     def picture(self) -> int:
-        """Bytes of one float32 picture."""
-        _, height, width = self.architecture.latent_shape
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return 4 * 3 * height * width * scale**2
+        """Bytes of one float32 picture, or of a video's frames."""
+        latents = torch.empty(1, *self.architecture.latent_shape, device="meta", dtype=self.vae.dtype)
+        with torch.no_grad():
+            return 4 * self.architecture.decode(self.vae, latents).numel()
 
     @property
     def text_tokens(self) -> int:
@@ -174,7 +175,7 @@ class ModelMemory:
         self._checkpoint(checkpointing)
         inputs = self._inputs(rows)
         with fused_attention(), PeakBytes() as memory:
-            output = self.network(**inputs, return_dict=False)[0]
+            output = first_output(self.network, inputs)
             kept = memory.live
             del output
         return kept
@@ -193,12 +194,13 @@ class ModelMemory:
         inputs = self._inputs(rows)
 
         def step() -> object:
-            halves = [self.network(**inputs, return_dict=False)[0].float() for _ in range(graphs)]
+            halves: list[Any] = [first_output(self.network, inputs).float() for _ in range(graphs)]
             loss = sum(halves).square().mean()
             with torch.no_grad():
                 for _ in range(forwards):
                     self.network(**inputs)
-            return torch.autograd.grad(loss, self.parameters)
+            # the last block of some networks computes text that nobody reads
+            return torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
         return peak_bytes(step)
 
@@ -209,7 +211,10 @@ class ModelMemory:
         (self.vae.enable_tiling if how == "tiled" else self.vae.disable_tiling)()
         latents = torch.empty(together, *self.architecture.latent_shape, device="meta", dtype=part.dtype)
         with torch.no_grad():
-            return peak_bytes(lambda: part.decode(latents).sample.float()) + (rows - together) * self.picture
+            decode = (
+                self.architecture.decode if decoder == "full" else lambda part, latents: part.decode(latents).sample
+            )
+            return peak_bytes(lambda: decode(part, latents).float()) + (rows - together) * self.picture
 
     def _checkpoint(self, on: bool) -> None:
         (self.network.enable_gradient_checkpointing if on else self.network.disable_gradient_checkpointing)()
@@ -219,14 +224,9 @@ class ModelMemory:
             raise ValueError("this architecture has no preview decoder")
         return self.preview
 
-    def _inputs(self, rows: int) -> dict[str, Tensor]:
+    def _inputs(self, rows: int) -> dict[str, Any]:
         with torch.device("meta"):
-            single = self.architecture.inputs(self.network.config)
-        dtypes = {name: torch.float32 if name == "timestep" else self.network.dtype for name in single}
-        return {
-            name: torch.empty(rows, *tensor.shape[1:], device="meta", dtype=dtypes[name])
-            for name, tensor in single.items()
-        }
+            return self.architecture.inputs(self.network, rows)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

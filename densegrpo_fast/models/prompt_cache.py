@@ -25,7 +25,7 @@ _PIECES, _PIECE = 64, 4096
 
 
 class PromptCache:
-    """A `PromptStore` (`models/sd3.py`) in a directory.
+    """A `PromptStore` (`models/diffusers_model.py`) in a directory.
 
     Args:
         directory: made if absent.
@@ -51,38 +51,37 @@ class PromptCache:
 
         try:
             with safe_open(self.path(prompt), "pt") as file:
-                return {"embeds", "pooled"} <= set(file.keys())
+                return bool(file.keys())
         except (OSError, SafetensorError):
             return False
 
-    def find(self, prompt: str) -> tuple[Tensor, Tensor] | None:
-        """Embeddings [L, D] and pooled embeddings [D'] on the CPU; None if absent, with a warning if damaged."""
+    def find(self, prompt: str) -> dict[str, Tensor] | None:
+        """The prompt's tensors by name, on the CPU; None if absent, with a warning if damaged."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path(prompt)
         try:
             with safe_open(path, "pt") as file:
-                embeds, pooled = file.get_tensor("embeds"), file.get_tensor("pooled")
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
                 stored = (file.metadata() or {}).get("sha256")
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
             problem = str(error)
         else:
-            if stored == _checksum(embeds, pooled):
-                return embeds, pooled
+            if tensors and stored == _checksum(tensors):
+                return tensors
             problem = "its checksum is not that of its content"
         logger.warning("model.prompt_cache: %s is damaged (%s); the prompt is encoded again", path, problem)
         return None
 
-    def keep(self, prompt: str, embeds: Tensor, pooled: Tensor) -> None:
+    def keep(self, prompt: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a prompt's file as a whole; a reader finds none, the old one or the new one."""
         from safetensors.torch import save
 
         path = self.path(prompt)
         staged = path.with_name(f".{path.name}.{os.getpid()}{STAGE_SUFFIX}")
-        tensors = {"embeds": embeds.contiguous(), "pooled": pooled.contiguous()}
-        data = save(tensors, metadata={"sha256": _checksum(embeds, pooled)})
+        data = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"sha256": _checksum(tensors)})
         with output_errors(f"model.prompt_cache: cannot write {path}"):
             path.parent.mkdir(exist_ok=True)
             try:
@@ -112,9 +111,9 @@ def files_fingerprint(directory: Path, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _checksum(*tensors: Tensor) -> str:
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for tensor in tensors:
+    for _, tensor in sorted(tensors.items()):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from densegrpo_fast.common.files import read_plainly, replace_bytes
 from densegrpo_fast.common.pictures import finite_pictures, to_bytes
+from densegrpo_fast.run_files.grids import PLACES_KEY, PROMPTS_KEY
 
 _MARKER, _VERSION = "densegrpo_fast", "1"
 """PNG text field by which `read_picture` knows its own fields: other programs write a `prompt`, too."""
 MAX_PIXELS = 2**26
 """Most pixels of a picture that `read_picture` reads."""
-PROMPTS_KEY = "prompts"
-"""PNG text field that holds the captions as a JSON list, in reading order."""
 _GAP = 6
 _FONT_SIZE = 11
 _PAPER, _INK = (255, 255, 255), (60, 60, 67)
@@ -42,12 +41,13 @@ def save_grid(
         columns: pictures per row, at least 1.
         scale: whole-number enlargement without smoothing, so that small pictures show their pixels.
         captions: N texts (the prompts), drawn below the pictures and stored in the file (see
-            `read_captions`).
+            `grids.read_captions`).
 
     Returns:
         The path written.
 
     Raises:
+        OutputError: the file cannot be written.
         ValueError: images is empty or not [N, 3, H, W], the number of captions differs, or columns or scale
             is below 1.
     """
@@ -67,13 +67,16 @@ def save_grid(
     step_x, step_y = width + _GAP, height + text_height + _GAP
     grid = Image.new("RGB", (columns * step_x + _GAP, math.ceil(len(images) / columns) * step_y + _GAP), _PAPER)
     draw = ImageDraw.Draw(grid)
+    boxes = []
     for index, picture in enumerate(pixels):
         x, y = _GAP + index % columns * step_x, _GAP + index // columns * step_y
+        boxes.append([x, y, width, height])
         grid.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
         if texts:
             draw.multiline_text((x, y + height + 2), texts[index], fill=_INK, font=font, spacing=1)
 
     information = PngInfo()
+    information.add_text(PLACES_KEY, json.dumps({"scale": scale, "boxes": boxes}))
     if captions is not None:
         information.add_itxt(PROMPTS_KEY, json.dumps(list(captions), ensure_ascii=False))
     path = Path(path)
@@ -102,12 +105,6 @@ def save_pictures(images: Tensor, directory: Path, rows: Sequence[tuple[str, int
     scale = max(1, 128 // images.shape[-1])
     save_grid(images, directory / "grid.png", columns=columns, scale=scale, captions=captions)
     return names
-
-
-def read_captions(path: str | Path) -> list[str]:
-    """Captions that `save_grid` stored in a PNG file, in reading order; empty if it stored none."""
-    with Image.open(path) as image:
-        return [str(text) for text in json.loads(image.info.get(PROMPTS_KEY, "[]"))]
 
 
 def save_picture(image: Tensor, path: str | Path, texts: Mapping[str, str]) -> None:

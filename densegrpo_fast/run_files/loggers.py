@@ -16,6 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
+
 logger = logging.getLogger(__name__)
 
 _PROJECT = "densegrpo-fast"
@@ -23,10 +26,13 @@ _WANDB_ID = "wandb-id.txt"
 
 
 class Logger(Protocol):
-    """Something that shows numbers over iterations. Any method may raise anything."""
+    """Something that shows numbers and pictures over iterations. Any method may raise anything."""
 
     def log(self, values: dict[str, float], iteration: int) -> None:
         """Take the numbers of one iteration, all of them finite."""
+
+    def log_picture(self, name: str, path: Path, iteration: int) -> None:
+        """Take a picture file of one iteration."""
 
     def close(self) -> None:
         """Write what is not written yet."""
@@ -64,6 +70,12 @@ class TensorBoard:
             self._writer.add_scalar(name, value, iteration)
         self._writer.flush()
 
+    def log_picture(self, name: str, path: Path, iteration: int) -> None:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self._writer.add_image(name, pixels, iteration, dataformats="HWC")
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -79,6 +91,9 @@ class Trackio:
     def log(self, values: dict[str, float], iteration: int) -> None:
         self._trackio.log(values, step=iteration)
 
+    def log_picture(self, name: str, path: Path, iteration: int) -> None:
+        self._trackio.log({name: self._trackio.Image(str(path))}, step=iteration)
+
     def close(self) -> None:
         self._trackio.finish()
 
@@ -87,7 +102,7 @@ class WeightsAndBiases:
     """A run of the wandb project `densegrpo-fast`; a resumed run goes on under the id that its directory holds."""
 
     def __init__(self, run: RunFacts) -> None:
-        wandb = importlib.import_module("wandb")
+        self._wandb = wandb = importlib.import_module("wandb")
         known = run.directory / _WANDB_ID
         if not (run.start and known.is_file()):
             known.write_text(secrets.token_hex(8) + "\n", encoding="ascii")
@@ -105,6 +120,9 @@ class WeightsAndBiases:
 
     def log(self, values: dict[str, float], iteration: int) -> None:
         self._run.log({**values, "iteration": iteration})
+
+    def log_picture(self, name: str, path: Path, iteration: int) -> None:
+        self._run.log({name: self._wandb.Image(str(path)), "iteration": iteration})
 
     def close(self) -> None:
         self._run.finish()
@@ -138,9 +156,16 @@ class Loggers:
     def log(self, record: Mapping[str, Any]) -> None:
         """Show the finite numbers of a record, which must hold its `iteration`."""
         values = {name: float(value) for name, value in record.items() if _is_number(value) and name != "iteration"}
+        self._each(lambda target: target.log(dict(values), record["iteration"]))
+
+    def log_picture(self, name: str, path: Path, iteration: int) -> None:
+        """Show a picture file of an iteration."""
+        self._each(lambda target: target.log_picture(name, path, iteration))
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
         for name, target in list(self._loggers.items()):
             try:
-                target.log(dict(values), record["iteration"])
+                call(target)
             except (Exception, SystemExit) as error:
                 del self._loggers[name]
                 _warn(name, "failed", error)

@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from densegrpo_fast.common.aliases import current_metric
 from densegrpo_fast.common.errors import OutputError
 from densegrpo_fast.common.files import finite, open_plainly, output_errors, read_plainly
+from densegrpo_fast.common.progress import clock_time
 from densegrpo_fast.run_files.loggers import Loggers
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,11 @@ class MetricsLog:
         """Give a record to the loggers alone, such as an evaluation outside of the iterations."""
         if self._loggers is not None:
             self._loggers.log(record)
+
+    def show_picture(self, name: str, path: Path, iteration: int) -> None:
+        """Give a picture file to the loggers."""
+        if self._loggers is not None:
+            self._loggers.log_picture(name, path, iteration)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and show it. Values are JSON data; a NaN or infinity becomes null."""
@@ -132,15 +139,18 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """What is done, its reward and the time left: a bar on a terminal, one line per update elsewhere.
+    """Iteration, reward and time left: a bar on a terminal, one line per iteration elsewhere.
+
+    The time left includes the evaluations that are still to come.
 
     Args:
-        total: of what is done, such as the iterations of the whole run.
-        done: before this process began.
+        total: iterations of the whole run.
+        done: iterations done before this process began.
         stream: where to write.
         clock: seconds that only grow.
-        unit: what is counted.
-        every: seconds between two updates that are shown, and before the first.
+        images: samples of an iteration, for the images per second; 0 = not shown.
+        gpus: devices whose hours are counted; 0 = not shown.
+        pauses: how many evaluations come after so many iterations.
     """
 
     def __init__(
@@ -149,18 +159,22 @@ class Progress:
         done: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
-        unit: str = "iteration",
-        every: float = 0.0,
+        *,
+        images: int = 0,
+        gpus: int = 0,
+        pauses: Callable[[int], int] = lambda done: 0,
     ) -> None:
-        self._total, self._unit, self._every = total, unit, every
+        self._total = total
         self._first = self._done = done
         self._stream = stream if stream is not None else sys.stderr
-        self._clock = clock
-        self._start = self._shown = clock()
+        self._clock, self._images, self._gpus, self._pauses = clock, images, gpus, pauses
+        self._start = clock()
+        self._paused: list[float] = []
         self._bar: Any = None
         if self._stream.isatty():
-            shown = {"unit": "it"} if not every else {"unit": f" {unit}s", "delay": every, "leave": False}
-            self._bar = tqdm(total=total, initial=done, file=self._stream, dynamic_ncols=True, **shown)
+            form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            options = {"unit": "it", "dynamic_ncols": True, "bar_format": form}
+            self._bar = tqdm(total=total, initial=done, file=self._stream, **options)
 
     def update(self, iteration: int, **values: float) -> None:
         """Show that `iteration` iterations are done.
@@ -169,15 +183,21 @@ class Progress:
             iteration: iterations done in the whole run.
             **values: numbers to show beside it, such as `reward=0.52`.
         """
-        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        shown = {name: f"{value:.4g}" for name, value in values.items()} | self._pace(iteration)
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(iteration - self._done)
-        elif self._clock() - self._shown >= self._every:
-            self._shown = self._clock()
+        else:
             words = "".join(f"  {name} {value}" for name, value in shown.items())
-            self.write(f"{self._unit} {iteration}/{self._total}{words}  left {self._time_left(iteration)}")
+            self.write(f"iteration {iteration}/{self._total}{words}")
         self._done = iteration
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within the context there is an evaluation, whose seconds are no iteration's."""
+        start = self._clock()
+        yield
+        self._paused.append(self._clock() - start)
 
     def write(self, line: str) -> None:
         """Print a line without breaking the bar."""
@@ -199,10 +219,17 @@ class Progress:
     ) -> None:
         self.close()
 
-    def _time_left(self, iteration: int) -> str:
-        finished = iteration - self._first
+    def _pace(self, iteration: int) -> dict[str, str]:
+        """Images per second, the time left, and hours of the GPUs so far and to the end."""
+        finished, elapsed = iteration - self._first, self._clock() - self._start
         if finished < 1:
-            return "?"
-        seconds = round((self._clock() - self._start) / finished * (self._total - iteration))
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+            return {"left": "?"}
+        each = (elapsed - sum(self._paused)) / finished
+        pause = sum(self._paused) / len(self._paused) if self._paused else 0.0
+        left = each * (self._total - iteration) + pause * self._pauses(iteration)
+        pace = {"images/s": f"{self._images / each:.3g}"} if self._images and each > 0 else {}
+        pace["left"] = clock_time(left)
+        if self._gpus:
+            so_far, whole = (self._gpus * seconds / 3600 for seconds in (elapsed, elapsed + left))
+            pace["GPU hours"] = f"{so_far:.2f} of {whole:.2f}"
+        return pace

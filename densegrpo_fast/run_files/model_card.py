@@ -28,11 +28,17 @@ class BaseFacts:
     """What the example must know of the base model.
 
     Attributes:
+        pipeline: its class in diffusers; None = it is no pipeline, and the card has no example.
+        call: what its call is given besides the prompt, the steps and the size: guidance and the length of the text.
+        scheduler: class of the scheduler that takes the place of its own; None = its own.
         has_t5: whether it comes with a T5 text encoder.
         dtype: of its weights, such as "bfloat16".
         device: where the run computed, "cpu" or "cuda".
     """
 
+    pipeline: str | None
+    call: Mapping[str, Any]
+    scheduler: str | None
     has_t5: bool
     dtype: str
     device: str

@@ -1,40 +1,47 @@
 """The run's report: one HTML file with everything inside, to be opened anywhere, offline, years later.
 
-It reads a run's numbers and pictures and shows: what was run, the held-out reward before and after, curves, where time
-and network evaluations went, pictures before and after, and the settings. No script and no request: a content security
-policy in the page forbids both. This file makes the numbers of the page, `templates/report.html.j2` shows them.
+It is made from the files of a run directory alone (`run_data.py`), finished or not. This file makes the values of the
+page; `templates/report.html.j2` words them, `report.css` and `report.js` beside it are put inside. A content security
+policy in the page allows that one script and forbids every request.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import yaml
+import numpy as np
 
+from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.files import replace_text
-from densegrpo_fast.run_files.alarms import iterations_by_alarm
-from densegrpo_fast.run_files.images import read_captions
-from densegrpo_fast.run_files.rendering import number, render
-from densegrpo_fast.run_files.statistics import Interval
+from densegrpo_fast.config.cli import load_config
+from densegrpo_fast.rewards.registry import bounds
+from densegrpo_fast.run_files.alarms import alarms_for, iterations_by_alarm
+from densegrpo_fast.run_files.charts import Chart, Points, heat_map, line_chart, says_something, stacked_chart
+from densegrpo_fast.run_files.grids import data_url, read_captions, read_grid
+from densegrpo_fast.run_files.rendering import TEMPLATES, figure, number, render
+from densegrpo_fast.run_files.run_data import RunData, read_run
+from densegrpo_fast.run_files.run_directory import CONFIG_FILE, REPORT_FILE
+from densegrpo_fast.run_files.statistics import Bounds, Interval, mean_interval, or_missing, paired_interval
+from densegrpo_fast.run_files.strip import read_strip
 
 Record = Mapping[str, Any]
-Points = Sequence[tuple[float, float]]
 
-_GAIN = "gain/step_"
+_GAIN, _POSITIVE, _SPREAD, _LEVEL = "gain/step_", "gain_positive/step_", "branch_spread/step_", "noise_level/step_"
 _CURVES = (
     ("Training reward", ("reward",), "mean over the iteration's samples, drawn with exploration noise"),
-    ("Held-out reward", ("eval/reward", "eval/strict"), "prompts never trained on, noise-free sampler"),
-    (
-        "Reward gain per step",
-        (_GAIN,),
-        "what each denoising step adds to the reward of the lookahead image; step 0 starts from pure noise",
-    ),
     ("Reward spread", ("reward_std",), "standard deviation within a group, mean over groups; 0 teaches nothing"),
+    (
+        "Agreement with the exact lookahead",
+        ("monitor/spearman_rewards", "monitor/spearman_gains"),
+        "rank correlation within one prompt's samples, of the iterations that are scored again exactly",
+    ),
+    ("KL to the reference policy", ("kl",), "how far the adapter has moved the model"),
+    ("Gradient norm", ("grad_norm",), "before clipping"),
     (
         "Clip fraction",
         ("clip_fraction", "clip_ratio/region_mean"),
@@ -45,22 +52,17 @@ _CURVES = (
         ("ratio_deviation", "first_ratio_deviation"),
         "largest |ratio - 1|, of all updates and of the first, which is rounding only",
     ),
-    ("Approximate KL to the sampling policy", ("approx_kl",), "mean of ratio - 1 - log ratio"),
-    ("KL to the reference policy", ("kl",), "how far the adapter has moved the model"),
-    ("Gradient norm", ("grad_norm",), "before clipping"),
+    ("KL to the sampling policy", ("approx_kl",), "mean of ratio - 1 - log ratio"),
     (
         "Zero-spread share",
         ("frac_reward_zero_std",),
         "groups (or group steps) without a preference; their advantage is 0",
     ),
-    (
-        "Agreement with the exact lookahead",
-        ("monitor/spearman_rewards", "monitor/spearman_gains"),
-        "rank correlation within one prompt's samples, of the iterations that are scored again exactly",
-    ),
     ("Missing scores", ("reward_missing",), "share of the scores that the reward could not give"),
+    ("Skipped updates", ("skipped_updates",), "loss or gradient not finite"),
+    ("Learning rate", ("learning_rate",), ""),
 )
-"""Title, metrics and note of each chart, in the order of the page; `gain/step_` stands for all steps."""
+"""Title, metrics and note of each chart, in the order of the page; one whose series never change is left out."""
 _WORK = (
     ("decodes/full", "{} full decodes"),
     ("decodes/preview", "{} preview decodes"),
@@ -68,259 +70,284 @@ _WORK = (
     ("flops/iteration", "{} GFLOP"),
     ("flops/over_sparse", "{} times the operations of one with a single reward per image"),
 )
-_SMOOTHING_ABOVE = 20
+_MOST_STRIPS, _MOST_TIMES, _MOST_PROMPTS = 6, 8, 24
+_STRIP_SIDE, _PICTURE_SIDE = 128, 256
 
 
-def write_report(
-    run_dir: str | Path,
-    *,
-    config_yaml: str,
-    metrics: Sequence[Record],
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    images: Mapping[str, str | Path],
-    phases: Mapping[str, float],
-    change: Mapping[str, Any] | None = None,
-    advice: Mapping[str, str] | None = None,
-) -> Path:
-    """Write `report.html` into a run directory.
-
-    Args:
-        run_dir: the run directory; its name is the title.
-        config_yaml: the resolved settings as YAML text.
-        metrics: one record per iteration, as in metrics.jsonl; absent keys leave their curve or cell out.
-            docs/metrics.md has their meaning.
-        before: held-out metric -> (mean, low, high) as `mean_interval` gives them, or a plain mean.
-        after: the same metrics after training.
-        images: title -> PNG file of `save_grid`, shown in this order with the prompts stored in it.
-        phases: phase -> seconds over the whole run, in display order. A phase's network evaluations are the
-            mean of nfe/PHASE over the records.
-        change: metric -> (mean, low, high) of after - before as `paired_interval` gives it.
-        advice: alarm -> what it means and what to do, for the alarms in the records.
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run directory, from what is in it.
 
     Returns:
         Path of the file, which replaces an older one atomically.
 
     Raises:
-        OutputError: if it cannot be written.
+        SetupError: there is no run there, or a file of it is damaged; OutputError: it cannot be written.
     """
-    run_dir, change = Path(run_dir), change or {}
-    total = sum(phases.values())
-    page = render(
-        "report.html.j2",
-        name=run_dir.resolve().name,
-        # records of an evaluation alone, as before the first iteration, have no training reward
-        iterations=sum("reward" in record for record in metrics),
-        time=_duration(total),
-        settings=yaml.safe_load(config_yaml),
-        results=[
-            (
-                name,
-                _interval(before.get(name)),
-                _interval(after.get(name)),
-                _interval(change[name]) if name in change else None,
-            )
-            for name in dict.fromkeys([*before, *after])
-        ],
-        alarms=iterations_by_alarm(metrics),
-        advice=advice or {},
-        charts=_charts(metrics),
-        total=total,
-        phases=[
-            {"name": phase, "seconds": seconds, "nfe": _mean(metrics, f"nfe/{phase}")}
-            for phase, seconds in phases.items()
-        ],
-        work=[words.format(number(mean)) for key, words in _WORK if (mean := _mean(metrics, key))],
-        pictures=[
-            {
-                "title": title,
-                "png": base64.b64encode(Path(path).read_bytes()).decode("ascii"),
-                "prompts": read_captions(path),
-            }
-            for title, path in images.items()
-        ],
-        config_yaml=config_yaml,
-    )
-    path = run_dir / "report.html"
-    replace_text(path, page)
+    path = run_dir / REPORT_FILE
+    replace_text(path, render_report(read_run(run_dir)))
     return path
 
 
-@dataclass(frozen=True)
-class Line:
-    """One series of a chart.
-
-    Attributes:
-        label: what it is.
-        colour: as CSS.
-        first, last: its values at both ends.
-        points: of the line, as SVG has them.
-        raw: the same of the pale line of a smoothed series, else empty.
-        dots: places (x, y) of single points, of a short series.
-    """
-
-    label: str
-    colour: str
-    first: float
-    last: float
-    points: str
-    raw: str
-    dots: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Series over a common axis, ready to be drawn: places are in units of the picture, y downwards.
-
-    Attributes:
-        title: heading.
-        note: one line below it: what is healthy, what the unit is.
-        grid: height and label of each horizontal line.
-        axis: place, label and SVG anchor of each text below the axis.
-        lines: the series.
-    """
-
-    width: ClassVar[int] = 560
-    height: ClassVar[int] = 250
-    left: ClassVar[int] = 58
-    right: ClassVar[int] = 548
-    top: ClassVar[int] = 14
-    bottom: ClassVar[int] = 220
-
-    title: str
-    note: str
-    grid: list[tuple[float, str]]
-    axis: list[tuple[str, str, str]]
-    lines: list[Line]
-
-
-def line_chart(title: str, series: Mapping[str, Points], note: str = "", *, ordered: bool = False) -> Chart | None:
-    """A chart with one line per series.
-
-    A series of more than 20 points gets a smoothed line (see `smooth`) over its pale raw one.
+def render_report(run: RunData, live: str | None = None) -> str:
+    """The page of a run.
 
     Args:
-        title: heading of the figure.
-        series: label -> points (x, y), x increasing; points with a y that is not finite are left out.
-        note: one line below the heading.
-        ordered: the series are steps of one sequence: colours run through a scale, and the raw lines are left
-            out.
+        run: its data.
+        live: what `watch` says when it is asked for the version of this page, which then renews itself; None = a file.
 
-    Returns:
-        The chart; None where no series has a point.
+    Raises:
+        OSError: a picture cannot be read.
     """
-    lines = {label: [(float(x), float(y)) for x, y in points if math.isfinite(y)] for label, points in series.items()}
-    lines = {label: points for label, points in lines.items() if points}
-    if not lines:
-        return None
-    smoothed = {label: smooth(points) if len(points) > _SMOOTHING_ABOVE else points for label, points in lines.items()}
-    # the axis fits what is drawn: of ordered series, only the smoothed lines
-    drawn = [point for points in (smoothed if ordered else lines).values() for point in points]
-    x_low, x_high = min(x for x, _ in drawn), max(x for x, _ in drawn)
-    ticks = nice_ticks(min(y for _, y in drawn), max(y for _, y in drawn))
-    y_low, y_high = ticks[0], ticks[-1]
-
-    def place_x(x: float) -> str:
-        return f"{Chart.left + (x - x_low) / ((x_high - x_low) or 1.0) * (Chart.right - Chart.left):.1f}"
-
-    def place_y(y: float) -> str:
-        return f"{Chart.top + (y_high - y) / (y_high - y_low) * (Chart.bottom - Chart.top):.1f}"
-
-    def path(points: Points) -> str:
-        return " ".join(f"{place_x(x)},{place_y(y)}" for x, y in points)
-
-    def colour(index: int) -> str:
-        if not ordered:
-            return f"var(--line-{index % 4})"
-        # violet to orange through blue and green: ordered to the eye, and legible on light and on dark paper
-        return f"hsl({265 - 235 * index / max(len(lines) - 1, 1):.0f} 62% 52%)"
-
-    ends = [(x_low, "start"), (x_high, "end")] if x_high > x_low else [(x_low, "start")]
-    return Chart(
-        title,
-        note,
-        grid=[(float(place_y(tick)), f"{tick:.6g}") for tick in ticks],
-        axis=[*((place_x(x), f"{x:g}", anchor) for x, anchor in ends), (f"{Chart.width // 2}", "iteration", "middle")],
-        lines=[
-            Line(
-                label,
-                colour(index),
-                points[0][1],
-                points[-1][1],
-                points=path(smoothed[label]),
-                raw="" if ordered or smoothed[label] is points else path(points),
-                dots=[(place_x(x), place_y(y)) for x, y in points] if smoothed[label] is points else [],
-            )
-            for index, (label, points) in enumerate(lines.items())
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    spans = alarm_spans(run.records)
+    phases = {
+        name.removeprefix("time/"): _points(run.records, name)
+        for name in dict.fromkeys(key for record in run.records for key in record if key.startswith("time/"))
+    }
+    seconds = {phase: sum(y for _, y in points) for phase, points in phases.items()}
+    busy = {phase: points for phase, points in phases.items() if seconds[phase] > 0}
+    charts, flat = _charts(run, spans)
+    return render(
+        "report.html.j2",
+        run=run,
+        live=live,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
+        time=duration(sum(seconds.values())),
+        strips=_strips(run),
+        results=_results(run),
+        pictures=_pictures(run),
+        alarms=iterations_by_alarm(run.records),
+        advice=_advice(run),
+        held_out=_held_out_chart(run, spans),
+        steps=_per_step(run),
+        heat=_heat(run, spans),
+        charts=charts,
+        flat=flat,
+        costs=stacked_chart("Seconds of each iteration", busy, "by phase, one on top of the other", "s", spans=spans),
+        phases=[
+            {"name": phase, "seconds": seconds[phase], "nfe": _mean(run.records, f"nfe/{phase}")} for phase in seconds
         ],
+        total=sum(seconds.values()),
+        work=[words.format(number(mean)) for key, words in _WORK if (mean := _mean(run.records, key))],
     )
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round, evenly spaced numbers, at least two, that enclose [low, high]; steps are 1, 2 or 5 * 10^k."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, last + 1)]
+def alarm_spans(records: Sequence[Record]) -> list[tuple[float, float, str]]:
+    """First iteration, last iteration and name of every stretch in which an alarm was on."""
+    spans = []
+    for name, iterations in iterations_by_alarm(records).items():
+        start: float = iterations[0]
+        before: float = iterations[0]
+        for iteration in [*iterations[1:], math.inf]:
+            if iteration != before + 1:
+                spans.append((float(start), float(before), f"alarm {name}"))
+                start = iteration
+            before = iteration
+    return spans
 
 
-def smooth(points: Points) -> list[tuple[float, float]]:
-    """Each point moved onto the straight line that fits its neighbourhood, about a tenth of all points, best.
-
-    A straight line stays as it is, up to both ends: no lag, and the last value is not one noisy point.
-    """
-    reach = max(len(points) // 20, 1)
-    moved = []
-    for index, (x, _) in enumerate(points):
-        window = points[max(index - reach, 0) : index + reach + 1]
-        x_mean = sum(near_x for near_x, _ in window) / len(window)
-        y_mean = sum(near_y for _, near_y in window) / len(window)
-        spread = sum((near_x - x_mean) ** 2 for near_x, _ in window)
-        together = sum((near_x - x_mean) * (near_y - y_mean) for near_x, near_y in window)
-        moved.append((x, y_mean + (x - x_mean) * (together / spread if spread else 0.0)))
-    return moved
-
-
-def _charts(metrics: Sequence[Record]) -> list[Chart]:
-    charts = []
-    for title, keys, note in _CURVES:
-        if keys == (_GAIN,):
-            names = {key for record in metrics for key in record if key.startswith(_GAIN)}
-            steps = sorted(int(name.removeprefix(_GAIN)) for name in names)
-            series = {f"step {step}": _points(metrics, f"{_GAIN}{step}") for step in steps}
-        else:
-            series = {key: _points(metrics, key) for key in keys}
-        charts.append(line_chart(title, series, note, ordered=keys == (_GAIN,)))
-    return [chart for chart in charts if chart is not None]
-
-
-def _points(metrics: Sequence[Record], key: str) -> list[tuple[float, float]]:
+def curve(run: RunData, name: str) -> list[tuple[int, Interval]]:
+    """Iterations and 95% intervals over prompts of a reward's held-out evaluations; those without a score left out."""
     return [
-        (record.get("iteration", index), record[key])
-        for index, record in enumerate(metrics)
-        if isinstance(record.get(key), (int, float))
+        (iteration, mean_interval(found.scores[name], bounds=reward_bounds(run).get(name)))
+        for iteration, found in run.evaluations.items()
+        if name in found.scores and np.isfinite(found.scores[name]).any()
     ]
 
 
-def _mean(metrics: Sequence[Record], key: str) -> float | None:
-    """Mean over the records that have a number; None without any."""
-    values = [y for _, y in _points(metrics, key)]
-    return sum(values) / len(values) if values else None
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spread, among them the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
-def _interval(value: Any) -> Interval:
-    if isinstance(value, Iterable):
-        return Interval(*map(float, value))
-    return Interval(math.nan if value is None else float(value), math.nan, math.nan)
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _strips(run: RunData) -> list[dict[str, Any]]:
+    """Some of the run's strips, ready to be shown."""
+    shown = []
+    for iteration, path in evenly(list(run.strips().items()), _MOST_STRIPS):
+        strip = read_strip(path)
+        rows = []
+        for row in strip.rows:
+            urls = (
+                [None if picture is None else data_url(picture, _STRIP_SIDE) for picture in pictures]
+                for pictures in (row.latents, row.pictures)
+            )
+            cells = zip(strip.columns, *urls, row.rewards, row.gains, strict=True)
+            rows.append({"label": row.label, "cells": list(cells)})
+        about = {"iteration": iteration, "prompt": strip.prompt, "note": strip.note, "gain": strip.gain}
+        shown.append(about | {"rows": rows})
+    return shown
+
+
+def reward_bounds(run: RunData) -> dict[str, Bounds]:
+    """Between what the scores of a run's rewards lie, of those that are known to be bounded."""
+    own = run.settings.get("reward", {})
+    terms = dict.fromkeys(own.get("observed") or (), 0.0) | (own.get("terms") or {})
+    # a trainer may have been given another reward than the configuration's
+    if any(not terms.keys() <= found.scores.keys() for found in run.evaluations.values()):
+        return {}
+    return bounds(terms, own.get("options") or {})
+
+
+def reward_names(run: RunData) -> list[str]:
+    """The rewards of a run's evaluations; where a single one is trained, the weighted sum stands for it."""
+    names = dict.fromkeys(name for found in run.evaluations.values() for name in found.scores)
+    terms = run.settings.get("reward", {}).get("terms") or {}
+    return [name for name in names if len(terms) > 1 or name not in terms]
+
+
+def _results(run: RunData) -> list[tuple[str, Interval, Interval, Interval]]:
+    """For each reward its name, held-out interval of the first and of the last evaluation, and that of the change."""
+    evaluations = list(run.evaluations.values())
+    if len(evaluations) < 2:
+        return []
+    before, after, known = evaluations[0].scores, evaluations[-1].scores, reward_bounds(run)
+    return [
+        (
+            name,
+            or_missing(mean_interval, before[name], bounds=known.get(name)),
+            or_missing(mean_interval, after[name], bounds=known.get(name)),
+            or_missing(paired_interval, before[name], after[name], bounds=known.get(name)),
+        )
+        for name in reward_names(run)
+        if name in before and name in after
+    ]
+
+
+def _pictures(run: RunData) -> dict[str, Any] | None:
+    """Held-out pictures over time with their rewards, the prompts sorted by the last change; None without two times."""
+    grids = {iteration: read_grid(path) for iteration, path in evenly(list(run.samples().items()), _MOST_TIMES)}
+    grids = {iteration: pictures for iteration, pictures in grids.items() if pictures}
+    if len(grids) < 2:
+        return None
+    captions = read_captions(run.samples()[min(grids)])
+    count = min([_MOST_PROMPTS, len(captions), *map(len, grids.values())])
+    rewards = {}
+    for iteration in grids:
+        found = run.evaluations.get(iteration)
+        known = found is not None and "reward" in found.scores and found.prompts[:count] == captions[:count]
+        rewards[iteration] = found.scores["reward"][:count, 0].tolist() if found and known else [math.nan] * count
+    before = rewards[min(grids)]
+    change = [after - start for start, after in zip(before, rewards[max(grids)], strict=True)]
+    order = sorted(range(count), key=lambda i: -change[i] if math.isfinite(change[i]) else math.inf)
+    times = []
+    for iteration, pictures in grids.items():
+        changes = [value - start for value, start in zip(rewards[iteration], before, strict=True)]
+        times.append(
+            {
+                "name": "before training" if iteration == 0 else f"iteration {iteration}",
+                "urls": [data_url(picture, _PICTURE_SIDE) for picture in pictures[:count]],
+                "rewards": [figure(value) for value in rewards[iteration]],
+                "changes": [figure(value, sign=True) for value in changes],
+                "signs": [_sign(value) for value in changes],
+            }
+        )
+    return {"prompts": captions[:count], "order": order, "times": times}
+
+
+def _sign(value: float) -> int:
+    return 0 if not math.isfinite(value) or abs(value) < 5e-4 else 1 if value > 0 else -1
+
+
+def _held_out_chart(run: RunData, spans: Sequence[tuple[float, float, str]]) -> Chart | None:
+    if len(run.evaluations) < 2:
+        return None
+    curves = {name: curve(run, name) for name in reward_names(run)}
+    return line_chart(
+        "Held-out reward",
+        {name: [(x, interval.mean) for x, interval in points] for name, points in curves.items()},
+        "prompts never trained on, noise-free sampler; 95% interval over prompts",
+        bands={name: [(x, interval.low, interval.high) for x, interval in points] for name, points in curves.items()},
+        spans=spans,
+    )
+
+
+def _heat(run: RunData, spans: Sequence[tuple[float, float, str]]) -> Chart | None:
+    """Gains of each step over the iterations, or where there are branches how far their rewards spread."""
+    gains = {f"step {step}": _points(run.records, f"{_GAIN}{step}") for step in _steps(run.records, _GAIN)}
+    if any(says_something(points) for points in gains.values()):
+        note = "what each denoising step adds to the reward of the predicted picture; step 0 starts from noise"
+        return heat_map("Gain of each step", gains, note, spans=spans)
+    spread = {f"step {step}": _points(run.records, f"{_SPREAD}{step}") for step in _steps(run.records, _SPREAD)}
+    note = "standard deviation of the rewards of the branches of one state: how much the noise of that step decides"
+    return heat_map("Spread over the branches of each step", spread, note, spans=spans)
+
+
+def _per_step(run: RunData) -> dict[str, Any] | None:
+    """For each step its noise level, and gains (or spread) in the first and last tenth of the iterations."""
+    prefix = _GAIN if _steps(run.records, _GAIN) else _SPREAD
+    steps = _steps(run.records, prefix)
+    if not steps:
+        return None
+    levels = run.settings.get("sampler", {}).get("noise_level")
+    tenth = max(1, len(run.records) // 10)
+    rows = []
+    for step in steps:
+        level = levels[step] if isinstance(levels, list) and step < len(levels) else levels
+        calibrated = [record[f"{_LEVEL}{step}"] for record in run.records if f"{_LEVEL}{step}" in record]
+        rows.append(
+            {
+                "step": step,
+                "level": calibrated[-1] if calibrated else level,
+                "first": _mean(run.records[:tenth], f"{prefix}{step}"),
+                "last": _mean(run.records[-tenth:], f"{prefix}{step}"),
+                "positive": _mean(run.records[-tenth:], f"{_POSITIVE}{step}"),
+            }
+        )
+    balance = any(row["positive"] is not None for row in rows)
+    return {"rows": rows, "gains": prefix == _GAIN, "balance": balance}
+
+
+def _charts(run: RunData, spans: Sequence[tuple[float, float, str]]) -> tuple[list[Chart], list[str]]:
+    """The curves that change, and the others in words."""
+    charts, flat = [], []
+    for title, keys, note in _CURVES:
+        series = {key: points for key in keys if (points := _points(run.records, key))}
+        if not any(says_something(points) for points in series.values()):
+            if series:
+                flat.append(f"{title.lower()} {figure(next(iter(series.values()))[-1][1])}")
+            continue
+        chart = line_chart(title, series, note, spans=spans)
+        if chart is not None:
+            charts.append(chart)
+    return charts, flat
+
+
+def _advice(run: RunData) -> dict[str, str]:
+    """What the alarms mean and what to do; nothing where the settings cannot be read any more."""
+    try:
+        alarms = alarms_for(load_config(str(run.directory / CONFIG_FILE)))
+    except UserError:
+        return {}
+    return {alarm.name: f"{alarm.meaning}: {alarm.advice}." for alarm in alarms}
+
+
+def _steps(records: Sequence[Record], prefix: str) -> list[int]:
+    """The steps that have such a metric, other than 0 in all iterations (a step without noise gains nothing)."""
+    names = {key for record in records for key in record if key.startswith(prefix) and record[key]}
+    return sorted(int(name.removeprefix(prefix)) for name in names)
+
+
+def _points(records: Sequence[Record], key: str) -> Points:
+    return [
+        (float(record.get("iteration", index)), float(record[key]))
+        for index, record in enumerate(records)
+        if isinstance(record.get(key), (int, float))
+    ]
+
+
+def _mean(records: Sequence[Record], key: str) -> float | None:
+    """Mean over the records that have a number; None without any."""
+    values = [y for _, y in _points(records, key)]
+    return sum(values) / len(values) if values else None

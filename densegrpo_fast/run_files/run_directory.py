@@ -25,12 +25,16 @@ from densegrpo_fast.common.last_resort import directories
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, METRICS_FILE, AUTO_FILE = "config.yaml", "metrics.jsonl", "lookahead_auto.json"
-CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
+CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.yaml", "metrics.jsonl", "report.html"
+AUTO_FILE = "lookahead_auto.json"
+CHECKPOINTS, ADAPTER, SAMPLES, STRIPS = "checkpoints", "adapter", "samples", "strips"
 """Names of what a run writes in its directory: files, and directories."""
 
 _LOCK_NAME = "run.lock"
-_OF_A_START = (CONFIG_FILE, METRICS_FILE, SUMS, _LOCK_NAME, "evaluation-before.json", "samples", "tensorboard", "wandb")
+_OF_A_START = frozenset(
+    (CONFIG_FILE, METRICS_FILE, REPORT_FILE, SUMS, _LOCK_NAME, "evaluation-before.json")
+    + (SAMPLES, STRIPS, "tensorboard", "wandb")
+)
 """What a run writes before its first record."""
 
 
@@ -165,6 +169,11 @@ def _is_alive(pid: object) -> bool:
 def _write_holder(descriptor: int, text: str) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text.encode("ascii"), 0)
+
+
+def iteration_name(done: int) -> str:
+    """Name, without its ending, of a file that belongs to the moment after so many iterations."""
+    return f"iteration-{done:05d}"
 
 
 def holds_run(directory: Path) -> bool:

@@ -100,13 +100,13 @@ def compare(scores: Scores, bounds: Mapping[str, Bounds] | None = None) -> dict[
     for name, rewards in scores.items():
         subjects[name] = {}
         for reward, values in rewards.items():
-            mean = _or_missing(mean_interval, values, bounds=known.get(reward))
+            mean = or_missing(mean_interval, values, bounds=known.get(reward))
             subjects[name][reward] = _json(mean) | {"missing": float(np.isnan(np.asarray(values)).mean())}
     differences = []
     for reward in next(iter(scores.values()), {}):
         for first, second in combinations(scores, 2):
             both = (scores[first][reward], scores[second][reward])
-            change = _or_missing(paired_interval, *both, bounds=known.get(reward))
+            change = or_missing(paired_interval, *both, bounds=known.get(reward))
             verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
             pair = {"first": first, "second": second, "reward": reward}
             differences.append(pair | _json(change) | {"verdict": verdict})
@@ -119,13 +119,13 @@ def tables(comparison: Mapping[str, Any]) -> str:
     for name, rewards in comparison["subjects"].items():
         for reward, found in rewards.items():
             means.append((name, reward, *_cells(found, ".4f"), f"{found['missing']:.1%}"))
-    text = _table(means)
+    text = plain(means)
     if comparison["differences"]:
         rows = [("second - first", "reward", "difference", "95% interval", "second is")]
         for found in comparison["differences"]:
             pair = f"{found['second']} - {found['first']}"
             rows.append((pair, found["reward"], *_cells(found, "+.4f"), found["verdict"]))
-        text += "\n\nSame prompts, same noise:\n\n" + _table(rows)
+        text += "\n\nSame prompts, same noise:\n\n" + plain(rows)
     return text
 
 
@@ -141,7 +141,7 @@ def _per_prompt(function: str, values: ArrayLike) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _or_missing(interval: Callable[..., Interval], *values: ArrayLike, bounds: Bounds | None) -> Interval:
+def or_missing(interval: Callable[..., Interval], *values: ArrayLike, bounds: Bounds | None = None) -> Interval:
     """The interval of the values; NaN where no prompt has all that it takes."""
     try:
         return interval(*values, bounds=bounds)
@@ -159,7 +159,8 @@ def _cells(found: Mapping[str, Any], form: str) -> tuple[str, str]:
     return mean, "-" if low == "-" else f"[{low}, {high}]"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
+def plain(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of cells as text in columns, the first row above a line."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -5,7 +5,7 @@ evaluations is either a *static buffer* that is filled before each replay (laten
 samples) or part of the *key* that a graph is found by (the model and its mode, guidance, the step index where features
 are reused, whether there is a jump, and all shapes). Weights are neither: they may change in place between replays (an
 optimiser step, an average, a merge into the lookahead copy). Where they have moved to other addresses, everything
-captured is forgotten.
+captured is forgotten. Few rows, as of a last chunk, are padded to a captured number that is at most twice theirs.
 
 The policy's own path, rollout and training, is never captured.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Outputs = TypeVar("Outputs")
 """A tuple of tensors, some of which may be None."""
 
-_PROMPTS = ("embeds", "pooled", "negative_embeds", "negative_pooled")
+_PROMPTS = ("prompts", "negative")
 _ROWS = ("latents", "velocity", "sigma", "next_sigma", "samples")
 _WARMUP = 3
 
@@ -71,7 +71,8 @@ class CudaCapturer:
             before.wait_stream(aside)
             self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # other threads (rewards that are scored meanwhile) may allocate during the capture
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = function()
         finally:
             # a capture that fails leaves its own stream current
@@ -160,12 +161,13 @@ class GraphedStepRunner(StepRunner):
     def __init__(self, capturer: Capturer | None = None):
         self.graphs = Graphs(CudaCapturer() if capturer is None else capturer)
         self._addresses: dict[FlowModel, tuple[int, ...]] = {}
+        self._sizes: dict[Hashable, set[int]] = {}
         self._eager = False
 
     def begin(self, model: FlowModel) -> None:
         addresses = _addresses(model)
         if self._addresses.get(model, addresses) != addresses:
-            self.graphs.forget()
+            self._forget()
         self._addresses[model] = addresses
 
     def __call__(
@@ -175,6 +177,7 @@ class GraphedStepRunner(StepRunner):
 
         Raises:
             RuntimeError: gradients are enabled, which a graph would not record.
+            OutOfMemoryError: as the evaluation by itself does; no graph is left then.
         """
         if torch.is_grad_enabled():
             raise RuntimeError("lookahead.graphs: captured without gradients, call it under no_grad()")
@@ -187,31 +190,50 @@ class GraphedStepRunner(StepRunner):
         def evaluate(static: Mapping[str, Tensor]) -> StepOutput:
             return eager(model, _step_input(static), step_index, scale, cache=cache)
 
-        conditioning = rows.conditioning
-        inputs = {name: getattr(rows, name) for name in _ROWS if getattr(rows, name) is not None}
-        inputs["rows"] = conditioning.rows
-        constants = {name: getattr(conditioning, name) for name in _PROMPTS}
         # without a cache the step index is only a noise level
         key = (model, model.mode, scale, cache, None if cache is None else step_index)
+        sizes = self._sizes.setdefault((key, rows.velocity is None), set())
+        size = min((size for size in sizes if len(rows) <= size <= 2 * len(rows)), default=len(rows))
+        padded = rows.padded(size)
+        conditioning = padded.conditioning
+        inputs = {name: getattr(padded, name) for name in _ROWS if getattr(padded, name) is not None}
+        inputs["rows"] = conditioning.rows
+        constants = {
+            f"{half}.{name}": tensor for half in _PROMPTS for name, tensor in getattr(conditioning, half).items()
+        }
         try:
             # counted here: a capture runs more forwards than the lookahead asked for, a replay calls no velocity
             with model.uncounted():
                 output = self.graphs.run(key, evaluate, inputs, constants)
             model.count(len(rows), scale)
-            return output
+            sizes.add(size)
+            latents, velocity = output
+            return StepOutput(None if latents is None else latents[: len(rows)], velocity[: len(rows)])
+        except torch.OutOfMemoryError:
+            # the caller goes on with fewer rows, and has the memory of all that was captured for it
+            self._forget()
+            raise
         except RuntimeError as error:
             self._give_up(f"the evaluation cannot be captured: {error}")
             return eager(model, rows, step_index, scale, cache=cache)
 
+    def _forget(self) -> None:
+        self.graphs.forget()
+        self._sizes.clear()
+
     def _give_up(self, reason: str) -> None:
         if not self._eager:
             self._eager = True
-            self.graphs.forget()
+            self._forget()
             logger.warning("lookahead.graphs: %s; the lookahead runs without graphs", reason)
 
 
 def _step_input(static: Mapping[str, Tensor]) -> StepInput:
-    conditioning = Conditioning(**{name: static[name] for name in (*_PROMPTS, "rows")})
+    prompts, negative = (
+        {name.removeprefix(f"{half}."): tensor for name, tensor in static.items() if name.startswith(f"{half}.")}
+        for half in _PROMPTS
+    )
+    conditioning = Conditioning(prompts, negative, static["rows"])
     tensors: dict[str, Any] = {name: static.get(name) for name in _ROWS}
     return StepInput(conditioning=conditioning, **tensors)
 

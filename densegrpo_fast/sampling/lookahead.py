@@ -294,7 +294,7 @@ class Lookahead:
 
     def guidance_scale(self, rollout_scale: float) -> float:
         """Guidance of the lookahead's own evaluations, given the rollout's."""
-        return rollout_scale if self.guidance == "full" else 1.0
+        return rollout_scale if self.guidance == "full" or self.model.forwards(rollout_scale) == 1 else 1.0
 
     def evaluations(self, noisy: tuple[bool, ...]) -> int:
         """Model evaluations of one trajectory, states that share a completion counted once."""
@@ -304,7 +304,8 @@ class Lookahead:
     def _ends(self, rollout: Rollout) -> dict[int, Tensor]:
         """Clean latents of each different state's rows; those of the image are there already."""
         steps, dedup = rollout.coefficients.num_steps, self.dedup(rollout)
-        if self.guidance == "reuse" and rollout.guidance_scale != 1.0 and rollout.guidance_terms is None:
+        guided = self.model.forwards(rollout.guidance_scale) > 1
+        if self.guidance == "reuse" and guided and rollout.guidance_terms is None:
             raise ValueError('lookahead guidance "reuse" needs a rollout with keep_guidance=True')
         self.plan_for(steps)
         rollout = rollout.evaluated(self)

@@ -143,6 +143,9 @@ class Trajectory:
         guidance_terms: [T, B, ...] float32, `velocities` minus the conditional ones; None if they were not kept.
         shared: rows, in consecutive blocks, that have prompt and initial noise in common; 1 = each row its own.
         completed_states: the states to complete, increasing, each with a completion of its own; None = all T+1.
+
+    Raises:
+        ValueError: shapes that do not belong together, such as samples before steps.
     """
 
     latents: Tensor
@@ -154,6 +157,25 @@ class Trajectory:
     guidance_terms: Tensor | None = None
     shared: int = 1
     completed_states: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        steps, batch = len(self.velocities), self.latents.shape[1]
+        like = (steps, *self.latents.shape[1:])
+        expected = {"latents": (steps + 1, *like[1:]), "velocities": like, "log_probs": like[:2]}
+        if self.guidance_terms is not None:
+            expected["guidance_terms"] = like
+        for name, shape in expected.items():
+            if (found := getattr(self, name)).shape != shape:
+                raise ValueError(
+                    f"Trajectory: {name} must have shape {list(shape)}, steps before samples (latents [T+1, B, ...], "
+                    f"velocities [T, B, ...], log_probs [T, B]), got {list(found.shape)}"
+                )
+        if len(self.conditioning) != batch:
+            raise ValueError(
+                f"Trajectory: conditioning must have {batch} rows like latents, got {len(self.conditioning)}"
+            )
+        if steps > self.coefficients.num_steps:
+            raise ValueError(f"Trajectory: {steps} steps were taken, coefficients has {self.coefficients.num_steps}")
 
     @property
     def num_steps(self) -> int:
@@ -219,7 +241,7 @@ class Trajectory:
 def initial_noise(
     model: FlowModel, sample_index: Tensor, *, seed: int, iteration: int, stream: Stream = Stream.INITIAL
 ) -> Tensor:
-    """Standard normal latents [B, ...] float32, each a function of (seed, sample index, iteration, stream) alone."""
+    """Standard normal [B, ...] float32, each a function of (seed, sample index, iteration, stream) alone."""
     return gaussian(
         model.latent_shape,
         seed=seed,
@@ -239,7 +261,7 @@ class TrajectorySampler:
             sampler.advance(step)
 
     Args:
-        noise: initial latents [B, ...] float32.
+        noise: standard normal [B, ...] float32, of which `FlowModel.start` makes the initial latents.
         conditioning: prompts of the B rows.
         coefficients: tables for T steps, on the model's device; their family is that of the steps.
         sample_index: [B] int64, the global index that seeds each row's noise.
@@ -283,8 +305,8 @@ class TrajectorySampler:
         self.parts = [slice(start, start + size) for start in range(0, batch, size)]
         latents = noise.new_empty(self.steps + 1, *noise.shape)
         velocities = noise.new_empty(self.steps, *noise.shape)
-        terms = torch.empty_like(velocities) if keep_guidance and guidance_scale != 1.0 else None
-        latents[0] = self._entering = noise
+        terms = torch.empty_like(velocities) if keep_guidance and model.forwards(guidance_scale) > 1 else None
+        latents[0] = self._entering = model.start(noise, coefficients.sigmas)
         self.trajectory = Trajectory(
             latents,
             velocities,
@@ -363,7 +385,7 @@ def sample_ode(
     guidance_scale: float = 1.0,
     micro_batch: int | None = None,
 ) -> Tensor:
-    """Euler's method from noise to clean latents [B, ...] float32; `sigmas` [T+1] decrease to 0."""
+    """Euler's method to clean latents [B, ...] float32; `noise` are latents at the first of `sigmas` [T+1]."""
     sigmas = sigmas.to(noise.device)
     parts = []
     for rows in torch.arange(len(noise), device=noise.device).split(micro_batch or len(noise)):

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from densegrpo_fast.flow import ops
@@ -40,6 +41,18 @@ class StepInput:
         names = ("latents", "next_sigma", "velocity", "sigma", "samples")
         parts = {name: value[rows] for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **parts, conditioning=self.conditioning.select(rows))
+
+    def padded(self, count: int) -> StepInput:
+        """With the last row repeated until there are `count`."""
+        more = count - len(self)
+        if more == 0:
+            return self
+        names = ("latents", "next_sigma", "velocity", "sigma", "samples")
+        found = {name: value for name in names if (value := getattr(self, name)) is not None}
+        rows = {name: torch.cat([value, value[-1:].expand(more, *value.shape[1:])]) for name, value in found.items()}
+        last = self.conditioning.rows[-1:].expand(more)
+        conditioning = replace(self.conditioning, rows=torch.cat([self.conditioning.rows, last]))
+        return replace(self, **rows, conditioning=conditioning)
 
 
 class StepOutput(NamedTuple):

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.flops import (
     ModelFlops,
@@ -16,7 +17,6 @@ from densegrpo_fast.models.flops import (
     clip_h_image,
     count,
 )
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling.cost import sparse_iteration
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.training.meter import ALWAYS, EXTRA, Counts, Meter, underlying
@@ -106,13 +106,13 @@ class CostReport:
     @cached_property
     def prices(self) -> Prices | None:
         """Operations of one row through each part; None, with a warning, where they cannot be counted."""
-        if isinstance(self.model, SD3):
+        if isinstance(self.model, DiffusersModel):
             try:
                 return _prices(self.config, self.model, self.lookahead)
             except (TypeError, ValueError, RuntimeError) as error:
                 reason = str(error)
         else:
-            reason = "it is not of the SD3 family"
+            reason = "it is no pipeline of diffusers"
         logger.warning(
             "the metrics have no flops/*: the operations of this %s cannot be counted (%s)",
             type(self.model).__name__,
@@ -121,10 +121,10 @@ class CostReport:
         return None
 
 
-def _prices(config: Config, model: SD3, lookahead: Lookahead | None) -> Prices:
+def _prices(config: Config, model: DiffusersModel, lookahead: Lookahead | None) -> Prices:
     """Counted once in a process for each kind of model, adapter and lookahead."""
     architecture, lora, targets = architecture_of(model), config.lora, tuple(config.lora.targets)
-    parts = (model.transformer, model.pipeline.vae, model.preview_decoder)
+    parts = (model.network, model.pipeline.vae, model.preview_decoder)
     configs = [None if part is None else dict(part.config) for part in parts]
     copied, cache = False, None
     if lookahead is not None:

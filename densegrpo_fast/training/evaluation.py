@@ -10,18 +10,15 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import RewardError
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.noise import Stream
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import RewardMixture
-from densegrpo_fast.run_files.metrics import Progress
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import initial_noise, sample_ode
 from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.prompts import prompt_set
-
-_QUIET = 10.0
-"""Seconds after which an evaluation says how far it is, and again after as many."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +91,18 @@ class HeldOut:
         )
 
     @torch.no_grad()
-    def evaluate(self, model: FlowModel, reward: RewardMixture, world: World | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        model: FlowModel,
+        reward: RewardMixture,
+        world: World | None = None,
+        name: str = "held-out evaluation",
+    ) -> Evaluation:
         """Draw and score all pictures with the model as it stands.
 
         Args:
             world: the processes that share the pictures; each gets all scores. None = this one alone.
+            name: what its progress is called, which the main process shows of its own pictures.
 
         Raises:
             RewardError: a reward failed.
@@ -109,19 +113,19 @@ class HeldOut:
         rows = [self.prompts[sample // self.samples] for sample in index]
         noise = initial_noise(model, share.rows, seed=self.seed, iteration=0, stream=Stream.EVALUATION)
         conditioning, sigmas = model.encode(rows), model.sigmas(self.num_steps)
+        noise = model.start(noise, sigmas)
 
         def draw(part: slice) -> Tensor:
             chosen = conditioning.select(part)
             latents = sample_ode(model, noise[part], chosen, sigmas, guidance_scale=self.guidance_scale)
             return model.decode(latents)
 
-        parts, done = [], 0
-        # one process says how far all are
+        parts = []
         stream = None if share.world.main else io.StringIO()
-        with Progress(len(rows), stream=stream, unit="held-out picture", every=_QUIET) as progress:
-            for part in self.rows.each(slice(0, len(rows)), draw):
-                parts.append(part)
-                progress.update(done := done + len(part))
+        with PhaseProgress(name, len(rows), "pictures", stream) as progress:
+            for images in self.rows.each(slice(0, len(rows)), draw):
+                parts.append(images)
+                progress(len(images))
         images = torch.cat(parts)
         metadata = [self.metadata[sample // self.samples] for sample in index]
         try:

@@ -11,10 +11,10 @@ from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit import registry
 from densegrpo_fast.models.base import Decoder, FlowModel
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.loading import resolve_dtype
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.graphs import GraphedStepRunner
 from densegrpo_fast.sampling.lookahead import Lookahead
@@ -105,7 +105,7 @@ def build_copy(model: FlowModel, dtype: str) -> LookaheadCopy:
     Raises:
         UsageError: the model cannot be copied so.
     """
-    assert isinstance(model, SD3)
+    assert isinstance(model, DiffusersModel)
     try:
         return LookaheadCopy(model, resolve_dtype(dtype, model.device))
     except ValueError as error:
@@ -157,7 +157,7 @@ def lookahead_chunks(config: Config, model: FlowModel, decoder: Decoder) -> Chun
     if budget is None:
         return Chunks(most, most)
     model = underlying(model)
-    if not isinstance(model, SD3):
+    if not isinstance(model, DiffusersModel):
         raise UsageError("lookahead.memory_gb: expected null, this model's memory cannot be counted")
     # peft and diffusers: not before they are needed
     from densegrpo_fast.models.flops import architecture_of
@@ -165,7 +165,7 @@ def lookahead_chunks(config: Config, model: FlowModel, decoder: Decoder) -> Chun
 
     memory = ModelMemory(
         architecture_of(model),
-        dtype=model.transformer.dtype,
+        dtype=model.network.dtype,
         vae_dtype=model.pipeline.vae.dtype,
         preview_dtype=model.preview_dtype,
         lora_rank=config.lora.rank,
@@ -173,7 +173,7 @@ def lookahead_chunks(config: Config, model: FlowModel, decoder: Decoder) -> Chun
     )
     how, prompt = config.model.vae_decode, model.encode([""])
     # the prompt's embeddings are copied for every row
-    row = tensor_bytes([prompt.embeds[0].to(model.transformer.dtype), prompt.pooled[0].to(model.transformer.dtype)])
+    row = tensor_bytes([t[0].to(model.network.dtype) for t in prompt.prompts.values() if t.is_floating_point()])
     parts = {
         "a forward": Linear.through(lambda rows: memory.forward(rows) + rows * row),
         "a decode": Linear.through(lambda rows: memory.decode(rows, decoder, how)),

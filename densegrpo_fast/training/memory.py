@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -15,11 +16,11 @@ from torch import nn
 from densegrpo_fast.common.errors import SetupError, UserError
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
 from densegrpo_fast.models.flops import architecture_of
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.models.memory import ModelMemory, module_bytes, tensor_bytes
-from densegrpo_fast.models.sd3 import SD3
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.training.distributed import World
@@ -44,6 +45,7 @@ _ADVICE = {
     "lookahead features": "fewer lookahead.nodes, lookahead.guidance cond_only, or lookahead.cache null",
     "graphs": "optimizer.update replayed, model.gradient_checkpointing true, or fewer samples (data.num_prompts, "
     "sampler.group_size)",
+    "captured graphs": "lookahead.graphs false, or a smaller lookahead.chunk",
     "evaluation": "fewer held-out pictures (evaluation.num_prompts, evaluation.samples_per_prompt), model.vae_decode "
     "sliced, or a smaller sampler.micro_batch",
 }
@@ -115,10 +117,10 @@ def estimate(
         shards: parts of the base, of which each process holds one; the block that is gathered is not counted.
     """
     sampler, model, held_out = config.sampler, config.model, config.evaluation
-    channels, height, width = memory.architecture.latent_shape
-    latents = 4 * channels * height * width
+    latents = 4 * prod(memory.architecture.latent_shape)
     samples, steps = -(-config.data.num_prompts * sampler.group_size // processes), sampler.num_steps
-    guided, dense = sampler.guidance_scale != 1.0, config.uses_lookahead or config.uses_branches
+    guided = sampler.guidance_scale != 1.0 and memory.architecture.guided
+    dense = config.uses_lookahead or config.uses_branches
     # with branches micro_batch counts trajectories, and evaluation has a row for each branch
     held_out_rows = -(-held_out.num_prompts * held_out.samples_per_prompt // processes)
     evaluated = min(sampler.micro_batch * (sampler.branches or 1), held_out_rows)
@@ -139,10 +141,12 @@ def estimate(
     further = 1 + int(guided) - graphs + (1 + int(guided)) * int(config.objective.kl_coef != 0)
     kept = memory.graph(sampler.micro_batch, checkpointing=model.gradient_checkpointing) if _streams(config) else 0
     picture, completed = memory.picture, states * samples
+    evaluation = memory.forward(min(chunks.forward, completed)) if completed else 0
+    captured = config.lookahead.graphs and config.uses_lookahead
     phases = {
         "rollout": memory.forward(sampler.micro_batch),
         # where the completions stand and where they go, states and velocities
-        "lookahead": completed * 4 * latents + memory.forward(min(chunks.forward, completed)) if completed else 0,
+        "lookahead": completed * 4 * latents + (0 if captured else evaluation),
         "pictures": pictures * picture + decoding,
         "update": memory.update(
             sampler.micro_batch, forwards=further, checkpointing=model.gradient_checkpointing, graphs=graphs
@@ -167,6 +171,8 @@ def estimate(
             "lookahead features": features,
             # of two steps, and of both halves of guidance if both have a gradient
             "graphs": 2 * graphs * kept * samples // sampler.micro_batch,
+            # CUDA graphs keep their pool, which no other phase may use
+            "captured graphs": evaluation if captured else 0,
         },
         phases=phases,
     )
@@ -303,7 +309,7 @@ def prepare(
     Raises:
         SetupError: the device's free memory is clearly too small; OutputError: the cache cannot be written.
     """
-    if not isinstance(model, SD3):
+    if not isinstance(model, DiffusersModel):
         return True
     world = World() if world is None else world
     encoded = world.on_main(lambda: model.prepare(list(prompts)))
@@ -314,7 +320,7 @@ def prepare(
         model.prepare(list(prompts))
     if world.main and (model.device.type == "cuda" or config.model.attention != "auto"):
         by = "PyTorch's own" if model.attention == "auto" else f"{model.attention} through diffusers' dispatcher"
-        print(f"attention: {by}, {str(model.transformer.dtype).removeprefix('torch.')} on {model.device}", flush=True)
+        print(f"attention: {by}, {str(model.network.dtype).removeprefix('torch.')} on {model.device}", flush=True)
     if config.run.memory_check == "off":
         return True
     needed = estimate_memory(config, model, lookahead, reward, processes=world.size, shards=shards)
@@ -347,7 +353,7 @@ def shard_mode(config: Config, model: FlowModel, reward: RewardMixture, world: W
     if mode != "auto":
         return mode
     short = False
-    if isinstance(model, SD3) and model.device.type == "cuda":
+    if isinstance(model, DiffusersModel) and model.device.type == "cuda":
         needed = estimate_memory(config, model, None, reward, processes=world.size)
         short = check(needed, free_bytes(model.device), "") is not None
     return "full" if world.largest(short) else "none"
@@ -355,7 +361,7 @@ def shard_mode(config: Config, model: FlowModel, reward: RewardMixture, world: W
 
 def estimate_memory(
     config: Config,
-    model: SD3,
+    model: DiffusersModel,
     lookahead: Lookahead | None = None,
     reward: RewardMixture | None = None,
     *,
@@ -373,7 +379,7 @@ def estimate_memory(
     pipeline, lora = model.pipeline, config.lora
     memory = ModelMemory(
         architecture_of(model),
-        dtype=model.transformer.dtype,
+        dtype=model.network.dtype,
         vae_dtype=pipeline.vae.dtype,
         preview_dtype=model.preview_dtype,
         lora_rank=lora.rank,
@@ -381,7 +387,7 @@ def estimate_memory(
     )
     chunks = None if lookahead is None else Chunks(lookahead.rows.rows, lookahead.decode_rows.rows)
     evaluated, cache = (None, None) if lookahead is None else (underlying(lookahead.model), lookahead.cache)
-    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+    encoders = [getattr(pipeline, name) for name in pipeline.config if name.startswith("text_encoder")]
     return estimate(
         config,
         memory,

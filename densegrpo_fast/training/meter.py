@@ -221,7 +221,7 @@ class MeteredModel(FlowModel):
         if not self._counting:
             return
         counts, forwards = self.meter.now, rows
-        if guidance_scale != 1.0:
+        if self.forwards(guidance_scale) > 1:
             counts.guided += rows
             forwards = 2 * rows
         else:
@@ -257,6 +257,9 @@ class MeteredModel(FlowModel):
 
     def sigmas(self, num_steps: int) -> Tensor:
         return self.model.sigmas(num_steps)
+
+    def start(self, noise: Tensor, sigmas: Tensor) -> Tensor:
+        return self.model.start(noise, sigmas)
 
     def refresh(self) -> None:
         self.model.refresh()

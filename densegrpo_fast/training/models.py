@@ -10,23 +10,36 @@ import torch
 
 from densegrpo_fast.calibration.rules import Staircase
 from densegrpo_fast.calibration.store import read_calibration
-from densegrpo_fast.common.errors import SetupError, UsageError
+from densegrpo_fast.common.errors import SetupError, UsageError, UserError
+from densegrpo_fast.common.plugins import is_outside, load
 from densegrpo_fast.common.pretrained import is_hub_id, silence_loading
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.sections import ModelOptions
 from densegrpo_fast.models.adapter_formats import fit_to, read_lora
 from densegrpo_fast.models.attention import check_attention
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.loading import load_sd3, pipeline_directory, resolve_dtype, text_files
+from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.loading import (
+    directory_family,
+    hub_family,
+    load_pipeline,
+    pipeline_directory,
+    resolve_dtype,
+    text_files,
+)
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.published import MODELS
+from densegrpo_fast.rewards.registry import USE, resolve_alias
 from densegrpo_fast.run_files.model_refs import adapter_file
+from densegrpo_fast.training.prompts import is_there
 
 logger = logging.getLogger(__name__)
 
 _LARGE = 2**30
 """Bytes of a transformer's weights; SD3.5-Medium has five times as many."""
+_WEIGHTLESS = ("scenes", "scenes_strict", "scenes_smooth", "jpeg_compressibility", "jpeg_incompressibility")
+"""Rewards of the package that need neither weights nor a server."""
 
 
 def default_device() -> torch.device:
@@ -53,13 +66,19 @@ def check_device(config: Config, device: torch.device) -> None:
 
 
 def build_model(config: Config, device: torch.device, dry_run: bool = False) -> FlowModel:
-    """The model with its adapter; in a dry run of a model that is not in the package, a tiny random one."""
-    options = config.model
-    if dry_run and options.path != "embedded":
-        with silence_loading():
-            from densegrpo_fast.models.tiny import tiny_sd3
+    """The model with its adapter; in a dry run of a pipeline that is not in the package, a tiny random one of its kind.
 
-        model = tiny_sd3()
+    Raises:
+        SetupError: it, or what it needs, cannot be loaded; UsageError: an option does not fit it.
+    """
+    options = config.model
+    model: FlowModel
+    if dry_run and options.path != "embedded" and not is_outside(options.path):
+        kind = pipeline_class(options)
+        with silence_loading():
+            from densegrpo_fast.models.tiny import tiny_model
+
+            model = tiny_model(kind)
         set_up(model, options)
     else:
         model = load_model(options, device)
@@ -98,18 +117,23 @@ def check_calibration(config: Config, model: FlowModel) -> None:
         )
 
 
-def load_model(options: ModelOptions, device: torch.device) -> SD3:
+def load_model(options: ModelOptions, device: torch.device) -> FlowModel:
     """The model as it comes, without an adapter.
+
+    `model.path` names a pipeline, or a function of the reader's own as `file.py:NAME`, which is called with the options
+    and the device and returns a `FlowModel`.
 
     Raises:
         SetupError: it, or what it needs, cannot be loaded; UsageError: an option does not fit it.
     """
     dtype = resolve_dtype(options.dtype, device)
+    if is_outside(options.path):
+        return _outside(options, device)
     if is_slow(options, device):
         logger.warning("there is no CUDA device: %s", without_gpu(options))
     # before minutes are spent on loading
     check_attention(options.attention, device, dtype)
-    model = load_sd3(
+    model = load_pipeline(
         options.path,
         device=device,
         dtype=dtype,
@@ -130,8 +154,9 @@ def is_slow(options: ModelOptions, device: torch.device) -> bool:
     """Whether a model without a GPU is one to wait hours for: known to be large, or not here yet to be looked at."""
     if device.type != "cpu":
         return False
-    weights = (Path(options.path).expanduser() / "transformer").glob("*.safetensors")
-    return is_hub_id(options.path) or sum(file.stat().st_size for file in weights) > _LARGE
+    parts = (Path(options.path).expanduser() / name for name in ("transformer", "unet"))
+    size = sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
+    return is_hub_id(options.path) or size > _LARGE
 
 
 def without_gpu(options: ModelOptions) -> str:
@@ -142,7 +167,42 @@ def without_gpu(options: ModelOptions) -> str:
     )
 
 
-def set_up(model: SD3, options: ModelOptions) -> None:
+def _outside(options: ModelOptions, device: torch.device) -> FlowModel:
+    """The model that a function from outside of the package makes."""
+    try:
+        model = load(options.path)(options, device)
+    except UserError:
+        raise
+    except Exception as error:  # user code may raise anything
+        raise SetupError(f"model.path: {options.path}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, FlowModel):
+        raise UsageError(
+            f"model.path: expected a FlowModel (densegrpo_fast.models.base) of {options.path}, got {model!r}"
+        )
+    return model
+
+
+def pipeline_class(options: ModelOptions) -> str:
+    """Class of the pipeline that `model.path` names, without downloading more than its model_index.json.
+
+    Raises:
+        SetupError: there is no such pipeline, or its kind is not supported.
+    """
+    for model in MODELS.values():
+        if options.path == model.hub:
+            return model.pipeline
+    if not is_hub_id(options.path):
+        return directory_family(pipeline_directory(options.path)).pipeline_class
+    try:
+        return hub_family(options.path, options.revision).pipeline_class
+    except SetupError as error:
+        if isinstance(error.__cause__, OSError):
+            # the hub cannot be reached: what most pipelines were, so that the other settings can be tried
+            return "StableDiffusion3Pipeline"
+        raise
+
+
+def set_up(model: DiffusersModel, options: ModelOptions) -> None:
     """Apply the options that a loaded model takes: attention, decoding and gradient checkpointing."""
     model.set_attention(options.attention)
     model.decode_by(options.vae_decode)
@@ -164,7 +224,7 @@ def prompt_cache(options: ModelOptions, dtype: torch.dtype) -> PromptCache | Non
 
 
 def tiny_config(config: Config, processes: int = 1) -> Config:
-    """The configuration of a dry run: two samples of one prompt, and a reward that needs no weights.
+    """The configuration of a dry run: two samples of one prompt, and rewards that need no weights and no server.
 
     Args:
         processes: that share the samples; each has some.
@@ -181,6 +241,11 @@ def tiny_config(config: Config, processes: int = 1) -> Config:
         settings["model"] |= {"height": 0, "width": 0}
         # the levels stay; the tiny model that takes the place of this one has a schedule of its own
         settings["sampler"] |= {"calibration": None}
-        settings["reward"] |= {"terms": {"jpeg_compressibility": 1.0}, "observed": [], "options": {}}
-        settings["data"] |= {"prompts": "scenes", "eval_prompts": "scenes"}
+        for key in ("prompts", "eval_prompts"):
+            if not is_there(settings["data"][key]):
+                settings["data"][key] = "scenes"
+        for name in (*config.reward.terms, *config.reward.observed):
+            kind, _ = resolve_alias(name, config.reward.options)
+            if not (is_outside(kind) or kind in _WEIGHTLESS):
+                settings["reward"]["options"][name] = {USE: "jpeg_compressibility"}
     return Config.model_validate(settings)

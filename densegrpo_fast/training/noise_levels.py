@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from densegrpo_fast.calibration.rules import Limits, Staircase, calibrate
 from densegrpo_fast.common.errors import CheckpointError
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import Scorer
@@ -56,10 +57,12 @@ class NoiseLevels:
         rule = Staircase(levels, Limits(options.lowest, options.highest))
         meter = GainMeter.of(self.config, self.model, self.reward, self.prompts, options.samples, self.world)
 
-        def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
-            return meter.gains(levels, iteration + _ITERATIONS * draw).T.tolist()
+        with PhaseProgress("calibration", options.rounds * options.samples, "samples at most") as progress:
 
-        rounds = calibrate(rule, measure, options.rounds)
+            def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
+                return meter.gains(levels, iteration + _ITERATIONS * draw, progress).T.tolist()
+
+            rounds = calibrate(rule, measure, options.rounds)
         first = [measured for measured in rounds if measured.levels == tuple(levels)][:1]
         imbalances = [abs(signs.imbalance) for measured in first for signs in measured.signs if signs.decided]
         self.levels = tuple(

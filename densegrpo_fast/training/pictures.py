@@ -17,6 +17,7 @@ from torch import Tensor
 
 from densegrpo_fast.common.errors import NonFiniteError, UsageError
 from densegrpo_fast.common.pictures import finite_pictures
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import Family, coefficients
 from densegrpo_fast.flow.noise import Stream
@@ -26,13 +27,15 @@ from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.images import read_picture
 from densegrpo_fast.run_files.model_refs import ModelRef, Weights, read_weights, with_adapter
 from densegrpo_fast.run_files.statistics import compare
+from densegrpo_fast.run_files.strip import Strip
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
-from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
+from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout, sample_ode
 from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.evaluation import HeldOut
 from densegrpo_fast.training.models import default_device, load_model
 from densegrpo_fast.training.prompts import PromptSet
 from densegrpo_fast.training.rewarding import build_observer, build_reward
+from densegrpo_fast.training.strips import strip_of
 
 logger = logging.getLogger(__name__)
 
@@ -127,41 +130,80 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
         UsageError: a noise level does not fit the dynamics; SetupError: one row is too many for the memory;
             NonFiniteError: a picture is not finite.
     """
-    sigmas, guidance_scale = model.sigmas(sampler.num_steps), sampler.guidance_scale
-    table = None
-    if sampler.dynamics is not None and sampler.noise_level is not None:
-        try:
-            table = coefficients(sigmas, sampler.noise_level, sampler.dynamics).to(model.device)
-        except ValueError as error:
-            raise UsageError(f"sampler: {error}") from None
+    sigmas = model.sigmas(sampler.num_steps)
 
     def drawn(part: slice) -> Tensor:
         prompts, seeds = zip(*rows[part], strict=True)
-        # the seed takes the place of the sample's number, so rows of different seeds can share a forward
-        index = torch.tensor(seeds, device=model.device)
-        noise = initial_noise(model, index, seed=0, iteration=0, stream=Stream.EVALUATION)
-        conditioning = model.encode(list(prompts))
-        if table is None:
-            latents = sample_ode(model, noise, conditioning, sigmas, guidance_scale=guidance_scale)
+        if sampler.dynamics is not None:
+            latents = _trajectory(model, prompts, seeds, sampler).latents[-1]
         else:
-            trajectory = rollout(
-                model,
-                noise,
-                conditioning,
-                table,
-                sample_index=index,
-                seed=0,
-                iteration=0,
-                guidance_scale=guidance_scale,
+            start = model.start(_noise(model, seeds), sigmas)
+            latents = sample_ode(
+                model, start, model.encode(list(prompts)), sigmas, guidance_scale=sampler.guidance_scale
             )
-            latents = trajectory.latents[-1]
         return model.decode(latents).cpu()
 
-    images = torch.cat(list(OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn)))
+    parts = []
+    with PhaseProgress("drawing", len(rows), "pictures") as progress:
+        for images in OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn):
+            parts.append(images)
+            progress(len(images))
+    images = torch.cat(parts)
     if not (finite := finite_pictures(images)).all():
         count = f"{int((~finite).sum())} of {len(images)} pictures hold numbers that are not finite"
         raise NonFiniteError(f"{count}: the model or its adapter is broken, or model.dtype is too narrow for it")
     return images
+
+
+def draw_strip(
+    model: FlowModel,
+    prompt: str,
+    metadata: dict[str, Any],
+    seeds: Sequence[int],
+    sampler: PictureSampler,
+    reward: RewardMixture,
+    chunk: int,
+) -> Strip:
+    """A prompt's trajectories by the sampler of training, step by step, each state completed exactly.
+
+    Args:
+        model: as it stands.
+        prompt, metadata: what is drawn and scored.
+        seeds: one for each trajectory, which `draw` draws alike.
+        sampler: of kind "sde".
+        reward: scores the completions.
+        chunk: rows per forward and decode.
+
+    Raises:
+        UserError: a noise level does not fit the dynamics, or the reward failed.
+    """
+    prompts, labels = [prompt] * len(seeds), [f"seed {seed}" for seed in seeds]
+    return strip_of(model, reward, _trajectory(model, prompts, seeds, sampler), prompt, metadata, labels, chunk)
+
+
+def _noise(model: FlowModel, seeds: Sequence[int]) -> Tensor:
+    """Initial latents; the seed takes the place of the sample's number, so rows of several seeds share a forward."""
+    index = torch.tensor(seeds, device=model.device)
+    return initial_noise(model, index, seed=0, iteration=0, stream=Stream.EVALUATION)
+
+
+def _trajectory(model: FlowModel, prompts: Sequence[str], seeds: Sequence[int], sampler: PictureSampler) -> Trajectory:
+    """Trajectories of a sampler of kind "sde", one for each prompt and seed."""
+    assert sampler.dynamics is not None and sampler.noise_level is not None
+    try:
+        table = coefficients(model.sigmas(sampler.num_steps), sampler.noise_level, sampler.dynamics)
+    except ValueError as error:
+        raise UsageError(f"sampler: {error}") from None
+    return rollout(
+        model,
+        _noise(model, seeds),
+        model.encode(list(prompts)),
+        table.to(model.device),
+        sample_index=torch.tensor(seeds, device=model.device),
+        seed=0,
+        iteration=0,
+        guidance_scale=sampler.guidance_scale,
+    )
 
 
 def compare_models(config: Config, refs: Sequence[ModelRef], world: World | None = None) -> dict[str, Any]:
@@ -182,7 +224,10 @@ def compare_models(config: Config, refs: Sequence[ModelRef], world: World | None
     """
     held_out, reward = HeldOut.of(config), build_observer(config)
     adapters, scores = {}, {}
-    evaluated = with_each(config, refs, lambda model: held_out.evaluate(model, reward, world).scores)
+    names = iter(refs)
+    evaluated = with_each(
+        config, refs, lambda model: held_out.evaluate(model, reward, world, f"evaluating {next(names).name}").scores
+    )
     for ref, (weights, found) in zip(refs, evaluated, strict=True):
         adapters[ref.name] = weights.about()
         scores[ref.name] = {name: values.tolist() for name, values in found.items()}

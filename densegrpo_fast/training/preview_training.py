@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from densegrpo_fast.embedded.pixel_loss import pixel_loss
 from densegrpo_fast.models.base import Decoder, FlowModel
-from densegrpo_fast.models.sd3 import SD3
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.training.agreement import spearman
 
@@ -45,7 +45,7 @@ def decoded(model: FlowModel, latents: Tensor, decoder: Decoder, chunk: int) -> 
     return torch.cat([model.decode(part.to(model.device), decoder).half().cpu() for part in latents.split(chunk)])
 
 
-def train_preview(model: SD3, pictures: Pictures, steps: int, batch: int, seed: int) -> None:
+def train_preview(model: DiffusersModel, pictures: Pictures, steps: int, batch: int, seed: int) -> None:
     """Fit the model's preview decoder in place, by `pixel_loss`.
 
     Args:

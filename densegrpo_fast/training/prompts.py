@@ -290,6 +290,11 @@ class TrainingPrompts:
         return [self.prompts.prompts[index] for index in sorted(indices)]
 
 
+def is_there(source: str) -> bool:
+    """Whether what an option names is a set of the package or a file, whatever is in it."""
+    return source in ("scenes", *BUILT_IN) or Path(source).is_file()
+
+
 def prompt_set(source: str, held_out: bool) -> PromptSet:
     """The prompts that `data.prompts` or, held out, `data.eval_prompts` names.
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,17 +23,20 @@ from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
 from densegrpo_fast.models.base import FlowModel
-from densegrpo_fast.models.lora import base_fingerprint, save_lora
+from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.lora import base_fingerprint, save_lora, save_parameters
 from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 from densegrpo_fast.run_files.checkpoint import Checkpoint, CheckpointManager
+from densegrpo_fast.run_files.early_stopping import EarlyStopping
 from densegrpo_fast.run_files.images import save_grid
 from densegrpo_fast.run_files.loggers import Loggers, RunFacts
 from densegrpo_fast.run_files.metrics import MetricsLog, Progress
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
-from densegrpo_fast.run_files.run_directory import auto_record, open_run_directory
+from densegrpo_fast.run_files.run_directory import SAMPLES, STRIPS, auto_record, iteration_name, open_run_directory
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
+from densegrpo_fast.run_files.strip import Strip, save_strip
 from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.meter import PHASES
@@ -72,11 +75,20 @@ def iteration_record(
     for name, values in reward_batch.scores.per_reward.items():
         record[f"rewards/{name}/mean"] = values[-final:].nanmean().item()
         record[f"rewards/{name}/std"] = _spread(values[None, -final:])
+    if (branches := reward_batch.branch_rewards) is not None:
+        # of a state's branches, by the finest completion; a step's mean over the states
+        spread = branches[..., -1] - branches[..., -1].nanmean(2, keepdim=True)
+        by_step = spread.square().nanmean(2).sqrt().nanmean((0, 1)).tolist()
+        branching = [step for step, injects in enumerate(steps.coefficients.noisy) if injects]
+        record |= {f"branch_spread/step_{step}": value for step, value in zip(branching, by_step, strict=True)}
     if reward_batch.gains is not None:
         known, noisy = steps.with_gain, steps.coefficients.noisy
         for step, gain in enumerate(reward_batch.gains.nanmean(dim=(0, 1)).tolist()):
             if step in known:
                 record[f"gain/step_{step}"] = gain
+                if noisy[step]:
+                    own = reward_batch.gains[..., step]
+                    record[f"gain_positive/step_{step}"] = (own[~own.isnan()] > 0).float().mean().item()
         # of neighbours among the noisy steps
         if any({*pair} <= {*known} for pair in pairwise(step for step, injects in enumerate(noisy) if injects)):
             record["gain_correlation"] = neighbour_correlation(reward_batch.gains[..., list(noisy)])
@@ -136,16 +148,25 @@ class RunRecords:
         model: with the adapter that is trained.
         held_out: the held-out prompts.
         base_weights: fingerprint of the base model; None = it is taken here, of a model that is not sharded.
+
+    Raises:
+        UsageError: the model has no torch module as its network.
     """
 
     log: MetricsLog
     alarms: Alarms
-    progress: Progress
+    stopping: EarlyStopping
+    progress: Progress | None = None
 
     def __init__(
         self, directory: Path, config: Config, model: FlowModel, held_out: HeldOut, base_weights: str | None = None
     ):
         self.directory, self.config, self.model, self.held_out = directory, config, model, held_out
+        if not isinstance(getattr(model, "network", None), torch.nn.Module):
+            raise UsageError(
+                f"Trainer.run: expected {type(model).__name__}.network to be the torch module that is trained "
+                "(a loop over Trainer.step does without)"
+            )
         settings = config.resume_settings() | {
             "noise_layout": LAYOUT_VERSION,
             "base_weights": base_fingerprint(model.network) if base_weights is None else base_weights,
@@ -157,10 +178,11 @@ class RunRecords:
         self.log = opened.enter_context(MetricsLog(self.directory / "metrics.jsonl"))
 
     def show(self, start: int) -> None:
-        """Start the loggers and the alarms of a run with so many iterations behind it."""
+        """Start loggers, alarms and early stopping of a run with so many iterations behind it."""
         settings = self.config.model_dump(mode="json")
         self.log.also(Loggers(self.config.run.loggers, RunFacts(self.directory, settings, start)))
-        self.alarms = Alarms(alarms_for(self.config), past=self.log.records())
+        past = self.log.records()
+        self.alarms, self.stopping = Alarms(alarms_for(self.config), past=past), EarlyStopping(self.config, past)
 
     def begin(self) -> None:
         """Write the resolved configuration; what `lookahead.plan auto` measured stands above it as a comment."""
@@ -170,20 +192,38 @@ class RunRecords:
             config_yaml = "\n".join([*comment, config_yaml])
         replace_text(self.directory / "config.yaml", config_yaml, digest=True)
 
-    def count(self, start: int, opened: ExitStack) -> None:
-        """Show how far the run has come from here on."""
-        self.progress = opened.enter_context(Progress(self.config.run.iterations, start))
+    def count(self, start: int, opened: ExitStack, gpus: int) -> None:
+        """Show how far the run has come from here on, on so many GPUs."""
+        total, images = self.config.run.iterations, self.config.data.num_prompts * self.config.sampler.group_size
+        progress = Progress(total, start, images=images, gpus=gpus, pauses=self.evaluations_after)
+        self.progress = opened.enter_context(progress)
 
-    def append(self, record: dict[str, Any], evaluation: Evaluation | None) -> None:
-        """Write and show an iteration's record, with the evaluation that followed it."""
-        done = record["iteration"]
-        if evaluation is not None:
-            record |= evaluation.metrics()
-            self.samples(f"iteration-{done:05d}", evaluation.images)
-        if alarmed := self.alarms.check(record):
-            record["alarms"] = alarmed
+    def pause(self) -> AbstractContextManager[None]:
+        """Within the context there is an evaluation, whose seconds are no iteration's."""
+        return nullcontext() if self.progress is None else self.progress.pause()
+
+    def close_progress(self) -> None:
+        """Leave the progress as it is: no iteration is to come."""
+        if self.progress is not None:
+            self.progress.close()
+
+    def alarmed(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What the alarms add to an iteration's record."""
+        found = self.alarms.check(record)
+        return {"alarms": found} if found else {}
+
+    def append(self, record: dict[str, Any], *, report: bool) -> str | None:
+        """Write and show an iteration's record, and the report anew if it is due.
+
+        Returns:
+            Why the run should end with it; None if it should go on.
+        """
         self.log.append(record)
-        self.progress.update(done, reward=record["reward"])
+        if report:
+            self.report()
+        if self.progress is not None:
+            self.progress.update(record["iteration"], reward=record["reward"])
+        return self.stopping.check(record)
 
     def load(self) -> Checkpoint | None:
         """The newest good checkpoint, to whose metrics the log goes back; None if none was saved yet.
@@ -248,51 +288,76 @@ class RunRecords:
         """Whether something that happens every so many iterations happens now (not at the very end)."""
         return every > 0 and done % every == 0 and done < self.config.run.iterations
 
-    def samples(self, name: str, images: Tensor) -> None:
-        """Write the grid `samples/NAME.png` of the held-out prompts' first pictures."""
+    def _samples(self, name: str, images: Tensor, done: int) -> None:
+        """Write the grid `samples/NAME.png` of the held-out prompts' first pictures, and show it to the loggers."""
+        path = self.directory / SAMPLES / f"{name}.png"
         with output_errors(f"cannot write in {self.directory}"):
             count = min(_GRID, len(images))
             save_grid(
                 images[:count],
-                self.directory / "samples" / f"{name}.png",
+                path,
                 columns=6,
                 scale=max(1, 128 // images.shape[-1]),
                 captions=self.held_out.prompts[:count],
             )
+        self.log.show_picture("samples", path, done)
+
+    def evaluations_after(self, done: int) -> int:
+        """How many evaluations come after so many iterations, the last one included."""
+        every, total = self.config.evaluation.every, self.config.run.iterations
+        return 1 + (max(total - 1, done) // every - done // every if every else 0)
+
+    def strip(self, strip: Strip | None, done: int) -> None:
+        """Write the strip of an iteration, `strips/iteration-NNNNN.png` and `.webp`, and show it to the loggers."""
+        if strip is None:
+            return
+        path = self.directory / STRIPS / f"{iteration_name(done)}.png"
+        save_strip(strip, path)
+        self.log.show_picture("strip", path, done)
 
     def evaluated(self, when: str, evaluation: Evaluation, done: int) -> None:
-        """Keep the scores and pictures of the evaluation `when` ("before" or "after"), and show them to the loggers.
+        """Keep scores and pictures of an evaluation, and show them to the loggers.
+
+        Args:
+            when: "before", "after", or the `iteration_name` of one between them.
+            done: iterations done.
 
         Raises:
-            RewardError: a reward has no score at all; NonFiniteError: since the pictures are not finite.
+            RewardError: before or after training, a reward has no score at all; NonFiniteError: since the pictures are
+                not finite.
         """
         for name, values in evaluation.scores.items():
-            if values.isnan().all():
+            if when in ("before", "after") and values.isnan().all():
                 problem = f"the held-out evaluation {when} training has no score of {name!r}: all are missing"
                 if not evaluation.images.isfinite().all():
                     raise NonFiniteError(f"{problem}, and pictures of the model hold numbers that are not finite")
                 raise RewardError(problem)
         scores = {name: values.tolist() for name, values in evaluation.scores.items()}
-        document = {"prompts": self.held_out.prompts, "scores": scores}
+        document = {"iteration": done, "prompts": self.held_out.prompts, "scores": scores}
         replace_text(self.directory / f"evaluation-{when}.json", json.dumps(finite(document)), digest=True)
-        self.samples(when, evaluation.images)
-        self.log.show({"iteration": done} | evaluation.metrics())
+        self._samples(when, evaluation.images, done)
+        if when in ("before", "after"):
+            # that of an iteration is in its record
+            self.log.show({"iteration": done} | evaluation.metrics())
+
+    def report(self) -> Path:
+        """Write the report anew, from the files as they are."""
+        return write_report(self.directory)
 
     def stopped(self, done: int) -> None:
         """Say that a signal has stopped the run."""
+        assert self.progress is not None
         self.progress.write(f"stopped after iteration {done}; continue with --resume")
 
-    def finish(self, evaluation: Evaluation) -> str:
-        """Write adapter and report (the model must hold the weights to export); returns the closing message.
-
-        Args:
-            evaluation: after training.
-        """
+    def finish(self) -> str:
+        """Write adapter and report (the model must hold the weights to export); returns the closing message."""
         lora = self.config.lora
-        self.progress.close()
-        self.evaluated("after", evaluation, self.config.run.iterations)
         with output_errors(f"cannot write in {self.directory}"):
-            save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
+            has_lora = hasattr(self.model.network, "peft_config")
+            if has_lora:
+                save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
+            else:
+                save_parameters(self.model.trainable_parameters(), self.directory / "adapter")
             prompts, before = self._evaluation("before")
             _, after = self._evaluation("after")
             metrics = self.log.records()
@@ -309,23 +374,16 @@ class RunRecords:
                     for name, values in after.items()
                 },
             }
-            report = write_report(
-                self.directory,
-                config_yaml=read_verified(self.directory / "config.yaml").decode(),
-                metrics=metrics,
-                images={when: self.directory / "samples" / f"{when}.png" for when in ("before", "after")},
-                phases=phases,
-                advice={alarm.name: f"{alarm.meaning}: {alarm.advice}." for alarm in alarms_for(self.config)},
-                **measured,
-            )
-            write_model_card(
-                self.directory / "adapter",
-                self.config,
-                base=self._base_facts(),
-                prompt=prompts[0],
-                metrics=metrics,
-                **measured,
-            )
+            report = self.report()
+            if has_lora:
+                write_model_card(
+                    self.directory / "adapter",
+                    self.config,
+                    base=self._base_facts(),
+                    prompt=prompts[0],
+                    metrics=metrics,
+                    **measured,
+                )
         lines = []
         for name in after:
             first, last, moved = (measured[when][name] for when in ("before", "after", "change"))
@@ -344,7 +402,11 @@ class RunRecords:
         )
 
     def _base_facts(self) -> BaseFacts:
+        family = self.model.family if isinstance(self.model, DiffusersModel) else None
         return BaseFacts(
+            pipeline=None if family is None else family.pipeline_class,
+            call={} if family is None else family.call_options(self.config.evaluation_guidance_scale),
+            scheduler=None if family is None else family.sampler,
             has_t5=getattr(self.model, "has_t5", False),
             dtype=str(self.model.network.dtype).removeprefix("torch."),
             device=self.model.device.type,

@@ -25,6 +25,7 @@ from densegrpo_fast.training.distributed import Share, World, iteration_share
 from densegrpo_fast.training.lookahead import lookahead_chunks
 from densegrpo_fast.training.meter import Meter, MeteredReward
 from densegrpo_fast.training.prompts import PromptBatch
+from densegrpo_fast.training.strips import StripRecorder
 
 _AHEAD = 2
 """Parts that may be scored or waiting at a time: what else is made waits, so that pictures do not pile up."""
@@ -73,6 +74,10 @@ class RewardComputer:
         lookahead: the run's, or None.
         meter: counts the pictures that are scored; None = nothing does.
         share: the rows of an iteration that this process decodes and scores; None = all.
+
+    Attributes:
+        strip: keeps what is decoded and scored of a batch's first prompt, whose samples this process then holds first;
+            None = nothing does.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class RewardComputer:
         self.share = iteration_share(World(), config) if share is None else share
         self.model, self.overlap, self.max_missing = model, config.reward.overlap, config.reward.max_missing
         self.reward: Scorer = reward if meter is None else MeteredReward(reward, meter)
+        self.strip: StripRecorder | None = None
         self.completes = lookahead is not None
         self.decoder: Decoder = "full" if lookahead is None else config.lookahead.decoder
         chunk = lookahead_chunks(config, model, "full").decode
@@ -109,6 +115,8 @@ class RewardComputer:
         """
         own = self.share.select(batch, rollout.branches)
         images = self._decoded(completions.clean, self.decoder, self.decodes)
+        if self.strip is not None:
+            images = self.strip.watching(images, rollout, completions)
         scores = self._scored(images, completions.samples, own).select(completions.index)
         completed = len(scores.values) // len(own.prompts)
         if self.scores_ends and rollout.coefficients.num_steps in rollout.completed:
@@ -119,9 +127,13 @@ class RewardComputer:
             values = scores.values.view(-1, len(batch.prompts))[:completed]
             by_state, branches = rollout.group_rewards(values, batch.group_size)
         if branches is not None:
-            return RewardBatch(branches[..., -1].flatten(1), None, branches, scores)
-        final = scores.values[-len(batch.prompts) :].view(-1, batch.group_size)
-        return RewardBatch(final, by_state, None, scores)
+            rewards = RewardBatch(branches[..., -1].flatten(1), None, branches, scores)
+        else:
+            final = scores.values[-len(batch.prompts) :].view(-1, batch.group_size)
+            rewards = RewardBatch(final, by_state, None, scores)
+        if self.strip is not None:
+            self.strip.rewarded(rollout, rewards.rewards, rewards.lookahead_rewards, rewards.branch_rewards)
+        return rewards
 
     def rewards_of(self, clean: Tensor, batch: PromptBatch) -> Tensor:
         """Rewards [S, B] of clean latents [S*B, ...], S for each of the batch's rows, by the full decoder."""

@@ -46,7 +46,9 @@ def shard(model: FlowModel, config: Config, world: World, mode: ShardMode) -> in
         if value is not None:
             raise UsageError(f"{option}: expected null with distributed.shard {mode}, got {value}")
     if not blocks:
-        raise UsageError(f"distributed.shard: expected none, this {type(model).__name__} has no blocks to shard")
+        raise UsageError(
+            f"distributed.shard: expected none, {type(model.network).__name__} has no list of blocks to shard"
+        )
     mesh = _mesh(world, mode)
     adapter = set(model.trainable_parameters().values())
     for part in (*blocks, model.network):

@@ -11,7 +11,7 @@ for iteration in range(10):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit import registry
 from densegrpo_fast.credit.closeness import with_closeness
@@ -31,11 +32,15 @@ from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C, StepCoefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
+from densegrpo_fast.models.check import check_model
 from densegrpo_fast.rewards.base import Reward, RewardMixture
+from densegrpo_fast.run_files.run_directory import iteration_name
 from densegrpo_fast.run_files.signals import GracefulStop
+from densegrpo_fast.run_files.strip import Strip
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
 from densegrpo_fast.sampling.rollout import Rollout, Trajectory, TrajectorySampler, initial_noise, rollout
+from densegrpo_fast.training.callbacks import Callback
 from densegrpo_fast.training.costs import CostReport
 from densegrpo_fast.training.distributed import Traffic, World, equal_weights, iteration_share
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
@@ -52,6 +57,7 @@ from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
 from densegrpo_fast.training.sharding import shard
 from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
+from densegrpo_fast.training.strips import StripRecorder
 
 
 class RunResult(NamedTuple):
@@ -77,11 +83,15 @@ class Trainer:
         strategy: order of the phases; None = what `optimizer.update` names.
         model: ready made, with its adapter, in the place of the one that the configuration names.
         reward: likewise, a mixture or a function of pictures, prompts and metadata; it scores held-out pictures, too.
+        callbacks: what `run` calls after each iteration and evaluation, in this order.
         world: the processes that share the run, each with a trainer of the same settings and weights; None = this one
             alone.
 
     Raises:
         UserError: the model, a reward or a prompt file cannot be loaded, or does not fit the configuration.
+
+    Attributes:
+        stop_reason: why the run ends after this iteration; None while it goes on.
     """
 
     def __init__(
@@ -92,6 +102,7 @@ class Trainer:
         strategy: UpdateStrategy | None = None,
         model: FlowModel | None = None,
         reward: RewardMixture | Reward | None = None,
+        callbacks: Sequence[Callback] = (),
         world: World | None = None,
     ):
         if not isinstance(config, Config):
@@ -99,12 +110,18 @@ class Trainer:
                 f"Trainer: expected a configuration, as load_config({config!r}) returns it, got {config!r}"
             )
         self.config, self.strategy = config, strategy_of(config) if strategy is None else strategy
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise UsageError(f"Trainer: expected callbacks derived from densegrpo_fast.Callback, got {callback!r}")
+        self.callbacks = tuple(callbacks)
+        self.stop_reason: str | None = None
         self.world = World() if world is None else world
         self.share = iteration_share(self.world, config)
         self.prompts = TrainingPrompts.of(config)
         self.held_out = HeldOut.of(config)
         if reward is None:
             check_inputs(config)
+            announce(f"loading the rewards {', '.join([*config.reward.terms, *config.reward.observed])}")
             self.reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
             self.observed = build_observer(config, self.reward)
         else:
@@ -112,7 +129,11 @@ class Trainer:
                 reward = RewardMixture({"reward": (reward, 1.0)}, config.reward.timeout)
             self.reward = reward
             self.observed = self.reward
+        if model is None and not tiny:
+            announce(f"loading the model {config.model.path}")
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
+        if model is not None:
+            check_model(model, self.held_out.prompts[0], config.sampler.guidance_scale, config.sampler.num_steps)
         # what is checked in a moment, before what takes long
         self.schedule = Schedule(config, self.model)
         self.base_weights: str | None = None
@@ -123,8 +144,6 @@ class Trainer:
             self.shards = shard(self.model, config, self.world, mode)
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
         self.policy = MeteredModel(self.model, self.meter)
-        if not self.model.trainable_parameters():
-            raise UsageError("Trainer: the model that was given has no adapter, so there is nothing to train")
         share = self.share if self.world.size > 1 else None
         self.learner = Learner(self.policy, LearnerOptions.of(config), share)
         self.lookahead = build_lookahead(config, self.model, share)
@@ -154,6 +173,22 @@ class Trainer:
         steps = self.schedule.at(iteration, self.noise_levels.levels)
         experience = self.strategy.run(self, batch, steps, iteration)
         return self._record(iteration, experience, steps)
+
+    def step_with_strip(self, iteration: int) -> tuple[dict[str, Any], Strip | None]:
+        """`step`, and what its first prompt's samples looked like at every step.
+
+        Returns:
+            The record, and the strip; None if none of the samples has a reward, or this process does not hold all of
+            them.
+        """
+        if not self._holds_a_prompt():
+            return self.step(iteration), None
+        batch = self.prompts.batch(iteration)
+        self.rewards.strip = recorder = StripRecorder(batch.prompts[0], batch.group_size)
+        try:
+            return self.step(iteration), recorder.strip()
+        finally:
+            self.rewards.strip = None
 
     def calibrate(self, iteration: int) -> None:
         """Find the noise level of each step again, on the policy as it is."""
@@ -346,32 +381,68 @@ class Trainer:
                 f"{config.sampler.group_size} samples, into {directory}",
                 flush=True,
             )
+            if not self._holds_a_prompt():
+                print("no strips: several processes share the samples of the first prompt (distributed.split)")
         with ExitStack() as opened, GracefulStop() as stop:
             world.on_main(lambda: records.open(opened))
             start = self._continue(records) if resume else 0
             world.on_main(lambda: records.show(start))
+            done, self.stop_reason = start, None
             if start == 0 and self.learner.updates:
                 raise UsageError("Trainer.run: this trainer has trained already; make a new one, or run(resume=True)")
+            gpus = world.size * int(self.model.device.type == "cuda")
+            world.on_main(lambda: records.count(start, opened, gpus))
             if start == 0:
                 torch.manual_seed(config.seed)  # for rewards that draw
                 world.on_main(records.begin)
-                before = self.held_out.evaluate(self.model, self.observed, world)
-                world.on_main(lambda: records.evaluated("before", before, 0))
-            world.on_main(lambda: records.count(start, opened))
+                with records.pause():
+                    before = self.held_out.evaluate(self.model, self.observed, world, "evaluation before training")
+                    self._evaluated(records, "before", before, 0)
+                    world.on_main(records.report)
             for iteration in range(start, total):
-                record, done = self.step(iteration), iteration + 1
-                evaluation = self.evaluate() if records.due(config.evaluation.every, done) else None
+                done = iteration + 1
+                evaluates = records.due(config.evaluation.every, done)
+                if evaluates or done in (1, total):
+                    record, strip = self.step_with_strip(iteration)
+                    world.on_main(partial(records.strip, strip, done))
+                else:
+                    record = self.step(iteration)
+                if evaluates:
+                    with records.pause():
+                        evaluation = self.evaluate()
+                        self._evaluated(records, iteration_name(done), evaluation, done)
+                    record |= evaluation.metrics()
+                record |= world.from_main(partial(records.alarmed, record))
+                for callback in self.callbacks:
+                    callback.on_iteration_end(self, record)
+                self.stop_reason = world.from_main(partial(self._write, records, record, evaluates))
                 signal = int(world.largest(stop.signal or 0))
-                saves = bool(signal) or records.due(config.run.checkpoint_every, done)
-                world.on_main(partial(self._write, records, record, evaluation, saves))
+                if self.stop_reason is not None and not signal:
+                    break
+                if signal or records.due(config.run.checkpoint_every, done):
+                    world.on_main(partial(self._save, records, done))
                 if signal:
                     world.on_main(partial(records.stopped, done))
                     return RunResult(done, None, Signals(signal))
-            world.on_main(lambda: records.checkpoint(total, self.tensors(), self.state()))
-            after = self.evaluate()
+            records.close_progress()
+            world.on_main(partial(self._save, records, done))
             with self.learner.averaged():
-                summary = world.on_main(lambda: records.finish(after))
-        return RunResult(total, summary, None)
+                after = self.held_out.evaluate(self.model, self.observed, world, "evaluation after training")
+                self._evaluated(records, "after", after, done)
+                summary = world.on_main(records.finish)
+        if summary is not None and self.stop_reason is not None and done < total:
+            summary = f"ended after iteration {done} of {total}: {self.stop_reason}\n{summary}"
+        return RunResult(done, summary, None)
+
+    def stop(self, reason: str) -> None:
+        """End `run` after this iteration as after its last: checkpoint, evaluation, adapter and report.
+
+        Of several processes what the main one says counts for all.
+
+        Args:
+            reason: what the user is told.
+        """
+        self.stop_reason = reason
 
     def _continue(self, records: RunRecords) -> int:
         """Go on with the newest checkpoint; the iterations done, 0 if none was saved yet."""
@@ -381,15 +452,28 @@ class Trainer:
         self.restore(checkpoint.tensors, checkpoint.state)
         return checkpoint.step
 
-    def _write(self, records: RunRecords, record: dict[str, Any], evaluation: Evaluation | None, saves: bool) -> None:
-        records.append(record, evaluation)
-        if saves:
-            records.checkpoint(record["iteration"], self.tensors(), self.state())
+    def _write(self, records: RunRecords, record: dict[str, Any], report: bool) -> str | None:
+        """Write an iteration's record; why the run ends with it, None if it goes on."""
+        return records.append(record, report=report) or self.stop_reason
+
+    def _save(self, records: RunRecords, done: int) -> None:
+        records.checkpoint(done, self.tensors(), self.state())
+
+    def _holds_a_prompt(self) -> bool:
+        """Whether the rows of this process begin with all samples of the first prompt."""
+        count = self.config.sampler.group_size // (self.config.sampler.branches or 1)
+        return self.share.rows[:count].tolist() == list(range(count))
 
     def evaluate(self) -> Evaluation:
         """Scores and pictures of the held-out prompts, with the running average of the weights if one is kept."""
         with self.learner.averaged():
             return self.held_out.evaluate(self.model, self.observed, self.world)
+
+    def _evaluated(self, records: RunRecords, when: str, evaluation: Evaluation, done: int) -> None:
+        """Keep an evaluation, and tell the callbacks."""
+        self.world.on_main(lambda: records.evaluated(when, evaluation, done))
+        for callback in self.callbacks:
+            callback.on_evaluate(self, evaluation, done)
 
     def _begin(self) -> None:
         self.timer.reset()

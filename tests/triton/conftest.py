@@ -1,19 +1,20 @@
-"""The Triton kernels: run in Triton's interpreter when TRITON_INTERPRET=1, else on a GPU.
+"""The Triton kernels: compiled for a GPU and run on one, or, where there is none, in the emulator of tests/gpu.
 
-The interpreter is chosen when Triton is imported, and interpreted kernels cannot be compiled, so these tests have a
-pytest process of their own: `TRITON_INTERPRET=1 pytest tests/triton`, which .ci/check runs. Without the variable they
-are collected only where there is a CUDA device, marked gpu.
+With TRITON_INTERPRET=1 they run in Triton's interpreter instead, which is chosen when Triton is imported.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from densegrpo_fast.flow import backends
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.flow.schedule import sd3_sigmas
 
@@ -21,19 +22,40 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 
 collect_ignore = [] if HAS_GPU and not INTERPRETED else ["test_capture.py"]
-collect_ignore_glob = [] if HAS_GPU or INTERPRETED else ["test_*.py"]
+collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 
 
-@pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the kernels run."""
-    return torch.device(request.param)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Where a test runs. Emulated: as compiled for sm_90, and for the others that its mark `capabilities` names."""
+    if "device" not in metafunc.fixturenames:
+        return
+    if INTERPRETED:
+        places = ["cpu"]
+    elif HAS_GPU:
+        places = [pytest.param("cuda", marks=pytest.mark.gpu)]
+    else:
+        mark = metafunc.definition.get_closest_marker("capabilities")
+        places = [f"sm_{number}" for number in (90, *(mark.args if mark else ()))]
+    metafunc.parametrize("device", places, indirect=True)
 
 
 @pytest.fixture
-def storage_error(device: torch.device) -> dict[torch.dtype, float]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Where the kernels run."""
+    if not request.param.startswith("sm_"):
+        yield torch.device(request.param)
+        return
+    from emulator.on_triton import on_cpu
+
+    monkeypatch.setattr(backends, "interpreted", lambda: True)
+    with on_cpu(int(request.param.removeprefix("sm_"))):
+        yield torch.device("cpu")
+
+
+@pytest.fixture
+def storage_error() -> dict[torch.dtype, float]:
     """Relative error of one rounding to a dtype; the interpreter truncates to bfloat16 instead of rounding."""
-    bfloat16 = 2.0**-8 if device.type == "cuda" else 2.0**-7
+    bfloat16 = 2.0**-7 if INTERPRETED else 2.0**-8
     return {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: bfloat16}
 
 

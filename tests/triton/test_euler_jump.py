@@ -40,6 +40,7 @@ def test_against_float64(device, levels, storage_error, shape: tuple[int, ...], 
     torch.testing.assert_close(moved.double(), expected, rtol=storage_error[dtypes[0]], atol=2e-7)
 
 
+@pytest.mark.capabilities(80, 100)
 def test_float32_is_the_reference_bit_for_bit(device, levels) -> None:
     latents, velocity = states(device, 3, 29, 41)
     results = [euler_jump(latents, velocity, *levels, implementation=name) for name in ("triton", "reference")]
@@ -52,6 +53,7 @@ def test_one_level_serves_all_rows(device, levels) -> None:
     assert torch.equal(moved, latents - 0.75 * velocity)
 
 
+@pytest.mark.capabilities(80, 100)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs(device, levels) -> None:
     latents, velocity = (tensor.transpose(1, 3) for tensor in states(device, 6, 5, 4))
@@ -70,6 +72,7 @@ def test_gradients(device, levels) -> None:
     assert torch.equal(velocity.grad, dt.bfloat16())
 
 
+@pytest.mark.capabilities(80, 100)
 def test_half_precision_levels(device, levels) -> None:
     latents, velocity = states(device, 30)
     halves = [level.half() for level in levels]

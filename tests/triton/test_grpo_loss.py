@@ -52,6 +52,7 @@ def test_value_and_gradients_against_float64(device, rows: int, spread: float, c
     assert not metrics.requires_grad
 
 
+@pytest.mark.capabilities(80, 100)
 def test_the_first_update_is_the_plain_policy_gradient(device) -> None:
     values = inputs(device, 300, 0.0)
     del values["log_ratio_scale"], values["log_ratio_bias"], values["weight"]
@@ -70,6 +71,7 @@ def test_small_ratios_keep_their_digits(device) -> None:
     assert metrics[4].item() == pytest.approx(math.expm1(1e-4), rel=1e-6)
 
 
+@pytest.mark.capabilities(80, 100)
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize(("log_ratio", "ratio"), [(-1e9, 0.0), (-80.0, math.exp(-80.0)), (5.0, math.exp(5.0))])
 def test_far_ratios(device, log_ratio: float, ratio: float) -> None:
@@ -82,6 +84,7 @@ def test_far_ratios(device, log_ratio: float, ratio: float) -> None:
     assert metrics[4].item() == pytest.approx(abs(ratio - 1), rel=1e-5)
 
 
+@pytest.mark.capabilities(80, 100)
 @pytest.mark.parametrize("name", ["log_prob", "advantages", "kl", "weight"])
 def test_nan_reaches_the_loss(device, name: str) -> None:
     values = inputs(device, 300, 0.1)
@@ -107,6 +110,7 @@ def test_two_runs_are_bit_equal(device) -> None:
     assert torch.equal(first[1], second[1])
 
 
+@pytest.mark.capabilities(80, 100)
 def test_strided_rows(device) -> None:
     values = inputs(device, 40, 0.3)
     strided = {name: torch.stack([value, value], dim=1)[:, 0] for name, value in values.items()}

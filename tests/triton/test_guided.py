@@ -42,6 +42,7 @@ def combined(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
     return uncond.double() + scale * (cond.double() - uncond.double())
 
 
+@pytest.mark.capabilities(80, 100)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned_memory")
@@ -79,6 +80,7 @@ def test_gradients_by_name(device, batch, storage_error, shape: tuple[int, ...],
         assert error.max() <= 2e-5 * largest, name
 
 
+@pytest.mark.capabilities(80, 100)
 def test_it_is_the_plain_step_of_the_combined_velocity(device, batch) -> None:
     latents, cond, uncond, _ = states(device, 3, 29, 41)
     velocity = uncond + 4.5 * (cond - uncond)
@@ -93,6 +95,7 @@ def test_it_is_the_plain_step_of_the_combined_velocity(device, batch) -> None:
     torch.testing.assert_close(rescored, plain, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.capabilities(80, 100)
 def test_without_a_gradient_for_uncond(device, batch) -> None:
     latents, cond, uncond, scale = states(device, 700)
     next_latents, _ = guided(batch, latents, cond, uncond, scale)

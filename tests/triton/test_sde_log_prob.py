@@ -55,6 +55,7 @@ def test_value_and_gradient_against_float64(batch, storage_error, shape: tuple[i
     assert (leaf.grad[[1, 4]] == 0).all()
 
 
+@pytest.mark.capabilities(80, 100)
 def test_gradient_equals_the_reference(batch) -> None:
     latents, velocity, next_latents = transition(batch, 3, 17, 41)
     gradients = []
@@ -72,6 +73,7 @@ def test_only_the_velocity_gets_a_gradient(batch) -> None:
     assert [leaf.grad is not None for leaf in leaves] == [False, True, False]
 
 
+@pytest.mark.capabilities(80, 100)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs(batch) -> None:
     packed = transition(batch, 6, 5)
@@ -97,6 +99,7 @@ def test_two_runs_are_bit_equal(batch) -> None:
     assert torch.equal(score(batch, *inputs), score(batch, *inputs))
 
 
+@pytest.mark.capabilities(80, 100)
 def test_a_step_outside_the_table_is_nan(batch) -> None:
     latents, velocity, next_latents = transition(batch, 10)
     leaf = velocity.requires_grad_()

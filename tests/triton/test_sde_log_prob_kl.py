@@ -69,6 +69,7 @@ def test_values_and_gradients_against_float64(batch, storage_error, shape, dtype
         assert error.max() <= allowed, name
 
 
+@pytest.mark.capabilities(80, 100)
 def test_both_scales_and_the_plain_log_prob(batch) -> None:
     given = states(batch, 3, 700)
     for scale, column in (("paper", C), ("flow_grpo", STD_DEV)):
@@ -80,6 +81,7 @@ def test_both_scales_and_the_plain_log_prob(batch) -> None:
         assert torch.equal(log_prob, plain)
 
 
+@pytest.mark.capabilities(80, 100)
 def test_a_step_outside_the_table_is_nan(batch) -> None:
     given = states(batch, 10)
     steps = torch.tensor([0, 10, 8, -1, 7], device=batch.table.device)

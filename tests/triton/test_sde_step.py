@@ -68,6 +68,7 @@ def test_step_against_float64(device, batch, storage_error, shape: tuple[int, ..
     assert error.max() < (1e-6 if latents[0].numel() > 1000 else 1e-4)
 
 
+@pytest.mark.capabilities(80, 100)
 @pytest.mark.parametrize("elements", [1, 6, 2048, 2051])
 def test_noise_equals_the_layout(device, batch, elements: int) -> None:
     # A = B = 0 and C = 1 turn the step into the bare noise.
@@ -79,6 +80,7 @@ def test_noise_equals_the_layout(device, batch, elements: int) -> None:
     torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.capabilities(80, 100)
 def test_noise_free_rows_are_euler_bit_for_bit(device, batch) -> None:
     latents, velocity = states(device, 16, 8, 8)
     next_latents, log_prob = step(batch, latents, velocity)
@@ -99,6 +101,7 @@ def test_every_family(device, batch, family: str) -> None:
     assert error.max() < 2e-6
 
 
+@pytest.mark.capabilities(80, 100)
 def test_rescoring_gives_the_same_log_prob(device, batch) -> None:
     latents, velocity = states(device, 3, 37, 41)
     next_latents, log_prob = step(batch, latents, velocity)
@@ -134,6 +137,7 @@ def test_two_runs_are_bit_equal(device, batch) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.capabilities(80, 100)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs(device, batch) -> None:
     latents, velocity = (tensor.transpose(1, 3) for tensor in states(device, 6, 5, 4))
@@ -155,6 +159,7 @@ def test_integer_and_tensor_arguments_agree(device, batch) -> None:
     assert torch.equal(integers[1], tensors[1])
 
 
+@pytest.mark.capabilities(80, 100)
 def test_a_bad_row_stays_alone(device, batch) -> None:
     latents, velocity = states(device, 700)
     expected = step(batch, latents, velocity)

@@ -33,6 +33,7 @@ def test_they_go_with_the_state(device, batch, storage_error, guided: bool, inpu
         torch.testing.assert_close(found.model_input.float(), next_latents, rtol=error, atol=2.0**-24)
 
 
+@pytest.mark.capabilities(80, 100)
 def test_half_precision_latents_are_copied_as_they_are(device, batch) -> None:
     latents, velocity = (values.to(device, torch.float16) for values in torch.randn(2, 5, 700))
     options = {"seed": 1234, "sample_index": batch.samples, "iteration": 6, "implementation": "triton"}

@@ -36,7 +36,8 @@ def forward(pipeline: Any, latents: Tensor, timestep: Tensor, embeds: Tensor, po
         timestep=timestep if latents.dtype == torch.float32 else timestep.to(latents.dtype),
         encoder_hidden_states=embeds,
         pooled_projections=pooled,
-        joint_attention_kwargs=pipeline.joint_attention_kwargs,
+        # a pipeline has them from its first call on
+        joint_attention_kwargs=getattr(pipeline, "joint_attention_kwargs", None),
         return_dict=False,
     )
     return output
