@@ -219,7 +219,7 @@ class DiffusersModel(FlowModel):
         self._compiled = True
 
     def blocks(self) -> list[nn.Module]:
-        """The transformer's blocks: those of diffusers' repeated kinds in lists of its own, of which a UNet has none."""
+        """The transformer's blocks: of diffusers' repeated kinds, in lists of its own. A UNet has none there."""
         kinds = set(getattr(self.network, "_repeated_blocks", None) or getattr(self.network, "_no_split_modules", []))
         lists = [child for child in self.network.children() if isinstance(child, nn.ModuleList)]
         return [block for blocks in lists for block in blocks if type(block).__name__ in kinds]
