@@ -193,8 +193,8 @@ def test_graphs_that_do_not_fit_are_replayed(train: Any, tmp_path: Path, monkeyp
         graphs = needed[-1].state["graphs"]
         return needed[0].to_come - needed[0].state["graphs"] if graphs or len(needed) > 1 else 0
 
-    def estimated(*arguments: Any) -> MemoryEstimate:
-        needed.append(own(*arguments))
+    def estimated(*arguments: Any, **options: Any) -> MemoryEstimate:
+        needed.append(own(*arguments, **options))
         return needed[-1]
 
     own = training_memory.estimate_memory

@@ -17,11 +17,15 @@ import safetensors.torch
 from torch.distributed import TCPStore
 
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.run_files.run_directory import open_run_directory
+from densegrpo_fast.training.callbacks import Callback
+from densegrpo_fast.training.distributed import World
+from densegrpo_fast.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from worlds import commands  # noqa: E402
+from worlds import SETTINGS, brightness, commands, policy, together  # noqa: E402
 
 REWARD = """
 import os, signal, time
@@ -157,6 +161,38 @@ def test_the_slurm_example_starts_a_process_for_each_task(tmp_path: Path) -> Non
     assert where == "9/16 1 one:20041" and requeued == "requeue 41"
     config, flags = parse_arguments(arguments.split())
     assert config.preset == "sd35_medium_pickscore" and not flags.resume
+
+
+class Stop(Callback):
+    """Stops the run of the main process after its second iteration, those of the others after their first."""
+
+    def on_iteration_end(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        record["seen"] = trainer.world.rank
+        if trainer.world.main == (record["iteration"] == 2):
+            trainer.stop("enough")
+
+
+def called_back(world: World, directory: Path, split: str) -> tuple[int, str | None]:
+    options = {"run.output_dir": directory / "run", "distributed.split": split, "evaluation.num_prompts": 2}
+    options |= {"run.iterations": 4, "evaluation.every": 1, "evaluation.samples_per_prompt": 1}
+    options |= {"data.num_prompts": 1} if split == "rows" else {}
+    given = [f"{key}={value}" for key, value in {**SETTINGS, **options}.items()]
+    config, _ = parse_arguments(["--config=embedded_dense", *given])
+    reward = RewardMixture({"brightness": (brightness, 1.0)})
+    iterations, summary, _ = Trainer(config, model=policy(), reward=reward, callbacks=[Stop()], world=world).run()
+    return iterations, summary
+
+
+@pytest.mark.parametrize("split", ["rows", "groups"])
+def test_the_main_process_ends_all_early(tmp_path: Path, split: str) -> None:
+    # where a prompt's samples are in several processes, nothing is drawn of them
+    main, other = together(2, called_back, tmp_path, split)
+    assert main[0] == other[0] == 2 and other[1] is None
+    assert main[1].startswith("ended after iteration 2 of 4: enough")
+    assert [record["seen"] for record in records(tmp_path)] == [0, 0]
+    assert (tmp_path / "run" / "evaluation-iteration-00001.json").exists()
+    strips = [path.name for path in tmp_path.glob("run/strips/*.png")]
+    assert sorted(strips) == ([] if split == "rows" else ["iteration-00001.png", "iteration-00002.png"])
 
 
 def test_a_second_run_in_the_directory_is_refused(train: Any, tmp_path: Path, reward: Path) -> None:

@@ -192,7 +192,8 @@ def strip_of(
     parts = lookahead.decoded(completions.clean, "full")
     images = torch.cat(list(recorder.watching(parts, trajectory, completions)))
     scores = reward(images, [prompt] * len(images), [dict(metadata) for _ in images])
-    states = trajectory.group_rewards(scores.select(completions.index).values, count).states
+    values = scores.select(completions.index).values.view(-1, count)
+    states = trajectory.group_rewards(values, count).states
     assert states is not None
     recorder.rewarded(trajectory, states[..., -1], states)
     strip = recorder.strip(labels)
