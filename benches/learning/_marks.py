@@ -24,9 +24,10 @@ def board(study: Mapping[str, Any], timed: Mapping[str, Any], sparse: str, score
         score: which held-out score.
 
     Returns:
-        `marks`, `seeds`, and under `methods` by name: `operations_to_mark` (TFLOP), `forwards_to_mark`, `iterations_to_mark`,
-        `seconds_to_mark`, `ratio_to_sparse` (of operations) and `interval`, a number each per mark, None where a mark
-        was not reached; `final`, the held-out scores at the end, mean over the seeds.
+        `marks`, `seeds`, and under `methods` by name: `operations_to_mark` (TFLOP), `forwards_to_mark`,
+        `iterations_to_mark`, `seconds_to_mark`, `ratio_to_sparse` (of operations) and `interval`, a number each per
+        mark, None where a mark was not reached; `spent`, TFLOP of a run; `start`, `final`, held-out scores before
+        and after it, mean over seeds.
 
     Raises:
         ValueError: no seed was run by every method.

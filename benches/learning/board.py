@@ -3,9 +3,9 @@
     OMP_WAIT_POLICY=PASSIVE python benches/learning/board.py tune --work runs/board
     OMP_WAIT_POLICY=PASSIVE python benches/learning/board.py run --work runs/board
 
-The protocol is README.md beside this file. `tune` does one run per method and learning rate, `run` those of five seeds at the
-chosen rates; each may be started several times at once and stopped. `table` computes the board from the runs that are
-there, and `seconds` measures all methods interleaved.
+The protocol is README.md beside this file. `tune` does one run per method and learning rate, `run` those of five seeds
+at the chosen rates; each may be started several times at once and stopped. `seconds` times all methods interleaved, and
+`table` computes the board from all of these.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-BENCHES = Path(__file__).resolve().parent.parent
 # what is measured is the checkout around this file
-sys.path[:0] = [str(BENCHES), str(BENCHES.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean, median
 from time import process_time
 from typing import Any
@@ -37,7 +38,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.config.yaml_files import parse_yaml
 
-VARIANTS = BENCHES / "variants" / "board"
+VARIANTS = Path(__file__).resolve().parent.parent / "variants" / "board"
 METHODS = (
     "sparse",
     "dense_exact",
@@ -64,28 +65,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     options = _parser().parse_args(arguments)
     methods = tuple(options.methods)
-    study, tuning = options.output.with_name("board_study.json"), options.output.with_name("board_tuning.json")
+    study, tuning, timed = (options.output.with_name(f"board_{part}.json") for part in ("study", "tuning", "seconds"))
     with user_errors_exit():
         if unknown := set(methods) - set(METHODS):
             raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
         if options.stage == "seconds":
-            write_json(options.output.with_name("board_seconds.json"), seconds(methods, options.rounds))
+            write_json(timed, seconds(methods, options.rounds))
             return ExitCode.OK
         if options.stage == "table":
-            tables = (
-                json.loads(path.read_text("utf-8")) for path in (study, options.output.with_name("board_seconds.json"))
-            )
-            write_json(options.output, provenance() | {"scenes": board(*tables, SPARSE)})
+            documents = [json.loads(path.read_text("utf-8")) for path in (study, timed)]
+            found = board(*documents, SPARSE)
+            write_json(options.output, provenance() | {"scenes": found | {"retained_over_sparse": retained_share()}})
             return ExitCode.OK
         from densegrpo_fast.train import train
 
         work = options.work.resolve()
         if options.stage == "tune":
-            runs = [(method, rate) for rate in RATES for method in methods]
+            part = work / "tuning"
             files = [
-                variant(method, rate, TUNING_SHARE, work / "tuning", name=f"{method}_{rate:g}") for method, rate in runs
+                variant(method, rate, TUNING_SHARE, part, name=f"{method}_{rate:g}")
+                for rate in RATES
+                for method in methods
             ]
-            return int(conduct(Plan(tuple(files), (TUNING_SEED,), None), tuning, work / "tuning", train))
+            return int(conduct(Plan(tuple(files), (TUNING_SEED,), None), tuning, part, train))
         files = [variant(method, best_rate(tuning, method), 1.0, work, name=method) for method in methods]
         return int(conduct(Plan(tuple(files), SEEDS, None, against=SPARSE), study, work, train))
 
@@ -120,6 +122,13 @@ def per_iteration(method: str) -> float:
     """Operations of a method's iteration, the mean over its draws."""
     counted = IterationOperations(configuration(method))
     return fmean(counted.iteration(iteration) for iteration in range(_COUNTED))
+
+
+def retained_share() -> float:
+    """Operations of a sparse iteration that repeats no forward, over those of the one that was run."""
+    counted = IterationOperations(configuration(SPARSE))
+    cost = counted.cost((True,) * 9 + (False,), range(9))
+    return replace(cost, streamed=True).flops(counted.unit) / cost.flops(counted.unit)
 
 
 def best_rate(tuning: Path, method: str) -> float:
