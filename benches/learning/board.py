@@ -52,7 +52,7 @@ METHODS = (
 )
 """The rows; the first is what the others are compared with."""
 SPARSE = METHODS[0]
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 SEEDS = (1, 2, 3, 4, 5)
 ITERATIONS, EVALUATIONS = 48, 6
 """Of a sparse run; every other run has its operations, and as many evaluations."""
