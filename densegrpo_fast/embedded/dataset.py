@@ -89,15 +89,17 @@ def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tu
 def _chunk(vae: Any, world: World, row: dict[str, int], seed: list[int]) -> dict[str, Tensor]:
     """Posterior means, sentences and objects of `CHUNK` pictures."""
     examples = world.examples(CHUNK, np.random.default_rng(seed))
-    latents, parts = [], []
+    latents, sentences, kinds, places = [], [], [], []
     for _ in tqdm(range(0, CHUNK, _TOGETHER), desc=f"pictures {seed[-1]}", mininterval=30.0):
         part = list(islice(examples, _TOGETHER))
         images = torch.from_numpy(np.stack([example.picture for example in part])).mul(2).sub(1)
         latents.append(vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mode().half())
-        parts += [example._replace(picture=None) for example in part]
+        sentences += [row[example.sentence] for example in part]
+        kinds.append(np.stack([example.kinds for example in part]))
+        places.append(np.stack([example.places for example in part]))
     return {
         "latents": torch.cat(latents),
-        "sentence": torch.tensor([row[example.sentence] for example in parts]),
-        "kinds": torch.from_numpy(np.stack([example.kinds for example in parts])),
-        "places": torch.from_numpy(np.stack([example.places for example in parts])),
+        "sentence": torch.tensor(sentences),
+        "kinds": torch.from_numpy(np.concatenate(kinds)),
+        "places": torch.from_numpy(np.concatenate(places)),
     }
