@@ -30,7 +30,7 @@ def run(method: str, seed: int, values: list[float], operations: float) -> dict:
     }
 
 
-SECONDS = {"seconds": {"sparse": 3.0, "other": 5.0}}
+SECONDS = {"sparse": 3.0, "other": 5.0}
 
 
 def test_marks_are_of_sparses_gain_and_crossings_are_linear():

@@ -14,12 +14,12 @@ FRACTIONS = (0.5, 1.0)
 """Of sparse's gain: the marks."""
 
 
-def board(study: Mapping[str, Any], timed: Mapping[str, Any], sparse: str, score: str = "reward") -> dict[str, Any]:
+def board(study: Mapping[str, Any], seconds: Mapping[str, float], sparse: str, score: str = "reward") -> dict[str, Any]:
     """Marks, and for each method what it needed.
 
     Args:
         study: a document of `study.py`, whose runs know their operations.
-        timed: `seconds` of an iteration by method.
+        seconds: of an iteration, by method.
         sparse: the method that sets the marks.
         score: which held-out score.
 
@@ -38,23 +38,23 @@ def board(study: Mapping[str, Any], timed: Mapping[str, Any], sparse: str, score
     if not seeds:
         raise ValueError("board: no seed was run by every method")
     curves = {method: Curves([runs[method, seed] for seed in seeds], score) for method in methods}
-    everyone = np.arange(len(seeds))
-    marks = curves[sparse].marks(everyone)
+    all_seeds = np.arange(len(seeds))
+    marks = curves[sparse].marks(all_seeds)
     draws = [np.array(draw) for draw in product(range(len(seeds)), repeat=len(seeds))]
     found = {}
     for method, own in curves.items():
-        reached = [own.crossing(mark, everyone) for mark in marks]
+        reached = [own.crossing(mark, all_seeds) for mark in marks]
         ratios = np.array([_ratios(own, curves[sparse], draw) for draw in draws])
-        per_iteration = timed["seconds"].get(method)
+        per_iteration = seconds.get(method)
         iterations = [own.spent("iterations", at) for at in reached]
         found[method] = {
             "operations_to_mark": [own.spent("operations", at) for at in reached],
             "forwards_to_mark": [own.spent("forwards", at) for at in reached],
             "iterations_to_mark": iterations,
             "seconds_to_mark": [None if None in (n, per_iteration) else n * per_iteration for n in iterations],
-            "ratio_to_sparse": [_finite(value) for value in _ratios(own, curves[sparse], everyone)],
+            "ratio_to_sparse": [_finite(value) for value in _ratios(own, curves[sparse], all_seeds)],
             "interval": [[_finite(value) for value in _quantiles(column)] for column in ratios.T],
-            "spent": own.spent("operations", float(len(own.values[0]) - 1)),
+            "curve": {"operations": own.spent_at("operations"), "values": own.values.tolist()},
             "final": {name: float(np.mean(values)) for name, values in own.final.items()},
             "start": {name: float(np.mean(values)) for name, values in own.start.items()},
         }
@@ -95,6 +95,10 @@ class Curves:
         if after == 0:
             return 0.0
         return after - 1 + float((mark - mean[after - 1]) / (mean[after] - mean[after - 1]))
+
+    def spent_at(self, axis: str) -> list[float]:
+        """What was spent at every evaluation."""
+        return [float(value) for value in self._axes[axis]]
 
     def spent(self, axis: str, at: float | None) -> float | None:
         """What was spent at a place between evaluations: `operations` (TFLOP), `forwards` or `iterations`."""

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, median
 from time import process_time
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     options = _parser().parse_args(arguments)
     methods = tuple(options.methods)
-    study, tuning, timed = (options.output.with_name(f"board_{part}.json") for part in ("study", "tuning", "seconds"))
+    study, tuning, timed = (options.work / f"{part}.json" for part in ("study", "tuning", "seconds"))
     with user_errors_exit():
         if unknown := set(methods) - set(METHODS):
             raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
@@ -73,9 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_json(timed, seconds(methods, options.rounds))
             return ExitCode.OK
         if options.stage == "table":
-            documents = [json.loads(path.read_text("utf-8")) for path in (study, timed)]
-            found = board(*documents, SPARSE)
-            write_json(options.output, provenance() | {"scenes": found | {"retained_over_sparse": retained_share()}})
+            found = board(read(study), read(timed)["seconds"], SPARSE) | {
+                "retained_over_sparse": retained_share(),
+                "tuning": {method: rates(read(tuning), method) for method in methods},
+            }
+            write_json(options.output, provenance() | {"runs_of": read(study)["commit"], "scenes": found})
             return ExitCode.OK
         from densegrpo_fast.train import train
 
@@ -132,19 +134,40 @@ def retained_share() -> float:
 
 
 def best_rate(tuning: Path, method: str) -> float:
-    """The learning rate with the highest held-out reward, mean of the last two evaluations.
+    """The learning rate that the protocol takes.
 
     Raises:
         UsageError: a run of the tuning is missing.
     """
-    runs = {run["variant"]: run for run in json.loads(tuning.read_text("utf-8"))["runs"]} if tuning.is_file() else {}
-    found = {}
-    for rate in RATES:
-        run = runs.get(f"{method}_{rate:g}")
-        if run is None:
-            raise UsageError(f"{tuning} has no run of {method} at {rate:g}; finish `board.py tune` first")
-        found[rate] = fmean(point["held_out"]["reward"] for point in run["points"][-2:])
-    return max(found, key=lambda rate: found[rate])
+    found = rates(read(tuning), method)
+    if missing := [f"{rate:g}" for rate in RATES if f"{rate:g}" not in found]:
+        raise UsageError(f"{tuning} has no run of {method} at {', '.join(missing)}; finish `board.py tune` first")
+    return max(RATES, key=lambda rate: found[f"{rate:g}"])
+
+
+def rates(tuning: Mapping[str, Any], method: str) -> dict[str, float]:
+    """Held-out reward of a method's tuning runs by learning rate, the mean of the last two evaluations."""
+    points = {run["variant"]: run["points"] for run in tuning["runs"]}
+    names = {f"{rate:g}": f"{method}_{rate:g}" for rate in RATES}
+    return {
+        rate: fmean(point["held_out"]["reward"] for point in points[name][-2:])
+        for rate, name in names.items()
+        if name in points
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A document of an earlier stage.
+
+    Raises:
+        UsageError: it is not there yet.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path} is not there: run `board.py tune`, `run` and `seconds` with this --work first"
+        ) from None
 
 
 def seconds(methods: Sequence[str], rounds: int) -> dict[str, Any]:
