@@ -274,7 +274,7 @@ class Stock:
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.model.max_sequence_length,
+            max_sequence_length=self.model.family.max_sequence_length,
             device=self.model.device,
         )
         return Text(embeds.to(dtype), pooled.to(dtype))

@@ -51,14 +51,14 @@ class Plan:
     Attributes:
         variants: presets or configuration files.
         seeds: one run of every variant for each.
-        evaluate_every: iterations between held-out evaluations.
+        evaluate_every: iterations between held-out evaluations; None = as each variant says.
         overrides: options of all variants, as `key=value`.
         against: the variant that the others are compared with, each minus it; None = the first minus each other.
     """
 
     variants: tuple[str, ...]
     seeds: tuple[int, ...]
-    evaluate_every: int
+    evaluate_every: int | None
     overrides: tuple[str, ...] = ()
     against: str | None = None
 
@@ -74,7 +74,8 @@ class Plan:
         Raises:
             UsageError: naming what is wrong.
         """
-        own = [f"seed={seed}", f"evaluation.every={self.evaluate_every}", f"run.output_dir={directory}"]
+        own = [f"seed={seed}", f"run.output_dir={directory}"]
+        own += [] if self.evaluate_every is None else [f"evaluation.every={self.evaluate_every}"]
         return parse_arguments(["--config", variant, *self.overrides, *own])[0]
 
     def settings(self) -> dict[str, Any]:

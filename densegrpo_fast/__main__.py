@@ -17,6 +17,8 @@ from densegrpo_fast.common.suggest import did_you_mean
 COMMANDS = {
     "train": ("train", "align a model with a reward for every denoising step"),
     "sample": ("sample", "draw pictures with a base model or an adapter"),
+    "watch": ("watch", "show a run's report while it trains"),
+    "compare": ("compare", "compare finished runs, in text and as a page"),
     "evaluate": ("evaluate", "score models, runs and picture files on held-out prompts"),
     "fidelity": ("fidelity.__main__", "measure how far cheap lookaheads can be trusted, and what they cost"),
     "calibrate": ("calibrate", "find the noise level of each step at which reward gains are balanced"),

@@ -120,7 +120,7 @@ def strips(config: Config, ref: ModelRef, prompts: PromptSet, options: argparse.
     written = [{"file": name, "prompt": prompt} for name, prompt in zip(names, prompts.prompts, strict=True)]
     settings = _settings(config, ref, weights, sampler, options) | {"strips": written}
     write_json(options.output / "settings.json", settings | {"reward": config.reward.model_dump(mode="json")})
-    print(f"{len(names)} strips by {ref.name} ({weights.origin}): {options.output / 'strips'}")
+    print(f"{len(names)} strip{'s' * (len(names) != 1)} by {ref.name} ({weights.origin}): {options.output / 'strips'}")
     return ExitCode.OK
 
 

@@ -67,7 +67,6 @@ def test_a_way_that_does_other_work_is_noticed(
 ) -> None:
     made = tiny_policy()
     monkeypatch.setattr(bench_lookahead, "load", lambda config, device: made)
-    monkeypatch.setattr(bench_lookahead, "CACHE", "text:own")
     protocol = Protocol(**bench_lookahead.DEFAULTS | {"model": "embedded_random", "prompts": 1, "group_size": 2})
     found = bench_lookahead.ways(protocol)
     other = found | {"nodes": replace(found["nodes"], evaluations=found["exact"].evaluations)}

@@ -322,8 +322,8 @@ def test_refusals_of_options_that_disagree(arguments: list[str], expected: str) 
 
 
 def test_errors_name_options_that_there_are() -> None:
-    """Of the texts of the package that begin as a message about an option does: SECTION.KEY, then a colon."""
-    begins = re.compile(rf"({'|'.join(sections())})\.[a-z_.]+(?=:)")
+    """Of the texts of the package that begin as a message about an option: SECTION.KEY, a colon, a blank."""
+    begins = re.compile(rf"({'|'.join(sections())})\.[a-z_.]+(?=: )")
     named = set()
     for path in (Path(__file__).parent.parent / "densegrpo_fast").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

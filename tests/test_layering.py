@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "credit": {"flow", "common"},
     "objective": {"flow", "common"},
     "rewards": {"common"},
-    "embedded": {"rewards.scenes", "common"},
+    "embedded": {"rewards.ocr", "rewards.scenes", "common"},
     "models": {"flow.schedule", "flow.analytic", "embedded", "common"},
     "calibration": {"credit", "common"},
     "config": {

@@ -43,7 +43,9 @@ def test_a_large_model_without_a_gpu_is_refused_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    output = ["--run.output_dir", str(tmp_path / "run")]
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    own = ["--data.prompts", str(tmp_path / "prompts.txt"), "--data.eval_prompts", str(tmp_path / "prompts.txt")]
+    output = [*own, "--run.output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stop:
         train_command.main(["--config", "sd35_medium_pickscore", *output])
     assert stop.value.code == 3

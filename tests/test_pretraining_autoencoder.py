@@ -48,15 +48,15 @@ def test_the_small_decoder_learns_what_the_full_one_makes() -> None:
 
 def test_sampled_latents_are_kept(pipeline_directory: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_directory, text_encoder_3=None, tokenizer_3=None)
-    path = tmp_path / "sampled.safetensors"
-    sampled = pretrain.sampled_latents(pipeline.to(torch.float32), path, 2, seed=0)
+    path, recipe = tmp_path / "sampled.safetensors", pretrain.Recipe(sampled=2)
+    sampled = pretrain.sampled_latents(pipeline.to(torch.float32), path, recipe)
     assert sampled.shape == (2, 4, 16, 16) and sampled.dtype == torch.float16 and sampled.float().std() > 0.1
     # no pipeline is asked again
-    assert torch.equal(pretrain.sampled_latents(None, path, 2, seed=0), sampled)  # type: ignore[arg-type]
+    assert torch.equal(pretrain.sampled_latents(None, path, recipe), sampled)  # type: ignore[arg-type]
 
 
 def test_a_saved_pipeline_does_not_say_where_its_parts_came_from(pipeline_directory: Path, tmp_path: Path) -> None:
-    pipeline, preview = pretrain._modules(pipeline_directory)
+    pipeline, preview = pretrain._modules("scenes", pipeline_directory)
     save(pipeline, preview, tmp_path / "pipeline")
     files = {path.relative_to(tmp_path / "pipeline") for path in (tmp_path / "pipeline").rglob("*") if path.is_file()}
     assert files == {path.relative_to(pipeline_directory) for path in pipeline_directory.rglob("*") if path.is_file()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from densegrpo_fast.embedded import architecture, dataset, flow, scenes
+from densegrpo_fast.embedded import architecture, dataset, flow, scenes, words, worlds
 from densegrpo_fast.embedded.dataset import Dataset
 from densegrpo_fast.embedded.flow import FlowRecipe, PlainAttention
 
@@ -34,9 +35,9 @@ def make(seed: int) -> SD3Transformer2DModel:
 
 @pytest.mark.usefixtures("few")
 def test_more_scenes_leave_the_first_ones_as_they_are(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
-    one = dataset.prepare(pipeline, tmp_path / "stages", 1, seed=0)
-    two = dataset.prepare(pipeline, tmp_path / "stages", 2, seed=0)
-    again = dataset.prepare(pipeline, tmp_path / "again", 2, seed=0)
+    one = dataset.prepare(pipeline, "scenes", tmp_path / "stages", 1, seed=0)
+    two = dataset.prepare(pipeline, "scenes", tmp_path / "stages", 2, seed=0)
+    again = dataset.prepare(pipeline, "scenes", tmp_path / "again", 2, seed=0)
     assert len(one) == 6 and len(two) == 12
     assert torch.equal(two.latents[:6], one.latents) and torch.equal(two.latents, again.latents)
     assert not torch.equal(two.latents[6:], one.latents)
@@ -77,6 +78,7 @@ def random_data() -> Dataset:
         torch.randn(4, 128, generator=generator),
         shift=0.0,
         spread=1.0,
+        num_kinds=25,
     )
 
 
@@ -119,7 +121,7 @@ def _new(directory: Path) -> Path:
 
 def test_a_token_knows_what_covers_it() -> None:
     square = scenes.Figure("square", "blue", x=20.0, y=44.0, radius=10.0)
-    kinds, places = dataset.covering((square,))
+    kinds, places = worlds.covering((square,))
     blue_square = 1 + 1 * 6 + 2
     assert set(kinds.tolist()) == {0, blue_square}
     grid, where = kinds.reshape(8, 8), places.reshape(8, 8, 3)
@@ -128,9 +130,32 @@ def test_a_token_knows_what_covers_it() -> None:
     assert where[5, 2].tolist() == [0.0, 0.0, 10 / 16] and where[4, 1].tolist() == [0.5, 0.5, 10 / 16]
 
 
+def test_a_token_knows_its_letter() -> None:
+    # cells of 12 x 20 pixels from x = 10 and y = 16 on
+    kinds, places = worlds.spelling("AB", left=10, top=16)
+    grid, where = kinds.reshape(8, 8), places.reshape(8, 8, 3)
+    # the token of columns 16 to 23 has 6 columns of A, the next one 8 of B, and the one before 6 of A
+    assert grid[2].tolist() == [0, 1, 1, 2, 2, 0, 0, 0] and grid[3].tolist() == grid[2].tolist()
+    # the row of tokens from y = 32 on has 4 rows of 8; the one above the letters none
+    assert grid[4].tolist() == [0, 1, 1, 2, 0, 0, 0, 0] and not grid[1].any()
+    assert where[2, 2].tolist() == [(16 - 20) / 16, (26 - 20) / 16, 0.0] and where[2, 3, 2] == 0.25
+
+
+def test_signs_show_no_held_out_word_and_letters_in_any_order() -> None:
+    every = words.training_words()
+    assert len(every) == len(set(every)) and not set(every) & set(words.split(held_out=True))
+    examples = list(worlds.WORLDS["words"].examples(40, np.random.default_rng(0)))
+    known = {words.prompt(word) for word in words.split(held_out=False)}
+    real = [example.sentence in known for example in examples]
+    assert {example.sentence for example in examples} <= {words.prompt(word) for word in every} and 3 <= sum(real) <= 20
+    tokenizer = architecture.build_tokenizer(worlds.WORLDS["words"].vocabulary())
+    pieces = tokenizer.tokenize(words.prompt("RIVER"))
+    assert [piece.removesuffix("</w>") for piece in pieces] == ["a", "sign", "that", "says", '"', *"river", '"']
+
+
 def test_a_reader_learns_from_the_hidden_tokens() -> None:
     torch.manual_seed(0)
-    reader, data = flow.Reader(16), random_data()
+    reader, data = flow.Reader(16, 25), random_data()
     hidden = torch.randn(8, 64, 16, requires_grad=True)
     loss = reader.loss(hidden, data.kinds, data.places)
     loss.backward()

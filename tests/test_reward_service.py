@@ -143,8 +143,8 @@ def test_bodies_and_connections_are_limited_in_total(monkeypatch: pytest.MonkeyP
         with stack.enter_context(socket.create_connection(server.server_address[:2])) as fourth:
             assert b"503 Service Unavailable" in fourth.recv(1000)
         # whoever came first has the room until the time is over; so do the others give up
-        statuses = sorted(connection.recv(1000).split()[1] for connection in (first, second, third))
-        assert statuses == [b"408", b"408", b"408"] or statuses == [b"408", b"503", b"503"]
+        statuses = {connection.recv(1000).split()[1] for connection in (first, second, third)}
+        assert b"408" in statuses <= {b"408", b"503"}
         assert posted(url, request())[0] == 200
 
 

@@ -246,11 +246,15 @@ def test_a_reward_that_hangs_is_left_behind():
 
 
 def test_a_reward_that_changes_directory_or_forks_is_brought_back(tmp_path, monkeypatch):
+    # a reward that an earlier test gave up on would go back to a directory of its own
+    for thread in threading.enumerate():
+        if thread.name == "rewards":
+            thread.join()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
 
     def wandering(images, prompts, metadata):
-        os.chdir("elsewhere")
+        os.chdir(tmp_path / "elsewhere")
         return [1.0] * 3
 
     assert RewardMixture({"r": (wandering, 1.0)})(IMAGES, PROMPTS).values.tolist() == [1.0] * 3

@@ -81,7 +81,7 @@ def test_what_is_written(command: Callable[..., int], tiny_directory: Path, tmp_
 def test_the_picture_is_eulers_from_the_seeds_noise(command: Callable[..., int], tmp_path: Path) -> None:
     assert command(PROMPTS[0], *FAST, "--guidance=2", "--output", tmp_path / "out") == 0
     model = tiny_sd3()
-    model.max_sequence_length = 0
+    model.family.max_sequence_length = 0
     noise = initial_noise(model, torch.tensor([7]), seed=0, iteration=0, stream=Stream.EVALUATION)
     latents = sample_ode(model, noise, model.encode([PROMPTS[0]]), model.sigmas(2), guidance_scale=2.0)
     expected = model.decode(latents)[0]
@@ -141,7 +141,7 @@ def test_an_adapter_is_worn(command: Callable[..., int], tiny_policy: Callable[.
     for name, adapter in (("base", "base"), ("tuned", tmp_path / "adapter")):
         assert command(PROMPTS[0], *FAST, "--adapter", adapter, "--guidance=1", "--output", tmp_path / name) == 0
     base, tuned = (pictures(tmp_path / name)[PROMPTS[0], 7] for name in ("base", "tuned"))
-    policy.max_sequence_length = 0
+    policy.family.max_sequence_length = 0
     sampler = PictureSampler("ode", num_steps=2, guidance_scale=1.0)
     expected = draw(policy, [(PROMPTS[0], 7)], sampler, chunk=1)[0]
     assert (tuned - expected).abs().max() <= ROUNDING

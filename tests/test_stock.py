@@ -27,7 +27,7 @@ from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of  # noqa: E40
 from densegrpo_fast.config import Config  # noqa: E402
 from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
 from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
-from densegrpo_fast.models import sd3  # noqa: E402
+from densegrpo_fast.models import diffusers_model  # noqa: E402
 from densegrpo_fast.models.base import FlowModel  # noqa: E402
 from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
 from densegrpo_fast.sampling.rollout import initial_noise  # noqa: E402
@@ -193,7 +193,7 @@ def test_all_images_go_through_the_autoencoder_at_once(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, dense: bool
 ) -> None:
     # ours would decode one by one with so small a cache
-    monkeypatch.setattr(sd3, "_CACHED_PLACES", 1)
+    monkeypatch.setattr(diffusers_model, "_CACHED_PLACES", 1)
     model, decoded = tiny_policy(), []
     model.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(inputs[0]))
     Stock(model, settings("dense"), REWARD).iteration(ROWS, METADATA, PhaseTimer(), dense=dense)

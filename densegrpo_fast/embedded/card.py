@@ -1,9 +1,10 @@
-"""Measures the embedded pipeline on held-out sentences and writes its model card."""
+"""Measures an embedded pipeline on held-out sentences of scenes, and writes model cards."""
 
 from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from torch import Tensor
 
 from densegrpo_fast.embedded import scenes
-from densegrpo_fast.embedded.dataset import CHUNK
+from densegrpo_fast.embedded.stages import CHUNK
 from densegrpo_fast.rewards.scenes import ScenesReward
 
 EVALUATION_STEPS = 10
@@ -115,10 +116,17 @@ def preview_decode(preview: AutoencoderTiny, latents: Tensor) -> Tensor:
     return (preview.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
-def write_card(directory: Path, recipe: Any, log: Any, scores: dict[str, Any], note: str = "") -> None:
+def write_card(
+    directory: Path,
+    text: Callable[[dict[str, Any]], str],
+    recipe: Any,
+    log: Any,
+    scores: dict[str, Any],
+    note: str = "",
+) -> None:
     """Write `README.md` (the model card) and `pretraining.json` (its evidence) into the pipeline directory.
 
-    `note` says in what these weights differ from a plain run of the command.
+    `text` makes the one from the other; `note` says in what these weights differ from a plain run of the command.
     """
     evidence = {
         "recipe": asdict(recipe),
@@ -133,20 +141,26 @@ def write_card(directory: Path, recipe: Any, log: Any, scores: dict[str, Any], n
         },
     }
     (directory / "pretraining.json").write_text(json.dumps(evidence, indent=1) + "\n")
-    (directory / "README.md").write_text(_card(evidence))
+    (directory / "README.md").write_text(text(evidence))
 
 
-def _card(evidence: dict[str, Any]) -> str:
-    scores, recipe, seconds = evidence["scores"], evidence["recipe"], evidence["seconds"]
+def stage_table(evidence: dict[str, Any]) -> str:
+    """The loss curve and minutes of every stage, as lines of a table."""
+    return "\n".join(
+        f"| {name} | {evidence['losses'][name][0][1]:.4f} | {_at(evidence, name, 0.5):.4f} | "
+        f"{_at(evidence, name, 0.9):.4f} | {evidence['losses'][name][-1][1]:.4f} | "
+        f"{evidence['seconds'][name] / 60:.0f} |"
+        for name in evidence["losses"]
+    )
+
+
+def text(evidence: dict[str, Any]) -> str:
+    """The card of the scenes model."""
+    scores, recipe = evidence["scores"], evidence["recipe"]
     rows = []
     for name in (*scenes.CATEGORIES, "mean"):
         cells = [f"{scores['strict'][s][name]:.2f} / {scores['graded'][s][name]:.2f}" for s in scores["strict"]]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    stages = "\n".join(
-        f"| {name} | {evidence['losses'][name][0][1]:.4f} | {_at(evidence, name, 0.5):.4f} | "
-        f"{_at(evidence, name, 0.9):.4f} | {evidence['losses'][name][-1][1]:.4f} | {seconds[name] / 60:.0f} |"
-        for name in evidence["losses"]
-    )
     header = " | ".join(f"guidance {scale}" for scale in scores["strict"])
     note = f"\n{evidence['note']}\n" if evidence["note"] else ""
     return f"""---
@@ -175,7 +189,7 @@ held-out sentence; one in five sentences is held out by meaning. Torch {evidence
 {note}
 | stage | loss at start | half way | at 90% | end | minutes |
 |---|---|---|---|---|---|
-{stages}
+{stage_table(evidence)}
 
 ## Held-out sentences, {EVALUATION_STEPS} Euler steps: strict pass rate / graded score
 

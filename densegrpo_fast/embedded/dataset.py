@@ -1,12 +1,13 @@
-"""What the flow is trained on: scenes as latents, kept on disk, and the text features of every sentence.
+"""What the flow is trained on: pictures as latents, kept on disk, and the text features of every sentence.
 
-A training step then costs the transformer alone. Scenes come in chunks, a file each, that a seed and a number decide;
+A training step then costs the transformer alone. Pictures come in chunks, a file each, that a seed and a number decide;
 more of them may be added to a data set later without changing the first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from densegrpo_fast.embedded import architecture, scenes
-from densegrpo_fast.embedded.stages import write_tensors
+from densegrpo_fast.embedded import architecture
+from densegrpo_fast.embedded.stages import CHUNK, write_tensors
+from densegrpo_fast.embedded.worlds import WORLDS, World
 
-CHUNK = 4_000
+_TOGETHER = 50
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Scenes and sentences.
+    """Pictures of a world and its sentences.
 
     Attributes:
         latents: [N, 4, 16, 16] float16; those of the first chunk have zero mean and unit spread.
-        sentence: [N] int64, the row of each scene's sentence.
-        kinds: [N, 64] uint8, what covers each token of the transformer: 0 background, else the object's kind.
-        places: [N, 64, 3] float16, where a token is covered: that object's centre from the token's, and its radius, in
-            units of 16 pixels.
+        sentence: [N] int64, the row of each picture's sentence.
+        kinds, places: [N, 64] uint8 and [N, 64, 3] float16, as in `worlds.Example`.
+        num_kinds: the world's.
         embeds: [S, MAX_TOKENS, 128] float32; the last row is the empty sentence.
         pooled: [S, 128] float32.
         shift, spread: mean and standard deviation of the autoencoder's own latents in the first chunk.
@@ -46,27 +47,28 @@ class Dataset:
     pooled: Tensor
     shift: float
     spread: float
+    num_kinds: int
 
     def __len__(self) -> int:
         return len(self.latents)
 
 
-def prepare(pipeline: StableDiffusion3Pipeline, directory: Path, chunks: int, seed: int) -> Dataset:
+def prepare(pipeline: StableDiffusion3Pipeline, world: str, directory: Path, chunks: int, seed: int) -> Dataset:
     """Load the first `chunks` chunks of `directory`, drawing and encoding those that are not there yet."""
-    sentences = [scene.prompt for deck in scenes.split(held_out=False).values() for scene in deck]
+    sentences = WORLDS[world].sentences()
     row = {sentence: index for index, sentence in enumerate(sentences)}
     parts = []
     for number in range(chunks):
-        path = directory / f"scenes-{number:03}.safetensors"
+        path = directory / f"{world}-{number:03}.safetensors"
         if not path.exists():
-            write_tensors(path, _chunk(pipeline.vae, row, [seed, 4, number]))
+            write_tensors(path, _chunk(pipeline.vae, WORLDS[world], row, [seed, 4, number]))
         parts.append(load_file(path))
     first = parts[0]["latents"].float()
     shift, spread = float(first.mean()), float(first.std())
     latents = torch.cat([((part["latents"].float() - shift) / spread).half() for part in parts])
     embeds, pooled = encode_prompts(pipeline, [*sentences, ""])
     sentence, kinds, places = (torch.cat([part[key] for part in parts]) for key in ("sentence", "kinds", "places"))
-    return Dataset(latents, sentence, kinds, places, embeds, pooled, shift, spread)
+    return Dataset(latents, sentence, kinds, places, embeds, pooled, shift, spread, WORLDS[world].kinds)
 
 
 @torch.no_grad()
@@ -84,37 +86,20 @@ def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tu
 
 
 @torch.no_grad()
-def _chunk(vae: Any, row: dict[str, int], seed: list[int]) -> dict[str, Tensor]:
-    """Posterior means, sentences and objects of `CHUNK` scenes."""
-    generator = np.random.default_rng(seed)
-    drawn = scenes.sample_scenes(CHUNK, generator)
-    latents, kinds, places = [], [], []
-    for start in tqdm(range(0, CHUNK, 50), desc=f"scenes {seed[-1]}", mininterval=30.0):
-        pictures, figures = zip(*(scenes.compose(s, generator) for s in drawn[start : start + 50]), strict=True)
-        images = torch.from_numpy(np.stack(pictures)).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
-        latents.append(vae.encode(images).latent_dist.mode().half())
-        for found in figures:
-            kind, place = covering(found)
-            kinds.append(torch.from_numpy(kind))
-            places.append(torch.from_numpy(place))
+def _chunk(vae: Any, world: World, row: dict[str, int], seed: list[int]) -> dict[str, Tensor]:
+    """Posterior means, sentences and objects of `CHUNK` pictures."""
+    examples = world.examples(CHUNK, np.random.default_rng(seed))
+    latents, sentences, kinds, places = [], [], [], []
+    for _ in tqdm(range(0, CHUNK, _TOGETHER), desc=f"pictures {seed[-1]}", mininterval=30.0):
+        part = list(islice(examples, _TOGETHER))
+        images = torch.from_numpy(np.stack([example.picture for example in part])).mul(2).sub(1)
+        latents.append(vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mode().half())
+        sentences += [row[example.sentence] for example in part]
+        kinds.append(np.stack([example.kinds for example in part]))
+        places.append(np.stack([example.places for example in part]))
     return {
         "latents": torch.cat(latents),
-        "sentence": torch.tensor([row[scene.prompt] for scene in drawn]),
-        "kinds": torch.stack(kinds),
-        "places": torch.stack(places),
+        "sentence": torch.tensor(sentences),
+        "kinds": torch.from_numpy(np.concatenate(kinds)),
+        "places": torch.from_numpy(np.concatenate(places)),
     }
-
-
-def covering(figures: tuple[scenes.Figure, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """One scene's `kinds` [64] and `places` [64, 3]: a token, 8x8 pixels, is covered from an eighth of it on."""
-    kinds, places = np.zeros(64, np.uint8), np.zeros((64, 3), np.float16)
-    y, x = np.mgrid[0:64, 0:64] + 0.5
-    rows, columns = (grid.reshape(-1) for grid in np.mgrid[4:64:8, 4:64:8])
-    for figure in figures:
-        inside = scenes.signed_distance(figure.shape, x - figure.x, y - figure.y, figure.radius) < 0
-        covered = inside.reshape(8, 8, 8, 8).mean((1, 3)).reshape(-1) > 1 / 8
-        kind = scenes.SHAPES.index(figure.shape) * len(scenes.COLOURS) + list(scenes.COLOURS).index(figure.colour)
-        kinds[covered] = 1 + kind
-        place = np.stack([figure.x - columns, figure.y - rows, np.full(64, figure.radius)], 1) / 16
-        places[covered] = place[covered]
-    return kinds, places

@@ -25,12 +25,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densegrpo_fast.embedded import scenes
 from densegrpo_fast.embedded.dataset import Dataset
 from densegrpo_fast.embedded.stages import Loop
 
 CHECKPOINT_SECONDS = 90.0
-KINDS = 1 + len(scenes.SHAPES) * len(scenes.COLOURS)
 
 
 class PlainAttention:
@@ -59,18 +57,19 @@ class PlainAttention:
 class Reader(nn.Module):
     """Reads objects from picture tokens [N, 64, width]: logits of kinds, and places; see `Dataset`."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, kinds: int):
         super().__init__()
+        self.kinds = kinds
         self.layers = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, KINDS + 3)
+            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, kinds + 3)
         )
 
     def loss(self, hidden: Tensor, kinds: Tensor, places: Tensor) -> Tensor:
         """Cross-entropy of the kinds, plus the squared error of places where there is an object."""
         read, kinds = self.layers(hidden).float(), kinds.long()
         covered = (kinds > 0).unsqueeze(-1)
-        error = ((read[..., KINDS:] - places.float()).square() * covered).sum() / (3 * covered.sum()).clamp(min=1)
-        return F.cross_entropy(read[..., :KINDS].flatten(0, 1), kinds.flatten()) + error
+        error = ((read[..., self.kinds :] - places.float()).square() * covered).sum() / (3 * covered.sum()).clamp(min=1)
+        return F.cross_entropy(read[..., : self.kinds].flatten(0, 1), kinds.flatten()) + error
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def train_flow(
     `directory` holds `flow.partial.safetensors` (newest step), `flow.stable.safetensors` (before the decay: what a
     longer run continues from) and `flow.scores.jsonl` (what `scores` returns for the average, every `score_every`).
     """
-    reader = _reader(transformer, recipe)
+    reader = _reader(transformer, data.num_kinds, recipe)
     modules: dict[str, nn.Module] = {"transformer": transformer, "reader": reader}
     parameters = [p for module in modules.values() for p in module.parameters()]
     average = EMAModel(parameters, decay=recipe.average, use_ema_warmup=True, power=0.75, foreach=True)
@@ -148,14 +147,14 @@ def train_flow(
     return loop.curve
 
 
-def _reader(transformer: SD3Transformer2DModel, recipe: FlowRecipe) -> Reader:
+def _reader(transformer: SD3Transformer2DModel, kinds: int, recipe: FlowRecipe) -> Reader:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return Reader(transformer.inner_dim)
+        return Reader(transformer.inner_dim, kinds)
 
 
 def draw(data: Dataset, recipe: FlowRecipe, step: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """A step's scenes: their numbers, noisy latents, target velocities and conditions.
+    """A step's pictures: their numbers, noisy latents, target velocities and conditions.
 
     Noise levels are logit-normal, some uniform, then shifted as the sampler's are. A tenth of the prompts is dropped
     for guidance. In some batches a random number of zero tokens stands where SD3 puts T5's, so that the model gives

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 _AVERAGE, _STATE = "average::", "optimizer::"
+CHUNK = 4_000
+"""Pictures of one file of a data set."""
 WARMUP_STEPS = 200
 CURVE_STEPS = 50
 """Steps whose mean loss is one point of the curve."""

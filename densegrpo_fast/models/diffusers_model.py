@@ -99,7 +99,6 @@ class DiffusersModel(FlowModel):
         self.pipeline: Any = pipeline
         self.network = getattr(pipeline, kind.network_part)
         self.preview_decoder = preview_decoder
-        self.max_sequence_length = max_sequence_length
         self.stored_prompts = stored_prompts
         self.has_t5 = getattr(pipeline, "text_encoder_3", None) is not None if has_t5 is None else has_t5
         self.latent_shape = self.family.latent_shape

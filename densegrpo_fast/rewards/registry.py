@@ -200,8 +200,10 @@ def create(name: str, **options: Any) -> Reward:
 
 
 def _made(name: str) -> AbstractContextManager[None]:
-    """Whatever one's own reward raises while it is made is its error."""
-    return fenced(f"making the reward {name!r}", partial(RewardError, name=name))
+    """Whatever one's own reward raises while it is made is its error; a lack of memory is told by the caller."""
+    import torch  # not where names alone are asked for
+
+    return fenced(f"making the reward {name!r}", partial(RewardError, name=name), (torch.OutOfMemoryError,))
 
 
 def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str, Any], skip: int = 0) -> None:

@@ -108,7 +108,9 @@ def test_two_runs_and_misaligned_views_are_bit_equal(device) -> None:
         assert torch.equal(again[1], first[1])
 
 
-def test_a_step_outside_the_table_makes_its_row_nan(device) -> None:
+def test_a_step_outside_the_table_makes_its_row_nan(device, monkeypatch: pytest.MonkeyPatch) -> None:
+    # on a GPU nothing waits for the steps to be read
+    monkeypatch.setattr("densegrpo_fast.flow.checks.check_steps", lambda *_: None)
     latents, velocity = torch.randn(2, 5, 100).unbind()
     next_latents, log_prob = run(latents, velocity, device, STEPS + torch.tensor([0, 0, 1, 0, 0]))
     assert next_latents[2].isnan().all()
