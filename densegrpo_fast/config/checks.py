@@ -17,8 +17,8 @@ from densegrpo_fast.rewards.registry import BUILT_IN, USE, resolve_alias
 from densegrpo_fast.sampling.windows import remaining_steps
 
 if TYPE_CHECKING:
+    from densegrpo_fast.config.learning_sections import CreditOptions, ObjectiveOptions
     from densegrpo_fast.config.schema import Config
-    from densegrpo_fast.config.sections import CreditOptions, ObjectiveOptions
 
 _GUARDED = {"paper": ("flow_sde", "dance")}
 """Dynamics for which a weight of GRPO-Guard is defined; for the others, all with a variance."""

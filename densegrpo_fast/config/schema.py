@@ -1,7 +1,7 @@
 """All options of a run in one object, and what follows from them. Nothing here imports torch.
 
-`sections.py` has the option groups, `checks.py` what they say about each other, `yaml_files.py` reads and writes files,
-`cli.py` adds the command line.
+`sections.py` and `learning_sections.py` have the option groups, `checks.py` what they say about each other,
+`yaml_files.py` reads and writes files, `cli.py` adds the command line.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from pydantic.fields import FieldInfo
 from densegrpo_fast.common.aliases import comparable_settings
 from densegrpo_fast.common.fingerprint import fingerprint
 from densegrpo_fast.config import checks
+from densegrpo_fast.config.fields import Section
+from densegrpo_fast.config.learning_sections import (
+    CreditOptions,
+    EmaOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    RewardOptions,
+)
 from densegrpo_fast.config.sections import (
     CalibrationOptions,
-    CreditOptions,
     DataOptions,
     DistributedOptions,
-    EmaOptions,
     EvaluationOptions,
     LookaheadOptions,
     LoraOptions,
     ModelOptions,
-    ObjectiveOptions,
-    OptimizerOptions,
-    RewardOptions,
     RunOptions,
     SamplerOptions,
-    Section,
     WindowOptions,
 )
 from densegrpo_fast.credit import registry

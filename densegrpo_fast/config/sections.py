@@ -1,36 +1,21 @@
 """The option groups: every option's type, range and meaning, and what the options of one group say about each other.
 
-The models hold no default values: those live in the presets (`configs/*.yaml`), so that a number is written in one
-place. What options of different groups say about each other is in `checks.py`.
+Those that say what is learned (rewards to optimizer) are in `learning_sections.py`. No group holds default values:
+those live in the presets (`configs/*.yaml`), so that a number is written in one place. What options of different groups
+say about each other is in `checks.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from densegrpo_fast.calibration.rules import Staircase
 from densegrpo_fast.common.aliases import cache_problem
-from densegrpo_fast.common.plugins import Registry, is_outside
-from densegrpo_fast.common.suggest import did_you_mean
-from densegrpo_fast.config.checks import reward_problem
-from densegrpo_fast.credit.registry import METHODS, local_methods
-from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
+from densegrpo_fast.config.fields import PositiveInt, Section, StepIndex, Text, once
 from densegrpo_fast.sampling.windows import Schedule
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
-PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
-StepIndex = Annotated[int, Field(ge=0, lt=2**31)]
 CHOSEN_BY_AUTO = (
     "lookahead.plan",
     "lookahead.nodes",
@@ -45,38 +30,6 @@ CHOSEN_BY_AUTO = (
 )
 """Dotted keys of the options that `lookahead.plan auto` chooses."""
 _PROMPTS = '"scenes", "general", "ocr" or "geneval" (built in), or a .txt, .jsonl, .tsv or .csv file'
-
-
-class Section(BaseModel):
-    """Base of all option groups: unknown keys, NaN, infinities and silent conversions are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _once(what: str) -> AfterValidator:
-    """The check that no entry of a list stands there twice."""
-
-    def check(values: list[str]) -> list[str]:
-        if len(set(values)) != len(values):
-            raise ValueError(f"expected every {what} once")
-        return values
-
-    return AfterValidator(check)
-
-
-def _named_in(registry: Registry[Any]) -> AfterValidator:
-    """The check that a name is registered, or has the form of one from outside of the package."""
-
-    def check(name: str) -> str:
-        known = registry.names()
-        if name not in known and not is_outside(name):
-            raise ValueError(
-                f'unknown {registry.what} "{name}"{did_you_mean(name, known)} '
-                f"(known: {', '.join(known)}; your own {registry.kind.__name__}: module:NAME or path.py:NAME)"
-            )
-        return name
-
-    return AfterValidator(check)
 
 
 class ModelOptions(Section):
@@ -122,7 +75,7 @@ class LoraOptions(Section):
 
     rank: int = Field(ge=1, le=1024, description="rank of the update of each projection")
     alpha: int = Field(ge=1, le=4096, description="the update is scaled by alpha / rank")
-    targets: Annotated[list[Text], _once("projection")] = Field(
+    targets: Annotated[list[Text], once("projection")] = Field(
         min_length=1, description="attention projections that get an adapter"
     )
     init_seed: int = Field(ge=0, lt=2**63, description="seed of the adapter's initial weights")
@@ -295,194 +248,6 @@ class LookaheadOptions(Section):
         return self
 
 
-class RewardOptions(Section):
-    """What a good image is."""
-
-    terms: dict[str, float] = Field(
-        min_length=1, description="reward name -> weight; your own as module:function or path.py:function"
-    )
-    observed: list[Text] = Field(description="further rewards that only the held-out evaluation reports")
-    options: dict[Text, dict[str, JsonValue]] = Field(
-        description="reward name -> its options, such as {pickscore: {model: DIRECTORY}}; the option use: NAME gives a "
-        "name of your own to a reward, such as {hpsv2: {use: remote, url: http://...}}"
-    )
-    max_missing: float = Field(ge=0, le=1, description="share of missing scores above which the run stops")
-    timeout: Annotated[float, Field(gt=0)] | None = Field(
-        description="seconds that one call of the rewards may take where one of them is your own; null = no limit. The "
-        "package's have limits of their own"
-    )
-    overlap: bool = Field(
-        description="score on a thread of its own while further images are decoded, a chunk at a time: for rewards "
-        "that leave the model's device alone, on the CPU or a server; else all images in one call"
-    )
-
-    @field_validator("terms")
-    @classmethod
-    def _one_counts(cls, terms: dict[str, float]) -> dict[str, float]:
-        if not any(terms.values()):
-            raise ValueError("expected at least one weight other than 0")
-        return terms
-
-    @model_validator(mode="after")
-    def _known_rewards(self) -> RewardOptions:
-        if problem := reward_problem(self.terms, self.observed, self.options):
-            raise ValueError(problem)
-        return self
-
-
-class CreditOptions(Section):
-    """How rewards become advantages."""
-
-    method: Annotated[Text, _named_in(METHODS)] = Field(
-        description=f"{', '.join(METHODS.names())}; or your own CreditMethod as module:NAME or path.py:NAME "
-        "(densegrpo_fast/credit)"
-    )
-    normalize: Literal["step", "joint"] = Field(
-        description="of dense, return_to_go and mixture: normalise for each step, or over all steps of a group together"
-    )
-    std: Literal["group", "global"] = Field(description="spread that advantages are divided by")
-    spread_floor: float = Field(ge=0, description="a group whose rewards spread less gets advantage 0")
-    smoothing: float = Field(
-        ge=0,
-        le=1000,
-        description="of methods with a lookahead: variance of a completion's reward around its state's true value, in "
-        "units of a step's true gain's, by which rewards along a trajectory are smoothed; 0 = not",
-    )
-    closeness: float = Field(
-        ge=0,
-        le=100,
-        description="of trajectories: weight, falling to 0 over the run, by which a step is rewarded for leading near "
-        "the state of its group's best sample (an experiment after POSG); 0 = off",
-    )
-    clip: float = Field(gt=0, description="largest absolute advantage")
-    discount: float = Field(
-        ge=0, le=1, description="of return_to_go, vgpo and mixture's return_to_go: what a step further ahead counts"
-    )
-    step_value: Literal["gain", "value", "return_to_go"] = Field(
-        description="of mixture: what judges a step beside the end reward"
-    )
-    terminal_coef: float = Field(ge=0, description="of mixture: weight of the end reward's advantage")
-    dense_coef: float = Field(ge=0, description="of mixture: weight of the step's advantage")
-    consistent: bool = Field(description="of turning_point: the consistency constraint")
-    balance: bool = Field(description="of turning_point: as many replacements above 0 as below")
-    absolute_coef: float = Field(
-        ge=0,
-        description="of vgpo, whose rewards should be at least 0: weight of a step's value beside its comparison",
-    )
-    absolute_steps: int = Field(
-        ge=0, description="of vgpo: sampling steps, from the first one, that get the absolute term if they are noisy"
-    )
-    window: PositiveInt = Field(description="of coca: steps whose similarity is averaged; a divisor of the steps")
-    alpha: float = Field(ge=0, le=1, description="of coca: part of the image's advantage that every step gets alike")
-    similarity_floor: float = Field(
-        gt=0, description="of coca: a trajectory whose similarity rises by less credits its steps alike"
-    )
-    granularities: list[PositiveInt] = Field(
-        min_length=1, description="of granular: step sizes of the completions of a branch, in steps of the grid"
-    )
-    arguments: dict[Text, JsonValue] = Field(
-        description="further arguments of a method of your own, such as {sharpness: 2}; {} for the package's"
-    )
-
-    @field_validator("granularities")
-    @classmethod
-    def _granularities_increase(cls, granularities: list[int]) -> list[int]:
-        if sorted(set(granularities)) != granularities:
-            raise ValueError(f"expected increasing step sizes, got {granularities}")
-        return granularities
-
-    def method_options(self) -> dict[str, Any]:
-        """Every option that a credit method may take, by its name: the section's own, and `arguments`."""
-        return self.model_dump(exclude={"method", "arguments"}) | self.arguments
-
-
-class ObjectiveOptions(Section):
-    """The policy loss."""
-
-    policy: Annotated[Text, _named_in(POLICIES)] = Field(
-        description="clip = PPO's clipped ratios; guard = GRPO-Guard's normalised ones; dppo = Flow-DPPO's mask; or "
-        "your own PolicyLoss as module:NAME or path.py:NAME (densegrpo_fast/objective/registry.py)"
-    )
-    clip_range: float = Field(
-        gt=0,
-        lt=1,
-        description="the ratio is clipped to 1 - clip_range .. 1 + clip_range; guard's (2e-6 at 512 px) are smaller by "
-        "the step's injected noise; of no effect with dppo",
-    )
-    guard_weight: Literal["paper", "jacobian", "none"] = Field(
-        description="of guard: weight of each step; paper = 1/|dt| (dynamics flow_sde and dance), jacobian = the same "
-        "idea for any dynamics"
-    )
-    dppo_threshold: float = Field(
-        ge=0, description="of dppo: KL of a step to the sampling policy from which samples that enlarge it are dropped"
-    )
-    step_weight: Annotated[Text, _named_in(STEP_WEIGHTS)] = Field(
-        description="weight of each step's policy loss, on top of guard's; none = 1, noise_aware = its injected noise "
-        "(TempFlow), flash = undoes the log-probability's gain (Flash-GRPO), proportionate = flash times |dt| (PCPO); "
-        "or your own StepWeighting as module:NAME or path.py:NAME"
-    )
-    kl_coef: float = Field(ge=0, description="weight of the KL to the model without its adapter; 0 = off")
-    kl_scale: Literal["flow_grpo", "paper"] = Field(
-        description="flow_grpo = that code's, which leaves out the step's |dt|; paper = the true divergence of a step"
-    )
-    guidance_gradient: Literal["full", "conditional"] = Field(
-        description="halves of a guided velocity that the gradient goes through; full = both; conditional = the one "
-        "with the prompt alone: cheaper, another gradient, and what a configuration or checkpoint from before this "
-        "option means"
-    )
-    negative_factor: float = Field(
-        ge=0,
-        le=1,
-        description="with sampler.branches: multiplies the negative advantages of branches whose noise points where "
-        "that of good branches of the same state does (an experiment after NTHR); 1 = off",
-    )
-    negative_threshold: Annotated[float, Field(ge=0)] | None = Field(
-        description="how much it does, as a share of what the least good branch has; null = 1/sqrt(D) with D latent "
-        "values, the size of independent noises' cosines. NTHR's 1 holds next to nothing back",
-    )
-    trained_steps: Literal["all_but_last"] | list[StepIndex] | PositiveInt = Field(
-        description="all_but_last, a list of step indices (0..T-1), or how many are drawn per iteration; with windows "
-        "only their steps. With a credit that is local to a step "
-        f"({local_methods()}), only the states at both ends of a trained step are completed"
-    )
-    step_sampling: Literal["uniform", "importance"] = Field(
-        description="how trained_steps draws a number of steps: uniform = each alike; importance = in proportion to "
-        "the size that each step's gradient is expected to have, by which its loss is then divided: the same gradient "
-        "on average, with less noise from the draw"
-    )
-    arguments: dict[Text, JsonValue] = Field(
-        description="further arguments of a policy or step_weight of your own, such as {margin: 0.1}; {} for the "
-        "package's"
-    )
-
-
-class OptimizerOptions(Section):
-    """AdamW."""
-
-    lr: float = Field(gt=0, le=1, description="learning rate")
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        min_length=2, max_length=2, description="decay of the two moments"
-    )
-    weight_decay: float = Field(ge=0, le=1, description="decoupled weight decay")
-    eps: float = Field(gt=0, description="added to the denominator")
-    max_grad_norm: float = Field(gt=0, description="gradients are scaled down to this norm")
-    updates_per_iteration: PositiveInt = Field(description="updates that the samples of an iteration are split over")
-    update: Literal["replayed", "streamed"] = Field(
-        description="replayed = each trained step's forward runs again, once all are rewarded; streamed = it keeps its "
-        "graph from the rollout until the states around it are scored: the same gradient without a repeated forward, "
-        "in the memory of two steps' graphs of all samples (where that runs out, it is replayed). For trajectories, "
-        f"one update per iteration and a credit that is local to a step ({local_methods()})"
-    )
-    warmup: int = Field(ge=0, description="updates over which the learning rate rises linearly; 0 = none")
-
-
-class EmaOptions(Section):
-    """The running average of the adapter, which is what evaluation and export use."""
-
-    decay: float = Field(ge=0, lt=1, description="share of the old average kept at an update of it")
-    every: int = Field(ge=0, description="optimizer updates between two updates of the average; 0 = no average")
-
-
 class EvaluationOptions(Section):
     """Held-out evaluation with the ODE sampler."""
 
@@ -514,7 +279,7 @@ class RunOptions(Section):
     memory_check: Literal["refuse", "warn", "off"] = Field(
         description="what to do at the start if the estimated memory is clearly more than the device has free"
     )
-    loggers: Annotated[list[Literal["tensorboard", "trackio", "wandb"]], _once("logger")] = Field(
+    loggers: Annotated[list[Literal["tensorboard", "trackio", "wandb"]], once("logger")] = Field(
         description="shown there too, beside metrics.jsonl; one that fails is left out with a warning"
     )
 
