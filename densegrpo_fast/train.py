@@ -29,6 +29,7 @@ from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode, user_errors_e
 from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.embedded import EMBEDDED
 from densegrpo_fast.rewards.registry import resolve_alias
 from densegrpo_fast.training.prompts import check_inputs
 
@@ -126,7 +127,7 @@ def _what_was_real(config: Config, small: Config, trainer: Trainer) -> dict[str,
     lacking = [source for source in (config.data.prompts, config.data.eval_prompts) if source not in used]
     prompts = f"{len(trainer.prompts.prompts)} for training, {len(trainer.held_out.prompts)} held out"
     return {
-        "model": "real" if path == "embedded" else f"a tiny random one in the place of {path}, which was not looked at",
+        "model": "real" if path in EMBEDDED else f"a tiny random one in the place of {path}, which was not looked at",
         "rewards": "; ".join([*(["real: " + ", ".join(own)] if own else []), *replaced]),
         "prompts": f"scenes in the place of {', '.join(lacking)}: not there" if lacking else f"real: {prompts}",
         "samples": f"{small.data.num_prompts} x {small.sampler.group_size} in the place of {of_iteration}",

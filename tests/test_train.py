@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from densegrpo_fast.config.yaml_files import preset_names
+from densegrpo_fast.embedded import EMBEDDED
 from densegrpo_fast.train import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -313,7 +314,7 @@ def test_a_dry_run_of_every_preset_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("densegrpo_fast.models.loading.WEIGHTS", pipeline_directory)
+    monkeypatch.setattr("densegrpo_fast.models.loading.EMBEDDED", dict.fromkeys(EMBEDDED, pipeline_directory))
     monkeypatch.chdir(tmp_path)
     assert main(["--config", preset, "--dry-run"]) == 0
     output = capsys.readouterr().out
