@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from _comparison import compare
-
 RESULTS = Path(__file__).resolve().parent / "results"
 HOSTS = ("flow_grpo", "dance_grpo", "mix_grpo", "flow_factory")
 KINDS = {host: ("sample", "philox", "score") for host in HOSTS} | {"turning_point": ("mixed", "batched", "shared")}
@@ -91,9 +89,15 @@ def study_result() -> dict[str, Any]:
     return json.loads((RESULTS / "study_branched.json").read_text(encoding="utf-8"))
 
 
+def against_sparse(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study found of the reward of each variant minus sparse's, by variant."""
+    return {one["first"]: one["scores"]["reward"] for one in document["comparisons"] if one["second"] == "sparse"}
+
+
 def study() -> str:
     """Dense against sparse: changes of the held-out reward, and paired differences over seeds."""
-    runs = study_result()["runs"]
+    document = study_result()
+    runs = document["runs"]
     rows = [
         "| a reward for | held-out reward | strict | minus sparse, 95% | with the same operations | TFLOP | seeds |",
         "|---|---|---|---|---|---|---|",
@@ -108,7 +112,7 @@ def study() -> str:
         if variant == "sparse":
             cells += ["", ""]
         else:
-            found = compare(runs, variant, "sparse")["scores"]["reward"]
+            found = against_sparse(document)[variant]
             cells += [_interval(found["equal_iterations"][-1]), _interval(found["equal_compute"])]
         cells += [f"{mean(points[-1]['operations'] for points in own):.1f}", str(len(own))]
         rows.append(f"| {' | '.join(cells)} |")

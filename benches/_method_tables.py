@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
-
-from densegrpo_fast.run_files.statistics import paired_interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LATE_SEED = 1
@@ -77,17 +74,16 @@ def table(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Change of the held-out reward, strictly right pictures and network forwards of named runs."""
     found = []
     for words, run in runs:
-        change = paired_interval(run["before"]["reward"], run["after"]["reward"])
-        strict = [mean(value for row in run[when]["scenes_strict"] for value in row) for when in ("before", "after")]
+        change, strict = run["change"]["reward"], [run[when]["scenes_strict"] for when in ("before", "after")]
         forwards = sum(run["points"][-1]["nfe"].values())
         cells = [
             words,
             f"`{run['variant']}`",
-            f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
+            f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]",
             f"{strict[0]:.0%} -> {strict[1]:.0%}",
             f"{forwards / 1000:.0f}",
         ]
-        found.append((change.mean, f"| {' | '.join(cells)} |"))
+        found.append((change["mean"], f"| {' | '.join(cells)} |"))
     lines = [line for _, line in sorted(found, reverse=True)]
     return "\n".join(["| method | variant | reward | strict | forwards |", "|---|---|---|---|---|", *lines])
 

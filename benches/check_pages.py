@@ -23,7 +23,6 @@ from typing import Any
 
 import _measured_tables
 import _method_tables
-from _comparison import compare
 from _page_tables import TABLES, correlations, names_of, read
 from _pages import ROOT, pages, updated
 
@@ -217,8 +216,7 @@ def studies(_: Pages) -> Iterator[str]:
         for run in runs:
             if run["variant"] not in known and run["variant"].removeprefix("embedded_") not in known:
                 yield f"{run['variant']} has no name in the tables of methods"
-            starts = zip(run["before"]["reward"], runs[0]["before"]["reward"], strict=True)
-            if any(abs(one - other) > 1e-4 for own, first in starts for one, other in zip(own, first, strict=True)):
+            if abs(run["before"]["reward"] - runs[0]["before"]["reward"]) > 1e-4:
                 yield f"{run['variant']} did not start as {runs[0]['variant']}"
     for path in (ROOT / "benches/variants/methods").glob("*.yaml"):
         if path.stem not in known:
@@ -246,7 +244,7 @@ def studies(_: Pages) -> Iterator[str]:
         if bool(own["sampler"]["calibration"]) != name.endswith("_calibrated"):
             yield f"{name}: calibrated, or not, against its name"
     for variant in ("embedded_branched", "branched_calibrated", "dense"):
-        found = compare(document["runs"], variant, "sparse")["scores"]["reward"]
+        found = _measured_tables.against_sparse(document)[variant]
         if min(found["equal_iterations"][-1]["low"], found["equal_compute"]["low"]) <= 0:
             yield f"{variant} is not better than sparse at equal iterations and at equal operations"
     judged = read("judge_branched")["comparisons"]

@@ -29,7 +29,7 @@ from time import process_time
 from typing import Any
 
 from _claim import claimed
-from _record import RESULTS, load_average, portable
+from _record import load_average, portable
 from _study_document import CPU_BUDGET, StudyDocument, differing
 
 from densegrpo_fast.common.errors import OutputError
@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluate-every", type=int, default=5, help="iterations between held-out evaluations")
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="options of all variants")
     parser.add_argument(
-        "--output", type=Path, default=RESULTS / "study.json", help="JSON file, with the plot beside it"
+        "--output", type=Path, default=Path("runs/study.json"), help="JSON file, with the plot beside it"
     )
     parser.add_argument("--work", type=Path, help="run directories, to go on with and to share; else temporary")
     return parser

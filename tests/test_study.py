@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benches"))
 
 import _study_plot  # noqa: E402
 import study  # noqa: E402
+import summarise  # noqa: E402
 from _claim import claimed  # noqa: E402
 from _comparison import at, compare, operations_of, pairs, seconds_of  # noqa: E402
 from _record import commit, interleaved, pairwise_ratio, portable, spread, write_json  # noqa: E402
@@ -23,6 +25,7 @@ from densegrpo_fast.common.errors import UserError  # noqa: E402
 from densegrpo_fast.common.exit_codes import ExitCode  # noqa: E402
 from densegrpo_fast.config import Config  # noqa: E402
 from densegrpo_fast.config.yaml_files import dump_yaml  # noqa: E402
+from densegrpo_fast.run_files.statistics import paired_interval  # noqa: E402
 
 DENSE, SPARSE = "embedded_dense", "embedded_sparse"
 
@@ -434,3 +437,22 @@ def test_variants_are_timed_in_turns():
     # quartiles 2 and 4 around a median of 3
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
     assert spread([1.0]) == 0.0
+
+
+def test_a_summary_keeps_means_and_intervals_and_no_scores_of_pictures(tmp_path: Path) -> None:
+    raw, kept = tmp_path / "raw.json", tmp_path / "kept.json"
+    scores = {"reward": [[0.25, 0.75], [0.5, 1.0], [0.0, None]]}, {"reward": [[0.5, 0.75], [1.0, 1.0], [0.0, 0.5]]}
+    run = {"variant": "dense", "seed": 1, "before": scores[0], "after": scores[1]}
+    raw.write_text(json.dumps({"settings": {}, "runs": [run]}))
+    assert summarise.main([str(raw), str(kept)]) == 0
+    document = json.loads(kept.read_text())
+    found = document["runs"][0]
+    assert found["before"]["reward"] == pytest.approx((0.5 + 0.75 + 0.0) / 3)
+    expected = paired_interval(scores[0]["reward"], scores[1]["reward"])
+    assert found["change"]["reward"] == pytest.approx(expected._asdict())
+    assert document["raw_sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
+
+
+def test_the_results_in_the_repository_are_summaries() -> None:
+    results = Path(summarise.__file__).parent / "results"
+    assert sum(path.stat().st_size for path in results.iterdir()) < 2_000_000
