@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-
-import bench_lookahead  # noqa: E402
-from _protocol import Protocol  # noqa: E402
-
-from densegrpo_fast.models.diffusers_model import DiffusersModel  # noqa: E402
+from benches.iteration import bench_lookahead
+from benches.iteration.protocol import Protocol
+from densegrpo_fast.models.diffusers_model import DiffusersModel
 
 ARGUMENTS = ("--model", "embedded_random", "--prompts", "1", "--group-size", "2", "--rounds", "1", "--warmup", "0")
 

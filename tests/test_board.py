@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "benches" / "learning")]
-
-from _marks import board  # noqa: E402
+from benches.learning.marks import board
 
 
 def run(method: str, seed: int, values: list[float], operations: float) -> dict:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benches"))
-
-from chunk_gains import evaluations, shared_gains, study  # noqa: E402
+from benches.iteration.chunk_gains import evaluations, shared_gains, study
 
 
 def test_the_steps_of_a_chunk_share_its_gain() -> None:

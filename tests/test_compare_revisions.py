@@ -1,22 +1,17 @@
-"""benches/compare_revisions.py tells one bit, a missing name and a new one apart from equal values."""
+"""benches/revisions/compare.py tells one bit, a missing name and a new one apart from equal values."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-
-import compare_revisions as revisions  # noqa: E402
-
-from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
-from densegrpo_fast.config.yaml_files import preset_names  # noqa: E402
+from benches.revisions import compare as revisions
+from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.config.yaml_files import preset_names
 
 
 def run_directory(directory: Path, **changes: float) -> Path:

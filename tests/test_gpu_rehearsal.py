@@ -13,18 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-
-import gpu_rehearsal  # noqa: E402
-from _host_syncs import HostSyncs  # noqa: E402
-from _protocol import Protocol  # noqa: E402
-from _sensors import Sensors  # noqa: E402
-
-from densegrpo_fast.models.diffusers_model import DiffusersModel  # noqa: E402
-from densegrpo_fast.models.flops import ModelFlops  # noqa: E402
-from densegrpo_fast.sampling.cost import dense_iteration  # noqa: E402
-from densegrpo_fast.sampling.plan import nodes  # noqa: E402
+from benches.gpu import rehearsal
+from benches.gpu.host_syncs import HostSyncs
+from benches.gpu.sensors import Sensors
+from benches.iteration.protocol import Protocol
+from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.flops import ModelFlops
+from densegrpo_fast.sampling.cost import dense_iteration
+from densegrpo_fast.sampling.plan import nodes
 
 
 def test_operations_by_phase() -> None:
@@ -33,19 +29,19 @@ def test_operations_by_phase() -> None:
     unit = ModelFlops(
         forward=1.0, reference_forward=10.0, backward=100.0, full_decode=1e3, preview_decode=float("nan"), reward=1e4
     )
-    assert gpu_rehearsal.operations(cost, unit, checkpointing=False) == {
+    assert rehearsal.operations(cost, unit, checkpointing=False) == {
         "rollout": 20.0,
         "lookahead": 11.0,
         "reward": 11 * (1e3 + 1e4),
         "update": 18 * 1.0 + 18 * 100.0 + 18 * 10.0,
     }
-    again = gpu_rehearsal.operations(cost, unit, checkpointing=True)
+    again = rehearsal.operations(cost, unit, checkpointing=True)
     assert again["update"] == 18 + 1800 + 180 + 18
 
 
 def test_the_matmul_rate_is_a_rate() -> None:
     # between a slow core and a fast machine
-    assert 1e7 < gpu_rehearsal.matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e15
+    assert 1e7 < rehearsal.matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e15
 
 
 def test_three_iterations_on_a_small_model(
@@ -55,12 +51,12 @@ def test_three_iterations_on_a_small_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = tiny_policy()
-    monkeypatch.setattr(gpu_rehearsal, "load", lambda config, device: made)
-    rate = gpu_rehearsal.matmul_rate
-    monkeypatch.setattr(gpu_rehearsal, "matmul_rate", lambda device, dtype: rate(device, dtype, 0.02))
+    monkeypatch.setattr(rehearsal, "load", lambda config, device: made)
+    rate = rehearsal.matmul_rate
+    monkeypatch.setattr(rehearsal, "matmul_rate", lambda device, dtype: rate(device, dtype, 0.02))
     output = tmp_path / "rehearsal.json"
     arguments = ["--model", "embedded_random", "--prompts", "1", "--group-size", "2", "--warmup", "0"]
-    assert gpu_rehearsal.main([*arguments, "--output", str(output)]) == 0
+    assert rehearsal.main([*arguments, "--output", str(output)]) == 0
     document = json.loads(output.read_text())
     phases = {"rollout", "lookahead", "reward", "update"}
     for key in ("seconds", "flops", "tflops_per_second", "share_of_matmul"):
@@ -83,7 +79,7 @@ def test_it_needs_a_gpu_for_the_large_model(capsys: pytest.CaptureFixture[str]) 
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit) as stop:
-        gpu_rehearsal.main([])
+        rehearsal.main([])
     assert stop.value.code == 3
     assert "needs a CUDA device" in capsys.readouterr().err
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benches.gpu import smoke, summary
 from densegrpo_fast.flow import backends
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-
-import gpu_smoke  # noqa: E402
-import gpu_summary  # noqa: E402
 
 SUITE = ROOT / "benches" / "gpu_suite.sh"
 STAND_IN = """#!/bin/sh
@@ -51,16 +48,16 @@ def run(
 def test_all_parts_run_and_leave_a_file_each(tmp_path: Path) -> None:
     result, calls = run(tmp_path)
     assert result.returncode == 0, result.stderr
-    scripts = [call.split()[0] for call in calls if call.startswith("benches/")]
-    assert scripts and all((ROOT / script).is_file() for script in scripts)
-    assert calls[2] == "setup.py --quiet build_ext --inplace" and scripts[0] == "benches/gpu_smoke.py"
-    assert scripts[-1] == "benches/gpu_summary.py"
+    scripts = [call.split()[1] for call in calls if call.startswith("-m benches.")]
+    assert scripts and all(importlib.util.find_spec(script) for script in scripts)
+    assert calls[2] == "setup.py --quiet build_ext --inplace" and scripts[0] == "benches.gpu.smoke"
+    assert scripts[-1] == "benches.gpu.summary"
     outputs = [found[1] for call in calls if (found := re.search(r"(?:--output|--junitxml) (\S+)", call))]
     # neither the first nor the last script has one, the tests have
     assert len(outputs) == len(set(outputs)) == len(scripts) - 1
     assert {Path(output).parent for output in outputs} == {tmp_path / "results"}
     ops = ("sde_step", "sde_log_prob", "sde_log_prob_kl", "euler_jump", "grpo_loss")
-    assert all(f"benches/bench_{op}.py" in scripts for op in ops)
+    assert all(f"benches.ops.bench_{op}" in scripts for op in ops)
 
 
 def test_its_tests_are_those_for_a_gpu(tmp_path: Path) -> None:
@@ -73,11 +70,11 @@ def test_its_tests_are_those_for_a_gpu(tmp_path: Path) -> None:
 
 
 def test_a_failure_stops_nothing_and_is_told(tmp_path: Path) -> None:
-    result, calls = run(tmp_path, "steps large", fails="bench_sde_step.py")
+    result, calls = run(tmp_path, "steps large", fails="bench_sde_step")
     assert result.returncode == 1
     assert result.stderr.splitlines() == ["failed: large", "failed: steps"]
-    assert any("bench_grpo_loss.py" in call for call in calls)
-    assert not any("bench_iteration.py" in call for call in calls)
+    assert any("bench_grpo_loss" in call for call in calls)
+    assert not any("bench_iteration" in call for call in calls)
 
 
 def test_what_has_no_time_left_is_told(tmp_path: Path) -> None:
@@ -94,7 +91,7 @@ def test_a_library_that_cannot_be_built_fails_the_suite(tmp_path: Path) -> None:
 def test_every_bar_of_the_summary_is_read(tmp_path: Path) -> None:
     timed = {"triton": {"share_of_copy_bandwidth": 0.95, "times_faster_than_eager_compiled": 2.0}}
     common = {"hardware": {"gpu": "a GPU"}, "commit": "abc"}
-    documents = {bar.file: common | {"variants": timed} for bar in gpu_summary.BARS if bar.file.endswith("json")}
+    documents = {bar.file: common | {"variants": timed} for bar in summary.BARS if bar.file.endswith("json")}
     documents["iteration_gpu.json"] = common | {"ratios": {"dense_trajectories/sparse": 1.31}}
     documents["gpu_rehearsal_gpu.json"] = common | {
         "share_of_matmul": {"rollout": 0.5, "update": 0.4},
@@ -107,13 +104,13 @@ def test_every_bar_of_the_summary_is_read(tmp_path: Path) -> None:
     cases = ran + '<testcase classname="tests.test_graphs"><skipped/></testcase>'
     suite = f'<testsuites><testsuite tests="2" failures="0" errors="0" skipped="1">{cases}</testsuite></testsuites>'
     (tmp_path / "gpu_tests.xml").write_text(suite)
-    page = gpu_summary.summary(tmp_path)
+    page = summary.summary(tmp_path)
     assert "a GPU, commit abc" in page and "not measured" not in page
     missed = [line for line in page.splitlines() if "**not reached**" in line]
     assert [line.split("|")[1].strip() for line in missed] == ["price of DenseGRPO", "update, rate"]
     (tmp_path / "gpu_tests.xml").write_text(suite.replace(ran, ""))
     (tmp_path / "iteration_gpu.json").unlink()
-    page = gpu_summary.summary(tmp_path)
+    page = summary.summary(tmp_path)
     assert "| tests of the CUDA library | none left out | 1 left out | **not reached** |" in page
     assert "| price of DenseGRPO | <= 1.30 x replayed sparse |  | not measured |" in page
 
@@ -122,8 +119,8 @@ def test_the_smoke_test_goes_on_after_a_failure(capsys: pytest.CaptureFixture[st
     def broken(device: torch.device) -> str:
         raise ValueError("no luck\nand more")
 
-    checks = [gpu_smoke.Check("broken", broken, gpu=False), *gpu_smoke.CHECKS]
-    assert gpu_smoke.smoke(checks, torch.device("cpu")) == ["broken"]
+    checks = [smoke.Check("broken", broken, gpu=False), *smoke.CHECKS]
+    assert smoke.smoke(checks, torch.device("cpu")) == ["broken"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("FAIL broken: ValueError: no luck (") and len(lines) == len(checks)
     assert sum(line.startswith("skip ") for line in lines) == sum(check.gpu for check in checks)
@@ -134,7 +131,7 @@ def test_the_smoke_test_goes_on_after_a_failure(capsys: pytest.CaptureFixture[st
 def test_the_smoke_test_s_op_check_runs(implementation: str) -> None:
     if backends.why_not("sde_step", implementation):
         pytest.skip(backends.why_not("sde_step", implementation))
-    said = gpu_smoke.op(implementation, 4099, torch.float32, torch.device("cpu"))
+    said = smoke.op(implementation, 4099, torch.float32, torch.device("cpu"))
     assert said == "equals the reference"
 
 

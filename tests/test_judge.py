@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-
-import _judge_training  # noqa: E402
-import judge as command  # noqa: E402
-import study  # noqa: E402
-from _drift import dissimilarity, divergence, held_out_pictures, pixel_distance  # noqa: E402
-from _judge import KINDS, PAIRS, Judge, Seen, centres, graded, probability, scene_of  # noqa: E402
-from _judge_training import (  # noqa: E402
+from benches.judge import judge as command
+from benches.judge import training
+from benches.judge.drift import dissimilarity, divergence, held_out_pictures, pixel_distance
+from benches.judge.network import KINDS, PAIRS, Judge, Seen, centres, graded, probability, scene_of
+from benches.judge.training import (
     NO_RELATION,
     UNKNOWN,
     Recipe,
@@ -35,17 +30,17 @@ from _judge_training import (  # noqa: E402
     trained,
     weights_fingerprint,
 )
-
-from densegrpo_fast.common.exit_codes import ExitCode  # noqa: E402
-from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
-from densegrpo_fast.embedded import architecture, scenes  # noqa: E402
-from densegrpo_fast.embedded.scenes import COLOURS, RELATIONS, SHAPES, Item, Scene  # noqa: E402
-from densegrpo_fast.flow.dynamics import B, C, coefficients  # noqa: E402
-from densegrpo_fast.models.base import Velocity  # noqa: E402
-from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
-from densegrpo_fast.sampling.rollout import rollout  # noqa: E402
-from densegrpo_fast.train import train as train_run  # noqa: E402
-from densegrpo_fast.training.evaluation import HeldOut  # noqa: E402
+from benches.learning import study
+from densegrpo_fast.common.exit_codes import ExitCode
+from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.embedded import architecture, scenes
+from densegrpo_fast.embedded.scenes import COLOURS, RELATIONS, SHAPES, Item, Scene
+from densegrpo_fast.flow.dynamics import B, C, coefficients
+from densegrpo_fast.models.base import Velocity
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.sampling.rollout import rollout
+from densegrpo_fast.train import train as train_run
+from densegrpo_fast.training.evaluation import HeldOut
 
 SMALL = Recipe(steps=2, batch=6, decoded=4, held_out=12)
 
@@ -317,7 +312,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_judge_training, "Recipe", lambda: SMALL)
+    monkeypatch.setattr(training, "Recipe", lambda: SMALL)
 
 
 def judged(here: Path, output: Path, *arguments: str, work: Path | None = None) -> int:

@@ -6,19 +6,18 @@ import argparse
 import importlib
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
+from benches.pages import (
+    check,
+    tables,
+)
+from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.config.yaml_files import preset_names
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-
-import _page_tables  # noqa: E402
-import check_pages  # noqa: E402
-
-from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
-from densegrpo_fast.config.yaml_files import preset_names  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN = "\n".join(
@@ -80,23 +79,23 @@ def test_the_presets_that_users_are_told_of_exist() -> None:
 def test_a_table_goes_between_its_own_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing stands there yet, however often it is written, and with links from where the page is."""
     for name in ("one", "two"):
-        monkeypatch.setitem(_page_tables.TABLES, name, lambda name=name: f"| [{name}](@results/{name}.json) |")
+        monkeypatch.setitem(tables.TABLES, name, lambda name=name: f"| [{name}](@results/{name}.json) |")
     page = f"<!-- table: one -->\n{END}\n\nbetween\n\n<!-- table: two -->\n\n| old |\n\n{END}\n"
     one, two = (f"<!-- table: {name} -->\n\n| [{name}](../x/{name}.json) |\n\n{END}\n" for name in ("one", "two"))
     written = f"{one}\nbetween\n\n{two}"
-    assert _page_tables.with_tables(page, "../x") == written
-    assert _page_tables.with_tables(written, "../x") == written
-    assert _page_tables.names_of(page) == ["one", "two"]
+    assert tables.with_tables(page, "../x") == written
+    assert tables.with_tables(written, "../x") == written
+    assert tables.names_of(page) == ["one", "two"]
     with pytest.raises(KeyError):
-        _page_tables.with_tables(page.replace("table: one", "table: three"), "../x")
+        tables.with_tables(page.replace("table: one", "table: three"), "../x")
 
 
 def test_the_check_lists_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(check_pages, "TABLES", {"one": str, "two": str})
+    monkeypatch.setattr(check, "TABLES", {"one": str, "two": str})
     page = f"<!-- table: three -->\n{END}\n[here](gone.md), python -m densegrpo_fast.gone, python benches/gone.py\n"
-    monkeypatch.setattr(check_pages, "pages", lambda: {ROOT / "a.md": page, ROOT / "b.md": "<!-- table: one -->\n"})
-    monkeypatch.setattr(check_pages, "CHECKS", (check_pages.tables, check_pages.references))
-    assert check_pages.main() == 1
+    monkeypatch.setattr(check, "pages", lambda: {ROOT / "a.md": page, ROOT / "b.md": "<!-- table: one -->\n"})
+    monkeypatch.setattr(check, "CHECKS", (check.tables, check.references))
+    assert check.main() == 1
     assert sorted(capsys.readouterr().out.splitlines()) == [
         "a.md: benches/gone.py is not there",
         "a.md: links to gone.md, which is not there",
@@ -106,5 +105,5 @@ def test_the_check_lists_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: 
         "the table one is on no page",
         "the table two is on no page",
     ]
-    monkeypatch.setattr(check_pages, "CHECKS", (lambda pages: iter(()),))
-    assert check_pages.main() == 0
+    monkeypatch.setattr(check, "CHECKS", (lambda pages: iter(()),))
+    assert check.main() == 0

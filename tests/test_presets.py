@@ -112,7 +112,7 @@ def test_every_embedded_preset_is_a_method_or_a_base() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_can_be_compared(name: str) -> None:
-    """Same start, prompts, rewards, evaluation and samples per iteration, as benches/study.py pairs them."""
+    """Same start, prompts, rewards, evaluation and samples per iteration, as benches/learning/study.py pairs them."""
     dense, own = preset("embedded_dense"), preset(name)
     for section in ("model", "lora", "data", "reward", "evaluation", "ema"):
         assert getattr(own, section) == getattr(dense, section), section

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benches"))
-
-import _step_bench  # noqa: E402
-from _stock import EagerStep  # noqa: E402
+from benches.common.stock import EagerStep
+from benches.ops import step_bench
 
 
 def test_all_inputs_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,8 +20,8 @@ def test_all_inputs_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return EagerStep(noise, noise, noise, noise)
 
     # the meta device has shapes alone, so what the codebases' step reads back from it is left out
-    monkeypatch.setattr(_step_bench, "DEVICE", torch.device("meta"))
-    monkeypatch.setattr(_step_bench, "eager_step", step)
-    made = _step_bench.inputs(2)
+    monkeypatch.setattr(step_bench, "DEVICE", torch.device("meta"))
+    monkeypatch.setattr(step_bench, "eager_step", step)
+    made = step_bench.inputs(2)
     tensors = [each for each in (*given, *vars(made).values()) if isinstance(each, Tensor)]
     assert len(tensors) > 8 and {each.device.type for each in tensors} == {"meta"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,27 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-
-import bench_iteration  # noqa: E402
-from _protocol import NAMES, STOCK_PINNED, Protocol, fast_settings, stock_pinned  # noqa: E402
-from _stock import Stock, StockIteration  # noqa: E402
-from _variants import stock_cost  # noqa: E402
-from bench_iteration import check_work, evaluations  # noqa: E402
-
-from densegrpo_fast.common.errors import UserError  # noqa: E402
-from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of  # noqa: E402
-from densegrpo_fast.config import Config  # noqa: E402
-from densegrpo_fast.config.cli import parse_arguments  # noqa: E402
-from densegrpo_fast.flow.noise import Stream, gaussian  # noqa: E402
-from densegrpo_fast.models import diffusers_model  # noqa: E402
-from densegrpo_fast.models.base import FlowModel  # noqa: E402
-from densegrpo_fast.rewards.base import RewardMixture  # noqa: E402
-from densegrpo_fast.sampling.rollout import initial_noise  # noqa: E402
-from densegrpo_fast.training.meter import PhaseTimer  # noqa: E402
-from densegrpo_fast.training.prompts import PromptBatch  # noqa: E402
-from densegrpo_fast.training.trainer import Experience, Trainer  # noqa: E402
+from benches.common.stock import Stock, StockIteration
+from benches.iteration import bench_iteration
+from benches.iteration.bench_iteration import check_work, evaluations
+from benches.iteration.protocol import NAMES, STOCK_PINNED, Protocol, fast_settings, stock_pinned
+from benches.iteration.variants import stock_cost
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
+from densegrpo_fast.config import Config
+from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.flow.noise import Stream, gaussian
+from densegrpo_fast.models import diffusers_model
+from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.rewards.base import RewardMixture
+from densegrpo_fast.sampling.rollout import initial_noise
+from densegrpo_fast.training.meter import PhaseTimer
+from densegrpo_fast.training.prompts import PromptBatch
+from densegrpo_fast.training.trainer import Experience, Trainer
 
 STEPS, ROWS = 4, ["a cat"] * 3 + ["the moon"] * 3
 METADATA: list[dict[str, Any]] = [{} for _ in ROWS]

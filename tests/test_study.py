@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from benches.common.claim import claimed
+from benches.common.record import commit, interleaved, pairwise_ratio, portable, spread, write_json
+from benches.learning import (
+    study,
+    study_plot,
+    summarise,
+)
+from benches.learning.comparison import at, compare, operations_of, pairs, seconds_of
+from benches.learning.study_document import StudyDocument, noisy, same_start
+from benches.learning.study_plot import save_plot
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.common.exit_codes import ExitCode
+from densegrpo_fast.config import Config
+from densegrpo_fast.config.yaml_files import dump_yaml
+from densegrpo_fast.run_files.statistics import paired_interval
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-
-import _study_plot  # noqa: E402
-import study  # noqa: E402
-import summarise  # noqa: E402
-from _claim import claimed  # noqa: E402
-from _comparison import at, compare, operations_of, pairs, seconds_of  # noqa: E402
-from _record import commit, interleaved, pairwise_ratio, portable, spread, write_json  # noqa: E402
-from _study_document import StudyDocument, noisy, same_start  # noqa: E402
-from _study_plot import save_plot  # noqa: E402
-
-from densegrpo_fast.common.errors import UserError  # noqa: E402
-from densegrpo_fast.common.exit_codes import ExitCode  # noqa: E402
-from densegrpo_fast.config import Config  # noqa: E402
-from densegrpo_fast.config.yaml_files import dump_yaml  # noqa: E402
-from densegrpo_fast.run_files.statistics import paired_interval  # noqa: E402
 
 DENSE, SPARSE = "embedded_dense", "embedded_sparse"
 
@@ -261,7 +260,7 @@ def test_runs_that_cannot_stand_together_are_refused(tmp_path):
 
 @pytest.fixture
 def no_plot(monkeypatch):
-    monkeypatch.setattr(_study_plot, "save_plot", lambda *_, **__: None)
+    monkeypatch.setattr(study_plot, "save_plot", lambda *_, **__: None)
 
 
 def test_every_variant_is_compared_with_the_one_asked_for(tmp_path, capsys, no_plot):
@@ -380,7 +379,7 @@ def test_uneven_timings_are_marked_as_noisy(tmp_path):
 
 def test_a_noisy_study_is_not_compared_at_equal_seconds(tmp_path, capsys, monkeypatch):
     output, drawn = tmp_path / "study.json", []
-    monkeypatch.setattr(_study_plot, "save_plot", lambda *_, timed: drawn.append(timed))
+    monkeypatch.setattr(study_plot, "save_plot", lambda *_, timed: drawn.append(timed))
     study.conduct(plan(), output, tmp_path / "work", FakeTrain())
     assert "equal seconds " in capsys.readouterr().out
     document = json.loads(output.read_text())
@@ -399,8 +398,8 @@ def test_a_noisy_study_is_not_compared_at_equal_seconds(tmp_path, capsys, monkey
 
 
 def test_every_variant_of_a_plot_has_a_look_of_its_own(tmp_path, monkeypatch):
-    looks, draw = [], _study_plot._draw
-    monkeypatch.setattr(_study_plot, "_draw", lambda *given: (looks.append(given[-1]), draw(*given)))
+    looks, draw = [], study_plot._draw
+    monkeypatch.setattr(study_plot, "_draw", lambda *given: (looks.append(given[-1]), draw(*given)))
     names = [f"variant_{number}" for number in range(14)]
     save_plot(tmp_path / "a.png", [run(name, 0, [0.0, 0.1], 1.0) for name in names], names, ["reward"])
     # one row of two panels
@@ -454,5 +453,5 @@ def test_a_summary_keeps_means_and_intervals_and_no_scores_of_pictures(tmp_path:
 
 
 def test_the_results_in_the_repository_are_summaries() -> None:
-    results = Path(summarise.__file__).parent / "results"
+    results = Path(summarise.__file__).parents[1] / "results"
     assert sum(path.stat().st_size for path in results.iterdir()) < 2_000_000

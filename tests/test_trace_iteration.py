@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benches"))
-
-from trace_iteration import Tracer, count, listing  # noqa: E402
+from benches.iteration.trace import Tracer, count, listing
 
 FILES = {
     "prompts.py": "def batch(): return one()\ndef one(): return 1\n",
