@@ -3,7 +3,7 @@
 Sparse, this is Flow-GRPO's SD3 script (yifan123/flow_grpo at 879042c, "FG"). Dense, it is the n = t completion of every
 state in the serial form of TurningPoint-GRPO (YunzeTong/TurningPoint-GRPO at 994d26a, "TP"), credited as in DenseGRPO
 (arXiv 2601.20218, Eq 7-10). Written from the formulas; under equal noise it computes what densegrpo_fast computes
-(`tests/test_stock.py`). These slow ways are kept on purpose:
+(`tests/benches/test_stock.py`). These slow ways are kept on purpose:
 
 * Each of the B prompts is encoded, though a group shares one (FG scripts/train_sd3.py:621-627).
 * The step searches the schedule for its timestep and reads it back to the host, once per timestep in sampling and once
