@@ -131,7 +131,7 @@ def test_broken_weights_are_named(pipeline_directory: Path, tmp_path: Path) -> N
     ):
         weights.write_bytes(content)
         assert packages.weight_faults(broken) == [fault]
-    (finding,) = [f for f in packages.data_findings(str, ["a"], broken) if f.status == "problem"]
+    (finding,) = [f for f in packages.data_findings(str, ["a"], {"embedded": broken}) if f.status == "problem"]
     assert finding.advice == "git lfs pull"
     weights.unlink()
     assert packages.weight_faults(broken) == ["transformer has no weights"]
@@ -147,7 +147,7 @@ def test_a_broken_preset_is_named(pipeline_directory: Path) -> None:
         if name == "bad":
             raise ValueError("seed: expected a number")
 
-    found = by_name(packages.data_findings(load, ["good", "bad"], pipeline_directory))["presets"]
+    found = by_name(packages.data_findings(load, ["good", "bad"], {"embedded": pipeline_directory}))["presets"]
     assert (found.status, found.value) == ("problem", "bad: seed: expected a number")
 
 

@@ -45,6 +45,7 @@ PRESETS = [
     "embedded_turning_point_free",
     "embedded_value",
     "embedded_vgpo",
+    "embedded_words",
     "flux1_dev_pickscore",
     "qwen_image_pickscore",
     "sd15_pickscore",

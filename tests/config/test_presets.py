@@ -107,6 +107,7 @@ def test_step_weights_of_another_paper_are_named(name: str) -> None:
 
 def test_every_embedded_preset_is_a_method_or_a_base() -> None:
     bases = {"embedded_dense", "embedded_branched", "embedded_paper", "embedded_paper_fast", "embedded_paper_drawn"}
+    bases |= {"embedded_words"}  # another model and task
     assert set(EMBEDDED) - set(METHODS) == bases
 
 

@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         "models.lora",
         "models.adapter_formats",
         "models.base",
+        "embedded",
         "config",
         "flow",
         "common",
