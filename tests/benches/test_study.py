@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from benches.common import summarise
 from benches.common.claim import claimed
 from benches.common.record import commit, interleaved, pairwise_ratio, portable, spread, write_json
 from benches.learning import (
     study,
     study_plot,
-    summarise,
 )
 from benches.learning.comparison import at, compare, operations_of, pairs, seconds_of
 from benches.learning.study_document import StudyDocument, noisy, same_start
