@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from densegrpo_fast.config.yaml_files import preset_names
@@ -323,8 +324,26 @@ def test_a_dry_run_of_every_preset_writes_nothing(
     assert f"dry run of {preset}" in output
     stands_in = "a tiny random one in the place of stabilityai/stable-diffusion-3.5-medium"
     assert (stands_in in output) == preset.startswith("sd35")
+    assert ("SD3Transformer2DModel of 2,243 million parameters" in output) == preset.startswith("sd35")
     assert ("jpeg_compressibility in the place of pickscore" in output) == ("pickscore" in preset)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_looks_at_the_network_of_a_directory(
+    pipeline_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(pipeline_directory, tmp_path / "pipeline")
+    arguments = ["--config", "embedded_dense", "--model.path", str(other), "--dry-run"]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert f"a tiny random one in the place of {other}" in output
+    network = SD3Transformer2DModel.from_pretrained(pipeline_directory, subfolder="transformer")
+    assert f"SD3Transformer2DModel of {network.num_parameters() / 1e6:,.0f} million parameters" in output
+    (other / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 3
+    assert "transformer/config.json describes no network" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--help", "--print-config", "--list-presets"])
