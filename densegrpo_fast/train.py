@@ -119,7 +119,7 @@ def dry_run(config: Config) -> ExitCode:
 
 def _network(config: Config) -> str:
     """The network that a run of this configuration would train, as far as it is known without its weights."""
-    from densegrpo_fast.models.outline import network_outline
+    from densegrpo_fast.training.outline import network_outline
 
     if config.model.path in EMBEDDED or is_outside(config.model.path):
         return "real"
