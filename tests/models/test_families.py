@@ -147,19 +147,19 @@ def gradients_of(loss: Tensor, parameters: list[torch.nn.Parameter]) -> list[Ten
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
-def drawn(model: DiffusersModel, guidance_scale: float, noise: Tensor | None = None) -> Tensor:
-    noise, sigmas = torch.randn(3, *model.latent_shape) if noise is None else noise, model.sigmas(STEPS)
+def drawn(model: DiffusersModel, guidance_scale: float, noise: Tensor | None = None, steps: int = STEPS) -> Tensor:
+    noise, sigmas = torch.randn(3, *model.latent_shape) if noise is None else noise, model.sigmas(steps)
     return sample_ode(model, model.start(noise, sigmas), model.encode(PROMPTS), sigmas, guidance_scale=guidance_scale)
 
 
-def called(model: DiffusersModel, noise: Tensor, scale: float, output: str) -> Any:
+def called(model: DiffusersModel, noise: Tensor, scale: float, output: str, steps: int = STEPS) -> Any:
     """What the pipeline's own call makes of the noise."""
     return model.pipeline(
         # a list of its own: Z-Image's pipeline writes into it
         list(PROMPTS),
         height=model.family.height,
         width=model.family.width,
-        num_inference_steps=STEPS,
+        num_inference_steps=steps,
         latents=noise,
         output_type=output,
         **model.family.call_options(scale),
@@ -181,6 +181,16 @@ def test_noise_free_sampling_is_the_pipeline_s_own_call(case: Case, directory: P
             assert torch.equal(model.sigmas(STEPS)[1:], model.pipeline.scheduler.sigmas[1:])
     if len(drawings) > 1:
         assert (drawings[0] - drawings[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("case", ["sd15", "sd21"], indirect=True)
+@torch.no_grad()
+def test_many_steps_are_ddim_s(case: Case, directory: Path, steps: int) -> None:
+    model = loaded(case, directory)
+    assert type(model.pipeline.scheduler).__name__ == "DDIMScheduler"
+    noise = torch.randn(3, *model.latent_shape)
+    close(model.decode(drawn(model, 3.0, noise, steps)), called(model, noise, 3.0, "pt", steps))
 
 
 def trajectory(model: DiffusersModel, scale: float) -> Trajectory:
