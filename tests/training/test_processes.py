@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import signal
@@ -28,9 +29,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from worlds import SETTINGS, brightness, commands, policy, together  # noqa: E402
 
 REWARD = """
-import os, signal, time
+import os, signal, threading, time
 
 calls = 0
+if os.environ.get("RANK") == os.environ.get("KILLED_RANK", "none"):
+    killer = threading.Timer(float(os.environ["KILLED_AFTER"]), os.kill, (os.getpid(), signal.SIGKILL))
+    killer.daemon = True
+    killer.start()
 
 def reward(images, prompts, metadata):
     global calls
@@ -44,6 +49,10 @@ def reward(images, prompts, metadata):
         os.kill(os.getpid(), getattr(signal, fault))
     return [float((image * image[0, 0, 0]).mean()) for image in images]
 """
+
+
+KILLED = {"run.iterations": 8, "run.checkpoint_every": 1, "distributed.timeout": 60}
+"""Options of the runs that are killed."""
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +129,39 @@ def test_one_that_fails_ends_all(train: Any, tmp_path: Path, reward: Path, fault
     # the directory is free again
     with open_run_directory(tmp_path / "run", resume=False, overwrite=True):
         pass
+
+
+@pytest.fixture(scope="module")
+def whole(train: Any, tmp_path_factory: pytest.TempPathFactory, reward: Path) -> tuple[bytes, float]:
+    """The adapter of a run that nobody stops, and its seconds."""
+    directory, start = tmp_path_factory.mktemp("whole"), time.monotonic()
+    assert [code for code, _ in run(train, directory, reward, **KILLED)] == [0, 0]
+    return adapter(directory / "run"), time.monotonic() - start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+def test_a_kill_at_any_moment_loses_nothing(
+    train: Any, tmp_path: Path, reward: Path, whole: tuple[bytes, float], seed: int
+) -> None:
+    draw = random.Random(seed)
+    fate = {"KILLED_RANK": str(draw.randrange(2)), "KILLED_AFTER": str(draw.uniform(0, 0.8 * whole[1]))}
+    start = time.monotonic()
+    codes = [code for code, _ in run(train, tmp_path, reward, fate, **KILLED)]
+    # the one that lives notices, or the run was over before
+    assert time.monotonic() - start < whole[1] + 60 and sorted(codes) in (
+        [-signal.SIGKILL, 3],
+        [-signal.SIGKILL, 0],
+        [0, 0],
+    )
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torchrun = {
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "1",
+    }
+    assert [code for code, _ in run(train, tmp_path, reward, torchrun, **KILLED)] == [0, 0]
+    assert adapter(tmp_path / "run") == whole[0]
 
 
 def test_what_does_not_fit_is_refused_and_said_once(train: Any, tmp_path: Path, reward: Path) -> None:
