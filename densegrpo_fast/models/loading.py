@@ -312,7 +312,7 @@ def _load_preview(pipeline: Path, given: str | None, vae: Any, device: torch.dev
 
 
 def _layout(device: torch.device) -> torch.memory_format:
-    """Of a decoder's convolutions: on CPUs channels last is quicker; on GPUs normalisations would change it to and fro."""
+    """Of a decoder's convolutions: channels last is quicker on CPUs; on GPUs normalisations would change it back."""
     return torch.channels_last if device.type == "cpu" else torch.preserve_format
 
 
