@@ -7,7 +7,8 @@
 #
 # Every part runs even if one before it failed; the exit status says whether all of them succeeded. PARTS chooses some
 # of them by name: PARTS="smoke tests" bash benches/gpu_suite.sh. BUDGET is the time in seconds, MOST what one command may
-# take of it, so that one that hangs leaves time to the others, PYTHON the interpreter.
+# take of it (whole iterations, about 60 PFLOP, twice that), so that one that hangs leaves time to the others, PYTHON the
+# interpreter.
 # Wheels in the folder wheels/ are installed first, for machines without a network; they come from, for example,
 #
 #     pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
@@ -36,8 +37,9 @@ part() {
     return 0
   fi
   echo "== $name: $*"
-  local start=$SECONDS left=$((budget - SECONDS)) status=0
-  ((left < most)) || left=$most
+  local start=$SECONDS left=$((budget - SECONDS)) limit=$most status=0
+  [[ $name != iteration ]] || limit=$((2 * most))
+  ((left < limit)) || left=$limit
   timeout --kill-after=10 "$left" "$@" || status=$?
   # 137: it had to be killed
   case $status in
