@@ -7,7 +7,8 @@
 Settings are those of the other benches (ten steps, guidance 4.5, nine trained steps, KL); the lookahead is the fast
 one unless the options say otherwise. Written to results/gpu_rehearsal_gpu.json: seconds, floating-point operations and
 their rate by phase, against the rate of plain matrix products on the same device; network forwards; the peak of the
-memory beside its estimate; power, clocks and energy; and, in one more iteration, the lines where Python waits for the GPU.
+memory beside its estimate; power, clocks and energy; and, in one more iteration, the lines where Python waits for the
+GPU.
 """
 
 from __future__ import annotations
