@@ -6,7 +6,9 @@
 #     bash benches/gpu_suite.sh [DIRECTORY]
 #
 # Every part runs even if one before it failed; the exit status says whether all of them succeeded. PARTS chooses some
-# of them by name: PARTS="smoke tests" bash benches/gpu_suite.sh. BUDGET is the time in seconds, PYTHON the interpreter.
+# of them by name: PARTS="smoke tests" bash benches/gpu_suite.sh. BUDGET is the time in seconds, MOST what one command may
+# take of it (whole iterations, about 60 PFLOP, twice that), so that one that hangs leaves time to the others, PYTHON the
+# interpreter.
 # Wheels in the folder wheels/ are installed first, for machines without a network; they come from, for example,
 #
 #     pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
@@ -19,6 +21,7 @@ export OMP_WAIT_POLICY=PASSIVE TRANSFORMERS_VERBOSITY=error PYTHONUNBUFFERED=1
 results="${1:-benches/results}"
 parts="${PARTS:-wheels build smoke tests large steps rehearsal iteration lookahead}"
 budget="${BUDGET:-600}"
+most="${MOST:-150}"
 python="${PYTHON:-$(command -v python || command -v python3)}"
 mkdir -p "$results"
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device" >&2; exit 2; }
@@ -34,8 +37,16 @@ part() {
     return 0
   fi
   echo "== $name: $*"
-  local start=$SECONDS
-  timeout "$((budget - SECONDS))" "$@" || failed+=("$name")
+  local start=$SECONDS left=$((budget - SECONDS)) limit=$most status=0
+  [[ $name != iteration ]] || limit=$((2 * most))
+  ((left < limit)) || left=$limit
+  timeout --kill-after=10 "$left" "$@" || status=$?
+  # 137: it had to be killed
+  case $status in
+    0) ;;
+    124 | 137) failed+=("$name (stopped after $left s)") ;;
+    *) failed+=("$name") ;;
+  esac
   echo "== $name: $((SECONDS - start)) s"
 }
 

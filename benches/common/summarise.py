@@ -50,11 +50,10 @@ def summary(document: Mapping[str, Any]) -> dict[str, Any]:
         KeyError, TypeError: it is no such document.
     """
     if "benchmarks" in document:
-        machine = document["machine_info"]["cpu"]
         return {
             "command": "pytest benches --benchmark-only",
             "commit": document["commit_info"]["id"],
-            "hardware": {"cpu": machine["brand_raw"], "cores": machine["count"]},
+            "hardware": document["machine_info"]["hardware"],
             "seconds": {
                 each["name"]: {key: each["stats"][key] for key in ("median", "iqr", "rounds")}
                 for each in document["benchmarks"]

@@ -7,7 +7,8 @@
 Settings are those of the other benches (ten steps, guidance 4.5, nine trained steps, KL); the lookahead is the fast
 one unless the options say otherwise. Written to results/gpu_rehearsal_gpu.json: seconds, floating-point operations and
 their rate by phase, against the rate of plain matrix products on the same device; network forwards; the peak of the
-memory beside its estimate; power and clocks; and, in one more iteration, the lines where Python waits for the GPU.
+memory beside its estimate; power, clocks and energy; and, in one more iteration, the lines where Python waits for the
+GPU.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def rehearse(protocol: Protocol, *, rounds: int, warmup: int, model: DiffusersMo
         "load_average": {"start": started, "end": load_average()},
         "memory": {"peak_bytes": max(peaks), "estimate_bytes": estimated_bytes(config, model, reward)},
         "sensors": {"readings": sensors.summary(), "why_not": sensors.why_not},
+        "joules_per_iteration": None if sensors.joules is None else sensors.joules / rounds,
         "host_syncs": waits.where,
         **rates(variant, config, model, phases),
     }
@@ -167,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {name:10} {own['median']:8.3f} s  {evaluated:6.0f} NFE  {rate:8.2f} TFLOP/s  {share:4.0%} of matmul")
     memory = document["memory"]
     print(f"  memory     {memory['peak_bytes'] / 2**30:.2f} GiB, estimated {memory['estimate_bytes'] / 2**30:.2f}")
+    if document["joules_per_iteration"] is not None:
+        print(f"  energy     {document['joules_per_iteration']:.0f} J an iteration")
     if document["bar"]["met"] is False:
         print(f"rollout or update is below {BAR:.0%} of the matrix products' rate")
     return int(ExitCode.OK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from statistics import mean
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 class Sensors:
     """Within the context, a thread reads a device's sensors several times a second.
 
+    Attributes:
+        joules: energy that the device took from start to end of the context; None before, and where it is not counted.
+
     Args:
         device: the device; anything but a GPU has no sensors.
         seconds: between two readings.
@@ -22,8 +26,10 @@ class Sensors:
         self.device, self.seconds = device, seconds
         self.readings: list[dict[str, float]] = []
         self.why_not: str | None = None
+        self.joules: float | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._energy: Callable[[], float] | None = None
 
     def summary(self) -> dict[str, Any] | None:
         """Mean and largest watts and mean and lowest clock (MHz) of the readings; None without any, see `why_not`."""
@@ -51,6 +57,11 @@ class Sensors:
         except Exception as error:  # missing package, library or permission: the measurement does without
             self.why_not = f"{type(error).__name__}: {error}"
             return self
+        try:
+            started = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            self._energy = lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - started) / 1000
+        except Exception as error:  # GPUs before Volta count no energy
+            self.why_not = f"energy: {type(error).__name__}: {error}"
         self._thread = threading.Thread(target=self._watch, args=(pynvml, handle), daemon=True)
         self._thread.start()
         return self
@@ -61,6 +72,8 @@ class Sensors:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        if self._energy is not None and self.why_not is None:
+            self.joules = self._energy()
 
     def _watch(self, library: Any, handle: Any) -> None:
         while not self._stop.wait(self.seconds):

@@ -1,4 +1,5 @@
-"""The first minutes on a GPU: everything that can be wrong with a new machine, one line each, going on after a failure.
+"""The first minutes on a GPU: everything that can be wrong with a new machine, one line each, going on after a failure,
+a crash and a hang.
 
     python -m benches.gpu.smoke                  exit code 1 if something failed
     python -m benches.gpu.smoke --device cpu     a test of itself
@@ -16,10 +17,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import argparse
 import importlib
+import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from time import perf_counter
 
 import torch
@@ -143,7 +146,7 @@ def ratios(device: torch.device) -> str:
     counters = {"sample_index": index, "seed": 0, "iteration": 0}
     sampled = rollout(model, noise, text, table, **counters, guidance_scale=3.0)
     log_prob = replay(model, sampled, 1, slice(0, 3))[0]
-    furthest = float(((log_prob - sampled.log_probs[1]).exp() - 1).abs().max())
+    furthest = float(((log_prob.detach() - sampled.log_probs[1]).exp() - 1).abs().max())
     assert furthest <= 1e-6, f"a ratio is {furthest:.1e} off"
     return f"within {furthest:.1e} of 1"
 
@@ -164,22 +167,73 @@ CHECKS = [
 ]
 
 
-def smoke(checks: Sequence[Check], device: torch.device) -> list[str]:
-    """Run the checks that the device has; the names of those that failed."""
-    failed = []
-    for check in checks:
-        if check.gpu and device.type != "cuda":
-            print(f"skip {check.name}: needs a CUDA device", flush=True)
-            continue
-        start = perf_counter()
+class Worker:
+    """A process of its own for the checks: an error of a kernel ends a CUDA context for good, a crash the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, device), daemon=True)
+        self._process.start()
+        theirs.close()
+        # once it has imported torch; a check's time begins then
+        self._pipe.recv()
+
+    def ask(self, run: Callable[[torch.device], str], seconds: float) -> tuple[bool, str]:
+        """Whether a check passed, and what is to be said of it."""
+        self._pipe.send(run)
+        if not self._pipe.poll(seconds):
+            return False, f"no answer within {seconds:g} s"
         try:
-            said = check.run(device)
-            print(f"ok   {check.name}: {said} ({perf_counter() - start:.1f} s)", flush=True)
+            return self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            return False, f"the process ended with status {self._process.exitcode}"
+
+    def end(self) -> None:
+        """Stop the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection, device: torch.device) -> None:
+    pipe.send(None)
+    while True:
+        try:
+            run = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = True, run(device)
         except Exception as error:
-            failed.append(check.name)
             where = traceback.extract_tb(error.__traceback__)[-1]
             first = (str(error).strip() or "no message").splitlines()[0]
-            print(f"FAIL {check.name}: {type(error).__name__}: {first} ({where.filename}:{where.lineno})", flush=True)
+            answer = False, f"{type(error).__name__}: {first} ({where.filename}:{where.lineno})"
+        pipe.send(answer)
+
+
+def smoke(checks: Sequence[Check], device: torch.device, seconds: float = 60) -> list[str]:
+    """Run the checks that the device has, each for so many seconds at most; the names of those that failed.
+
+    After a failure the next checks run in a fresh process.
+    """
+    failed, worker = [], None
+    try:
+        for check in checks:
+            if check.gpu and device.type != "cuda":
+                print(f"skip {check.name}: needs a CUDA device", flush=True)
+                continue
+            start = perf_counter()
+            worker = worker or Worker(device)
+            passed, said = worker.ask(check.run, seconds)
+            print(f"{'ok  ' if passed else 'FAIL'} {check.name}: {said} ({perf_counter() - start:.1f} s)", flush=True)
+            if not passed:
+                failed.append(check.name)
+                worker.end()
+                worker = None
+    finally:
+        if worker is not None:
+            worker.end()
     return failed
 
 

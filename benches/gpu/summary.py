@@ -113,6 +113,8 @@ def summary(folder: Path) -> str:
                 document: Any = ElementTree.parse(path).getroot()
             else:
                 document = json.loads(path.read_text(encoding="utf-8"))
+                if document["hardware"]["gpu"] is None:
+                    raise ValueError("recorded without a GPU")
                 hardware = f"{document['hardware']['gpu']}, commit {document['commit']}"
             value = bar.value(document)
             found, verdict = bar.shown.format(value), "reached" if bar.reached(value) else "**not reached**"

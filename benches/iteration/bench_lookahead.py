@@ -9,9 +9,11 @@
     one_step    no evaluation: the clean estimates from the rollout's velocities
     copy        exact, by a copy of the model with the adapter merged: in float32, or the precision that is asked for
     cached      exact, with each sample's own text features of the rollout
+    graphed     exact, replayed as CUDA graphs; on a CUDA device only
 
-Decoding and scoring are not in it. Before anything is timed, serial, exact and a copy in float32 are asserted to agree
-to float32 rounding, and every way to evaluate what `sampling/cost.py` says.
+Decoding and scoring are not in it. Before anything is timed, serial, exact, graphed and a copy in float32 are asserted
+to agree to float32 rounding, and every way to evaluate what `sampling/cost.py` says (except graphed: a replay calls no
+module, so nothing can be counted).
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.sampling.cost import Evaluations, lookahead_evaluations
+from densegrpo_fast.sampling.graphs import Capturer, CudaCapturer, GraphedStepRunner
 from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.plan import exact as exact_plan
 from densegrpo_fast.sampling.plan import one_step
 from densegrpo_fast.sampling.rollout import Rollout
 from densegrpo_fast.training.models import default_device, synchronizer
@@ -56,7 +60,7 @@ from densegrpo_fast.training.prompts import TrainingPrompts
 from densegrpo_fast.training.rewarding import build_reward
 from densegrpo_fast.training.trainer import Trainer
 
-NAMES = ("serial", "exact", "nodes", "one_step", "copy", "cached")
+NAMES = ("serial", "exact", "nodes", "one_step", "copy", "cached", "graphed")
 RATIOS = tuple(f"{name}/{other}" for other in ("exact", "serial") for name in NAMES if name != other)
 DEFAULTS: dict[str, Any] = {"prompts": 2, "group_size": 8, "plan": "nodes:4,7", "copy_dtype": "null"}
 """What is chosen otherwise than for a whole iteration."""
@@ -77,8 +81,11 @@ class Way:
     models: tuple[DiffusersModel, ...]
 
 
-def ways(protocol: Protocol) -> dict[str, Way]:
-    """The ways, ready to call; first it is asserted that they are what they should be.
+def ways(protocol: Protocol, capturer: Capturer | None = None) -> dict[str, Way]:
+    """The ways that run here, ready to call; first it is asserted that they are what they should be.
+
+    Args:
+        capturer: of the graphed way; None = CUDA graphs.
 
     Raises:
         UserError: an option is wrong, or the model cannot be loaded.
@@ -125,6 +132,10 @@ def ways(protocol: Protocol) -> dict[str, Way]:
         "copy": ours(configs["copy"])[1],
         "cached": ours(configs["cached"])[1],
     }
+    capturer = capturer or CudaCapturer()
+    if not capturer.why_not(model.device):
+        runner, same = GraphedStepRunner(capturer), exact_plan(steps)
+        found["graphed"] = ours(exact, Lookahead(model, same, chunk=exact.lookahead.chunk, step_runner=runner))[1]
     check(found, len(prompts))
     return found
 
@@ -153,9 +164,11 @@ def check(found: dict[str, Way], rows: int) -> None:
         with counted(way.models, tally) as work:
             clean[name] = way.complete()
         expected = rows * way.evaluations.forwards
-        assert work.forwards == expected, f"{name} took {work.forwards} forwards, expected {expected}"
+        assert name == "graphed" or work.forwards == expected, (
+            f"{name} took {work.forwards} forwards, expected {expected}"
+        )
     scale = clean["exact"].abs().max().item()
-    for name in ("serial", "copy"):
+    for name in {"serial", "copy", "graphed"} & found.keys():
         if all(model.network.dtype == torch.float32 for model in found[name].models):
             torch.testing.assert_close(clean[name], clean["exact"], rtol=1e-3, atol=1e-3 * scale)
 
@@ -168,7 +181,7 @@ def measure(protocol: Protocol, *, rounds: int, warmup: int) -> dict[str, Any]:
     summary = {name: {"median": median(own), "spread": spread(own), "rounds": own} for name, own in seconds.items()}
     settings = {name: config.model_dump(mode="json") for name, config in configurations(protocol).items()}
     return provenance() | {
-        "ratios": ratios(seconds, RATIOS),
+        "ratios": ratios(seconds, [pair for pair in RATIOS if set(pair.split("/")) <= seconds.keys()]),
         "seconds": summary,
         "nfe": {name: way.evaluations.forwards for name, way in found.items()},
         "load_average": {"start": started, "end": load_average()},
@@ -180,7 +193,10 @@ def measure(protocol: Protocol, *, rounds: int, warmup: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def bench_lookahead(benchmark: Any, name: str) -> None:
-    way = ways(Protocol(**DEFAULTS | {"model": EMBEDDED_RANDOM, "prompts": 1, "group_size": 2}))[name]
+    found = ways(Protocol(**DEFAULTS | {"model": EMBEDDED_RANDOM, "prompts": 1, "group_size": 2}))
+    if name not in found:
+        pytest.skip("CUDA graphs need a CUDA device")
+    way = found[name]
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "load_average": load_average()}
     benchmark.extra_info["nfe"] = way.evaluations.forwards
     benchmark.pedantic(way.complete, rounds=3, warmup_rounds=1)

@@ -69,7 +69,7 @@ def test_three_iterations_on_a_small_model(
         assert document["tflops_per_second"][phase] == pytest.approx(expected)
     assert document["memory"]["peak_bytes"] > 0 and document["memory"]["estimate_bytes"] > 0
     assert document["sensors"] == {"readings": None, "why_not": "no GPU"}
-    assert document["host_syncs"] is None
+    assert document["host_syncs"] is None and document["joules_per_iteration"] is None
     assert document["bar"] == {"share": 0.45, "met": None}
     assert "commit" in document and "hardware" in document
     assert "of matmul" in capsys.readouterr().out
@@ -85,13 +85,14 @@ def test_it_needs_a_gpu_for_the_large_model(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_sensors_are_read_while_something_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    watts = iter(range(100_000, 10**9, 100_000))
+    watts, energy = iter(range(100_000, 10**9, 100_000)), iter([5_000, 12_000])
     asked = []
     library = SimpleNamespace(
         NVML_CLOCK_SM=1,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=lambda name: asked.append(name) or "handle",
         nvmlDeviceGetPowerUsage=lambda handle: next(watts),
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(energy),
         nvmlDeviceGetClockInfo=lambda handle, clock: 1500,
     )
     monkeypatch.setitem(sys.modules, "pynvml", library)
@@ -101,6 +102,7 @@ def test_sensors_are_read_while_something_runs(monkeypatch: pytest.MonkeyPatch) 
             time.sleep(0.001)
     count = len(sensors.readings)
     summary = sensors.summary()
+    assert sensors.joules == 7.0 and sensors.why_not is None
     assert asked == ["GPU-abc"] and summary is not None and summary["readings"] == count
     # 100 W, 200 W, ... up to the last reading
     assert summary["watts"] == {"mean": pytest.approx(50 * (count + 1)), "max": 100.0 * count}
@@ -114,6 +116,7 @@ def test_a_driver_that_stops_answering_ends_the_readings(monkeypatch: pytest.Mon
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=lambda name: "handle",
         nvmlDeviceGetPowerUsage=lambda handle: next(watts),
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 5_000,
         nvmlDeviceGetClockInfo=lambda handle, clock: 1500,
     )
     monkeypatch.setitem(sys.modules, "pynvml", library)
@@ -123,7 +126,7 @@ def test_a_driver_that_stops_answering_ends_the_readings(monkeypatch: pytest.Mon
             if sensors.why_not is not None:
                 break
             time.sleep(0.001)
-    assert sensors.why_not == "after 2 readings: StopIteration: "
+    assert sensors.why_not == "after 2 readings: StopIteration: " and sensors.joules is None
     summary = sensors.summary()
     assert summary is not None and summary["watts"] == {"mean": 150.0, "max": 200.0}
 

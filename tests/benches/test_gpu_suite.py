@@ -7,6 +7,8 @@ import json
 import os
 import re
 import subprocess
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "benches" / "gpu_suite.sh"
 STAND_IN = """#!/bin/sh
 echo "$@" >> "$CALLS"
-case "$*" in *"$FAILS"*) exit 1;; esac
+case "$*" in *"$FAILS"*) exit 1;; *"$HANGS"*) exec sleep 60;; esac
 """
 
 
 def run(
-    tmp_path: Path, parts: str = "", fails: str = "nothing fails", budget: int = 600
+    tmp_path: Path, parts: str = "", fails: str = "nothing fails", budget: int = 600, hangs: str = "nothing hangs"
 ) -> tuple[subprocess.CompletedProcess, list[str]]:
     """The suite with a stand-in for Python, which notes how it is called and fails where it is told to."""
     folder, calls = tmp_path / "bin", tmp_path / "calls"
@@ -38,6 +40,8 @@ def run(
         "PATH": f"{folder}:{os.environ['PATH']}",
         "CALLS": str(calls),
         "FAILS": fails,
+        "HANGS": hangs,
+        "MOST": "1",
     }
     environment |= {"PARTS": parts} if parts else {}
     command = ["bash", str(SUITE), str(tmp_path / "results")]
@@ -87,6 +91,12 @@ def test_what_has_no_time_left_is_told(tmp_path: Path) -> None:
     assert result.stderr.splitlines() == ["failed: large (no time left)"] * 3
 
 
+def test_what_hangs_leaves_time_to_the_others(tmp_path: Path) -> None:
+    result, calls = run(tmp_path, "large", hangs="bench_sde_step")
+    assert result.returncode == 1 and result.stderr.splitlines() == ["failed: large (stopped after 1 s)"]
+    assert any("bench_euler_jump" in call for call in calls)
+
+
 def test_a_library_that_cannot_be_built_fails_the_suite(tmp_path: Path) -> None:
     result, _ = run(tmp_path, "build smoke", fails="build_ext")
     assert result.returncode == 1 and result.stderr.splitlines() == ["failed: build"]
@@ -112,23 +122,41 @@ def test_every_bar_of_the_summary_is_read(tmp_path: Path) -> None:
     assert "a GPU, commit abc" in page and "not measured" not in page
     missed = [line for line in page.splitlines() if "**not reached**" in line]
     assert [line.split("|")[1].strip() for line in missed] == ["price of DenseGRPO", "update, rate"]
+    documents["grpo_loss_gpu.json"] |= {"hardware": {"gpu": None}}
+    (tmp_path / "grpo_loss_gpu.json").write_text(json.dumps(documents["grpo_loss_gpu.json"]))
     (tmp_path / "gpu_tests.xml").write_text(suite.replace(ran, ""))
     (tmp_path / "iteration_gpu.json").unlink()
     page = summary.summary(tmp_path)
     assert "| tests of the CUDA library | none left out | 1 left out | **not reached** |" in page
     assert "| price of DenseGRPO | <= 1.30 x replayed sparse |  | not measured |" in page
+    assert "| not measured: ValueError: recorded without a GPU |" in page
 
 
-def test_the_smoke_test_goes_on_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(device: torch.device) -> str:
-        raise ValueError("no luck\nand more")
+class OnArrival:
+    """Calls a function in the process that it is sent to."""
 
-    checks = [smoke.Check("broken", broken, gpu=False), *smoke.CHECKS]
-    assert smoke.smoke(checks, torch.device("cpu")) == ["broken"]
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call[0], self.call[1:]
+
+
+def test_the_smoke_test_goes_on_after_a_failure_and_a_crash(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = {"missing": partial(smoke.package, "no_such_package"), "crash": OnArrival(os._exit, 3)}
+    checks = [*(smoke.Check(name, run, gpu=False) for name, run in broken.items()), *smoke.CHECKS]
+    assert smoke.smoke(checks, torch.device("cpu")) == list(broken)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("FAIL broken: ValueError: no luck (") and len(lines) == len(checks)
+    assert lines[0].startswith("FAIL missing: ModuleNotFoundError: No module named 'no_such_package' (")
+    assert lines[1].startswith("FAIL crash: the process ended with status 3 (") and len(lines) == len(checks)
     assert sum(line.startswith("skip ") for line in lines) == sum(check.gpu for check in checks)
     assert any(line.startswith("ok   importance ratios: within") for line in lines)
+
+
+def test_the_smoke_test_does_not_wait_for_what_hangs(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [smoke.Check("hang", OnArrival(time.sleep, 600), gpu=False)]
+    assert smoke.smoke(checks, torch.device("cpu"), seconds=0.2) == ["hang"]
+    assert capsys.readouterr().out.startswith("FAIL hang: no answer within 0.2 s (")
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])

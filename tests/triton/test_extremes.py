@@ -67,6 +67,23 @@ def test_rows_beyond_32_bits(device: torch.device, far_rows: Tensor) -> None:
     assert torch.equal(*moved)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1, 2, 3, 4])
+def test_rows_off_16_bytes(device: torch.device, offset: int, dtype: torch.dtype) -> None:
+    table, options = table_of(10, device), counters(3, device)
+    near = [torch.randn(3, 32).to(device), torch.randn(3, 32).to(device, dtype)]
+    # from an element that starts no 16 bytes, unless it is the fourth
+    shifted = [torch.cat([part.new_zeros(offset), part.flatten()])[offset:].view(3, 32) for part in near]
+    assert (shifted[0].data_ptr() % 16 == 0) == (offset in (0, 4))
+    stepped = [sde_step(*rows, table, 4, implementation="triton", **options) for rows in (near, shifted)]
+    assert torch.equal(stepped[0][0], stepped[1][0])
+    torch.testing.assert_close(stepped[0][1], stepped[1][1], rtol=1e-6, atol=1e-6)
+    scored = [sde_log_prob(*rows, stepped[0][0], table, 4, implementation="triton") for rows in (near, shifted)]
+    torch.testing.assert_close(*scored, rtol=1e-6, atol=1e-6)
+    levels = torch.tensor([0.75, 0.25], device=device)
+    assert torch.equal(*(euler_jump(*rows, *levels, implementation="triton") for rows in (near, shifted)))
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_stays_in_its_row(device: torch.device, value: float) -> None:
     table, (latents, velocity) = table_of(10, device), torch.randn(2, 3, 600).to(device)
