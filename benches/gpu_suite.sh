@@ -47,28 +47,28 @@ if compgen -G "wheels/*.whl" > /dev/null; then
 fi
 # whoever asks for this suite has a GPU: here the CUDA library has to be there, or its tests would be left out
 part build env DENSEGRPO_CUDA=1 "$python" setup.py --quiet build_ext --inplace
-part smoke "$python" benches/gpu_smoke.py
-part smoke "$python" benches/gpu_rehearsal.py --model embedded_random --prompts 2 --group-size 2 --rounds 1 --warmup 0 \
+part smoke "$python" -m benches.gpu.smoke
+part smoke "$python" -m benches.gpu.rehearsal --model embedded_random --prompts 2 --group-size 2 --rounds 1 --warmup 0 \
   --override lookahead.graphs=true --output "$results/gpu_smoke_gpu.json"
 part tests "$python" -m pytest -q -m gpu "${files[@]}" tests/triton --junitxml "$results/gpu_tests.xml"
 # 64 MiB per tensor, more than the caches hold, where bandwidth counts
 for op in sde_step sde_log_prob euler_jump; do
-  part large "$python" "benches/bench_$op.py" --batch 256 --rounds 10 --output "$results/${op}_large_gpu.json"
+  part large "$python" -m "benches.ops.bench_$op" --batch 256 --rounds 10 --output "$results/${op}_large_gpu.json"
 done
 # the latents of nine samples of SD3.5-Medium, where launches count
 for op in sde_step sde_log_prob sde_log_prob_kl euler_jump grpo_loss; do
-  part steps "$python" "benches/bench_$op.py" --batch 9 --rounds 20 --output "$results/${op}_gpu.json"
+  part steps "$python" -m "benches.ops.bench_$op" --batch 9 --rounds 20 --output "$results/${op}_gpu.json"
 done
 # eight trajectories, so that a micro-batch is full
-part rehearsal "$python" benches/gpu_rehearsal.py "${model[@]}" --prompts 8 --group-size 4 --rounds 1 \
+part rehearsal "$python" -m benches.gpu.rehearsal "${model[@]}" --prompts 8 --group-size 4 --rounds 1 \
   --output "$results/gpu_rehearsal_gpu.json"
 # a merged copy in the base's precision; previews, because the full decoder of such a model costs as much as a forward
 cheap=(--copy-dtype bfloat16 --decoder preview)
-part iteration "$python" benches/bench_iteration.py "${model[@]}" --prompts 1 --group-size 8 "${cheap[@]}" --rounds 1 \
+part iteration "$python" -m benches.iteration.bench_iteration "${model[@]}" --prompts 1 --group-size 8 "${cheap[@]}" --rounds 1 \
   --output "$results/iteration_gpu.json"
-part lookahead "$python" benches/bench_lookahead.py "${model[@]}" --prompts 1 --group-size 8 "${cheap[@]}" \
+part lookahead "$python" -m benches.iteration.bench_lookahead "${model[@]}" --prompts 1 --group-size 8 "${cheap[@]}" \
   --plan nodes:4,7 --rounds 1 --output "$results/lookahead_gpu.json"
-"$python" benches/gpu_summary.py "$results" || failed+=(summary)
+"$python" -m benches.gpu.summary "$results" || failed+=(summary)
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}" >&2

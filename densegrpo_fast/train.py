@@ -25,10 +25,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import OF_SIGNALS, ExitCode, user_errors_exit
+from densegrpo_fast.common.plugins import is_outside
 from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.embedded import EMBEDDED
 from densegrpo_fast.rewards.registry import resolve_alias
 from densegrpo_fast.training.prompts import check_inputs
 
@@ -114,6 +117,20 @@ def dry_run(config: Config) -> ExitCode:
     return ExitCode.OK
 
 
+def _network(config: Config) -> str:
+    """The network that a run of this configuration would train, as far as it is known without its weights."""
+    from densegrpo_fast.training.outline import network_outline
+
+    if config.model.path in EMBEDDED or is_outside(config.model.path):
+        return "real"
+    lora = config.lora
+    try:
+        found = network_outline(config.model.path, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return found or "not looked at: its configuration is on the hub"
+
+
 def _what_was_real(config: Config, small: Config, trainer: Trainer) -> dict[str, str]:
     """For each part of the run, whether it is the configuration's own or what stood in for it."""
     names = [*config.reward.terms, *config.reward.observed]
@@ -125,8 +142,10 @@ def _what_was_real(config: Config, small: Config, trainer: Trainer) -> dict[str,
     used, path = (small.data.prompts, small.data.eval_prompts), config.model.path
     lacking = [source for source in (config.data.prompts, config.data.eval_prompts) if source not in used]
     prompts = f"{len(trainer.prompts.prompts)} for training, {len(trainer.held_out.prompts)} held out"
+    outline = _network(config)
     return {
-        "model": "real" if path == "embedded" else f"a tiny random one in the place of {path}, which was not looked at",
+        "model": "real" if path in EMBEDDED else f"a tiny random one in the place of {path}",
+        "network": outline,
         "rewards": "; ".join([*(["real: " + ", ".join(own)] if own else []), *replaced]),
         "prompts": f"scenes in the place of {', '.join(lacking)}: not there" if lacking else f"real: {prompts}",
         "samples": f"{small.data.num_prompts} x {small.sampler.group_size} in the place of {of_iteration}",

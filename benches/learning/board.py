@@ -1,7 +1,7 @@
 """The board: what every method needs to lift the held-out reward to the same marks.
 
-    OMP_WAIT_POLICY=PASSIVE python benches/learning/board.py tune --work runs/board
-    OMP_WAIT_POLICY=PASSIVE python benches/learning/board.py run --work runs/board
+    OMP_WAIT_POLICY=PASSIVE python -m benches.learning.board tune --work runs/board
+    OMP_WAIT_POLICY=PASSIVE python -m benches.learning.board run --work runs/board
 
 The protocol is README.md beside this file. `tune` does one run per method and learning rate, `run` those of five seeds
 at the chosen rates; each may be started several times at once and stopped. `seconds` times all methods interleaved, and
@@ -15,10 +15,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# what is measured is the checkout around this file
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import argparse
 import json
 from collections.abc import Mapping, Sequence
@@ -27,11 +23,10 @@ from statistics import fmean, median
 from time import process_time
 from typing import Any
 
-from _marks import board
-from _operations import IterationOperations
-from _record import RESULTS, provenance, write_json
-from study import Plan, conduct
-
+from benches.common.operations import IterationOperations
+from benches.common.record import RESULTS, provenance, write_json
+from benches.learning.marks import board
+from benches.learning.study import Plan, conduct
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config

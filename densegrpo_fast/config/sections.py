@@ -29,13 +29,15 @@ CHOSEN_BY_AUTO = (
     "optimizer.update",
 )
 """Dotted keys of the options that `lookahead.plan auto` chooses."""
-_PROMPTS = '"scenes", "general", "ocr" or "geneval" (built in), or a .txt, .jsonl, .tsv or .csv file'
+_PROMPTS = '"scenes", "words", "general", "ocr" or "geneval" (built in), or a .txt, .jsonl, .tsv or .csv file'
 
 
 class ModelOptions(Section):
     """The flow model that is aligned."""
 
-    path: Text = Field(description='"embedded", a Hugging Face hub id, or a local pipeline directory')
+    path: Text = Field(
+        description='"embedded" or "embedded_words" (in the package), a Hugging Face hub id, or a pipeline directory'
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         description="precision of the frozen base; auto = bfloat16 on a GPU, float32 on a CPU"
     )

@@ -49,8 +49,8 @@ def examine(arguments: Sequence[str], wait_policy: str | None) -> list[Finding]:
 def _configured(arguments: Sequence[str]) -> list[Finding]:
     from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.config.yaml_files import preset_names
-    from densegrpo_fast.embedded import WEIGHTS
+    from densegrpo_fast.embedded import EMBEDDED
 
     config, _ = parse_arguments(arguments)
-    data = packages.data_findings(lambda name: parse_arguments(["--config", name]), list(preset_names()), WEIGHTS)
+    data = packages.data_findings(lambda name: parse_arguments(["--config", name]), list(preset_names()), EMBEDDED)
     return [machine.disk_finding(config.output_dir), *data]

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,13 +121,15 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(parts)
 
 
-def data_findings(load_preset: Callable[[str], object], presets: list[str], weights: Path) -> Iterator[Finding]:
-    """Whether the presets are valid and the embedded model's files are whole.
+def data_findings(
+    load_preset: Callable[[str], object], presets: list[str], models: Mapping[str, Path]
+) -> Iterator[Finding]:
+    """Whether the presets are valid and the files of the embedded models are whole.
 
     Args:
         load_preset: reads one, raising if it is wrong.
         presets: their names.
-        weights: the embedded pipeline's directory.
+        models: the directories of the embedded pipelines, by name.
     """
     remedy = "install the package again"
     broken = []
@@ -140,13 +142,14 @@ def data_findings(load_preset: Callable[[str], object], presets: list[str], weig
         yield Finding(_DATA, "presets", "problem", "; ".join(broken) or "none found", remedy)
     else:
         yield Finding(_DATA, "presets", "ok", ", ".join(presets))
-    wrong = weight_faults(weights)
-    if wrong:
-        advice = "git lfs pull" if any("LFS" in fault for fault in wrong) else remedy
-        yield Finding(_DATA, "embedded model", "problem", "; ".join(wrong), advice)
-    else:
-        size = sum(path.stat().st_size for path in weights.rglob("*") if path.is_file())
-        yield Finding(_DATA, "embedded model", "ok", f"{size / 1e6:.1f} MB, all files readable")
+    for name, weights in models.items():
+        title = name.replace("_", " ") + " model"
+        if wrong := weight_faults(weights):
+            advice = "git lfs pull" if any("LFS" in fault for fault in wrong) else remedy
+            yield Finding(_DATA, title, "problem", "; ".join(wrong), advice)
+        else:
+            size = sum(path.stat().st_size for path in weights.rglob("*") if path.is_file())
+            yield Finding(_DATA, title, "ok", f"{size / 1e6:.1f} MB, all files readable")
 
 
 def weight_faults(directory: Path) -> list[str]:

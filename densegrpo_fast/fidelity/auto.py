@@ -24,6 +24,7 @@ from densegrpo_fast.common.files import write_json
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.help import describe_errors
 from densegrpo_fast.config.yaml_files import inline_yaml
+from densegrpo_fast.embedded import EMBEDDED
 from densegrpo_fast.fidelity.price import Price, draws, iteration_cost, price
 from densegrpo_fast.fidelity.report import table
 from densegrpo_fast.fidelity.search import Thresholds
@@ -138,7 +139,7 @@ def rehearse(config: Config, small: Config) -> tuple[Config, FlowModel | None]:
     settings = config.model_dump()
     sizes = {key: settings[section][name] for key in keys for section, name in [key.split(".")]}
     sized = with_options(small, sizes | {"optimizer.updates_per_iteration": config.optimizer.updates_per_iteration})
-    on = "" if config.model.path == "embedded" else ", counted on a tiny model"
+    on = "" if config.model.path in EMBEDDED else ", counted on a tiny model"
     print(f"lookahead.plan auto: {trial_of(sized, tiny=True).outline()}{on}")
     choice = choose(small, tiny=True, groups=2, say=lambda text: None)
     print("lookahead.plan auto: tried on 2 groups of 2 samples, whose figures mean nothing")

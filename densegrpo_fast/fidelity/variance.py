@@ -49,7 +49,7 @@ def mean_square(products: Tensor, drawn: Sequence[Draw], candidates: Sequence[in
     """Mean square of a group's gradient, over groups and draws; its mean is the same however the steps are drawn.
 
     The square of that mean, the only part of it that is no variance, is about a hundredth of it on the embedded model
-    (benches/gradient_variance.py), and more than a few groups can tell.
+    (benches/iteration/gradient_variance.py), and more than a few groups can tell.
 
     Args:
         products: [K, K] float64, mean inner products of the K candidates' gradients within a group, of weighted losses.

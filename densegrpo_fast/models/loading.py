@@ -22,7 +22,7 @@ from densegrpo_fast.common.pretrained import (
     silence_loading,
     why_not_fetched,
 )
-from densegrpo_fast.embedded import WEIGHTS
+from densegrpo_fast.embedded import EMBEDDED
 from densegrpo_fast.models.diffusers_model import DiffusersModel, PromptStore, StoredPrompts
 from densegrpo_fast.models.families import family_of
 from densegrpo_fast.models.family import Family
@@ -50,12 +50,12 @@ def pipeline_directory(path: str, revision: str | None = None) -> Path:
         SetupError: there is no such pipeline, no family of models (`models/families.py`) has its kind, or its directory
             is not whole; the message says what is missing and what to do.
     """
-    directory = WEIGHTS if path == "embedded" else Path(path).expanduser()
-    if path != "embedded" and not directory.is_dir():
+    directory = EMBEDDED.get(path, Path(path).expanduser())
+    if path not in EMBEDDED and not directory.is_dir():
         if not is_hub_id(path):
             raise SetupError(
                 f"model.path: {path!r} is no directory; give a pipeline directory, a hub id such as "
-                "stabilityai/stable-diffusion-3.5-medium, or embedded",
+                f"stabilityai/stable-diffusion-3.5-medium, or one of the package: {', '.join(EMBEDDED)}",
             )
         directory = _download(path, revision)
     _check_directory(directory, directory_family(directory))
@@ -97,7 +97,7 @@ def load_pipeline(
     """Load a pipeline, without the parts that its family can do without and the directory lacks.
 
     Args:
-        path: "embedded", a local pipeline directory, or a hub id.
+        path: one of `EMBEDDED`, a local pipeline directory, or a hub id.
         dtype: of network and text encoders.
         max_sequence_length: of the text encoder in tokens, where the family lets one choose.
         height, width: in pixels; 0 = the model's own.

@@ -54,7 +54,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
 
     What mixed precision does to a LoRA (`torch.autocast`), with the sum in the matrix product. Of SD3.5-Medium an eager
     forward moves 12.7 GB a row in place of 18.7 with products in float32, its backward 20.6 in place of 27.4, and the
-    graph keeps 2.0 in place of 2.6 (`benches/bench_lora.py`). The same operations with and without a graph.
+    graph keeps 2.0 in place of 2.6 (`benches/iteration/bench_lora.py`). The same operations with and without a graph.
 
     Args:
         x: [..., in] in the dtype of `weight`.

@@ -58,6 +58,7 @@ class StableDiffusion(Family):
         alphas = getattr(self.scheduler, "alphas_cumprod", torch.ones(1)).double()
         # t of every training timestep, as float32 values
         self.levels = ((1 - alphas).sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())).float()
+        self._levels_on: dict[torch.device, Tensor] = {}
 
     @property
     def euler(self) -> bool:
@@ -93,7 +94,10 @@ class StableDiffusion(Family):
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Training timesteps [B] float32 of noise levels; between two of them, linear in t."""
-        levels = self.levels.to(sigma.device)
+        # copied once: a CUDA graph would have to read the host's memory at each replay
+        if sigma.device not in self._levels_on:
+            self._levels_on[sigma.device] = self.levels.to(sigma.device)
+        levels = self._levels_on[sigma.device]
         above = torch.searchsorted(levels, sigma.contiguous()).clamp(1, len(levels) - 1)
         low, high = levels[above - 1], levels[above]
         return (above - 1 + (sigma - low) / (high - low)).clamp(0, len(levels) - 1)

@@ -14,6 +14,7 @@ from densegrpo_fast import __version__
 from densegrpo_fast.common.files import replace_text
 from densegrpo_fast.common.pretrained import is_hub_id
 from densegrpo_fast.config import Config
+from densegrpo_fast.embedded import EMBEDDED
 from densegrpo_fast.run_files.alarms import alarms_for, iterations_by_alarm
 from densegrpo_fast.run_files.provenance import commit, versions
 from densegrpo_fast.run_files.rendering import render
@@ -78,7 +79,7 @@ def write_model_card(
         "model_card.md.j2",
         name=adapter.resolve().parent.name,
         settings=config.model_dump(mode="json"),
-        embedded=config.model.path == "embedded",
+        embedded=config.model.path in EMBEDDED,
         on_hub=on_hub,
         # the hub id, or the name of a local directory: where it lies on one machine helps nobody else
         base_path=config.model.path if on_hub else Path(config.model.path).name,

@@ -15,6 +15,7 @@ from densegrpo_fast.common.plugins import is_outside, load
 from densegrpo_fast.common.pretrained import is_hub_id, silence_loading
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.sections import ModelOptions
+from densegrpo_fast.embedded import EMBEDDED
 from densegrpo_fast.models.adapter_formats import fit_to, read_lora
 from densegrpo_fast.models.attention import check_attention
 from densegrpo_fast.models.base import FlowModel
@@ -73,7 +74,7 @@ def build_model(config: Config, device: torch.device, dry_run: bool = False) -> 
     """
     options = config.model
     model: FlowModel
-    if dry_run and options.path != "embedded" and not is_outside(options.path):
+    if dry_run and options.path not in EMBEDDED and not is_outside(options.path):
         kind = pipeline_class(options)
         with silence_loading():
             from densegrpo_fast.models.tiny import tiny_model
@@ -237,7 +238,7 @@ def tiny_config(config: Config, processes: int = 1) -> Config:
     settings["optimizer"] |= {"updates_per_iteration": 1}
     settings["lookahead"] |= {"monitor_every": 0}
     settings["calibration"] |= {"samples": Staircase.enough, "rounds": 1}
-    if config.model.path != "embedded":
+    if config.model.path not in EMBEDDED:
         settings["model"] |= {"height": 0, "width": 0}
         # the levels stay; the tiny model that takes the place of this one has a schedule of its own
         settings["sampler"] |= {"calibration": None}

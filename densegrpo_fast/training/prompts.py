@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DIRECTORY = Path(__file__).resolve().parents[1] / "prompts"
-BUILT_IN = ("general", "geneval", "ocr")
-"""Prompt sets that come with the package, each with training and held-out prompts; `scenes` is generated instead."""
+BUILT_IN = ("general", "geneval", "ocr", "scenes", "words")
+"""Prompt sets that come with the package, each with training and held-out prompts.
+
+`scenes` and `words` are the embedded models' and generated; the others are files.
+"""
 
 _SENTENCES = 600
-"""Built-in training (and at most held-out) sentences; the six categories take turns until each runs out."""
+"""Training (and at most held-out) sentences of `scenes`; the six categories take turns until each runs out."""
 
 _TABLES = {".tsv": "\t", ".csv": ","}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -61,13 +64,23 @@ class PromptSet:
 
 
 def built_in_prompts(name: str, held_out: bool) -> PromptSet:
-    """A prompt set of the package, a start of a few dozen prompts: the training ones, or the held-out ones.
+    """A prompt set of the package: the training prompts, or the held-out ones.
 
     Args:
-        name: `general` (all kinds of pictures), `ocr` (a text to be written, in double quotes), or `geneval` (objects,
-            numbers, colours and places, with what to look for as metadata).
+        name: a start of a few dozen prompts: `general` (all kinds of pictures), `ocr` (a text to be written, in double
+            quotes), or `geneval` (objects, numbers, colours and places, with what to look for as metadata); or the
+            sentences of an embedded model, `scenes` or `words`.
         held_out: the held-out prompts, none of which is among the training ones.
     """
+    if name in ("scenes", "words"):
+        from densegrpo_fast.embedded import scenes, words  # bring numpy, which reading a file does not need
+
+        sentences = (
+            scenes.prompts(held_out=held_out, count=_SENTENCES)
+            if name == "scenes"
+            else [words.prompt(word) for word in words.split(held_out)]
+        )
+        return PromptSet(tuple(sentences), tuple({} for _ in sentences))
     suffix = ".jsonl" if name == "geneval" else ".txt"
     return load_prompts(_DIRECTORY / name / f"{'test' if held_out else 'train'}{suffix}")
 
@@ -89,10 +102,9 @@ def load_prompts(path: Path | str, *, max_chars: int = 2000) -> PromptSet:
     kind = path.suffix.lower()
     read_line = {".txt": _text_record, ".jsonl": _json_record}.get(kind)
     if read_line is None and kind not in _TABLES:
-        names = ("scenes", *BUILT_IN)
         raise UsageError(
-            f"{path}: expected a prompt file that ends in .txt, .jsonl, .tsv or .csv, or one of {', '.join(names)}"
-            f"{did_you_mean(str(path), names)}",
+            f"{path}: expected a prompt file that ends in .txt, .jsonl, .tsv or .csv, or one of {', '.join(BUILT_IN)}"
+            f"{did_you_mean(str(path), BUILT_IN)}",
         )
     try:
         content = read_plainly(path).removeprefix(_BYTE_ORDER_MARK)
@@ -292,7 +304,7 @@ class TrainingPrompts:
 
 def is_there(source: str) -> bool:
     """Whether what an option names is a set of the package or a file, whatever is in it."""
-    return source in ("scenes", *BUILT_IN) or Path(source).is_file()
+    return source in BUILT_IN or Path(source).is_file()
 
 
 def prompt_set(source: str, held_out: bool) -> PromptSet:
@@ -301,11 +313,6 @@ def prompt_set(source: str, held_out: bool) -> PromptSet:
     Raises:
         UsageError: the file cannot be read or holds something else than prompts.
     """
-    if source == "scenes":
-        from densegrpo_fast.embedded import scenes  # brings numpy, which reading a file does not need
-
-        sentences = scenes.prompts(held_out=held_out, count=_SENTENCES)
-        return PromptSet(tuple(sentences), tuple({} for _ in sentences))
     if source in BUILT_IN:
         return built_in_prompts(source, held_out)
     try:
@@ -338,7 +345,7 @@ def check_inputs(config: Config) -> None:
         except ValueError as error:
             way_out = "give --reward.observed '[]'" if key == "reward.observed" else "choose another reward"
             raise RewardError(f"{key}: {error}, in {source}; {way_out}, or other prompts") from None
-    if config.data.eval_prompts != config.data.prompts and config.data.eval_prompts in ("scenes", *BUILT_IN):
+    if config.data.eval_prompts != config.data.prompts and config.data.eval_prompts in BUILT_IN:
         _mention_held_out(config.data.prompts, config.data.eval_prompts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,3 +153,18 @@ def disturbed(x: Array, opcode: tuple[str, ...], error: Error) -> Array:
         moved = (x.astype(np.float64) * (1.0 + share * _RELATIVE[opcode[:2]])).astype(np.float32)
     normal = np.isfinite(x) & (np.abs(x) > 4 * np.finfo(np.float32).tiny) & np.isfinite(moved)
     return np.where(normal, moved, x)
+
+
+def constant(value: int, kind: Type) -> Any:
+    """A number as a value of a type, its low bits if it is wider."""
+    if kind.kind == "pred":
+        return np.bool_(value != 0)
+    return UNSIGNED[kind.width](value % (1 << kind.width)).view(kind.dtype)
+
+
+def as_bits(values: Any) -> Any:
+    """Values as unsigned integers of their own width."""
+    values = np.asarray(values)
+    if values.dtype.kind in "fi":
+        return np.ascontiguousarray(values).view(UNSIGNED[8 * values.dtype.itemsize])
+    return values

@@ -1,0 +1,403 @@
+"""Every family of models against its diffusers pipeline: tiny random ones, saved to disk and loaded as any other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from copy import copy, deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from densegrpo_fast import Trainer, load_config
+from densegrpo_fast.common.errors import UserError
+from densegrpo_fast.flow.dynamics import coefficients
+from densegrpo_fast.models import flops
+from densegrpo_fast.models.base import Conditioning
+from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.families import family_of
+from densegrpo_fast.models.loading import load_pipeline
+from densegrpo_fast.models.lookahead_copy import LookaheadCopy
+from densegrpo_fast.models.lora import add_lora, save_lora
+from densegrpo_fast.models.memory import ModelMemory, module_bytes
+from densegrpo_fast.models.prompt_cache import PromptCache
+from densegrpo_fast.models.published import MODELS
+from densegrpo_fast.models.tiny import tiny_model
+from densegrpo_fast.sampling import plan as plans
+from densegrpo_fast.sampling.lookahead import Lookahead
+from densegrpo_fast.sampling.replay import replay
+from densegrpo_fast.sampling.rollout import Trajectory, rollout, sample_ode
+
+CPU = torch.device("cpu")
+PROMPTS = ["a photo of a cat", "the moon", "a photo of a cat"]
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family under test.
+
+    Attributes:
+        pipeline: class of its pipeline.
+        guidance: scales at which it is compared; the second one is used elsewhere.
+        network: entries of the network's configuration other than the tiny pipeline's.
+        scheduler: likewise, of the scheduler's.
+        text: longest text in tokens; the prompts differ in length where it allows that.
+    """
+
+    pipeline: str
+    guidance: tuple[float, ...] = (1.0, 3.0)
+    network: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    text: int = 8
+
+
+CASES = {
+    "sd35_large": Case(
+        "StableDiffusion3Pipeline", network={"dual_attention_layers": ()}, scheduler={"use_dynamic_shifting": True}
+    ),
+    "flux_dev": Case("FluxPipeline"),
+    "flux_schnell": Case(
+        "FluxPipeline",
+        guidance=(1.0,),
+        network={"guidance_embeds": False},
+        scheduler={"use_dynamic_shifting": False, "shift": 1.0},
+    ),
+    "sd15": Case("StableDiffusionPipeline"),
+    "sd21": Case(
+        "StableDiffusionPipeline",
+        scheduler={"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ),
+    "sdxl": Case("StableDiffusionXLPipeline"),
+    "qwen_image": Case("QwenImagePipeline", text=300),
+    "z_image": Case("ZImagePipeline", text=64),
+}
+PARAMETERS = {
+    "sd35_medium": 2.24e9,
+    "sd35_large": 8.06e9,
+    "flux": 11.90e9,
+    "sd15": 0.8595e9,
+    "sdxl": 2.567e9,
+    "qwen_image": 20.43e9,
+    "z_image": 6.15e9,
+}
+"""Of the networks, as their model cards or the sizes of their files say."""
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def directory(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tiny_model(case.pipeline, network=case.network, scheduler=case.scheduler)
+    path = tmp_path_factory.mktemp(case.pipeline)
+    made.pipeline.save_pretrained(path)
+    assert made.preview_decoder is not None
+    made.preview_decoder.save_pretrained(path / "preview_decoder")
+    return path
+
+
+def loaded(case: Case, directory: Path, **options: Any) -> DiffusersModel:
+    settings = {"max_sequence_length": case.text, "height": 64, "width": 64} | options
+    model = load_pipeline(str(directory), device=CPU, dtype=torch.float32, **settings)
+    model.pipeline.set_progress_bar_config(disable=True)
+    if model.family.sampler is not None:
+        sampler = getattr(diffusers, model.family.sampler)
+        model.pipeline.scheduler = sampler.from_config(model.pipeline.scheduler.config)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(case: Case, directory: Path) -> DiffusersModel:
+    return loaded(case, directory)
+
+
+def with_adapter(case: Case, directory: Path, spread: float = 0.1, **options: Any) -> DiffusersModel:
+    """A model whose adapter changes something."""
+    model = loaded(case, directory, **options)
+    add_lora(model.network, rank=2, alpha=4, targets=list(model.family.lora_targets), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.trainable_parameters().items():
+        if ".lora_B." in name:
+            parameter.data = spread * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def policy(case: Case, directory: Path) -> DiffusersModel:
+    return with_adapter(case, directory)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """To 1e-5 of the largest value, at which float32 rounds."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def gradients_of(loss: Tensor, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+    """Zero for what is not used: the last block of Qwen-Image computes text that nobody reads."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def drawn(model: DiffusersModel, guidance_scale: float, noise: Tensor | None = None) -> Tensor:
+    noise, sigmas = torch.randn(3, *model.latent_shape) if noise is None else noise, model.sigmas(STEPS)
+    return sample_ode(model, model.start(noise, sigmas), model.encode(PROMPTS), sigmas, guidance_scale=guidance_scale)
+
+
+def called(model: DiffusersModel, noise: Tensor, scale: float, output: str) -> Any:
+    """What the pipeline's own call makes of the noise."""
+    return model.pipeline(
+        # a list of its own: Z-Image's pipeline writes into it
+        list(PROMPTS),
+        height=model.family.height,
+        width=model.family.width,
+        num_inference_steps=STEPS,
+        latents=noise,
+        output_type=output,
+        **model.family.call_options(scale),
+    )[0]
+
+
+@pytest.mark.parametrize("width", [64, 96])
+@torch.no_grad()
+def test_noise_free_sampling_is_the_pipeline_s_own_call(case: Case, directory: Path, width: int) -> None:
+    model = loaded(case, directory, width=width)
+    noise = torch.randn(3, *model.latent_shape)
+    drawings = []
+    for scale in case.guidance:
+        ours, theirs = model.decode(drawn(model, scale, noise)), called(model, noise, scale, "pt")
+        assert ours.shape == (3, 3, 64, width)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        drawings.append(ours)
+        if hasattr(model.pipeline.scheduler, "sigmas") and not model.family.scales_input:
+            assert torch.equal(model.sigmas(STEPS)[1:], model.pipeline.scheduler.sigmas[1:])
+    if len(drawings) > 1:
+        assert (drawings[0] - drawings[1]).abs().max() > 1e-4
+
+
+def trajectory(model: DiffusersModel, scale: float) -> Trajectory:
+    table = coefficients(model.sigmas(STEPS), 0.7, "flow_sde")
+    noise, index = torch.randn(4, *model.latent_shape), torch.arange(4)
+    return rollout(
+        model,
+        noise,
+        model.encode([*PROMPTS, "the moon"]),
+        table,
+        sample_index=index,
+        seed=0,
+        iteration=0,
+        guidance_scale=scale,
+        micro_batch=2,
+    )
+
+
+def test_an_unchanged_policy_s_ratio_is_1_and_its_gradient_the_derivative(case: Case, policy: DiffusersModel) -> None:
+    path, rows = trajectory(policy, case.guidance[-1]), slice(2, 4)
+    for step in range(STEPS):
+        log_prob, velocity = replay(policy, path, step, rows)
+        assert torch.equal(log_prob.detach(), path.log_probs[step, rows])
+        assert torch.equal(velocity.detach(), path.velocities[step, rows])
+    # central differences, in float64
+    policy = copy(policy)
+    policy.network = deepcopy(policy.network).double()
+    parameters = list(policy.trainable_parameters().values())
+    generator = torch.Generator().manual_seed(2)
+    ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+
+    def loss() -> Tensor:
+        return replay(policy, path, 1, rows)[0].double().sum()
+
+    gradients = gradients_of(loss(), parameters)
+    slope = sum((way * gradient).sum() for way, gradient in zip(ways, gradients, strict=True))
+    values = []
+    with torch.no_grad():
+        for sign in (1, -2, 1):
+            for way, parameter in zip(ways, parameters, strict=True):
+                parameter.add_(sign * 1e-4 * way)
+            values.append(loss())
+    torch.testing.assert_close((values[0] - values[1]) / 2e-4, torch.as_tensor(slope), rtol=1e-2, atol=1e-3)
+
+
+@torch.no_grad()
+def test_exact_lookahead_is_the_serial_completion(case: Case, policy: DiffusersModel) -> None:
+    scale = case.guidance[-1]
+    path = trajectory(policy, scale)
+    clean, sigmas = Lookahead(policy, plans.exact(STEPS), chunk=3).complete(path), policy.sigmas(STEPS)
+    for state in range(STEPS + 1):
+        latents = path.latents[state]
+        for step in range(state, STEPS):
+            velocity = policy.velocity(latents, sigmas[step].expand(4), path.conditioning, scale).combined()
+            latents = latents + (sigmas[step + 1] - sigmas[step]) * velocity
+        close(clean[state], latents)
+
+
+@torch.no_grad()
+def test_an_adapter_changes_the_pictures_and_loads_in_plain_diffusers(
+    case: Case, plain: DiffusersModel, policy: DiffusersModel, directory: Path, tmp_path: Path
+) -> None:
+    scale, noise = case.guidance[-1], torch.randn(3, *plain.latent_shape)
+    before, after = (model.decode(drawn(model, scale, noise)) for model in (plain, policy))
+    assert len(policy.trainable_parameters()) >= 2 * len(policy.family.lora_targets)
+    assert (after - before).abs().max() > 1e-3
+    save_lora(policy.network, tmp_path, rank=2, alpha=4)
+    fresh = loaded(case, directory)
+    fresh.pipeline.load_lora_weights(str(tmp_path))
+    torch.testing.assert_close(called(fresh, noise, scale, "pt"), after, rtol=1e-5, atol=1e-5)
+    # with the adapter off, the policy is what was loaded
+    with policy.reference():
+        torch.testing.assert_close(policy.decode(drawn(policy, scale, noise)), before, rtol=1e-5, atol=1e-5)
+
+
+def velocity(model: DiffusersModel, scale: float, conditioning: Conditioning | None = None) -> Tensor:
+    latents = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    given = model.encode(PROMPTS) if conditioning is None else conditioning
+    return model.velocity(latents, torch.tensor([0.9, 0.5, 0.2]), given, scale).combined()
+
+
+def test_cheaper_ways_compute_the_same(case: Case, policy: DiffusersModel, directory: Path, tmp_path: Path) -> None:
+    scale = case.guidance[-1]
+    parameters = list(policy.trainable_parameters().values())
+    expected = velocity(policy, scale)
+    gradients = gradients_of(expected.square().sum(), parameters)
+    # encoded prompts from disk, of text encoders that are gone
+    cached = with_adapter(case, directory, prompt_store=PromptCache(tmp_path, {}))
+    assert cached.prepare(PROMPTS) == 3 and cached.pipeline.text_encoder is None
+    close(velocity(cached, scale), expected)
+    # the blocks' activations computed again
+    cached.checkpoint_gradients()
+    again = velocity(cached, scale)
+    found = gradients_of(again.square().sum(), list(cached.trainable_parameters().values()))
+    largest = max(gradient.abs().max().item() for gradient in gradients)
+    for one, two in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5 * largest)
+    # merged weights
+    with torch.no_grad():
+        close(velocity(LookaheadCopy(policy), scale), expected)
+    assert bool(policy.blocks()) == (policy.family.network_part == "transformer")
+
+
+def test_operations_and_memory_are_counted_without_weights(case: Case, plain: DiffusersModel) -> None:
+    architecture, targets = flops.architecture_of(plain), plain.family.lora_targets
+    found = flops.count(architecture, lora_rank=2, lora_targets=targets)
+    latents, conditioning = torch.zeros(1, *plain.latent_shape), plain.encode([plain.family.negative_prompt])
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        counted = flops.counted(lambda: plain.velocity(latents, torch.ones(1), conditioning))
+        assert found.reference_forward == pytest.approx(counted, rel=1e-6)
+        assert found.full_decode == pytest.approx(flops.counted(lambda: plain.decode(latents)), rel=1e-6)
+        assert found.preview_decode == pytest.approx(flops.counted(lambda: plain.decode(latents, "preview")), rel=1e-6)
+    memory = ModelMemory(architecture, dtype=torch.float32, lora_rank=2, lora_targets=targets)
+    assert memory.transformer == module_bytes(plain.network)
+    assert memory.update(2, forwards=1, checkpointing=True) < memory.update(2, forwards=1, checkpointing=False)
+    assert memory.picture == 4 * plain.decode(latents).numel()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_published_model_is_counted(name: str) -> None:
+    """On the meta device, from its configuration."""
+    architecture = flops.known(name)
+    with torch.device("meta"), torch.no_grad():
+        network = architecture.network()
+        inputs = architecture.inputs(network, 1)
+        assert flops.counted(lambda: network(**inputs)) > 0
+        vae = architecture.full_decoder()
+        assert architecture.decode(vae, torch.empty(1, *architecture.latent_shape)).shape[1] == 3
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+class Training:
+    """A trainer of a family's tiny pipeline on a reward that is known: how much more red than blue a picture has."""
+
+    def __init__(self, case: Case, directory: Path, path: Path, seed: int = 0, **settings: Any):
+        reward = path / "redder.py"
+        reward.write_text(
+            "def reward(images, prompts, metadata):\n"
+            "    return [float(image[0].mean() - image[2].mean()) for image in images]\n"
+        )
+        options = {
+            "seed": seed,
+            "model.path": str(directory),
+            "model.max_sequence_length": case.text,
+            "model.height": 64,
+            "model.width": 64,
+            "lora.rank": 2,
+            "lora.alpha": 4,
+            "data.num_prompts": 2,
+            "sampler.group_size": 4,
+            "sampler.num_steps": STEPS,
+            "sampler.micro_batch": 4,
+            "sampler.guidance_scale": case.guidance[-1],
+            "window.schedule": "none",
+            "window.size": None,
+            "lookahead.monitor_every": 0,
+            "optimizer.lr": 1e-2,
+            "optimizer.updates_per_iteration": 1,
+            "reward.terms": {f"{reward}:reward": 1.0},
+            "reward.observed": [],
+            "run.output_dir": str(path / "run"),
+        }
+        config = load_config("embedded_dense", options | settings)
+        self.lora = config.lora
+        targets = list(family_of(case.pipeline).lora_targets)
+        self.config = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": targets})})
+        self.trainer = Trainer(self.config)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(case: Case, directory: Path, tmp_path: Path) -> None:
+    trainer = Training(case, directory, tmp_path).trainer
+    first = trainer.step(0)
+    assert first["ratio_deviation"] <= 1e-6
+    tensors, state = deepcopy(trainer.tensors()), deepcopy(trainer.state())
+    whole = trainer.step(1)
+    again = Training(case, directory, tmp_path).trainer
+    again.restore(tensors, state)
+    found = again.step(1)
+    assert found["reward"] == whole["reward"] != first["reward"]
+    for group, named in trainer.tensors().items():
+        for name, tensor in named.items():
+            assert torch.equal(tensor, again.tensors()[group][name]), (group, name)
+
+
+@pytest.mark.slow
+def test_training_raises_a_reward_that_is_known(case: Case, directory: Path, tmp_path: Path) -> None:
+    gains = []
+    for seed in range(5):
+        training = Training(case, directory, tmp_path, seed=seed)
+        rewards = [training.trainer.step(iteration)["reward"] for iteration in range(20)]
+        gains.append(sum(rewards[-4:]) / 4 - sum(rewards[:4]) / 4)
+    # chance alone makes all five positive in one of 32
+    assert min(gains) > 0, gains
+
+
+def test_a_model_of_the_readers_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/models.md, as it stands there."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(# mine.py\n.*?)```", page, re.DOTALL)
+    assert len(example.splitlines()) < 60
+    (tmp_path / "mine.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "model.path": "mine.py:build",
+        "lookahead.decoder": "full",
+        "lookahead.monitor_every": 0,
+        "lora.targets": ["attn.to_q", "attn.to_v"],
+        "reward.terms": {"jpeg_incompressibility": 1.0},
+        "reward.observed": [],
+        "data.num_prompts": 2,
+        "sampler.micro_batch": 8,
+        "evaluation.num_prompts": 2,
+        "sampler.guidance_scale": 2.0,
+        "run.iterations": 1,
+        "run.output_dir": "run",
+    }
+    Trainer(load_config("embedded_dense", options)).run()
+    assert (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    with pytest.raises(UserError, match="model.path: mine.py:Pixels: TypeError"):
+        Trainer(load_config("embedded_dense", options | {"model.path": "mine.py:Pixels"}))
