@@ -120,13 +120,14 @@ def read_run(directory: Path) -> RunData:
             evaluation = HeldOutScores(list(document["prompts"]), scores)
             if not (own is None or isinstance(own, int)):
                 raise ValueError(f"expected a whole number as iteration, got {own!r}")
+            if own is None or own > done:
+                continue
             if "reward" not in scores or any(len(rows) != len(evaluation.prompts) for rows in scores.values()):
                 raise ValueError("expected scores of every prompt, also by the weighted sum (reward)")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SetupError(f"{path} is damaged: {error}") from None
-        if own is not None and own <= done:
-            finished |= stem == "after"
-            found[own] = evaluation
+        finished |= stem == "after"
+        found[own] = evaluation
     return RunData(directory, text, settings, records, {key: found[key] for key in sorted(found)}, finished)
 
 
