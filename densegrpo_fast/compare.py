@@ -15,6 +15,7 @@ reach. To compare models by new pictures: `python -m densegrpo_fast.evaluate A B
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def compare(runs: Sequence[Path], reward: float | None, json: Path | None, html:
 
     if len(runs) < 2 or len({run.resolve() for run in runs}) != len(runs):
         raise UsageError("expected at least two different run directories")
+    if reward is not None and not math.isfinite(reward):
+        raise UsageError(f"--reward: expected a finite number, got {reward}")
     found = {str(run): read_run(run) for run in runs}
     comparison = compare_runs(found, reward)
     if json is not None:

@@ -208,12 +208,12 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     """The configuration with other values of some options, by their dotted keys.
 
     Raises:
-        UsageError: they do not fit the others.
+        UsageError: there is none of that name, or they do not fit the others.
     """
     settings = config.model_dump()
     for key, value in options.items():
         section, _, name = key.partition(".")
-        settings[section] |= {name: value}
+        settings[section] = {**settings.get(section, {}), name: value}
     try:
         return Config.model_validate(settings)
     except ValidationError as error:

@@ -200,7 +200,7 @@ def _parsed(content: bytes, parse: Callable[[Any], Parsed]) -> Parsed:
         raise HttpFailure(str(error)) from None
 
 
-def _address(url: str) -> tuple[bool, str, int | None, str]:
+def _address(url: str) -> tuple[bool, str, int, str]:
     """(https, host, port, path without its last slash) of a URL."""
     try:
         parts = urlsplit(url)
@@ -213,7 +213,11 @@ def _address(url: str) -> tuple[bool, str, int | None, str]:
         raise ValueError(f"url: expected no user name or password in the address; name a token with token_env: {host}")
     if parts.query or parts.fragment:
         raise ValueError(f"url: expected no query or fragment, got {url!r}")
-    return parts.scheme == "https", host, port, parts.path.rstrip("/")
+    secure = parts.scheme == "https"
+    # without a number http.client would take the end of an IPv6 address for one
+    if port is None:
+        port = http.client.HTTPS_PORT if secure else http.client.HTTP_PORT
+    return secure, host, port, parts.path.rstrip("/")
 
 
 def _token(variable: str | None) -> str | None:

@@ -102,23 +102,32 @@ def read_run(directory: Path) -> RunData:
         records = read_metrics(metrics) if metrics.is_file() else []
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SetupError(f"{directory}: the run cannot be read: {error}") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("run"), dict):
-        raise SetupError(f"{config}: expected the settings of a run")
-    done = max((int(record["iteration"]) for record in records), default=0)
+    run = settings.get("run") if isinstance(settings, dict) else None
+    if not isinstance(run, dict) or not isinstance(run.get("iterations"), int):
+        raise SetupError(f"{config}: expected the settings of a run, with run.iterations")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record.get("iteration"), int):
+            raise SetupError(f"{metrics} is damaged: line {number} has no whole number as iteration")
+    done = max((record["iteration"] for record in records), default=0)
     found: dict[int, HeldOutScores] = {}
     finished = False
     for path in sorted(directory.glob("evaluation-*.json")):
         stem = path.stem.removeprefix("evaluation-")
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            own = document.get("iteration", _iteration(stem, int(settings["run"]["iterations"])))
+            own = document.get("iteration", _iteration(stem, run["iterations"]))
             scores = {name: np.array(_numbers(rows), dtype=float) for name, rows in document["scores"].items()}
             evaluation = HeldOutScores(list(document["prompts"]), scores)
+            if not (own is None or isinstance(own, int)):
+                raise ValueError(f"expected a whole number as iteration, got {own!r}")
+            if own is None or own > done:
+                continue
+            if "reward" not in scores or any(len(rows) != len(evaluation.prompts) for rows in scores.values()):
+                raise ValueError("expected scores of every prompt, also by the weighted sum (reward)")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SetupError(f"{path} is damaged: {error}") from None
-        if own is not None and own <= done:
-            finished |= stem == "after"
-            found[own] = evaluation
+        finished |= stem == "after"
+        found[own] = evaluation
     return RunData(directory, text, settings, records, {key: found[key] for key in sorted(found)}, finished)
 
 

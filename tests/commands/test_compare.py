@@ -89,3 +89,24 @@ def test_what_cannot_be_compared_is_refused(
     fails([str(runs[0]), str(young)], 2, "no held-out evaluation yet", capsys)
     edit(runs[1] / "evaluation-after.json", {"reward": [[0.6], [0.8]]})
     fails([*map(str, runs)], 2, "cannot be compared prompt by prompt", capsys)
+    fails([*map(str, runs), "--reward", "nan"], 2, "--reward: expected a finite number", capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.yaml", "run: {}\n", "run.iterations"),
+        ("metrics.jsonl", '{"iteration": 1}\n{}\n', "line 2"),
+        ("evaluation-after.json", '{"iteration": "x", "prompts": ["a"], "scores": {"reward": [[1]]}}', "whole number"),
+        ("evaluation-after.json", '{"iteration": 1, "prompts": ["a"], "scores": {}}', "scores of every prompt"),
+        ("evaluation-after.json", '{"iteration": 1, "prompts": ["a"], "scores": {"reward": []}}', "every prompt"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    runs: list[Path], file: str, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs[1] / file).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, runs)])
+    message = capsys.readouterr().err
+    assert stop.value.code == 3 and str(runs[1] / file) in message and words in message

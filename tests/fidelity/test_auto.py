@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import load_config, parse_arguments
 from densegrpo_fast.config.sections import CHOSEN_BY_AUTO
@@ -217,3 +218,9 @@ def test_it_is_refused_where_nothing_was_chosen_yet(train: Train, tmp_path: Path
     (tmp_path / "config.yaml").write_text("")
     assert train(tmp_path, "--resume", **AUTO) == 4
     assert "was not begun with lookahead.plan auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["nowhere.option", "lookahead.nowhere"])
+def test_an_option_of_a_record_that_does_not_exist_is_named(key: str) -> None:
+    with pytest.raises(UsageError, match="nowhere"):
+        auto.with_options(load_config("embedded_dense", {}), {key: 1})

@@ -103,6 +103,19 @@ def failure(client: Endpoint) -> HttpFailure:
     return caught.value
 
 
+def test_an_ipv6_address_without_a_port_has_the_port_of_its_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def connect(address: tuple[str, int], *_: object, **__: object) -> socket.socket:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    for url in ("http://[::1]", "https://[::1]", "http://[::1]:8000"):
+        failure(endpoint(url))
+    assert asked == [("::1", 80), ("::1", 443), ("::1", 8000)]
+
+
 def test_a_request_and_its_reply(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_TOKEN", "secret")
     server.responses = [http(b'{"scores": [1, null]}')]
