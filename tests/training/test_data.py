@@ -103,15 +103,23 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     assert ".txt, .jsonl, .tsv or .csv" in refused(write(tmp_path / "p.md", b"a"))
 
 
+SIZES = {"general": (48, 16), "geneval": (48, 16), "ocr": (48, 16), "scenes": (600, 600), "words": (88, 26)}
+"""Training and held-out prompts of the package's sets."""
+
+
 def test_a_misspelt_built_in_set_is_suggested() -> None:
-    assert 'or one of scenes, general, geneval, ocr; did you mean "general"?' in refused(Path("generl"))
+    assert 'or one of general, geneval, ocr, scenes, words; did you mean "general"?' in refused(Path("generl"))
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_built_in_sets_hold_distinct_prompts_and_keep_some_out(name: str) -> None:
+@pytest.mark.parametrize(("name", "sizes"), [*SIZES.items()])
+def test_built_in_sets_hold_distinct_prompts_and_keep_some_out(name: str, sizes: tuple[int, int]) -> None:
     training, held_out = (built_in_prompts(name, held_out=flag) for flag in (False, True))
-    assert (len(training), len(held_out)) == (48, 16)
-    assert len({*training.prompts, *held_out.prompts}) == 64
+    assert (len(training), len(held_out)) == sizes
+    assert len({*training.prompts, *held_out.prompts}) == sum(sizes)
+
+
+def test_every_built_in_set_is_counted() -> None:
+    assert set(SIZES) == set(BUILT_IN)
 
 
 def test_built_in_ocr_prompts_quote_one_text_each() -> None:
