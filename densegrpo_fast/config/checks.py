@@ -64,6 +64,7 @@ def problem(config: Config) -> str | None:
         _branches,
         _plan_evaluates_something,
         _image_size,
+        _full_training,
         _batches,
         _streamed,
         _early_stopping,
@@ -364,6 +365,12 @@ def _image_size(config: Config) -> str | None:
     height, width = config.model.height, config.model.width
     if bool(height) != bool(width):
         return f"model.height, model.width: expected both 0 or both set, got {height} and {width}"
+    return None
+
+
+def _full_training(config: Config) -> str | None:
+    if config.model.train == "full" and config.lora.start is not None:
+        return f"lora.start: expected null with model.train full, which has no adapter, got {config.lora.start}"
     return None
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.common.errors import NonFiniteError, UsageError
 from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.credit import registry
@@ -33,8 +33,10 @@ from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C, StepCoefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.check import check_model
+from densegrpo_fast.models.lora import base_fingerprint
 from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.run_files.run_directory import iteration_name
+from densegrpo_fast.run_files.shared_tensors import finite_parts, load_shared, save_shared, shared_names
 from densegrpo_fast.run_files.signals import GracefulStop
 from densegrpo_fast.run_files.strip import Strip
 from densegrpo_fast.sampling.branches import branch_rollout
@@ -55,7 +57,7 @@ from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts, check_
 from densegrpo_fast.training.records import RunRecords, iteration_record, of_all_processes, run_directory
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
-from densegrpo_fast.training.sharding import shard
+from densegrpo_fast.training.sharding import ShardMode, gathered, shard
 from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
 from densegrpo_fast.training.strips import StripRecorder
 
@@ -132,16 +134,23 @@ class Trainer:
         if model is None and not tiny:
             announce(f"loading the model {config.model.path}")
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
-        if model is not None:
-            check_model(model, self.held_out.prompts[0], config.sampler.guidance_scale, config.sampler.num_steps)
+        if self._trains_all and not (
+            all(parameter.requires_grad for parameter in self.model.network.parameters())
+            and (self.model.reference_network is not None or not config.objective.kl_coef)
+        ):
+            raise UsageError("model.train: full needs a model that models.whole_network.train_whole has made ready")
         # what is checked in a moment, before what takes long
         self.schedule = Schedule(config, self.model)
         self.base_weights: str | None = None
         self.shards = 1
         if self.world.size > 1:
             self.base_weights = equal_weights(self.world, self.model)
-            mode = shard_mode(config, self.model, self.observed, self.world)
-            self.shards = shard(self.model, config, self.world, mode)
+        elif self.model.computed_in is not None:
+            self.base_weights = base_fingerprint(self.model.network)
+        mode: ShardMode = "none" if self.world.size == 1 else shard_mode(config, self.model, self.observed, self.world)
+        self.shards = shard(self.model, config, self.world, mode)
+        if model is not None:
+            check_model(model, self.held_out.prompts[0], config.sampler.guidance_scale, config.sampler.num_steps)
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
         self.policy = MeteredModel(self.model, self.meter)
         share = self.share if self.world.size > 1 else None
@@ -420,16 +429,17 @@ class Trainer:
                 if self.stop_reason is not None and not signal:
                     break
                 if signal or records.due(config.run.checkpoint_every, done):
-                    world.on_main(partial(self._save, records, done))
+                    self._save(records, done)
                 if signal:
                     world.on_main(partial(records.stopped, done))
                     return RunResult(done, None, Signals(signal))
             records.close_progress()
-            world.on_main(partial(self._save, records, done))
+            self._save(records, done)
             with self.learner.averaged():
                 after = self.held_out.evaluate(self.model, self.observed, world, "evaluation after training")
                 self._evaluated(records, "after", after, done)
-                summary = world.on_main(records.finish)
+                trained = gathered(self.model.trainable_parameters(), world) if self._trains_all else None
+                summary = world.on_main(partial(records.finish, trained))
         if summary is not None and self.stop_reason is not None and done < total:
             summary = f"ended after iteration {done} of {total}: {self.stop_reason}\n{summary}"
         return RunResult(done, summary, None)
@@ -449,15 +459,37 @@ class Trainer:
         checkpoint = self.world.from_main(records.load)
         if checkpoint is None:
             return 0
-        self.restore(checkpoint.tensors, checkpoint.state)
+        tensors = checkpoint.tensors
+        if checkpoint.shared is not None:
+            trained = self.learner.room_for(shared_names(checkpoint.shared))
+            load_shared(trained, checkpoint.shared)
+            tensors = tensors | trained
+        self.restore(tensors, checkpoint.state)
         return checkpoint.step
 
     def _write(self, records: RunRecords, record: dict[str, Any], report: bool) -> str | None:
         """Write an iteration's record; why the run ends with it, None if it goes on."""
         return records.append(record, report=report) or self.stop_reason
 
+    @property
+    def _trains_all(self) -> bool:
+        """Whether all weights of the network are trained, and not an adapter."""
+        return self.config.model.train == "full"
+
     def _save(self, records: RunRecords, done: int) -> None:
-        records.checkpoint(done, self.tensors(), self.state())
+        """Save a checkpoint: an adapter's by the main process, a whole network's by all together."""
+        tensors, shared = self.tensors(), None
+        if self._trains_all:
+            shared = self.world.from_main(partial(records.checkpoints.stage, done))
+            if shared is None:
+                return
+            rng = {"rng": tensors.pop("rng")}
+            broken = finite_parts(tensors)
+            if self.world.largest(broken is not None):
+                raise NonFiniteError(f"not saved: {broken or 'what another process holds'} is not finite")
+            save_shared(tensors, shared)
+            tensors = rng
+        self.world.on_main(partial(records.checkpoint, done, tensors, self.state(), shared))
 
     def _holds_a_prompt(self) -> bool:
         """Whether the rows of this process begin with all samples of the first prompt."""
