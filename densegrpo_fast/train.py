@@ -125,7 +125,7 @@ def _network(config: Config) -> str:
         return "real"
     lora = config.lora
     try:
-        found = network_outline(config.model.path, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        found = network_outline(config.model.path, rank=config.adapter_rank, alpha=lora.alpha, targets=lora.targets)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return found or "not looked at: its configuration is on the hub"

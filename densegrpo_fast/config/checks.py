@@ -369,8 +369,13 @@ def _image_size(config: Config) -> str | None:
 
 
 def _full_training(config: Config) -> str | None:
-    if config.model.train == "full" and config.lora.start is not None:
-        return f"lora.start: expected null with model.train full, which has no adapter, got {config.lora.start}"
+    if config.model.train != "full":
+        return None
+    for key, given in (("lora.start", config.lora.start), ("lookahead.copy_dtype", config.lookahead.copy_dtype)):
+        if given is not None:
+            return f"{key}: expected null with model.train full, where there is no adapter, got {given}"
+    if config.lookahead.plan == "auto":
+        return "lookahead.plan: auto measures plans for an adapter; expected another one with model.train full"
     return None
 
 

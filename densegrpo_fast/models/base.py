@@ -205,6 +205,12 @@ class FlowModel(ABC):
         return 1 if guidance_scale == 1.0 else 2
 
 
+def network_class(network: Any) -> Any:
+    """The class that a network was made of: FSDP2 gives those that it holds another one, derived from it."""
+    kind = type(network)
+    return kind.__mro__[2] if kind.__mro__[1].__name__ == "FSDPModule" else kind
+
+
 @contextmanager
 def _by_reference(model: FlowModel) -> Iterator[None]:
     before, network, model.mode, model.network = model.mode, model.network, "reference", model.reference_network

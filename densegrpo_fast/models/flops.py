@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from densegrpo_fast.models import published
+from densegrpo_fast.models.base import network_class
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.families import FAMILIES
 from densegrpo_fast.models.family import JOINT_ATTENTION, Family
@@ -177,7 +178,7 @@ def architecture_of(model: DiffusersModel) -> Architecture:
     tokens = max(shape[0] for shape, _ in shapes.values() if len(shape) > 1)
     return _architecture(
         model.family,
-        f"{type(network).__name__}, latents {size}, {tokens} text tokens",
+        f"{network_class(network).__name__}, latents {size}, {tokens} text tokens",
         lambda rows: {name: torch.empty(rows, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()},
         lambda: _like(network),
         lambda: _like(vae),
@@ -305,6 +306,6 @@ def first_output(network: Any, inputs: dict[str, Any]) -> Tensor:
 
 def _like(module: Any) -> Any:
     """A new module of the same class and configuration, less the entries that its class derived itself."""
-    # of a module that FSDP2 holds, too, which makes its class another one
-    accepted = inspect.signature(type(module).__init__).parameters
-    return type(module)(**{key: value for key, value in module.config.items() if key in accepted})
+    kind = network_class(module)
+    accepted = inspect.signature(kind).parameters
+    return kind(**{key: value for key, value in module.config.items() if key in accepted})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from densegrpo_fast.common.files import replace_bytes
 from densegrpo_fast.common.pretrained import check_finite
-from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.base import FlowModel, network_class
 
 
 def train_whole(model: FlowModel, *, reference: bool) -> None:
@@ -57,8 +57,10 @@ def save_network(network: Any, weights: Mapping[str, Tensor], directory: Path, d
         dtype: in which they are written: the one that the network computes in, so that nothing of it is lost.
     """
     check_finite("the trained network", weights)
+    # where the network lies on this machine is nobody else's business
+    config = {key: value for key, value in network.config.items() if key != "_name_or_path"}
     with torch.device("meta"):
-        made = type(network).from_config(network.config)
+        made = network_class(network).from_config(config)
     buffers = {name: tensor for name, tensor in network.state_dict().items() if name not in weights}
     values = {
         name: t.to("cpu", dtype) if t.is_floating_point() else t.cpu() for name, t in {**buffers, **weights}.items()

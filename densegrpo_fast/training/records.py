@@ -22,7 +22,7 @@ from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
-from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.base import FlowModel, network_class
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.lora import base_fingerprint, save_lora, save_parameters
 from densegrpo_fast.models.whole_network import save_network
@@ -430,7 +430,7 @@ class RunRecords:
             scheduler=None if family is None else family.sampler,
             has_t5=getattr(self.model, "has_t5", False),
             dtype=str(self._dtype()).removeprefix("torch."),
-            network=None if self.config.model.train == "lora" else type(self.model.network).__name__,
+            network=None if self.config.model.train == "lora" else network_class(self.model.network).__name__,
             part=None if family is None else family.network_part,
             device=self.model.device.type,
         )

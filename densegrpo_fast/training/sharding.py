@@ -61,7 +61,8 @@ def shard(model: FlowModel, config: Config, world: World, mode: ShardMode) -> in
     mesh = _mesh_of_one(world) if whole else _mesh(world, "full" if mode == "full" else "hybrid")
     trained = config.model.train == "full"
     adapter = set() if trained else set(model.trainable_parameters().values())
-    _shard_network(model, mesh, MixedPrecisionPolicy(model.computed_in, torch.float32, None, False), adapter)
+    reduced = None if model.computed_in is None else torch.float32
+    _shard_network(model, mesh, MixedPrecisionPolicy(model.computed_in, reduced, None, False), adapter)
     if model.reference_network is not None:
         with model.reference():
             _shard_network(model, mesh, MixedPrecisionPolicy(cast_forward_inputs=False), set())
