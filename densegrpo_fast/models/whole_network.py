@@ -18,9 +18,10 @@ from densegrpo_fast.models.base import FlowModel, network_class
 
 
 def train_whole(model: FlowModel, *, reference: bool) -> None:
-    """Make all parameters of a model's network trainable, as float32 masters.
+    """Make all parameters of a model's network trainable.
 
-    A network in half precision goes on computing in it: `training/sharding.py` casts its masters for each forward.
+    A network in half precision goes on computing in it: `training/sharding.py` makes float32 masters of its weights,
+    block by block, and casts them for each forward.
 
     Args:
         model: without an adapter.
@@ -42,8 +43,6 @@ def train_whole(model: FlowModel, *, reference: bool) -> None:
         model.reference_network = deepcopy(network)
     if half:
         model.computed_in = dtype
-        # diffusers' own `to` warns about modules to be kept in float32, of which there are none
-        nn.Module.to(network, torch.float32)
     network.requires_grad_(True)
 
 

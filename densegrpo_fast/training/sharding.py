@@ -75,6 +75,10 @@ def _shard_network(
 ) -> None:
     """Shard the network that a model has now."""
     for part in (*model.blocks(), model.network):
+        if model.computed_in is not None and model.mode == "policy":
+            for parameter in part.parameters():
+                if not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.float()
         # FSDP2 keeps the outermost weights gathered by default, as they were before the next change of them
         fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=left_out, reshard_after_forward=True)
         assert isinstance(part, FSDPModule)
