@@ -1,11 +1,11 @@
-"""What a run would take on 1, 8 and 64 GPUs: memory of each, what is sent, where it waits. Counted and simulated, not measured.
+"""What a run would take on 1, 8 and 64 GPUs: memory of each, what is sent, where it waits. Simulated, not measured.
 
     python -m benches.iteration.layouts --json benches/results/layouts.json
 
-Operations and memory are counted on the real configurations (`densegrpo_fast.fidelity`, `training/memory.py`), bytes by
-the closed forms of docs/scaling.md. Seconds follow from speeds that are assumed, not measured (`Machine`): a phase takes
-what its slowest process takes, a block's weights are gathered while the block before it is computed, and everything else
-that is sent is waited for.
+Operations and memory are counted on the real configurations (`densegrpo_fast.fidelity`, `training/memory.py`), bytes
+by the closed forms of docs/scaling.md. Seconds follow from speeds that are assumed (`Machine`): a phase takes what its
+slowest process takes, FSDP2 sends while a phase computes and is waited for where that takes longer, and an adapter's
+gradients are waited for.
 """
 
 from __future__ import annotations
@@ -43,14 +43,12 @@ class Machine:
         flops: of a GPU in bfloat16, per second: .4 of the 989 tera that an H100's data sheet gives.
         inside: bytes per second between the GPUs of a machine, for each: two thirds of NVLink's 450 giga a direction.
         between: bytes per second between machines, for each GPU: .8 of 400 Gb/s.
-        latency: seconds of a collective.
         gpus: of a machine.
     """
 
     flops: float = 0.4 * 989e12
     inside: float = 300e9
     between: float = 40e9
-    latency: float = 30e-6
     gpus: int = 8
 
 
@@ -103,11 +101,10 @@ def layout(counted: Counted, machine: Machine, processes: int, shard: str) -> di
     """
     config, memory = counted.config, counted.memory
     share = iteration_share(World(0, processes), config)
-    rows, size = len(share.rows), share.micro_batch
+    rows, size = len(share.rows) * (config.sampler.branches or 1), share.micro_batch
     shards = {"none": 1, "full": processes, "hybrid": min(processes, machine.gpus)}[shard]
     speed = machine.inside if shards <= machine.gpus else machine.between
     whole = config.model.train == "full"
-    parts = len(memory.network.state_dict()) if shards > 1 else 0
     gathered = reduced = waiting = 0.0
     seconds = {}
     for phase in ("rollout", "lookahead", "update", "pictures"):
@@ -134,19 +131,18 @@ def layout(counted: Counted, machine: Machine, processes: int, shard: str) -> di
         waiting += config.optimizer.updates_per_iteration * 2 * own * (processes - 1) / processes / link
     samples = config.data.num_prompts * config.sampler.group_size
     needed = estimate(config, memory, processes=processes, shards=shards)
-    ideal = (
-        sum(counted.operations[phase] for phase in seconds) * samples / (config.sampler.branches or 1) / machine.flops
+    ideal, computing = (
+        sum(counted.operations[phase] for phase in seconds) * samples / machine.flops,
+        sum(seconds.values()),
     )
-    computing = sum(seconds.values())
     return {
         "gpus": processes,
         "train": config.model.train,
         "shard": shard,
         "rows": rows,
-        "padding": rows * processes / share.total - 1,
+        "padding": len(share.rows) * processes / share.total - 1,
         "memory_gib": needed.total / GIB,
         "memory_parts_gib": {name: size / GIB for name, size in {**needed.weights, **needed.state}.items() if size},
-        "parts": parts,
         "gathered_gb": gathered / 1e9,
         "reduced_gb": reduced / 1e9,
         "seconds": seconds | {"waiting": waiting},
