@@ -131,10 +131,7 @@ def layout(counted: Counted, machine: Machine, processes: int, shard: str) -> di
         waiting += config.optimizer.updates_per_iteration * 2 * own * (processes - 1) / processes / link
     samples = config.data.num_prompts * config.sampler.group_size
     needed = estimate(config, memory, processes=processes, shards=shards)
-    ideal, computing = (
-        sum(counted.operations[phase] for phase in seconds) * samples / machine.flops,
-        sum(seconds.values()),
-    )
+    computing = sum(seconds.values())
     return {
         "gpus": processes,
         "train": config.model.train,
@@ -146,7 +143,7 @@ def layout(counted: Counted, machine: Machine, processes: int, shard: str) -> di
         "gathered_gb": gathered / 1e9,
         "reduced_gb": reduced / 1e9,
         "seconds": seconds | {"waiting": waiting},
-        "efficiency": ideal / processes / (computing + waiting),
+        "efficiency": computing * samples / rows / processes / (computing + waiting),
     }
 
 

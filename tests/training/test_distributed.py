@@ -15,13 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.fidelity.measure import measure
+from densegrpo_fast.fidelity.target import analytic_target
+from densegrpo_fast.fidelity.variants import Variant
 from densegrpo_fast.objective.clip import METRICS
+from densegrpo_fast.sampling.plan import exact
 from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.meter import PHASES, Counts
+from densegrpo_fast.training.pictures import PictureSampler, draw
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from worlds import alone, together, train  # noqa: E402
+from worlds import alone, policy, together, train  # noqa: E402
 
 
 class Pretended(World):
@@ -230,3 +235,23 @@ def test_weights_stay_together_over_iterations(size: int, trained: str) -> None:
     for found in together(size, ten_iterations, trained):
         for name, weight in single.items():
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-8, atol=1e-8)
+
+
+def looked_at(world: World) -> dict[str, Tensor]:
+    """Pictures that are drawn, and rewards of completions that are measured, of all rows in every process."""
+    model = policy()
+    rows = [("a red circle", 3), ("a blue square", 1), ("a red circle", 2)]
+    drawn = draw(model, rows, PictureSampler("ode", 3, 1.0), 1, world)
+    target = analytic_target(5)
+    variant = Variant(exact(target.coefficients.num_steps), "cond_only", "full")
+    return {
+        "drawn": drawn,
+        "measured": measure(target, [variant], range(1, 4), group_size=2, seed=0, world=world)[variant],
+    }
+
+
+def test_pictures_and_measurements_are_shared_out_and_the_same() -> None:
+    single = alone(looked_at)
+    for found in together(2, looked_at):
+        assert torch.equal(found["drawn"], single["drawn"])
+        torch.testing.assert_close(found["measured"], single["measured"], rtol=1e-5, atol=1e-6)
