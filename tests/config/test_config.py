@@ -54,6 +54,7 @@ PRESETS = [
     "sd35_medium_pickscore_drawn",
     "sd35_medium_pickscore_fast",
     "z_image_pickscore",
+    "flux2_klein_pickscore",
 ]
 EMBEDDED_DENSE = read_settings("embedded_dense")
 BASE = Path(__file__).parents[1] / "data" / "base.yaml"
