@@ -47,6 +47,7 @@ PRESETS = [
     "embedded_vgpo",
     "embedded_words",
     "flux1_dev_pickscore",
+    "flux2_klein_pickscore",
     "qwen_image_pickscore",
     "sd15_pickscore",
     "sd35_medium_pickscore",
@@ -54,7 +55,6 @@ PRESETS = [
     "sd35_medium_pickscore_drawn",
     "sd35_medium_pickscore_fast",
     "z_image_pickscore",
-    "flux2_klein_pickscore",
 ]
 EMBEDDED_DENSE = read_settings("embedded_dense")
 BASE = Path(__file__).parents[1] / "data" / "base.yaml"
