@@ -106,12 +106,12 @@ def strips(config: Config, ref: ModelRef, prompts: PromptSet, options: argparse.
     """
     from densegrpo_fast.run_files.strip import save_strip
     from densegrpo_fast.training.pictures import draw_strip, picture_sampler, with_each
-    from densegrpo_fast.training.rewarding import build_reward
+    from densegrpo_fast.training.rewarding import configured_reward
 
     if options.sampler == "ode":
         raise UsageError("--strip shows what each noisy step gains, so it goes with --sampler sde")
     sampler = picture_sampler(config, "sde", options.steps, options.guidance)
-    reward = build_reward(config.reward.terms, config.reward.options)
+    reward = configured_reward(config)
     chunk = min(config.sampler.micro_batch, config.lookahead.chunk)
     names = [f"strips/{number:04d}.png" for number in range(len(prompts))]
 

@@ -87,6 +87,7 @@ def load_pipeline(
     max_sequence_length: int,
     height: int = 0,
     width: int = 0,
+    frames: int = 1,
     revision: str | None = None,
     vae_dtype: torch.dtype = torch.float32,
     preview_decoder: str | None = None,
@@ -101,6 +102,7 @@ def load_pipeline(
         dtype: of network and text encoders.
         max_sequence_length: of the text encoder in tokens, where the family lets one choose.
         height, width: in pixels; 0 = the model's own.
+        frames: of a video; 1 = a picture.
         vae_dtype: of the full decoder.
         preview_decoder: directory of the `AutoencoderTiny` for previews; None = the pipeline directory's own folder
             `preview_decoder`, if it has one.
@@ -139,6 +141,7 @@ def load_pipeline(
             max_sequence_length=max_sequence_length,
             height=height,
             width=width,
+            frames=frames,
             stored_prompts=None if prompt_store is None else StoredPrompts(prompt_store, encoders),
             has_t5=has_t5,
             family=family,

@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     AutoencoderTiny,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -25,6 +26,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -41,6 +44,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from densegrpo_fast.embedded import architecture
@@ -57,6 +62,7 @@ def tiny_model(
     *,
     network: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
+    frames: int = 1,
 ) -> DiffusersModel:
     """A model of a family with random weights and pictures of 64 pixels.
 
@@ -64,6 +70,7 @@ def tiny_model(
         pipeline_class: of the family.
         seed: of the weights; the global generator is left as it was.
         network, scheduler: entries of their configurations, in place of the tiny pipeline's.
+        frames: of a video; 1 = a picture.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -77,7 +84,7 @@ def tiny_model(
     for module in (*pipeline.components.values(), preview):
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
-    return DiffusersModel(pipeline, preview, max_sequence_length=8, height=_SIZE, width=_SIZE)
+    return DiffusersModel(pipeline, preview, max_sequence_length=8, height=_SIZE, width=_SIZE, frames=frames)
 
 
 def tiny_sd3(seed: int = 0) -> DiffusersModel:
@@ -298,6 +305,36 @@ def _flux2_klein() -> tuple[Flux2KleinPipeline, AutoencoderTiny]:
     return pipeline, _preview(4)
 
 
+def _wan() -> tuple[WanPipeline, None]:
+    tokenizer = _t5_tokenizer()
+    text = UMT5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    pipeline = WanPipeline(
+        transformer=WanTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[-0.7, 0.1, 0.4, 0.0],
+            latents_std=[2.8, 1.4, 2.3, 1.2],
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=UMT5EncoderModel(text),
+        tokenizer=tokenizer,
+    )
+    return pipeline, None
+
+
 _LATENT_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -377,7 +414,7 @@ def _t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
 
 
-_PIPELINES: dict[str, Callable[[], tuple[Any, AutoencoderTiny]]] = {
+_PIPELINES: dict[str, Callable[[], tuple[Any, AutoencoderTiny | None]]] = {
     "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux,
     "StableDiffusionPipeline": _stable_diffusion,
@@ -385,4 +422,5 @@ _PIPELINES: dict[str, Callable[[], tuple[Any, AutoencoderTiny]]] = {
     "QwenImagePipeline": _qwen_image,
     "ZImagePipeline": _z_image,
     "Flux2KleinPipeline": _flux2_klein,
+    "WanPipeline": _wan,
 }

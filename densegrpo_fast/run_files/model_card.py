@@ -32,6 +32,7 @@ class BaseFacts:
         pipeline: its class in diffusers; None = it is no pipeline, and the card has no example.
         call: what its call is given besides the prompt, the steps and the size: guidance and the length of the text.
         scheduler: class of the scheduler that takes the place of its own; None = its own.
+        scheduler_options: what that is given besides the configuration of the pipeline's own.
         has_t5: whether it comes with a T5 text encoder.
         dtype: of its weights, such as "bfloat16".
         device: where the run computed, "cpu" or "cuda".
@@ -42,6 +43,7 @@ class BaseFacts:
     pipeline: str | None
     call: Mapping[str, Any]
     scheduler: str | None
+    scheduler_options: Mapping[str, Any]
     has_t5: bool
     dtype: str
     device: str

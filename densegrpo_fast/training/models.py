@@ -145,6 +145,7 @@ def load_model(options: ModelOptions, device: torch.device) -> FlowModel:
         max_sequence_length=options.max_sequence_length,
         height=options.height,
         width=options.width,
+        frames=options.frames,
         revision=options.revision,
         vae_dtype=resolve_dtype(options.vae_dtype, device),
         preview_decoder=options.preview_decoder,

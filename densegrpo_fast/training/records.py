@@ -428,6 +428,7 @@ class RunRecords:
             pipeline=None if family is None else family.pipeline_class,
             call={} if family is None else family.call_options(self.config.evaluation_guidance_scale),
             scheduler=None if family is None else family.sampler,
+            scheduler_options={} if family is None else family.sampler_options,
             has_t5=getattr(self.model, "has_t5", False),
             dtype=str(self._dtype()).removeprefix("torch."),
             network=None if self.config.model.train == "lora" else network_class(self.model.network).__name__,
