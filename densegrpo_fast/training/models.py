@@ -244,7 +244,7 @@ def tiny_config(config: Config, processes: int = 1) -> Config:
     settings["lookahead"] |= {"monitor_every": 0}
     settings["calibration"] |= {"samples": Staircase.enough, "rounds": 1}
     if config.model.path not in EMBEDDED:
-        settings["model"] |= {"height": 0, "width": 0}
+        settings["model"] |= {"height": 0, "width": 0, "frames": 1}
         # the levels stay; the tiny model that takes the place of this one has a schedule of its own
         settings["sampler"] |= {"calibration": None}
         for key in ("prompts", "eval_prompts"):
