@@ -37,6 +37,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "flux": ("--config", "flux1_dev_pickscore"),
     "flux2_klein": ("--config", "flux2_klein_pickscore"),
     "qwen_image": ("--config", "qwen_image_pickscore"),
+    "wan21_1b": ("--config", "wan21_pickscore"),
     "z_image": ("--config", "z_image_pickscore"),
     "sd15": ("--config", "sd15_pickscore"),
     "sdxl": ("--config", "sd15_pickscore", "--model.height", "1024", "--model.width", "1024"),
@@ -49,12 +50,12 @@ ROWS = (16, 8, 4, 2, 1)
 
 
 def fit(name: str) -> dict[str, Any]:
-    """What a model costs, and the most rows of a forward that each GPU has room for, if any, activations kept or not."""
+    """What a model costs, and the most rows of a forward that each GPU has room for, activations kept or not."""
     model = MODELS[name]
     config, _ = parse_arguments([*SETTINGS[name], "--model.path", model.hub, "--model.vae_decode", "sliced"])
     record = own_record(config)
     memory = ModelMemory(
-        known(name, config.model.height),
+        known(name, config.model.height, frames=config.model.frames),
         dtype=torch.bfloat16,
         vae_dtype=getattr(torch, config.model.vae_dtype),
         lora_rank=config.adapter_rank,

@@ -80,7 +80,7 @@ class Counted:
         """Count; some seconds for a large network."""
         name = next(name for name, model in MODELS.items() if model.hub == config.model.path)
         memory = ModelMemory(
-            known(name, config.model.height),
+            known(name, config.model.height, frames=config.model.frames),
             dtype=torch.bfloat16,
             vae_dtype=getattr(torch, config.model.vae_dtype),
             lora_rank=config.adapter_rank,
