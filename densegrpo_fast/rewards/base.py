@@ -191,6 +191,8 @@ class RewardMixture:
             self._running = " or ".join(pending)
             outputs |= _await_all(pending)
         scores = {name: _scores(name, outputs[name], counts[name]) for name in self.terms}
+        if images.ndim == 4:
+            return scores
         return {name: values.view(len(images), -1).mean(1) for name, values in scores.items()}
 
     def _in_time(
