@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,10 +72,20 @@ def test_a_search_without_a_find_says_so(capsys: pytest.CaptureFixture[str]) -> 
     assert "none of 1 candidates reaches" in capsys.readouterr().out
 
 
-def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "cost.json"
-    assert fidelity.main(["--cost", "--plans", "exact_but_last", "--guidance", "full", "--json", str(out)]) == 0
-    for record in json.loads(out.read_text())["models"].values():
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What the models that are known by name cost, and what is printed of it."""
+    out, shown = tmp_path_factory.mktemp("cost") / "cost.json", io.StringIO()
+    arguments = ["--cost", "--plans", "exact_but_last", "nodes:4", "--guidance", "full", "cond_only"]
+    with redirect_stdout(shown):
+        arguments += ["--copy-dtype", "bfloat16", "--cache", "text:own"]
+        assert fidelity.main([*arguments, "--json", str(out)]) == 0
+    return json.loads(out.read_text())["models"], shown.getvalue()
+
+
+def test_the_cost_table_by_hand(costs: tuple[dict[str, Any], str]) -> None:
+    models, shown = costs
+    for record in models.values():
         unit, half = record["flops"], 2 if record["guided"] else 1
         forward, reference, backward = (half * unit[part] for part in ("forward", "reference_forward", "backward"))
         # 10 steps of the rollout, and 9 that are trained and held to the reference
@@ -99,7 +112,7 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
         own += (8 * inner + 2 * outer + 1) * (unit["full_decode"] + unit["reward"])
         row = record["plans"]["exact/full/full, 3 steps drawn"]
         assert row["ratio_kl"] == pytest.approx(own / sparse)
-    assert "FLUX.1-dev, 512 px" in capsys.readouterr().out
+    assert "FLUX.1-dev, 512 px" in shown
 
 
 def test_a_configuration_is_priced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,11 +134,8 @@ def test_a_configuration_is_priced(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "trained steps: 4, drawn by importance; update streamed; with KL" in capsys.readouterr().out
 
 
-def test_costs_of_cheaper_forwards_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "cost.json"
-    arguments = ["--cost", "--plans", "nodes:4", "--guidance", "cond_only", "--json", str(out)]
-    assert fidelity.main([*arguments, "--copy-dtype", "bfloat16", "--cache", "text:own"]) == 0
-    models = json.loads(out.read_text())["models"]
+def test_costs_of_cheaper_forwards_by_hand(costs: tuple[dict[str, Any], str]) -> None:
+    models, shown = costs
     record = models["sd35_medium"]
     unit, found = record["flops"], record["plans"]
     plain = found["nodes{4}/cond_only/preview"]["extra_flops"]
@@ -142,7 +152,7 @@ def test_costs_of_cheaper_forwards_by_hand(tmp_path: Path, capsys: pytest.Captur
     # what does not fit a model is left out, and said
     assert not models["embedded"]["left_out"] and not record["left_out"]
     assert list(models["flux"]["left_out"]) == ["cache(text:own)"]
-    assert "left out: cache(text:own): for SD3's transformer alone" in capsys.readouterr().out
+    assert "left out: cache(text:own): for SD3's transformer alone" in shown
 
 
 def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
