@@ -31,6 +31,16 @@ hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that continuous integration alone runs is slow for everybody else."""
+    for item in items:
+        if item.get_closest_marker("ci"):
+            if item.get_closest_marker("slow"):
+                raise pytest.UsageError(f"{item.nodeid} is marked ci and slow: continuous integration leaves out slow")
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same state of torch's generator, and with no implementation chosen yet."""

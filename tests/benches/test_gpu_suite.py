@@ -142,6 +142,7 @@ class OnArrival:
         return self.call[0], self.call[1:]
 
 
+@pytest.mark.ci
 def test_the_smoke_test_goes_on_after_a_failure_and_a_crash(capsys: pytest.CaptureFixture[str]) -> None:
     broken = {"missing": partial(smoke.package, "no_such_package"), "crash": OnArrival(os._exit, 3)}
     checks = [*(smoke.Check(name, run, gpu=False) for name, run in broken.items()), *smoke.CHECKS]

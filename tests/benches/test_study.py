@@ -173,6 +173,7 @@ def plan(seeds: tuple[int, ...] = (0, 1), **changes) -> study.Plan:
     return study.Plan((DENSE, SPARSE), seeds, 2, ("run.iterations=6", "model.path=/some/where/weights"), **changes)
 
 
+@pytest.mark.ci
 def test_a_study_writes_points_comparisons_and_a_plot(tmp_path, capsys):
     output = tmp_path / "results" / "study.json"
     train = FakeTrain()
@@ -201,6 +202,7 @@ def test_a_study_writes_points_comparisons_and_a_plot(tmp_path, capsys):
     assert f"{DENSE} minus {SPARSE}, 2 seeds" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_finished_runs_are_kept_and_an_unfinished_one_goes_on(tmp_path):
     output, work = tmp_path / "study.json", tmp_path / "work"
     assert study.conduct(plan(), output, work, FakeTrain(stop_at=3)) == ExitCode.INTERRUPTED
@@ -220,6 +222,7 @@ def test_finished_runs_are_kept_and_an_unfinished_one_goes_on(tmp_path):
     assert nothing.calls == [] and output.read_bytes() == finished
 
 
+@pytest.mark.ci
 def test_finished_runs_in_the_work_directory_are_read_and_not_repeated(tmp_path):
     work, first, second = tmp_path / "work", tmp_path / "first.json", tmp_path / "second.json"
     assert study.conduct(plan(seeds=(0,)), first, work, FakeTrain()) == ExitCode.OK
@@ -238,6 +241,7 @@ def test_finished_runs_in_the_work_directory_are_read_and_not_repeated(tmp_path)
     assert nothing.calls == [(DENSE, 0, True)]
 
 
+@pytest.mark.ci
 def test_runs_that_cannot_stand_together_are_refused(tmp_path):
     output, work = tmp_path / "study.json", tmp_path / "work"
     study.conduct(plan(seeds=(0,)), output, work, FakeTrain())
@@ -397,6 +401,7 @@ def test_a_noisy_study_is_not_compared_at_equal_seconds(tmp_path, capsys, monkey
     assert "timings are noisy, so nothing is compared at equal seconds" in told and "equal seconds " not in told
 
 
+@pytest.mark.ci
 def test_every_variant_of_a_plot_has_a_look_of_its_own(tmp_path, monkeypatch):
     looks, draw = [], study_plot._draw
     monkeypatch.setattr(study_plot, "_draw", lambda *given: (looks.append(given[-1]), draw(*given)))

@@ -391,6 +391,7 @@ def test_the_command_finds_a_sound_loop(
     assert all(step["ratio_deviation"] <= 1e-6 for step in found["steps"])
 
 
+@pytest.mark.ci
 def test_the_command_names_a_fault(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,6 +414,7 @@ def test_the_command_names_a_fault(
     assert found["without"]["storage"]["ratio_deviation"] <= 1e-6 < found["without"]["timestep"]["ratio_deviation"]
 
 
+@pytest.mark.ci
 def test_the_command_takes_a_tolerance(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ratio, "configured_loop", lambda *given: stored(configured_loop(*given), latents=torch.float16))
     assert doctor.main(["--ratio", *settings]) == 8

@@ -189,6 +189,7 @@ def test_a_run_cannot_be_shortened(
     assert_same_run(output, whole_run, 3)
 
 
+@pytest.mark.ci
 def test_a_corrupt_newest_checkpoint_is_passed_over(
     train: Train, whole_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,6 +229,7 @@ def test_another_run_is_not_overwritten(
     assert len(records(output)) == 1
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_run_goes_on(train: Any, tmp_path: Path, number: signal.Signals, code: int) -> None:
     output = tmp_path / "run"
@@ -278,6 +280,7 @@ def test_own_prompts_reach_the_reward_with_their_metadata(train: Train, tmp_path
     assert records(tmp_path / "run")[0]["reward_std"] > 0
 
 
+@pytest.mark.ci
 def test_a_reward_that_fails_later_leaves_the_checkpoints(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +310,7 @@ def test_a_reward_that_fails_later_leaves_the_checkpoints(
     assert_same_run(tmp_path / "run", tmp_path / "other", 3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("preset", preset_names())
 def test_a_dry_run_of_every_preset_writes_nothing(
     preset: str,

@@ -136,6 +136,7 @@ def test_a_reward_that_cannot_be_made(tmp_path: Path, source: str, error: type[E
         load(f"{tmp_path}/exits.py:f")
 
 
+@pytest.mark.ci
 def test_a_run_keeps_what_it_has(train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A reward that exits in the second iteration: the first one's record and checkpoint stay, and the run goes on."""
     own, calls = tmp_path / "own.py", tmp_path / "calls"

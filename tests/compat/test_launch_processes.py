@@ -13,6 +13,8 @@ import torch
 from densegrpo_fast.compat.flow_grpo import philox_samples, step_function
 from densegrpo_fast.compat.rng import ROWS_PER_RANK
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS = Path(__file__).parents[1] / "hosts"
 LAUNCH = ("-m", "densegrpo_fast.launch")

@@ -83,6 +83,7 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
     return json.loads(out.read_text())["models"], shown.getvalue()
 
 
+@pytest.mark.ci
 def test_the_cost_table_by_hand(costs: tuple[dict[str, Any], str]) -> None:
     models, shown = costs
     for record in models.values():
@@ -115,6 +116,7 @@ def test_the_cost_table_by_hand(costs: tuple[dict[str, Any], str]) -> None:
     assert "FLUX.1-dev, 512 px" in shown
 
 
+@pytest.mark.ci
 def test_a_configuration_is_priced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SD3.5-Medium by its own settings, in forwards: the table of the lookahead's page."""
     out = tmp_path / "cost.json"
@@ -134,6 +136,7 @@ def test_a_configuration_is_priced(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "trained steps: 4, drawn by importance; update streamed; with KL" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_costs_of_cheaper_forwards_by_hand(costs: tuple[dict[str, Any], str]) -> None:
     models, shown = costs
     record = models["sd35_medium"]
@@ -155,6 +158,7 @@ def test_costs_of_cheaper_forwards_by_hand(costs: tuple[dict[str, Any], str]) ->
     assert "left out: cache(text:own): for SD3's transformer alone" in shown
 
 
+@pytest.mark.ci
 def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
     out = tmp_path / "fidelity.json"
     arguments = ["--groups", "2", "--group-size", "3", "--plans", "nodes:2", "--json", str(out)]
@@ -172,6 +176,7 @@ def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
     assert str(pipeline_directory.parent) not in out.read_text()
 
 
+@pytest.mark.ci
 def test_a_preset_with_branches_is_judged_on_branches(
     pipeline_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +210,7 @@ def test_a_preset_with_branches_is_judged_on_branches(
         assert problem in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.fidelity.target import pipeline_target
@@ -294,6 +300,7 @@ def test_an_adapter_that_is_not_there(
     assert "holds no pytorch_lora_weights.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_an_analytic_run_needs_nothing_but_torch() -> None:
     """In a fresh process in which every other package of ours is out of reach."""
     program = (

@@ -224,6 +224,7 @@ def test_training_starts_from_an_adapter(tiny_policy: Callable[..., FlowModel], 
         torch.testing.assert_close(output(other), before, rtol=0, atol=0)
 
 
+@pytest.mark.ci
 def test_a_run_starts_from_the_adapter_of_another_and_says_what_does_not_fit(
     train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

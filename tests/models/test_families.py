@@ -166,6 +166,7 @@ def called(model: DiffusersModel, noise: Tensor, scale: float, output: str, step
     )[0]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("width", [64, 96])
 @torch.no_grad()
 def test_noise_free_sampling_is_the_pipeline_s_own_call(case: Case, directory: Path, width: int) -> None:
@@ -183,6 +184,7 @@ def test_noise_free_sampling_is_the_pipeline_s_own_call(case: Case, directory: P
         assert (drawings[0] - drawings[1]).abs().max() > 1e-4
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("steps", [10, 50])
 @pytest.mark.parametrize("case", ["sd15", "sd21"], indirect=True)
 @torch.no_grad()
@@ -249,6 +251,7 @@ def test_exact_lookahead_is_the_serial_completion(case: Case, policy: DiffusersM
         close(clean[state], latents)
 
 
+@pytest.mark.ci
 @torch.no_grad()
 def test_an_adapter_changes_the_pictures_and_loads_in_plain_diffusers(
     case: Case, plain: DiffusersModel, policy: DiffusersModel, directory: Path, tmp_path: Path
@@ -294,6 +297,7 @@ def test_cheaper_ways_compute_the_same(case: Case, policy: DiffusersModel, direc
     assert bool(policy.blocks()) == (policy.family.network_part == "transformer")
 
 
+@pytest.mark.ci
 def test_operations_and_memory_are_counted_without_weights(case: Case, plain: DiffusersModel) -> None:
     architecture, targets = flops.architecture_of(plain), plain.family.lora_targets
     found = flops.count(architecture, lora_rank=2, lora_targets=targets)
@@ -309,6 +313,7 @@ def test_operations_and_memory_are_counted_without_weights(case: Case, plain: Di
     assert memory.picture == 4 * plain.decode(latents).numel()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", MODELS)
 def test_a_published_model_is_counted(name: str) -> None:
     """On the meta device, from its configuration."""
@@ -360,6 +365,7 @@ class Training:
         self.trainer = Trainer(self.config)
 
 
+@pytest.mark.ci
 def test_a_resumed_run_goes_on_bit_for_bit(case: Case, directory: Path, tmp_path: Path) -> None:
     trainer = Training(case, directory, tmp_path).trainer
     first = trainer.step(0)

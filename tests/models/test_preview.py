@@ -26,6 +26,7 @@ def pictures(model: Any, count: int) -> Pictures:
     return Pictures(latents, decoded(model, latents, "full", 3), ["a cat"] * count, [{}] * count)
 
 
+@pytest.mark.ci
 def test_the_decoder_learns_what_the_full_one_does() -> None:
     from densegrpo_fast.rewards.base import RewardMixture
 
@@ -69,6 +70,7 @@ def test_a_policy_alone_needs_nothing_that_completions_do(train: Any, tmp_path: 
     assert underlying(trainer.lookahead.model) is trainer.model
 
 
+@pytest.mark.ci
 def test_the_command_writes_a_decoder_that_a_model_takes(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

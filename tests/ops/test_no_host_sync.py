@@ -26,6 +26,8 @@ from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 
+pytestmark = pytest.mark.ci
+
 T, B = 4, 6
 
 

@@ -161,6 +161,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("command", ONCE, ids=lambda command: f"{command.page}: {command.text}"[:100])
 def test_a_command(
     command: Command, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -303,6 +304,7 @@ def check_tests(words: list[str]) -> None:
             assert (ROOT / f"{before}{name}").exists(), word
 
 
+@pytest.mark.ci
 def test_what_diffusers_is_told_to_load(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/commands.md: the adapter of a run, in a pipeline of diffusers."""
     monkeypatch.chdir(home)

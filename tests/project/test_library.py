@@ -66,6 +66,7 @@ def shortened(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
     return small
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("heading", EXAMPLES)
 def test_an_example_runs(
     heading: str, shortened: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -84,6 +85,7 @@ def test_an_example_runs(
         torch.testing.assert_close(dense.gains.sum(1), dense.rewards[:, -1] - dense.rewards[:, 0])
 
 
+@pytest.mark.ci
 def test_the_examples_are_typed(tmp_path: Path) -> None:
     assert len(EXAMPLES) == 5
     files = [tmp_path / f"example_{number}.py" for number in range(len(EXAMPLES))]
@@ -205,6 +207,7 @@ def test_what_advantages_cannot_be_made_of(
         advantages(rewards, method, **options)
 
 
+@pytest.mark.ci
 def test_a_run_ends_early_and_can_be_resumed(shortened: dict[str, Any], tmp_path: Path) -> None:
     class Once(Callback):
         seen: list[int] = []
@@ -243,6 +246,7 @@ def test_early_stopping_reads_the_records_alone() -> None:
         load_config("embedded_dense", {"run.max_kl": 0.5})
 
 
+@pytest.mark.ci
 def test_the_notebook_runs(shortened: dict[str, Any], tmp_path: Path) -> None:
     matplotlib.use("Agg")
     cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]

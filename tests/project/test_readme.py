@@ -10,6 +10,8 @@ import pytest
 
 from densegrpo_fast.config.yaml_files import parse_yaml
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -280,6 +280,7 @@ def run(train: Train, output: Path, url: str, **options: Any) -> int:
     return train(output, **(settings | options))
 
 
+@pytest.mark.ci
 def test_a_run_goes_on_while_few_scores_are_missing(
     train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -64,6 +64,7 @@ def ends(model: FlowModel, trajectory: Trajectory, decoder: Decoder) -> Tensor:
     return brightness(torch.cat(pictures), ROWS, []).view(2, 3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("overlap", ["true", "false"])
 @pytest.mark.parametrize("shared", ["true", "false"])
 def test_the_final_reward_is_the_full_decoders_and_gains_are_previews(

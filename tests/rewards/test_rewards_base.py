@@ -245,6 +245,7 @@ def test_a_reward_that_hangs_is_left_behind():
         RewardMixture({"fine": (returning([1, 2, 3]), 1.0)}, 0)
 
 
+@pytest.mark.ci
 def test_a_reward_that_changes_directory_or_forks_is_brought_back(tmp_path, monkeypatch):
     # a reward that an earlier test gave up on would go back to a directory of its own
     for thread in threading.enumerate():

@@ -46,11 +46,8 @@ def judge(image: np.ndarray, prompt: str) -> tuple[float, float]:
 
 def rendered(count: int, seed: int) -> tuple[Tensor, list[str]]:
     generator = np.random.default_rng(seed)
-    drawn = [
-        scenes.all_scenes(name)[generator.integers(len(scenes.all_scenes(name)))]
-        for name in scenes.CATEGORIES
-        for _ in range(count)
-    ]
+    decks = [scenes.all_scenes(name) for name in scenes.CATEGORIES]
+    drawn = [deck[generator.integers(len(deck))] for deck in decks for _ in range(count)]
     return torch.from_numpy(scenes.render_batch(drawn, generator)), [scene.prompt for scene in drawn]
 
 

@@ -163,6 +163,7 @@ def test_scores_put_together_and_picked() -> None:
     assert picked.values.tolist() == picked.per_reward["r"].tolist() == [3.0, 1.0, 1.0]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["dense", "sparse"])
 def test_training_is_the_same_either_way(train: Any, tmp_path: Path, method: str) -> None:
     options = {"run.iterations": 2, "evaluation.every": 0, "lookahead.chunk": 3, "credit.method": method}

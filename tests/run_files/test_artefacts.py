@@ -72,6 +72,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
+@pytest.mark.ci
 def test_files_are_plain_and_readable_by_others(finished: Path) -> None:
     files = [path for path in finished.rglob("*") if path.is_file()]
     mask = os.umask(0)
@@ -163,6 +164,7 @@ def test_what_the_end_of_a_run_needs_is_looked_for_at_its_start(
     assert len(read_metrics(run / "metrics.jsonl")) == 2
 
 
+@pytest.mark.ci
 def test_a_run_without_its_checkpoints_does_not_begin_again(
     train: Train, run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -34,6 +34,7 @@ def measured(model: FlowModel, rows: int, decoder: Decoder) -> tuple[int, int]:
     return forward, peak_bytes(lambda: model.decode(latents, decoder))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("decoder", ["full", "preview"])
 def test_the_rows_fill_the_budget_and_no_more(tiny_policy: Callable[..., FlowModel], decoder: Decoder) -> None:
     model = tiny_policy()
@@ -77,6 +78,7 @@ def test_a_line_by_hand() -> None:
     assert Linear.through(lambda rows: 5).largest(6) > 10**6
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["dense", "sparse"])
 def test_a_budget_changes_rounding_alone(train: Any, tmp_path: Path, method: str) -> None:
     options = {"run.iterations": 1, "evaluation.every": 0, "credit.method": method, "lookahead.monitor_every": 1}

@@ -71,6 +71,7 @@ def iteration(trainer: Trainer, number: int) -> tuple[Experience, dict[str, Tens
     return experience, gradients
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "options",
     [
@@ -170,6 +171,7 @@ def test_branches_and_sparse_rewards_say_what_they_complete(tiny_policy: Policy)
     assert steps.completed == (STEPS,)
 
 
+@pytest.mark.ci
 def test_the_estimate_counts_the_states_that_are_completed() -> None:
     memory = ModelMemory(embedded(), dtype=torch.float32)
     one = {"lookahead.chunk": 1, "lookahead.decoder": "full", "reward.overlap": "false"}

@@ -146,6 +146,7 @@ def move(model: Any, name: str = ".lora_") -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, device="cpu").to(parameter))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("scale", "guidance"), [(1.0, "full"), (3.0, "full"), (3.0, "reuse")])
 def test_a_replay_is_the_computation(setting: Setting, scale: float, guidance: Any) -> None:
     model, plan = setting.policy(), plans.exact(T)

@@ -11,6 +11,8 @@ import pytest
 from densegrpo_fast.fidelity.__main__ import main as fidelity
 from densegrpo_fast.run_files.metrics import read_metrics
 
+pytestmark = pytest.mark.ci
+
 RUN = {
     "run.iterations": 2,
     "evaluation.every": 0,

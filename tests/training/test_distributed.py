@@ -179,6 +179,7 @@ def check_traffic(size: int, found: dict[str, Any]) -> None:
     assert reduced == 4 * (values + len(adapter) + metrics) + 4 + 8 * len(PHASES) * len(fields(Counts))
 
 
+@pytest.mark.ci
 def test_two_processes_do_what_one_does() -> None:
     check_cases(2)
 

@@ -178,6 +178,7 @@ def test_a_graph_is_what_a_forward_keeps_for_its_backward(memory: ModelMemory, m
     assert memory.graph(ROWS, checkpointing=True) < found / 2
 
 
+@pytest.mark.ci
 def test_graphs_that_do_not_fit_are_replayed(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"optimizer.update": "streamed", "run.iterations": 1, "evaluation.every": 0}
     settings |= {
@@ -209,6 +210,7 @@ def test_graphs_that_do_not_fit_are_replayed(train: Any, tmp_path: Path, monkeyp
     assert small["nfe/update"] > plain["nfe/update"]
 
 
+@pytest.mark.ci
 def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     # 2 prompts x 4 samples, 5 steps of which the first 4 are noisy (cps may switch the last one off by a level of 0)
     chosen = config(
@@ -293,6 +295,7 @@ def sampled(trainer: Trainer) -> Rollout:
     return trainer.sample(PromptBatch(["a"] * 4 + ["b"] * 4, [{}] * 8, 4), trainer.schedule.at(0), 0)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("guidance", "halves"), [("cond_only", 1), ("full", 2)])
 def test_features_take_what_was_counted(
@@ -345,6 +348,7 @@ def test_half_precision_halves_the_preview_decoder() -> None:
     assert 0.4 < half.decode(4, "preview") / whole.decode(4, "preview") < 0.9
 
 
+@pytest.mark.ci
 def test_the_24_gb_preset_fits_24_gb() -> None:
     from transformers import CLIPConfig, CLIPModel
 
@@ -422,6 +426,7 @@ def test_the_peak_of_a_process_holds_what_it_touched() -> None:
     assert peak_metrics(torch.device("cpu"))["memory/peak_gib"] > touched.nbytes / GIB
 
 
+@pytest.mark.ci
 def test_a_run_says_what_it_needs_and_took(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def test_instant_rewards_of_vgpo(mixture_model: FlowModel, window: bool) -> None
         assert (projected(2) - image).abs().max() > 1e-3, "Eq 9 of step 1"
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("remainder", ["share", "dpm_solver", "both"])
 @pytest.mark.parametrize("method", registry.names())
 def test_other_steps_after_the_window_are_judged_or_refused(tiny_policy: Policy, method: str, remainder: str) -> None:

@@ -157,6 +157,7 @@ def test_pieces_cover_all_rows_once() -> None:
     assert budget.rows == 2
 
 
+@pytest.mark.ci
 def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
     assert (1, True) in rows and (2, True) not in rows and (1, False) in rows
 
 
+@pytest.mark.ci
 def test_the_monitor_and_its_decodes_go_on_with_fewer_rows(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -65,6 +65,7 @@ STREAMED = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("options", STREAMED, ids=lambda options: ",".join(options) or "plain")
 def test_a_streamed_update_is_the_replayed_one(tiny_policy: Policy, options: dict[str, object]) -> None:
     # a chunk that every state's rows fill, so that completions of one state and of all have batches of one shape
@@ -193,6 +194,7 @@ def test_a_trainer_runs_once(train: Any, tmp_path: Path) -> None:
         trainer.run()
 
 
+@pytest.mark.ci
 def test_a_run_outside_of_the_main_thread(train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert train(tmp_path / "run", **{"run.iterations": 1}) == 0
     config = load_config(tmp_path / "run" / "config.yaml", {"run.output_dir": tmp_path / "thread"})

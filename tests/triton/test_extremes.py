@@ -36,6 +36,7 @@ def far_rows(device: torch.device, tmp_path: Path) -> Tensor:
     return rows
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("steps", [1, 2, 1000])
 @pytest.mark.parametrize("rows", [1, 4096])
 def test_few_and_many_rows_and_steps(device: torch.device, rows: int, steps: int) -> None:

@@ -90,6 +90,7 @@ def test_a_step_outside_the_table_is_nan(batch) -> None:
         assert part.isnan().tolist() == [False, True, False, True, False]
 
 
+@pytest.mark.ci
 def test_opcheck(batch) -> None:
     given = states(batch, 3, 4)
     scale = torch.tensor(SCALES, device=batch.table.device)

@@ -80,6 +80,7 @@ def test_noise_equals_the_layout(device, batch, elements: int) -> None:
     torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.ci
 @pytest.mark.capabilities(80, 100)
 def test_noise_free_rows_are_euler_bit_for_bit(device, batch) -> None:
     latents, velocity = states(device, 16, 8, 8)
