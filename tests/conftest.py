@@ -124,6 +124,16 @@ class MixtureModel(FlowModel):
 
 
 @pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credit methods, policy losses and step weightings that a test registers are gone after it."""
+    from densegrpo_fast.credit.registry import METHODS
+    from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
+
+    for registry in (METHODS, POLICIES, STEP_WEIGHTS):
+        monkeypatch.setattr(registry, "_known", dict(registry._known))
+
+
+@pytest.fixture
 def mixture_model() -> MixtureModel:
     """A fresh `MixtureModel`."""
     return MixtureModel()

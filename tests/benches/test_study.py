@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from benches.common import summarise
 from benches.common.claim import claimed
@@ -403,18 +404,18 @@ def test_a_noisy_study_is_not_compared_at_equal_seconds(tmp_path, capsys, monkey
 
 @pytest.mark.ci
 def test_every_variant_of_a_plot_has_a_look_of_its_own(tmp_path, monkeypatch):
-    looks, draw = [], study_plot._draw
-    monkeypatch.setattr(study_plot, "_draw", lambda *given: (looks.append(given[-1]), draw(*given)))
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *given, **to: (drawn.append(figure), save(figure, *given, **to))
+    )
     names = [f"variant_{number}" for number in range(14)]
     save_plot(tmp_path / "a.png", [run(name, 0, [0.0, 0.1], 1.0) for name in names], names, ["reward"])
-    # one row of two panels
-    assert len(looks) == 2 * len(names) and len(set(looks)) == len(names)
-    looks.clear()
+    assert len(drawn[0].axes) == 2
+    for panel in drawn[0].axes:
+        assert len({(line.get_linestyle(), line.get_color()) for line in panel.lines}) == len(names)
     save_plot(tmp_path / "a.png", [run("a", 0, [0.0, 0.1], 1.0, operations=2.0)], ["a"], ["reward"])
-    assert len(looks) == 3
-    looks.clear()
     save_plot(tmp_path / "a.png", [run("a", 0, [0.0, 0.1], 1.0)], ["a"], ["reward"], timed=False)
-    assert len(looks) == 1
+    assert [len(figure.axes) for figure in drawn[1:]] == [3, 1]
 
 
 def test_records_hold_no_directories_of_this_machine():

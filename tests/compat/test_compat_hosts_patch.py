@@ -210,6 +210,7 @@ def test_dance_grpo_in_modules_and_in_the_script(
 
 
 def test_all_or_nothing(hosts: Path) -> None:
+    finders = list(sys.meta_path)
     change(hosts, UTILITIES, "* sample + alpha * (1 - torch.exp(-h)) * clean", "* sample + alpha * 1.1 * clean")
     module = importlib.import_module(UTILITIES)
     with pytest.raises(
@@ -217,7 +218,7 @@ def test_all_or_nothing(hosts: Path) -> None:
     ):
         mix_grpo.install()
     assert all(vars(module)[name].__module__ == UTILITIES for name in NAMES)
-    assert not any(type(finder).__name__ == "_AfterImport" for finder in sys.meta_path)
+    assert sys.meta_path == finders
     del sys.modules[UTILITIES]
     mix_grpo.install()
     with pytest.raises(CompatError, match="It was changed in this copy"):

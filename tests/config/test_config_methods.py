@@ -258,8 +258,8 @@ def test_a_policy_and_step_weights_of_ones_own(tmp_path: Path) -> None:
     assert "holds no 'NONE'" in nowhere
 
 
-def test_a_method_that_was_registered_is_an_option_like_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.METHODS, "_known", dict(registry.METHODS._known))
+@pytest.mark.usefixtures("registries")
+def test_a_method_that_was_registered_is_an_option_like_the_packages() -> None:
     registry.register("mine", registry.CreditMethod("somewhere:else", needs=("rewards",), options=("alpha",)))
     assert not config("credit.method=mine").uses_lookahead
     assert 'did you mean "mine"?' in refused("credit.method=minee")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
@@ -15,7 +14,7 @@ import torch
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.config.cli import configuration, parse_arguments
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity.costs import STEPS
 from densegrpo_fast.fidelity.measure import agreement_of, measure
@@ -213,16 +212,11 @@ def test_the_commands_of_the_docstring_fit(command: str, pipeline_directory: Pat
     if options.cost:
         assert all(make(STEPS).num_steps == STEPS for make in plans_of(options))
         return
-    config = None if options.analytic else fidelity._config(options, overrides)
+    named = ["--config", options.config] if options.config else []
+    config = None if options.analytic else configuration([*named, *overrides])
     if config is not None:
         model: Any = config.model.model_copy(update={"path": str(pipeline_directory)})
         config = config.model_copy(update={"model": model})
     choice = choose(options, config)
     assert len(choice.target.prompts.prompts) == options.groups
     assert choice.target.branched == ("tempflow" in command) and choice.variants
-
-
-def test_the_docstring_has_an_example_of_each_kind() -> None:
-    found: list[argparse.Namespace] = [parse(shlex.split(command))[0] for command in commands()]
-    for name in ("plans", "search", "config", "analytic", "cost", "json", "plot"):
-        assert any(getattr(options, name) for options in found), name

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -148,11 +148,12 @@ def test_a_whole_credit_has_all_states(mixture_model: FlowModel, options: dict[s
     assert Schedule(configured(**options), mixture_model).at(0).completed == tuple(range(STEPS + 1))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noisy=st.lists(st.booleans(), min_size=STEPS, max_size=STEPS), trained=st.sets(st.integers(0, STEPS - 1)))
-def test_the_completed_states_are_enough_and_no_more(noisy: list[bool], trained: set[int]) -> None:
-    schedule = Schedule.__new__(Schedule)
-    schedule.config = configured()
+def test_the_completed_states_are_enough_and_no_more(
+    mixture_model: FlowModel, noisy: list[bool], trained: set[int]
+) -> None:
+    schedule = Schedule(configured(), mixture_model)
     completed = schedule.completed_states(tuple(noisy), sorted(trained))
     dedup = CompletionDedup(tuple(noisy), completed=completed)
     # each has a completion of its own

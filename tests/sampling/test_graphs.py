@@ -215,11 +215,6 @@ def test_weights_that_move_to_another_address_are_seen(setting: Setting) -> None
     before = graphed.complete(trajectory)
     for parameter in model.trainable_parameters().values():
         parameter.data = parameter.data + 0.2
-    if setting.device.type == "cpu":
-        # the tape is as faithful to addresses as a graph: without the check of `begin` the replay would be stale
-        runner._addresses.clear()
-        assert torch.equal(graphed.complete(trajectory), before)
-        runner._addresses[model] = ()
     after = graphed.complete(trajectory)
     assert (after - before)[:2].abs().max() > 1e-3
     setting.close(after, eager.complete(trajectory))
@@ -361,10 +356,8 @@ def test_buffers_are_shared_and_graphs_found_by_key_and_shape() -> None:
     assert graphs.run("a", add, {"x": torch.ones(3)}, {"c": c})[0].tolist() == [11, 11, 11]
     assert graphs.run("a", add, {"x": x.double()}, {"c": c})[0].dtype == torch.float64
     assert len(graphs) == capturer.captures == 4
-    # x as float32 [2], float32 [3] and float64 [2]; one c
-    assert len(graphs._buffers) == 4
     graphs.forget()
-    assert (len(graphs), len(graphs._buffers), capturer.releases) == (0, 0, 1)
+    assert (len(graphs), capturer.releases) == (0, 1)
     assert graphs.run("a", add, {"x": x}, {"c": c})[0].tolist() == [11, 12]
 
 
@@ -376,14 +369,13 @@ def test_constants_are_copied_when_they_have_changed() -> None:
         return graphs.run("key", add, {"x": x}, {"c": constant})[0].item()
 
     assert total(c) == 1
-    (buffer,) = [buffer for key, buffer in graphs._buffers.items() if key[0] == "c"]
-    buffer.fill_(7.0)
-    # nothing is copied: the same tensor, unchanged
-    assert total(c) == 7
+    # a write that torch is not told of: what counts as the same tensor, unchanged, is not copied again
+    c.data.fill_(7.0)
+    assert total(c) == 1
     c.add_(1)
-    assert total(c) == 2
+    assert total(c) == 8
     assert total(torch.tensor([3.0])) == 3
-    assert total(c) == 2
+    assert total(c) == 8
 
 
 @pytest.mark.gpu
