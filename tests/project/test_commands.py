@@ -92,7 +92,7 @@ def commands_of(page: Path) -> Iterator[Command]:
     for language, code in block.findall(text):
         # docs/scaling.md's Slurm script has a test of its own, in tests/training/test_processes.py
         if language in ("", "bash") and not code.startswith("#!"):
-            lines = (re.sub(r"\s# .*", "", line) for line in code.splitlines())
+            lines = (re.sub(r"\s# .*", "", line) for line in code.replace("\\\n", " ").splitlines())
             yield from (Command(name, part.strip()) for line in lines for part in line.split("&&") if part.strip())
     for code in re.findall(r"`([^`]+)`", block.sub("", text)):
         words = code.split()
