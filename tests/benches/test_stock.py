@@ -143,16 +143,19 @@ def test_it_computes_what_the_package_computes(both: Both) -> None:
     check_equal(both)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["sparse", "dense"])
 def test_without_guidance_and_kl_too(tiny_policy: Policy, method: str) -> None:
     options = {"sampler.guidance_scale": 1.0, "objective.kl_coef": 0.0}
     check_equal(run_both(tiny_policy, settings(method, **options)))
 
 
+@pytest.mark.ci
 def test_micro_batches_give_the_same(tiny_policy: Policy) -> None:
     check_equal(run_both(tiny_policy, settings("dense", **{"sampler.micro_batch": 2})))
 
 
+@pytest.mark.ci
 def test_the_kl_term_counts(tiny_policy: Policy) -> None:
     # the first update's policy loss does not depend on the coefficient, so the losses differ by 0.04 times the KL
     losses = [run_both(tiny_policy, settings("sparse", **{"objective.kl_coef": c})).stock.loss for c in (0.0, 0.04)]

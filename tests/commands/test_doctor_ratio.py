@@ -212,6 +212,7 @@ FAULTS: dict[str, Callable[[Any], Loop]] = {
 AMPLIFIED = ("attention: other kernel", "lora_merge: rollout", "lora_merge: replay")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named(tiny_policy: Policy, fault: str) -> None:
     loop = FAULTS[fault](tiny_policy(spread=0.3))
@@ -253,6 +254,7 @@ def test_dropout_inside_attention_is_named(tiny_policy: Policy, monkeypatch: pyt
     assert F.scaled_dot_product_attention is own
 
 
+@pytest.mark.ci
 def test_two_faults_are_both_named(tiny_policy: Policy) -> None:
     model = tiny_policy(spread=0.3)
     loop = stored(within_replay(make_loop(model), lambda: rounded_sigma(model)), latents=torch.float16)

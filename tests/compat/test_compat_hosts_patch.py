@@ -70,6 +70,7 @@ def make_v1(hosts: Path) -> None:
     change(hosts, UTILITIES, "V2 = True", 'V2, sde_type, noise_level = False, "sde", None')
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("version", ["V1", "V2"])
 @pytest.mark.parametrize("imported_before", [True, False])
 def test_mix_grpo_in_every_import_style(hosts: Path, imported_before: bool, version: str) -> None:
@@ -266,6 +267,7 @@ def test_missing_hosts_and_wrong_options(host: Any, package: str, known: str) ->
         host.install(rng="dice")
 
 
+@pytest.mark.ci
 def test_philox_and_other_options_replace_anew(hosts: Path) -> None:
     for host, module in ((mix_grpo, UTILITIES), (dance_grpo, SCRIPT), (flow_factory, SCHEDULER)):
         importlib.import_module(module)

@@ -139,6 +139,7 @@ def test_a_script_without_the_host_hears_that_nothing_was_replaced(project: Path
     assert "nothing was replaced: the script imported none of the functions of flow_grpo" in launched.stderr
 
 
+@pytest.mark.ci
 def test_an_unknown_step_stops_the_script(project: Path) -> None:
     path = project / "flow_grpo" / "diffusers_patch" / "sd3_sde_with_logprob.py"
     path.write_text(STEP.replace("generator=None", "eta=0.0"))

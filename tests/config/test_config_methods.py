@@ -209,6 +209,7 @@ def test_a_credit_with_a_lookahead_cannot_be_without_a_plan() -> None:
         validate(settings)
 
 
+@pytest.mark.ci
 def test_a_method_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text(OWN)

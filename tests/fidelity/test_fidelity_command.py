@@ -18,6 +18,7 @@ from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity.options import parse, plans_of
 
 
+@pytest.mark.ci
 def test_an_analytic_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "fidelity.json", tmp_path / "fidelity.png"
     arguments = ["--analytic", "--groups", "4", "--group-size", "6", "--plans", "exact", "nodes:4,7", "one_step"]

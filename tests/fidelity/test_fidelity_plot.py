@@ -50,6 +50,7 @@ def test_a_label_stays_near_its_point() -> None:
     assert 100 < box.left < 115 and 100 < box.bottom + 5 < 115
 
 
+@pytest.mark.ci
 def test_plans_are_numbered_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is drawn, read back from the figure."""
     drawn: list[Any] = []

@@ -125,6 +125,7 @@ def test_the_record_names_it(pipeline_directory: Path, tmp_path: Path, capsys: p
     assert (list(document["plans"]), document["settings"]["lookahead"]) == (["nodes{1}/full/full"], [])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("preset", "overrides", "message"),
     [

@@ -274,6 +274,7 @@ def velocity(model: DiffusersModel, scale: float, conditioning: Conditioning | N
     return model.velocity(latents, torch.tensor([0.9, 0.5, 0.2]), given, scale).combined()
 
 
+@pytest.mark.ci
 def test_cheaper_ways_compute_the_same(case: Case, policy: DiffusersModel, directory: Path, tmp_path: Path) -> None:
     scale = case.guidance[-1]
     parameters = list(policy.trainable_parameters().values())

@@ -75,6 +75,7 @@ def test_figure_of_flux(flux_forward: float) -> None:
     assert not flops.flux().guided
 
 
+@pytest.mark.ci
 def test_the_embedded_model_is_ordered_as_it_should_be(embedded: flops.ModelFlops) -> None:
     assert 0 < embedded.preview_decode < embedded.reference_forward < embedded.forward < embedded.full_decode
     # no gradient of the frozen weights: about one product per forward product, more for attention and the adapter
@@ -88,6 +89,7 @@ def test_image_tower_of_pickscore() -> None:
     assert flops.clip_h_image() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.ci
 def test_the_adapter_costs_in_proportion_to_its_rank(embedded: flops.ModelFlops) -> None:
     single = flops.count(flops.embedded(), lora_rank=1)
     assert single.reference_forward == embedded.reference_forward

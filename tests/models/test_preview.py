@@ -43,6 +43,7 @@ def test_the_decoder_learns_what_the_full_one_does() -> None:
     assert itself.pixel_error <= 1e-3 and itself.spearman_rewards == pytest.approx(1.0)
 
 
+@pytest.mark.ci
 def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.training.trainer import Trainer

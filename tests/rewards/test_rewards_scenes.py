@@ -210,6 +210,7 @@ def test_shrinking_overlap_lowers_the_score_gradually() -> None:
     assert scores[0] > scores[-1] + 0.1
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("size", [48, 128, 256])
 def test_other_sizes(size: int) -> None:
     generator = np.random.default_rng(3)

@@ -108,6 +108,7 @@ def test_a_damaged_preview_decoder_is_refused(pipeline_directory: Path, tmp_path
         (directory / name).write_bytes(good)
 
 
+@pytest.mark.ci
 def test_a_damaged_calibration_is_refused(tmp_path: Path) -> None:
     sampler = {"dynamics": "cps", "num_steps": 3, "steps": [0, 1], "sigmas": [1.0, 0.6666666666666666, 1 / 3, 0.0]}
     rule = Staircase([0.7, 0.1 + 0.2, 0.0], Limits(0.1, 1.0))
@@ -151,6 +152,7 @@ def test_a_cut_configuration_is_not_continued(run: Path, cut: int) -> None:
         assert type(caught.value).__name__ == "CheckpointError"
 
 
+@pytest.mark.ci
 def test_what_the_end_of_a_run_needs_is_looked_for_at_its_start(
     train: Train, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_chunk_is_never_more_than_asked_for(tiny_policy: Callable[..., FlowMod
     assert lookahead_chunks(configured(None, chunk=7), model, "full") == Chunks(7, 7)
 
 
+@pytest.mark.ci
 def test_a_budget_too_small_for_one_row_names_the_way_out(tiny_policy: Callable[..., FlowModel]) -> None:
     model = tiny_policy()
     with pytest.raises(UserError, match=r"lookahead.memory_gb: 1e-06 is too small for one row") as caught:
@@ -89,6 +90,7 @@ def test_a_budget_changes_rounding_alone(train: Any, tmp_path: Path, method: str
     assert tight["nfe/lookahead"] == free["nfe/lookahead"]
 
 
+@pytest.mark.ci
 def test_training_refuses_a_budget_below_one_row(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_whole_credit_has_all_states(mixture_model: FlowModel, options: dict[s
     assert Schedule(configured(**options), mixture_model).at(0).completed == tuple(range(STEPS + 1))
 
 
+@pytest.mark.ci
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noisy=st.lists(st.booleans(), min_size=STEPS, max_size=STEPS), trained=st.sets(st.integers(0, STEPS - 1)))
 def test_the_completed_states_are_enough_and_no_more(

@@ -160,6 +160,7 @@ def test_a_replay_is_the_computation(setting: Setting, scale: float, guidance: A
         assert len(runner.graphs) == 3
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_branches_are_completed_by_the_same_graphs(setting: Setting, scale: float) -> None:
     model = setting.policy()
@@ -288,6 +289,7 @@ def test_a_model_that_asks_the_device_runs_without_graphs(setting: Setting, capl
     assert "lookahead.graphs: the evaluation cannot be captured" in message and "runs without graphs" in message
 
 
+@pytest.mark.ci
 def test_memory_that_runs_out_in_a_capture_costs_rows_and_not_graphs(
     tiny_policy: Callable[..., FlowModel], caplog: pytest.LogCaptureFixture
 ) -> None:

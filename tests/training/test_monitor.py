@@ -42,6 +42,7 @@ def test_the_exact_lookahead_agrees_with_itself(train: Train, tmp_path: Path, ca
     assert "lookahead_drift" not in caplog.text and "alarms" not in first
 
 
+@pytest.mark.ci
 def test_a_lookahead_below_the_alarm_is_named(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"lookahead.plan": "one_step", "lookahead.monitor_every": 1, "lookahead.monitor_alarm": 1.0}
     with caplog.at_level(logging.WARNING):

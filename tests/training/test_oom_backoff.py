@@ -92,6 +92,7 @@ def updated(
     return moments, metrics
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_an_update_in_smaller_parts_has_the_same_gradient(

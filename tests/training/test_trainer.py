@@ -185,6 +185,7 @@ def test_a_reward_that_is_only_observed_is_named_as_such(tiny_policy: Policy) ->
         trainer.evaluate()
 
 
+@pytest.mark.ci
 def test_a_trainer_runs_once(train: Any, tmp_path: Path) -> None:
     assert train(tmp_path / "run", **{"run.iterations": 1}) == 0
     config = load_config(str(tmp_path / "run" / "config.yaml"), {"run.output_dir": tmp_path / "twice"})
@@ -212,6 +213,7 @@ def test_parts_that_are_given_are_looked_at(tiny_policy: Policy, mixture_model: 
         Trainer(configured(**{"sampler.guidance_scale": 1}), model=mixture_model, reward=REWARD)
 
 
+@pytest.mark.ci
 def test_paths_of_each_state_pass_the_memory_check(train: Any, tmp_path: Path) -> None:
     paths = {"lookahead.plan": "paths", "lookahead.paths": "[[1],[2],[]]", "run.memory_check": "refuse"}
     assert train(tmp_path / "run", **paths, **{"run.iterations": 1}) == 0

@@ -68,6 +68,7 @@ def test_rows_beyond_32_bits(device: torch.device, far_rows: Tensor) -> None:
     assert torch.equal(*moved)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 4])
 def test_rows_off_16_bytes(device: torch.device, offset: int, dtype: torch.dtype) -> None:

@@ -42,6 +42,7 @@ def exact(batch, given: dict[str, Tensor], guided: bool, kl_std: int = C) -> tup
     return log_prob, gaussian_kl_ref(velocity, reference, batch.table, batch.steps, kl_std)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
