@@ -225,6 +225,7 @@ def test_a_fault_is_named(tiny_policy: Policy, fault: str) -> None:
     assert (found.unsteady > 0) == fault.startswith("dropout")
 
 
+@pytest.mark.ci
 def test_another_split_is_named(tiny_policy: Policy) -> None:
     model = tiny_policy(spread=0.3)
     with on_output(model, per_tensor_int8):

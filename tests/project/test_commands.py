@@ -295,10 +295,14 @@ def check_requirements(words: list[str]) -> None:
 def check_tests(words: list[str]) -> None:
     """Folders, files and markers are there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
-    if words[0] == "-m":
-        assert words[1].split()[-1] in [line.partition(":")[0] for line in project["markers"]]
-        words = words[2:]
-    for word in words:
+    markers = {line.partition("(")[0].partition(":")[0] for line in project["markers"]}
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("-n", type=int)
+    parser.add_argument("-m", default="")
+    parser.add_argument("files", nargs="*")
+    options = parser.parse_args(words)
+    assert set(re.findall(r"\w+", options.m)) <= {*markers, "not", "and", "or"}
+    for word in options.files:
         before, brace, names = word.removesuffix("}").partition("{")
         for name in names.split(",") if brace else [""]:
             assert (ROOT / f"{before}{name}").exists(), word

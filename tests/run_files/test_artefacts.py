@@ -83,6 +83,7 @@ def test_files_are_plain_and_readable_by_others(finished: Path) -> None:
         subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=directory, check=True, capture_output=True)
 
 
+@pytest.mark.ci
 def test_a_damaged_adapter_is_refused(run: Path) -> None:
     path = run / "adapter" / "pytorch_lora_weights.safetensors"
     for changed in flips(path.read_bytes(), 40):

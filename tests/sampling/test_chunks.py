@@ -46,6 +46,7 @@ def test_the_rows_fill_the_budget_and_no_more(tiny_policy: Callable[..., FlowMod
             assert 0.85 * budget * GB < used < 1.1 * budget * GB
 
 
+@pytest.mark.ci
 def test_a_chunk_is_never_more_than_asked_for(tiny_policy: Callable[..., FlowModel]) -> None:
     model = tiny_policy()
     for counted in (model, MeteredModel(model, Meter())):

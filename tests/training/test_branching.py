@@ -163,6 +163,7 @@ def test_a_run_with_branches_and_its_continuation(train: Train, tmp_path: Path) 
     assert all(line["grad_norm"] > 0 and line["first_ratio_deviation"] < 1e-5 for line in found[0])
 
 
+@pytest.mark.ci
 def test_a_dry_run_with_branches(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"sampler.branches": 2, "sampler.micro_batch": 1, "credit.method": "branch"}
     assert train(tmp_path / "run", "--dry-run", **options, **{"optimizer.updates_per_iteration": 1}) == 0

@@ -76,6 +76,7 @@ def test_equal_to_the_bit_and_to_rounding(tiny_policy: Policy) -> None:
         alike(iteration(tiny_policy(spread=0.1), **options), reference)
 
 
+@pytest.mark.ci
 def test_threads_change_rounding_alone(tiny_policy: Policy, threads: Callable[[int], None]) -> None:
     threads(1)
     one = iteration(tiny_policy(spread=0.1))

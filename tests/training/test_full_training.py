@@ -97,6 +97,7 @@ def test_what_needs_an_adapter_is_refused() -> None:
             parse_arguments(["--config=embedded_dense", "model.train=full", option])
 
 
+@pytest.mark.ci
 def test_a_backward_to_all_weights_costs_more() -> None:
     full, lora = count(embedded(), lora_rank=0), count(embedded(), lora_rank=16)
     assert full.forward == full.reference_forward == lora.reference_forward < lora.forward

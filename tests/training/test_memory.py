@@ -286,6 +286,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     }
 
 
+@pytest.mark.ci
 def test_all_weights_take_masters_moments_and_a_reference_in_parts() -> None:
     whole = ModelMemory(embedded(), dtype=torch.bfloat16, lora_rank=0)
     chosen = config("model.train=full", "ema.every=1", "objective.kl_coef=0.1")

@@ -115,6 +115,7 @@ def test_an_update_in_smaller_parts_has_the_same_gradient(
     assert "4 rows per forward (sampler.micro_batch); going on with 2" in caplog.text
 
 
+@pytest.mark.ci
 def test_one_row_that_does_not_fit_ends_with_advice(tiny_policy: Policy, learner_options: Options) -> None:
     model = tiny_policy()
     trajectory = sampled(model)

@@ -91,6 +91,7 @@ def test_a_streamed_update_is_the_replayed_one(tiny_policy: Policy, options: dic
         torch.testing.assert_close(other[name].grad, parameter.grad, rtol=1e-5, atol=1e-5 * scale)
 
 
+@pytest.mark.ci
 def test_where_memory_runs_out_a_streamed_update_is_replayed(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,6 +148,7 @@ def measured(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if not key.startswith(others)}
 
 
+@pytest.mark.ci
 def test_a_loop_over_steps_is_what_a_run_does(train: Any, tmp_path: Path) -> None:
     assert train(tmp_path / "run") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
