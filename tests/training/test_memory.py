@@ -331,10 +331,9 @@ def test_features_take_what_was_counted(
     assert counted.weights["lookahead copy"] == counted.weights["transformer"] * DTYPES[dtype].itemsize // 4
     lookahead.model.refresh()
     trajectory = sampled(trainer)
-    buffers = [features.text for features in lookahead.cache._kept.values()]
     # of two nodes and 8 samples keys and values of 24 text tokens of width 32 in 2 blocks
     size = 2 * halves * 8 * 2 * 2 * 24 * 32 * DTYPES[dtype].itemsize
-    assert counted.state["lookahead features"] == tensor_bytes(buffers) == lookahead.cache.bytes() == size
+    assert counted.state["lookahead features"] == lookahead.cache.bytes() == size
     assert "lookahead features" in str(counted).split("kept: ")[1].split("\n")[0]
     assert lookahead.complete(trajectory).isfinite().all()
     assert lookahead.cache.bytes() == size
