@@ -341,7 +341,7 @@ FAULTS = [misread, kill, misconfigure, flip, misread, misbehave, delete, misread
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=[] if seed < QUICK else pytest.mark.slow) for seed in range(ALL)]
+    "seed", [pytest.param(seed, marks=pytest.mark.ci if seed < QUICK else pytest.mark.slow) for seed in range(ALL)]
 )
 def test_nothing_bad_gets_through_in_silence(warm: Warm, seed: int, tmp_path: Path) -> None:
     FAULTS[seed % len(FAULTS)](warm, random.Random(seed), tmp_path)

@@ -69,6 +69,7 @@ def test_every_error_is_one_line_and_a_status(
     assert all("Traceback" in path.read_text() and str(path) in told for path in kept)
 
 
+@pytest.mark.ci
 def test_the_traceback_is_in_the_run_s_directory(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("options", SETTINGS)
 def test_diffusers_metadata_in_the_header(options: dict[str, Any], tmp_path: Path) -> None:
     model = trained(**options)
@@ -76,6 +77,7 @@ def test_diffusers_metadata_in_the_header(options: dict[str, Any], tmp_path: Pat
     torch.testing.assert_close(found, output(model) - before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("options", SETTINGS)
 def test_a_folder_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
     model = trained(**options)
@@ -104,6 +106,7 @@ def halves(inputs: int, outputs: int, rank: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(rank, inputs), torch.randn(outputs, rank)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("prefix", "down", "up"),
     [
@@ -128,6 +131,7 @@ def test_names_of_diffusers_with_any_prefix(
     torch.testing.assert_close(change(tmp_path / "a.safetensors"), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kohya", [False, True])
 def test_names_of_the_original_code(kohya: bool, tmp_path: Path) -> None:
     """One projection makes q, k and v there."""
@@ -224,6 +228,7 @@ def test_training_starts_from_an_adapter(tiny_policy: Callable[..., FlowModel], 
         torch.testing.assert_close(output(other), before, rtol=0, atol=0)
 
 
+@pytest.mark.ci
 def test_a_run_starts_from_the_adapter_of_another_and_says_what_does_not_fit(
     train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

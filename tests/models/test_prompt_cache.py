@@ -169,6 +169,7 @@ def test_a_damaged_entry_is_encoded_again(
     assert model.encode(PROMPTS).rows.tolist() == [0, 1, 0] and loads == [True]
 
 
+@pytest.mark.ci
 def test_a_run_trains_on_cached_prompts_to_the_same_numbers(
     train: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,11 +201,15 @@ def test_a_reply_that_is_not_what_was_asked_for(server: Loopback) -> None:
     assert len(server.requests) == 1
 
 
-def test_waits_are_drawn_below_a_bound_that_doubles_and_is_capped() -> None:
-    client = endpoint("http://localhost", retry_delay=1.0)
-    for attempt, longest in ((0, 1.0), (1, 2.0), (3, 8.0), (30, 30.0)):
-        waits = [client._delay(attempt) for _ in range(200)]
-        assert 0 <= min(waits) < longest / 4 and 3 * longest / 4 < max(waits) <= longest
+def test_waits_are_drawn_below_a_bound_that_doubles_and_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for _ in range(100):
+        # nothing listens
+        failure(endpoint("http://127.0.0.1:9", retry_delay=1.0, retries=7))
+    for attempt, longest in enumerate((1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)):
+        drawn = waits[attempt::7]
+        assert len(drawn) == 100 and 0 <= min(drawn) < longest / 4 and 3 * longest / 4 < max(drawn) <= longest
 
 
 def test_the_breaker_opens_lets_one_try_through_and_closes() -> None:

@@ -212,6 +212,7 @@ def documented() -> list[str]:
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
+@pytest.mark.ci
 def test_what_a_run_writes_is_documented_and_what_is_documented_is_written(
     train: Callable[..., int], tmp_path: Path
 ) -> None:
