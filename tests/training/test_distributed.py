@@ -252,6 +252,7 @@ def looked_at(world: World) -> dict[str, Tensor]:
 
 
 @pytest.mark.ci
+@pytest.mark.ci
 def test_pictures_and_measurements_are_shared_out_and_the_same() -> None:
     single = alone(looked_at)
     for found in together(2, looked_at):
