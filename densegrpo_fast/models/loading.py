@@ -282,10 +282,14 @@ def _load_part(name: str, kinds: str | tuple[str, ...], directory: Path, dtype: 
         return load_tokenizer(kind, directory) if name.startswith(_TOKENIZER) else load_network(kind, directory, dtype)
     if name != "scheduler":
         return load_network(getattr(diffusers, names[0]), directory, dtype)
-    said = read_settings(directory / "scheduler_config.json").get("_class_name")
-    if said not in names:
+    settings = read_settings(directory / "scheduler_config.json")
+    if (said := settings.get("_class_name")) not in names:
         raise OSError(f"expected a {' or '.join(names)}, its scheduler_config.json says {said}")
-    return getattr(diffusers, str(said)).from_pretrained(directory)
+    try:
+        return getattr(diffusers, str(said)).from_config(settings)
+    # settings of somebody else's fail in every way: texts for numbers, two that exclude each other, ...
+    except Exception as error:
+        raise OSError(f"its scheduler_config.json cannot be used: {type(error).__name__}: {error}") from None
 
 
 def _load_preview(pipeline: Path, given: str | None, vae: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -204,6 +204,23 @@ def test_configurations_of_networks_that_are_none(model: Path, part: str, settin
         loaded(model)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_karras_sigmas": True, "use_beta_sigmas": True},
+        {"use_karras_sigmas": "yes"},
+        {"num_train_timesteps": "many"},
+        {"num_train_timesteps": 10**15},
+        {"shift": None},
+        {"shift": float("nan")},
+    ],
+)
+def test_settings_of_schedulers_that_are_none(model: Path, settings: dict[str, Any]) -> None:
+    changed(model / "scheduler" / "scheduler_config.json", **settings)
+    with pytest.raises(UserError, match="scheduler"):
+        loaded(model)
+
+
 def test_a_deeply_nested_configuration_is_refused(model: Path) -> None:
     (model / "transformer" / "config.json").write_text("[" * 100_000)
     with pytest.raises(SetupError, match="its config.json is not a JSON object"):
