@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
+from densegrpo_fast.common.files import user_path
 from densegrpo_fast.common.pretrained import (
     fetch,
     files_problem,
@@ -50,7 +51,7 @@ def pipeline_directory(path: str, revision: str | None = None) -> Path:
         SetupError: there is no such pipeline, no family of models (`models/families.py`) has its kind, or its directory
             is not whole; the message says what is missing and what to do.
     """
-    directory = EMBEDDED.get(path, Path(path).expanduser())
+    directory = EMBEDDED.get(path, user_path(path))
     if path not in EMBEDDED and not directory.is_dir():
         if not is_hub_id(path):
             raise SetupError(
@@ -116,7 +117,7 @@ def load_pipeline(
         directory = pipeline_directory(path, revision)
         family = directory_family(directory)
     else:
-        directory = Path(path).expanduser()
+        directory = user_path(path)
         _check_directory(directory, family)
     has_t5 = (directory / "text_encoder_3").is_dir()
     if has_t5 and max_sequence_length == 0:
@@ -143,8 +144,13 @@ def load_pipeline(
             has_t5=has_t5,
             family=family,
         )
+    except UserError:
+        raise
     except ValueError as error:
         raise UsageError(f"model: {error}") from None
+    # texts for numbers, lists that are too short, ...
+    except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise _cannot_load(str(directory), f"its settings do not fit: {type(error).__name__}: {error}") from None
 
 
 def text_files(directory: Path) -> list[Path]:
@@ -268,7 +274,10 @@ def _load_pipeline(directory: Path, family: type[Family], dtype: dict[str, torch
         kind = getattr(diffusers, family.pipeline_class)
         accepted = inspect.signature(kind).parameters
         settings = {name: value for name, value in index.items() if name in accepted and not isinstance(value, list)}
-        return kind(**(settings | dict.fromkeys(family.unused) | parts))
+        try:
+            return kind(**(settings | dict.fromkeys(family.unused) | parts))
+        except Exception as error:
+            raise _cannot_load(str(directory), f"its parts do not fit: {type(error).__name__}: {error}") from None
 
 
 def _load_part(name: str, kinds: str | tuple[str, ...], directory: Path, dtype: torch.dtype) -> Any:
@@ -293,7 +302,7 @@ def _load_part(name: str, kinds: str | tuple[str, ...], directory: Path, dtype: 
 
 
 def _load_preview(pipeline: Path, given: str | None, vae: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    directory = pipeline / "preview_decoder" if given is None else Path(given).expanduser()
+    directory = pipeline / "preview_decoder" if given is None else user_path(given)
     if not directory.is_dir():
         if given is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 import unicodedata
@@ -22,8 +23,10 @@ from densegrpo_fast.common.errors import SetupError, UsageError, UserError
 from densegrpo_fast.config.cli import load_config, parse_arguments
 from densegrpo_fast.config.yaml_files import parse_yaml
 from densegrpo_fast.models.loading import load_pipeline
+from densegrpo_fast.models.tiny import tiny_model
 from densegrpo_fast.rewards.ocr import similarity
 from densegrpo_fast.run_files.images import read_picture, save_picture
+from densegrpo_fast.run_files.model_refs import locate
 from densegrpo_fast.sample import main as sample
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.training.prompts import PromptSampler, TrainingPrompts, load_prompts
@@ -196,12 +199,34 @@ def changed(path: Path, **settings: Any) -> None:
         ("transformer", {"attention_head_dim": -1}, "transformer: "),
         ("vae", {"block_out_channels": "wide"}, "vae: "),
         ("text_encoder", {"hidden_size": "x"}, "text_encoder: "),
+        ("transformer", {"pos_embed_max_size": [[]]}, "transformer: |its settings do not fit"),
+        ("vae", {"scaling_factor": "x"}, "vae: scaling_factor: expected finite numbers, got 'x'"),
+        ("vae", {"scaling_factor": math.inf}, "vae: scaling_factor: expected finite numbers"),
+        ("vae", {"shift_factor": [math.nan]}, "vae: shift_factor: expected finite numbers"),
+        ("vae", {"latents_std": {}}, "vae: latents_std: expected finite numbers"),
     ],
 )
 def test_configurations_of_networks_that_are_none(model: Path, part: str, settings: dict[str, Any], words: str) -> None:
     changed(model / part / "config.json", **settings)
-    with pytest.raises(SetupError, match=words):
+    with pytest.raises(UserError, match=words):
         loaded(model)
+
+
+def test_parts_that_do_not_fit_each_other(tmp_path: Path) -> None:
+    tiny_model("StableDiffusionXLPipeline").pipeline.save_pretrained(tmp_path)
+    changed(tmp_path / "vae" / "config.json", block_out_channels=[32], layers_per_block=1)
+    with pytest.raises(SetupError, match="vae: "):
+        loaded(tmp_path)
+    tiny_model("FluxPipeline").pipeline.save_pretrained(tmp_path / "flux")
+    changed(tmp_path / "flux" / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True, base_shift=[1])
+    with pytest.raises(SetupError, match="its settings do not fit: TypeError"):
+        loaded(tmp_path / "flux", height=64, width=64)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-here/x", "x/" * 3000])
+def test_names_that_are_no_adapters(name: str) -> None:
+    with pytest.raises(SetupError, match="there is no such file or directory"):
+        locate(name)
 
 
 @pytest.mark.parametrize(
