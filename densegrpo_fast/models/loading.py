@@ -231,6 +231,10 @@ def _check_directory(directory: Path, family: type[Family]) -> None:
         raise SetupError(
             f"model.path: {directory} lacks {', '.join(missing)}{way_out if {*missing} <= {*family.optional} else ''}",
         )
+    for name in family.optional:
+        other = name.replace(*((_ENCODER, _TOKENIZER) if name.startswith(_ENCODER) else (_TOKENIZER, _ENCODER)))
+        if other in family.optional and (directory / name).is_dir() and not (directory / other).is_dir():
+            raise SetupError(f"model.path: {directory} lacks {other}, though it has {name}")
     for name in (*family.parts, *family.optional):
         if name == "scheduler" or name.startswith(_TOKENIZER) or not (directory / name).is_dir():
             continue

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import unicodedata
 import zlib
 from collections.abc import Callable
@@ -345,6 +350,69 @@ def test_names_that_no_file_system_has(train: Callable[..., int], tmp_path: Path
     for arguments in ([f"--resume={long}"], ["--config", f"{long}.yaml"]):
         with pytest.raises((UserError, OSError)):
             parse_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("sample", ["a cat", "--output"]),
+        ("evaluate", ["base", "--json"]),
+        ("preview", ["--output"]),
+        ("calibrate", ["--output"]),
+        ("fidelity.__main__", ["--json"]),
+    ],
+)
+def test_outputs_that_no_file_system_has(
+    command: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before anything is loaded, and named by the option."""
+    for name in ("x" * 300, "x" * 300 + "/a.json"):
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(f"densegrpo_fast.{command}").main([*arguments, str(tmp_path / name)])
+        assert stop.value.code == 7
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: {arguments[-1]}: ") and "traceback" not in told and told.count("\n") == 1
+
+
+def interrupted(number: signal.Signals, tmp_path: Path) -> tuple[int, str]:
+    """Status and stderr of training that is sent a signal while it imports torch."""
+    stub = tmp_path / "torch"
+    stub.mkdir(exist_ok=True)
+    (stub / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
+    command = [sys.executable, "-m", "densegrpo_fast.train", f"--run.output_dir={tmp_path / 'run'}"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+    return process.returncode, told
+
+
+def test_a_signal_while_a_command_starts_is_no_traceback(tmp_path: Path) -> None:
+    for number, statuses in ((signal.SIGINT, (130, -signal.SIGINT)), (signal.SIGTERM, (-signal.SIGTERM,))):
+        status, told = interrupted(number, tmp_path)
+        assert status in statuses and "Traceback" not in told
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_reward_file_that_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from densegrpo_fast import train\n"
+        "try:\n"
+        "    train.main(['--reward.terms={nowhere.py:score: 1.0}', '--reward.observed=[]'])\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 2\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0 and "reward.terms: nowhere.py:score: there is no file" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_cpu_s_memory_running_out_lowers_the_rows() -> None:
