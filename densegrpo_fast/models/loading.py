@@ -265,9 +265,13 @@ def _load_pipeline(directory: Path, family: type[Family], dtype: dict[str, torch
         tokenizer = encoder.replace(_ENCODER, _TOKENIZER)
         network, words = parts[encoder], parts[tokenizer]
         if network is not None and words is not None:
-            if words.model_max_length > _NO_LIMIT:
-                # the tokenizer does not say how long a prompt may be, the encoder does
-                words.model_max_length = getattr(network.config, "max_position_embeddings", 512)
+            limit = words.model_max_length
+            if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
+                problem = f"model_max_length: expected a number of tokens, got {limit!r}"
+                raise _cannot_load(str(directory), f"{tokenizer}: {problem}"[:300])
+            # a tokenizer that does not say how long a prompt may be, or more than the encoder can read, has its limit
+            known = getattr(network.config, "max_position_embeddings", 512 if limit > _NO_LIMIT else limit)
+            words.model_max_length = int(min(limit, known))
             size = network.config.get_text_config().vocab_size
             if len(words) > size:
                 problem = f"it has {len(words)} tokens, {encoder} has {size}"

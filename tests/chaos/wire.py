@@ -26,8 +26,8 @@ from densegrpo_fast.rewards.http import Endpoint
 from densegrpo_fast.rewards.remote import RemoteReward
 from densegrpo_fast.rewards.server import RewardServer
 
-MEMORY = 600 * 2**20
-"""Bytes that the requests of a case may make the server take on top of what it has."""
+MEMORY = 720 * 2**20
+"""Bytes that the requests of a case may make the server take on top of the 230 MB that it starts with."""
 LONGEST = 30.0
 """Seconds after which an exchange hangs."""
 HEAD = "POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -267,13 +267,22 @@ def test_a_variant_alone_is_loaded(model: Path) -> None:
 
 
 def test_a_tokenizer_without_a_limit_takes_the_encoder_s(model: Path) -> None:
-    for part in ("tokenizer", "tokenizer_2"):
-        settings = json.loads((model / part / "tokenizer_config.json").read_text())
-        settings.pop("model_max_length")
-        (model / part / "tokenizer_config.json").write_text(json.dumps(settings))
+    settings = json.loads((model / "tokenizer" / "tokenizer_config.json").read_text())
+    del settings["model_max_length"]
+    (model / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    # another says more than the encoder can read
+    changed(model / "tokenizer_2" / "tokenizer_config.json", model_max_length=100_000)
     found = loaded(model)
+    assert found.pipeline.tokenizer_2.model_max_length == found.pipeline.tokenizer.model_max_length
     assert found.pipeline.tokenizer.model_max_length == found.pipeline.text_encoder.config.max_position_embeddings
     assert found.encode(["a red circle " * 50]).prompts["embeds"].isfinite().all()
+
+
+@pytest.mark.parametrize("limit", ["77", 0, -1, True, [], math.nan])
+def test_a_limit_of_a_tokenizer_that_is_none(model: Path, limit: object) -> None:
+    changed(model / "tokenizer" / "tokenizer_config.json", model_max_length=limit)
+    with pytest.raises(SetupError, match="tokenizer: "):
+        loaded(model)
 
 
 def test_a_folder_of_the_hub_s_cache_leads_to_its_snapshot(model: Path, tmp_path: Path) -> None:
