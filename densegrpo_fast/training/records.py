@@ -251,7 +251,7 @@ class RunRecords:
                 f"run.iterations: expected at least the {checkpoint.step} that the run has done, "
                 f"got {self.config.run.iterations}",
             )
-        self.log.truncate(checkpoint.state["metrics_position"])
+        self.log.truncate(checkpoint.state["metrics_position"], checkpoint.state.get("metrics_digest"))
         return checkpoint
 
     def _begin_again(self, log: MetricsLog) -> None:
@@ -282,7 +282,8 @@ class RunRecords:
 
     def checkpoint(self, done: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Save everything a bit-exact continuation needs: what `Trainer.tensors` and `Trainer.state` return."""
-        self.checkpoints.save(done, tensors, state | {"metrics_position": self.log.position()})
+        log = {"metrics_position": self.log.position(), "metrics_digest": self.log.digest()}
+        self.checkpoints.save(done, tensors, state | log)
 
     def due(self, every: int, done: int) -> bool:
         """Whether something that happens every so many iterations happens now (not at the very end)."""

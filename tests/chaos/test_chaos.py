@@ -6,6 +6,7 @@ ends with the very weights and records of an undisturbed one; and what was damag
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -41,6 +42,8 @@ SECONDS = 1.5
 """A run of two iterations computes about so long."""
 TOGETHER = 20
 """Changed files, requests or replies of one case."""
+AGAIN = 4
+"""Most kills or signals of one case."""
 FEW = 5
 """Adapter or model directories, or flips, of one case."""
 
@@ -141,48 +144,66 @@ def killed(draw: random.Random) -> dict[str, Any]:
     return {"kind": "clock", "after": draw.uniform(0.01, SECONDS)}
 
 
-def kill(warm: Warm, draw: random.Random, path: Path) -> None:
-    """A run that is killed at any moment, and killed again as it goes on, goes on to the same end."""
-    run = path / "run"
-    warm.ends(warm.train(run, fault=killed(draw)), *KILLED, 0)
-    if draw.random() < 0.3 and (run / "config.yaml").exists():
-        warm.ends(warm.train(run, "--resume", fault=killed(draw)), *KILLED, 0)
+def ended(warm: Warm, run: Path, fault: dict[str, Any], *statuses: int) -> bool:
+    """Start or continue a run with a fault; whether that ended it early."""
+    begun = (run / "config.yaml").exists()
+    return warm.ends(warm.train(run, *(["--resume"] if begun else []), fault=fault), *statuses, 0)["status"] != 0
+
+
+def kill(warm: Warm, draw: random.Random, path: Path) -> int:
+    """A run that is killed at any moment, and killed again whenever it goes on, goes on to the same end."""
+    run, kills = path / "run", 0
+    while kills < AGAIN and ended(warm, run, killed(draw), *KILLED):
+        kills += 1
     goes_on(warm, run)
+    return kills
 
 
-def stop(warm: Warm, draw: random.Random, path: Path) -> None:
-    """A signal ends a run in order, and it goes on to the same end."""
-    number = draw.choice([signal.SIGTERM, signal.SIGINT])
-    orderly = {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
-    fault = {"kind": "signal", "signal": int(number), "at": draw.randint(2, WAITS)}
-    warm.ends(warm.train(path / "run", fault=fault), orderly, -number, 0)
+def stop(warm: Warm, draw: random.Random, path: Path) -> int:
+    """A signal ends a run in order, again and again, and it goes on to the same end."""
+    signals, early = 0, True
+    while signals < AGAIN and early:
+        number = draw.choice([signal.SIGTERM, signal.SIGINT])
+        orderly = {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+        fault = {"kind": "signal", "signal": int(number), "at": draw.randint(2, WAITS)}
+        early = ended(warm, path / "run", fault, orderly, -number)
+        signals += early
     goes_on(warm, path / "run")
+    return signals
 
 
-def fill(warm: Warm, draw: random.Random, path: Path) -> None:
-    """A full disk ends a run with status 7, and with room again it goes on to the same end."""
-    found = warm.train(path / "run", fault={"kind": "full", "at": draw.randint(1, WAITS)})
+def fill(warm: Warm, draw: random.Random, path: Path) -> int:
+    """A disk that is full or fails ends a run with status 7, and with room again it goes on to the same end."""
+    number = draw.choice([errno.ENOSPC, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+    fault: dict[str, Any] = {"kind": "full", "at": draw.randint(1, WAITS), "errno": number}
+    if draw.random() < 0.4:
+        fault = {"kind": "limit", "bytes": int(10 ** draw.uniform(0, 5))}
+    found = warm.train(path / "run", fault=fault)
     warm.ends(found, 7, 0)
-    assert found["status"] == 0 or "No space left" in found["output"]
+    # a small limit is one of what is printed, too
+    assert found["status"] == 0 or fault["kind"] == "limit" or os.strerror(number) in found["output"]
     goes_on(warm, path / "run")
+    return 1
 
 
-def mute(warm: Warm, draw: random.Random, path: Path) -> None:
+def mute(warm: Warm, draw: random.Random, path: Path) -> int:
     """A terminal, pipe or log that is gone ends nothing."""
     fault = {"kind": "mute", "how": draw.choice(["full", "pipe", "closed"]), "streams": draw.choice([[1], [2], [1, 2]])}
     warm.ends(warm.train(path / "run", fault=fault), 0)
     assert left_by(path / "run") == warm.expected
+    return 1
 
 
-def flip(warm: Warm, draw: random.Random, path: Path) -> None:
+def flip(warm: Warm, draw: random.Random, path: Path) -> int:
     """One flipped bit in an artefact: refused, or of no influence. The first is in a run."""
     run = shutil.copytree(warm.finished, path / "run")
     file = draw.choice(sorted(file for file in run.rglob("*") if file.is_file() and file.stat().st_size))
     file.write_bytes(inputs.flipped(file.read_bytes(), draw))
     found = warm.train(run, "--resume")
     warm.ends(found, *DOCUMENTED)
-    if found["status"] == 0 and file.name != "metrics.jsonl":
-        assert left_by(run) == warm.expected, file
+    if found["status"] == 0:
+        noted = file.name == "metrics.jsonl" and "are not what was written" in found["output"]
+        assert noted or left_by(run) == warm.expected, file
     for number in range(FEW - 1):
         kind, original = artefact(warm, draw, path / str(number))
         copy = shutil.copytree(original.parent.parent, path / f"{number}-flipped")
@@ -191,6 +212,7 @@ def flip(warm: Warm, draw: random.Random, path: Path) -> None:
         damaged.write_bytes(inputs.flipped(damaged.read_bytes(), draw))
         read = str(damaged.with_name(original.name))
         warm.ends(warm.run(do="read", kind=kind, files=[read], same=str(original)), 0, 2)
+    return FEW
 
 
 def artefact(warm: Warm, draw: random.Random, path: Path) -> tuple[str, Path]:
@@ -213,13 +235,13 @@ def artefact(warm: Warm, draw: random.Random, path: Path) -> tuple[str, Path]:
     return kind, directory / "calibration.json"
 
 
-def calibration(path: Path) -> None:
+def calibration(path: Path) -> int:
     sampler = {"dynamics": "cps", "num_steps": 2, "steps": [0], "sigmas": [1.0, 0.5, 0.0]}
     rule = Staircase([0.7, 0.0], Limits(0.1, 1.0))
     report.write_document(path, report.document(rule, sampler, [], {}, {}, {}))
 
 
-def delete(warm: Warm, draw: random.Random, path: Path) -> None:
+def delete(warm: Warm, draw: random.Random, path: Path) -> int:
     """A file or directory of a run that is gone, cut off, or in the place of which something else stands."""
     run = shutil.copytree(warm.finished, path / "run")
     place = draw.choice(sorted(run.iterdir()))
@@ -242,6 +264,7 @@ def delete(warm: Warm, draw: random.Random, path: Path) -> None:
     warm.ends(found, *DOCUMENTED)
     if found["status"] == 0 and place.name not in ("metrics.jsonl", "evaluation-before.json"):
         assert left_by(run) == warm.expected, (place, how)
+    return 1
 
 
 BEHAVIOUR = [
@@ -296,7 +319,7 @@ OWN = {
 """Where code of one's own comes in -> the option that names it, and the code."""
 
 
-def misbehave(warm: Warm, draw: random.Random, path: Path) -> None:
+def misbehave(warm: Warm, draw: random.Random, path: Path) -> int:
     """Code of one's own does something: status 5, its name, and what there was stays."""
     own, calls, where = path / "own.py", path / "calls", draw.choice([*OWN, "reward", "reward"])
     option, source = OWN[where]
@@ -318,6 +341,7 @@ def misbehave(warm: Warm, draw: random.Random, path: Path) -> None:
     missing = "of the scores are missing" in found["output"] or "has no score" in found["output"]
     mute = "close()" in behaviour
     assert str(own) in found["output"] or missing or mute, found["output"]
+    return 1
 
 
 def originals(kind: str, draw: random.Random, path: Path) -> tuple[str, bytes]:
@@ -336,10 +360,10 @@ def originals(kind: str, draw: random.Random, path: Path) -> tuple[str, bytes]:
     return ".yaml", dump_yaml(load_config(draw.choice(["embedded_dense", "embedded_branched"]))).encode()
 
 
-def misread(kind: str) -> Callable[[Warm, random.Random, Path], None]:
+def misread(kind: str) -> Callable[[Warm, random.Random, Path], int]:
     """Many files of one kind, most of them changed: each is read or refused in words, and nothing else."""
 
-    def case(warm: Warm, draw: random.Random, path: Path) -> None:
+    def case(warm: Warm, draw: random.Random, path: Path) -> int:
         files = []
         for number in range(TOGETHER):
             suffix, data = originals(kind, draw, path)
@@ -347,38 +371,42 @@ def misread(kind: str) -> Callable[[Warm, random.Random, Path], None]:
             file.write_bytes(inputs.changed(data, draw) if draw.random() < 0.8 else data)
             files.append(str(file))
         warm.ends(warm.run(do="read", kind=kind, files=files), 0, 2)
+        return TOGETHER
 
     return case
 
 
-def misfit(warm: Warm, draw: random.Random, path: Path) -> None:
+def misfit(warm: Warm, draw: random.Random, path: Path) -> int:
     """Adapters in every form: taken with their true scale, or refused in words."""
     found = []
     for number in range(FEW):
         (path / str(number)).mkdir()
         found.append(inputs.adapter(draw, path / str(number)))
     warm.ends(warm.run(do="adapters", adapters=found), 0)
+    return FEW
 
 
-def mismodel(warm: Warm, draw: random.Random, path: Path) -> None:
+def mismodel(warm: Warm, draw: random.Random, path: Path) -> int:
     """Models in every state: taken for what they are, or refused in words."""
     original, found = draw.choice(warm.pipelines), []
     for number in range(FEW):
         (path / str(number)).mkdir()
         found.append(inputs.model(draw, original, path / str(number)))
     warm.ends(warm.run(do="models", original=str(original), models=found), 0)
+    return FEW
 
 
-def wire(do: str) -> Callable[[Warm, random.Random, Path], None]:
+def wire(do: str) -> Callable[[Warm, random.Random, Path], int]:
     """Hostile requests, or replies, over the network."""
 
-    def case(warm: Warm, draw: random.Random, path: Path) -> None:
+    def case(warm: Warm, draw: random.Random, path: Path) -> int:
         warm.ends(warm.run(do=do, seed=draw.getrandbits(32), count=TOGETHER), 0)
+        return TOGETHER
 
     return case
 
 
-def misconfigure(warm: Warm, draw: random.Random, path: Path) -> None:
+def misconfigure(warm: Warm, draw: random.Random, path: Path) -> int:
     """Odd values of three options: the configuration is sound, or is refused by name."""
     settings = yaml.safe_load(dump_yaml(load_config("embedded_dense")))
     for _ in range(draw.randint(1, 3)):
@@ -387,9 +415,10 @@ def misconfigure(warm: Warm, draw: random.Random, path: Path) -> None:
     file = path / "odd.yaml"
     file.write_text(yaml.safe_dump(settings, allow_unicode=True))
     warm.ends(warm.run(do="read", kind="configuration", files=[str(file)]), 0, 2)
+    return 1
 
 
-def misuse(warm: Warm, draw: random.Random, path: Path) -> None:
+def misuse(warm: Warm, draw: random.Random, path: Path) -> int:
     """Sample and evaluate on a run with a damaged file."""
     run = shutil.copytree(warm.finished, path / "run")
     files = [run / "config.yaml", run / "adapter" / "pytorch_lora_weights.safetensors", run / "SHA256SUMS"]
@@ -404,11 +433,12 @@ def misuse(warm: Warm, draw: random.Random, path: Path) -> None:
     else:
         found = warm.run(do="evaluate", arguments=["base", str(run), *few])
     warm.ends(found, *DOCUMENTED)
+    return 1
 
 
-CASES: dict[str, tuple[Callable[[Warm, random.Random, Path], None], int, int]] = {
-    "kill": (kill, 4, 200),
-    "signal": (stop, 4, 100),
+CASES: dict[str, tuple[Callable[[Warm, random.Random, Path], int], int, int]] = {
+    "kill": (kill, 3, 80),
+    "signal": (stop, 3, 50),
     "full disk": (fill, 3, 60),
     "deleted file": (delete, 4, 60),
     "dead terminal": (mute, 2, 20),
@@ -438,5 +468,7 @@ CASES: dict[str, tuple[Callable[[Warm, random.Random, Path], None], int, int]] =
         for seed in range(count)
     ],
 )
-def test_nothing_bad_gets_through_in_silence(warm: Warm, kind: str, seed: int, tmp_path: Path) -> None:
-    CASES[kind][0](warm, random.Random(f"{kind} {seed}"), tmp_path)
+def test_nothing_bad_gets_through_in_silence(
+    warm: Warm, kind: str, seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("faults", CASES[kind][0](warm, random.Random(f"{kind} {seed}"), tmp_path))

@@ -9,10 +9,10 @@ had to be killed since it took too long.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -197,6 +197,10 @@ def arm(fault: dict[str, Any]) -> None:
         # nobody handles its signal, so the process is gone wherever it is
         signal.setitimer(signal.ITIMER_VIRTUAL, fault["after"])
         return
+    if fault["kind"] == "limit":
+        # every write that makes a file larger fails, as on a disk that fills up anywhere
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
+        return
     if fault["kind"] == "mute":
         gone = os.open("/dev/full", os.O_WRONLY)
         if fault["how"] == "pipe":
@@ -214,7 +218,7 @@ def arm(fault: dict[str, Any]) -> None:
         nonlocal count
         count += 1
         if fault["kind"] == "full" and count >= fault["at"]:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(fault["errno"], os.strerror(fault["errno"]))
         fsync(descriptor)
         if count == fault["at"] and fault["kind"] != "full":
             os.kill(os.getpid(), fault["signal"])
