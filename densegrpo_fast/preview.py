@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors_exit():
         refuse_processes("preview")
         config = configuration(overrides)
-        check_outputs(options, "output")
-        if options.output.exists():
+        if os.path.lexists(options.output):
             raise OutputError(f"--output: {options.output} is there already; give another directory")
+        check_outputs(options, "output")
         announce("fitting a preview decoder: loading torch and the model")
         return int(preview(config, options))
 

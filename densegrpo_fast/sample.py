@@ -161,9 +161,11 @@ def _prompts(options: argparse.Namespace) -> PromptSet:
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"--output: {path} is not a directory")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    with output_errors(f"--output: cannot write in {path}"):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"--output: {path} is not a directory")
+        used = path.is_dir() and any(path.iterdir())
+    if used and not overwrite:
         raise OutputError(
             f"--output: {path} is not empty; choose another directory, or replace pictures of the same name with "
             "--overwrite",

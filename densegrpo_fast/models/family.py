@@ -6,6 +6,7 @@ decodes; `DiffusersModel` does the rest, alike for all. A family is one file her
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -95,6 +96,8 @@ class Family(ABC):
         self.max_sequence_length, self.frames = max_sequence_length, frames
         if frames != 1 and not self.video:
             raise UsageError(f"model.frames: expected 1 for {self.pipeline_class}, which makes pictures, got {frames}")
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+            _check_numbers(f"vae: {name}", self.vae.get(name))
         native = self.native_size()
         self.height, self.width = height or native, width or native
         unit = self.unit()
@@ -201,6 +204,13 @@ class Family(ABC):
         """Pictures [B, 3, H, W], videos [B, 3, F, H, W], in [-1, 1] by the full autoencoder, of what `grid` returns."""
         shifted = latents / self.vae["scaling_factor"] + (self.vae.get("shift_factor") or 0.0)
         return torch.as_tensor(vae.decode(shifted.to(vae.dtype)).sample)
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Refuse what is neither a finite number, nor a list of them, nor absent."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if number is not None and (not isinstance(number, int | float) or not math.isfinite(number)):
+            raise ValueError(f"{name}: expected finite numbers, got {value!r}"[:200])
 
 
 def dynamic_shift(scheduler: Any, image_tokens: int) -> float:

@@ -98,10 +98,11 @@ def test_an_unfinished_run_is_its_newest_average(run: Path, tmp_path: Path) -> N
     # the same adapter three times: nothing differs
     assert {about["sha256"] for about in found["adapters"].values()} == {found["adapters"][str(run)]["sha256"]}
     assert {item["mean"] for item in found["differences"] if item["reward"] == "reward"} == {0.0}
-    corrupt = unfinished / "checkpoints" / "step-00000002" / "ema.safetensors"
-    corrupt.write_bytes(b"")
-    assert command(unfinished, "--json", tmp_path / "out.json") == 0
-    assert document(tmp_path / "out.json")["adapters"][str(unfinished)]["origin"] == "running average at iteration 1"
+    for name in ("ema.safetensors", "manifest.json"):
+        newest = shutil.copytree(unfinished, tmp_path / name)
+        (newest / "checkpoints" / "step-00000002" / name).write_bytes(b"")
+        assert command(newest, "--json", tmp_path / "out.json") == 0
+        assert document(tmp_path / "out.json")["adapters"][str(newest)]["origin"] == "running average at iteration 1"
 
 
 def test_subjects_on_a_saved_pipeline(

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from densegrpo_fast.common.errors import SetupError
+from densegrpo_fast.common.errors import NonFiniteError, SetupError
 from densegrpo_fast.models.adapter_formats import fit_to, read_lora
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import add_lora, attached_lora
@@ -181,6 +181,7 @@ LAYER = {"transformer.x.lora_A.weight": torch.ones(2, 4), "transformer.x.lora_B.
         ),
         ({"transformer.x.lora_A.weight": torch.ones(2, 4)}, None, "two matching halves of the layer 'transformer.x'"),
         (LAYER | {"transformer.y.alpha": torch.ones(())}, None, "an alpha of 'transformer.y' and no such layer"),
+        ({name: t[:0] if "_A" in name else t[:, :0] for name, t in LAYER.items()}, None, "two matching halves"),
         ({}, None, "holds no layer"),
         (LAYER, "{", "its settings .* are damaged"),
         (LAYER, '{"transformer.peft_type": "IA3"}', "it is a IA3, expected a LORA"),
@@ -202,6 +203,27 @@ def test_what_is_not_read_says_what_it_is(
     with pytest.raises(ValueError, match=words) as caught:
         read_lora(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "header"),
+    [
+        (math.inf, None),
+        (3e38, None),
+        (math.nan, None),
+        (None, '{"transformer.r": 2, "transformer.lora_alpha": Infinity}'),
+        (None, '{"transformer.r": 2, "transformer.lora_alpha": 1e39}'),
+        (None, '{"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.alpha_pattern": {"x": NaN}}'),
+    ],
+)
+def test_an_alpha_that_makes_no_finite_update_is_refused(
+    alpha: float | None, header: str | None, tmp_path: Path
+) -> None:
+    tensors = LAYER if alpha is None else LAYER | {"transformer.x.alpha": torch.tensor(alpha)}
+    tensors = {name: 9 * tensor if "lora" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors", None if header is None else {"lora_adapter_metadata": header})
+    with pytest.raises(NonFiniteError, match="a.safetensors: .*not finite"):
+        read_lora(tmp_path / "a.safetensors")
 
 
 def test_training_starts_from_an_adapter(tiny_policy: Callable[..., FlowModel], tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_a_request_and_its_reply(server: Loopback, monkeypatch: pytest.MonkeyPat
         (b"no HTTP at all\r\n\r\n", "BadStatusLine"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n", "headers"),
+        (b"HTTP/1.1 no \x1b[2J\r\n\r\n", r"BadStatusLine: HTTP/1.1 no \x1b[2J"),
+        (b"HTTP/1.1 500 " + b"x" * 60_000 + b"\r\n\r\n\x1b]0;title\x07", "status 500 xxx"),
     ],
 )
 def test_failures_that_may_pass_are_tried_again(server: Loopback, response: bytes, problem: str) -> None:
@@ -147,6 +149,8 @@ def test_failures_that_may_pass_are_tried_again(server: Loopback, response: byte
     server.requests.clear()
     found = failure(endpoint(server.url, retries=1))
     assert found.temporary and problem in str(found) and len(server.requests) == 2
+    # no reply reaches into a terminal
+    assert str(found).isprintable() and len(str(found)) < 500
 
 
 @pytest.mark.parametrize(
