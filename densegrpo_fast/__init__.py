@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from densegrpo_fast.sampling.rollout import Trajectory as Trajectory
     from densegrpo_fast.sampling.rollout import rollout as rollout
     from densegrpo_fast.training.callbacks import Callback as Callback
-    from densegrpo_fast.training.trainer import RunResult as RunResult
+    from densegrpo_fast.training.run import RunResult as RunResult
     from densegrpo_fast.training.trainer import Trainer as Trainer
 
 # OpenMP threads that spin while they wait starve every other process on shared cores. The setting is only
@@ -106,7 +106,7 @@ _PUBLIC = {
     "Trajectory": "sampling.rollout",
     "rollout": "sampling.rollout",
     "Callback": "training.callbacks",
-    "RunResult": "training.trainer",
+    "RunResult": "training.run",
     "Trainer": "training.trainer",
 }
 """Public name -> where it is, `module` or `module:name`; the imports above tell type checkers the same."""

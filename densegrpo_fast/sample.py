@@ -55,9 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with user_errors_exit():
-        refuse_processes("sample")
         own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_intermixed_args(own)
+        if options.strip:
+            refuse_processes("sample --strip")
         prompts, ref = _prompts(options), locate(options.adapter)
         config, _ = parse_arguments(["--config", settings_source([ref], options.config), *overrides])
         check_models([ref], config.model.path)
@@ -67,19 +68,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sample(config: Config, ref: ModelRef, prompts: PromptSet, options: argparse.Namespace) -> ExitCode:
-    """Draw all prompts with all seeds and write the output directory.
+    """Draw all prompts with all seeds, shared out among the processes, and write the output directory.
 
     Raises:
         UserError: anything the user can act on.
     """
     from densegrpo_fast.run_files.images import save_pictures
     from densegrpo_fast.training.pictures import draw, picture_sampler, with_each
+    from densegrpo_fast.training.processes import joined
 
     sampler = picture_sampler(config, options.sampler or "ode", options.steps, options.guidance)
     rows = [(prompt, seed) for prompt in prompts.prompts for seed in options.seeds]
-    ((weights, images),) = with_each(
-        config, [ref], lambda model: draw(model, rows, sampler, config.sampler.micro_batch)
-    )
+    with joined(config) as world:
+        ((weights, images),) = with_each(
+            config, [ref], lambda model: draw(model, rows, sampler, config.sampler.micro_batch, world)
+        )
+    if not world.main:
+        return ExitCode.OK
     with output_errors(f"cannot write in {options.output}"):
         files = save_pictures(images, options.output, rows, columns=len(options.seeds))
     settings = _settings(config, ref, weights, sampler, options) | {

@@ -69,6 +69,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
         with run_directory(config, world, resume=resume) as directory:
             from densegrpo_fast.fidelity.auto import settle
             from densegrpo_fast.training.models import check_device, default_device
+            from densegrpo_fast.training.run import Run
             from densegrpo_fast.training.trainer import Trainer
 
             check_device(config, default_device())
@@ -77,7 +78,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
             else:
                 # one process measures for all
                 config, model = world.from_main(lambda: settle(config, directory, resume=resume)[0]), None
-            result = Trainer(config, model=model, world=world).run_in(directory, resume=resume)
+            result = Run(Trainer(config, model=model, world=world), directory).go(resume=resume)
             if result.signal is not None:
                 return OF_SIGNALS[result.signal]
             if world.main:
@@ -125,7 +126,7 @@ def _network(config: Config) -> str:
         return "real"
     lora = config.lora
     try:
-        found = network_outline(config.model.path, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        found = network_outline(config.model.path, rank=config.adapter_rank, alpha=lora.alpha, targets=lora.targets)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return found or "not looked at: its configuration is on the hub"

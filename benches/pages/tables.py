@@ -103,6 +103,31 @@ def calibration(stem: str) -> str:
     return f"{source(stem, document)}\n\n{table(header, lines)}"
 
 
+def layouts() -> str:
+    """Memory, bytes sent and simulated seconds of an iteration by model and number of GPUs."""
+    document = read("layouts")
+    lines = []
+    for preset, found in document["layouts"].items():
+        for row in sorted(found, key=lambda row: row["gpus"]):
+            spread = "whole" if row["shard"] == "none" else f"spread ({row['shard']})"
+            trained = "adapter" if row["train"] == "lora" else "all weights"
+            sent = [row["gathered_gb"], row["reduced_gb"]]
+            lines.append(
+                [
+                    preset,
+                    str(row["gpus"]),
+                    f"{trained}, {spread}",
+                    f"{row['memory_gib']:.0f}",
+                    *(f"{size:,.0f}" if size >= 10 else f"{size:.2g}" for size in sent),
+                    f"{sum(row['seconds'].values()):,.0f}",
+                    f"{row['seconds']['waiting']:.1f}",
+                    f"{row['efficiency']:.3f}",
+                ]
+            )
+    header = ["preset", "GPUs", "network", "GiB each", "GB gathered", "GB reduced", "seconds", "waiting", "efficiency"]
+    return f"{source('layouts', document | {'settings': {}})}\n\n{table(header, lines)}"
+
+
 def smoothness() -> str:
     """How well cheap plans rank rewards / gains, by reward and guidance; and how much of a reward survives a step."""
     plans = ("exact_but_last", "nodes{4,7}", "one_step")
@@ -198,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search_late": partial(search, "fidelity_late"),
     "chunks": partial(chunks, "chunk_gains"),
     "smoothness": smoothness,
+    "layouts": layouts,
     "noise_levels": noise_levels,
     **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched")},
 }

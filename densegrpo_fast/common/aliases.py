@@ -22,6 +22,7 @@ OPTIONS = {
 ADDED = {
     "credit.closeness": 0.0,
     "lora.start": None,
+    "model.train": "lora",
     "objective.guidance_gradient": "conditional",
     "objective.step_sampling": "uniform",
     "optimizer.update": "replayed",

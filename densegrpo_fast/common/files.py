@@ -68,8 +68,8 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_directory(path: Path) -> None:
-    """Wait until the disk has the names in a directory: without it, a rename may be undone by a power cut."""
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a directory, without which a power cut may undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,7 +105,7 @@ def _replace(path: Path, data: bytes) -> None:
     try:
         write_durably(staged, data)
         os.replace(staged, path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except OSError:
         with suppress(OSError):
             staged.unlink(missing_ok=True)

@@ -64,6 +64,7 @@ def problem(config: Config) -> str | None:
         _branches,
         _plan_evaluates_something,
         _image_size,
+        _full_training,
         _batches,
         _streamed,
         _early_stopping,
@@ -364,6 +365,17 @@ def _image_size(config: Config) -> str | None:
     height, width = config.model.height, config.model.width
     if bool(height) != bool(width):
         return f"model.height, model.width: expected both 0 or both set, got {height} and {width}"
+    return None
+
+
+def _full_training(config: Config) -> str | None:
+    if config.model.train != "full":
+        return None
+    for key, given in (("lora.start", config.lora.start), ("lookahead.copy_dtype", config.lookahead.copy_dtype)):
+        if given is not None:
+            return f"{key}: expected null with model.train full, where there is no adapter, got {given}"
+    if config.lookahead.plan == "auto":
+        return "lookahead.plan: auto measures plans for an adapter; expected another one with model.train full"
     return None
 
 

@@ -92,6 +92,11 @@ class Config(Section):
         return self
 
     @property
+    def adapter_rank(self) -> int:
+        """Rank of the adapter that is trained; 0 where all weights are."""
+        return self.lora.rank if self.model.train == "lora" else 0
+
+    @property
     def uses_lookahead(self) -> bool:
         """Whether the credit method needs completions of intermediate states."""
         return registry.find(self.credit.method).uses_lookahead

@@ -38,8 +38,12 @@ class ModelOptions(Section):
     path: Text = Field(
         description='"embedded" or "embedded_words" (in the package), a Hugging Face hub id, or a pipeline directory'
     )
+    train: Literal["lora", "full"] = Field(
+        description="what is trained: lora = an adapter on the frozen network; full = all weights of the network, kept "
+        "in float32 and computed in model.dtype"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        description="precision of the frozen base; auto = bfloat16 on a GPU, float32 on a CPU"
+        description="precision of the network; auto = bfloat16 on a GPU, float32 on a CPU"
     )
     max_sequence_length: int = Field(ge=0, le=512, description="tokens in the T5 block; 0 leaves the block out")
     revision: Text | None = Field(description="hub revision (branch, tag or commit) to pin; null = the default one")
@@ -73,7 +77,7 @@ class ModelOptions(Section):
 
 
 class LoraOptions(Section):
-    """The low-rank adapter, the only thing that is trained."""
+    """The low-rank adapter; without effect where `model.train` is full."""
 
     rank: int = Field(ge=1, le=1024, description="rank of the update of each projection")
     alpha: int = Field(ge=1, le=4096, description="the update is scaled by alpha / rank")
@@ -294,8 +298,9 @@ class DistributedOptions(Section):
         "several may share the group of a prompt; groups = whole groups"
     )
     shard: Literal["auto", "none", "full", "hybrid"] = Field(
-        description="the frozen base: none = whole in every process; full = spread over all of them, hybrid = over "
-        "those of each machine, gathered block by block; auto = full where the estimated memory does not allow none"
+        description="the network's weights, without an adapter's: none = whole in every process; full = spread over "
+        "all of them, hybrid = over those of each machine, gathered block by block; auto = full where the estimated "
+        "memory does not allow none"
     )
     backend: Literal["auto", "nccl", "gloo"] = Field(
         description="what the processes talk by; auto = NCCL on GPUs, gloo on CPUs"

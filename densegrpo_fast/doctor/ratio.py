@@ -15,6 +15,7 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.doctor.causes import AMPLIFIER, BY_NAME, CAUSES, Cause, tiny_steps
 from densegrpo_fast.doctor.loop import Loop, configured_loop, randomize_lora_
 from densegrpo_fast.flow.dynamics import C
+from densegrpo_fast.models.base import network_class
 from densegrpo_fast.training.models import tiny_config
 from densegrpo_fast.training.policy_samples import policy_alone
 
@@ -124,7 +125,10 @@ def examine(config: Config, tolerance: float | None, tiny: bool) -> dict[str, An
         raise UsageError("objective.trained_steps: none of the steps is stochastic, so no ratio exists")
     clip_range = config.objective.clip_range
     diagnosis = diagnose(loop, default_tolerance(clip_range) if tolerance is None else tolerance)
-    return record(diagnosis, loop, clip_range) | {"preset": config.preset, "model": type(model.network).__name__}
+    return record(diagnosis, loop, clip_range) | {
+        "preset": config.preset,
+        "model": network_class(model.network).__name__,
+    }
 
 
 def record(diagnosis: Diagnosis, loop: Loop, clip_range: float) -> dict[str, Any]:

@@ -31,6 +31,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `user_errors_exit`: a Ctrl-C during imports is no traceback
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -45,18 +46,29 @@ from densegrpo_fast.fidelity.options import parse, plans_of
 
 if TYPE_CHECKING:
     from densegrpo_fast.config import Config
+    from densegrpo_fast.training.distributed import World
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     options, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
     with user_errors_exit():
-        refuse_processes("fidelity")
+        for option in ("analytic", "cost", "search"):
+            if getattr(options, option):
+                refuse_processes(f"fidelity --{option}")
         check_outputs(options, "json", "plot")
         announce("counting costs: loading torch" if options.cost else "measuring lookaheads: loading torch")
         if options.cost and (options.config or overrides):
             return int(own_cost(options, overrides))
-        return int(costs(options) if options.cost else fidelity(options, overrides))
+        if options.cost:
+            return int(costs(options))
+        if options.analytic:
+            return int(fidelity(options, None, None))
+        config = _config(options, overrides)
+        from densegrpo_fast.training.processes import joined
+
+        with joined(config) as world:
+            return int(fidelity(options, config, world))
 
 
 def own_cost(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
@@ -108,13 +120,17 @@ def costs(options: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
-def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
+def fidelity(options: argparse.Namespace, config: Config | None, world: World | None) -> ExitCode:
     """Measure the plans, search for one if asked, and show and write the result.
+
+    Args:
+        options: the parsed command line.
+        config: of the model; None = the analytic flow.
+        world: the processes that share the groups; None = this one alone.
 
     Raises:
         UserError: anything the user can act on, with its exit code.
     """
-    config = None if options.analytic else _config(options, overrides)
     from densegrpo_fast.fidelity import report
     from densegrpo_fast.fidelity.measure import agreement_of, measure
     from densegrpo_fast.fidelity.plot import save_plot
@@ -146,8 +162,11 @@ def fidelity(options: argparse.Namespace, overrides: list[str]) -> ExitCode:
         variants += [chosen.variant] if chosen and chosen.variant not in variants else []
         searched = report.search_record(candidates, chosen, thresholds, max_nodes=max_nodes, longest_path=longest)
 
-    with PhaseProgress("measuring", len(groups), "groups") as progress:
-        rewards = measure(target, variants, groups, progress=progress.at, **sampling)
+    shared, stream = 1 if world is None else world.size, None if world is None or world.main else io.StringIO()
+    with PhaseProgress("measuring", -(-len(groups) // shared), "groups", stream) as progress:
+        rewards = measure(target, variants, groups, progress=progress.at, world=world, **sampling)
+    if world is not None and not world.main:
+        return ExitCode.OK
     exact = rewards[reference(target.coefficients.num_steps)]
     records = {
         variant.name: report.plan_record(

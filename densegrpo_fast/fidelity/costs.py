@@ -29,8 +29,9 @@ from densegrpo_fast.models.flops import (
     clip_h_image,
     count,
     embedded,
-    sd35_medium,
+    known,
 )
+from densegrpo_fast.models.published import MODELS
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import (
     Evaluations,
@@ -149,15 +150,15 @@ def own_record(config: Config) -> dict[str, Any]:
             option does not fit the model.
     """
     built, sigmas = _architecture(config)
-    lora, targets = config.lora, tuple(config.lora.targets)
+    rank, targets = config.adapter_rank, tuple(config.lora.targets)
     scored = clip_h_image() if "pickscore" in config.reward.terms else 0.0
-    unit = count(built, lora_rank=lora.rank, lora_targets=targets, reward=scored)
+    unit = count(built, lora_rank=rank, lora_targets=targets, reward=scored)
     if config.model.gradient_checkpointing:
         unit = replace(unit, backward=unit.backward + unit.forward)
     merged = config.lookahead.copy_dtype is not None
     ahead = unit.reference_forward if merged else unit.forward
     if config.lookahead.cache is not None:
-        ahead = cached_forward(built, lora_rank=0 if merged else lora.rank, lora_targets=targets)
+        ahead = cached_forward(built, lora_rank=0 if merged else rank, lora_targets=targets)
     grid: Any = SimpleNamespace(device=torch.device("cpu"), sigmas=lambda steps: sigmas(steps))
     guided = built.guided and config.sampler.guidance_scale != 1.0
     cost = iteration_cost(config, Schedule(config, grid), guided=guided)
@@ -208,16 +209,25 @@ def _architecture(config: Config) -> tuple[Architecture, Callable[[int], torch.T
     options = config.model
     if options.path == "embedded" and not options.height:
         return embedded(), partial(sd3_sigmas, shift=3.0)
-    if options.path == _SD35_MEDIUM:
+    named = {model.hub: name for name, model in MODELS.items()}
+    if options.path in named:
         if options.height != options.width:
             raise SetupError(
                 f"--cost: {options.path} is known for square pictures, got {options.height}x{options.width}"
             )
-        return sd35_medium(options.height or 1024, 77 + options.max_sequence_length), partial(sd3_sigmas, shift=3.0)
+        medium = options.path == _SD35_MEDIUM
+        built = known(
+            named[options.path],
+            options.height or (1024 if medium else 0),
+            77 + options.max_sequence_length if medium else 0,
+        )
+        # of a schedule without its configuration: the levels do not change what is counted, if steps are not drawn by
+        # them
+        return built, partial(sd3_sigmas, shift=3.0)
     if is_hub_id(options.path):
         raise SetupError(
-            f"--cost: of the hub's models {_SD35_MEDIUM} is known without its weights, for {options.path} give a "
-            "pipeline directory as model.path"
+            f"--cost: of the hub's models {', '.join(named)} are known without their weights, for {options.path} give "
+            "a pipeline directory as model.path"
         )
     model = load_model(options, torch.device("cpu"))
     if not isinstance(model, DiffusersModel):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from densegrpo_fast.sampling.cost import IterationCost, branched_iteration, dens
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import Rollout, initial_noise, rollout
 from densegrpo_fast.training.agreement import Agreement, compare, compare_branches
+
+if TYPE_CHECKING:
+    from densegrpo_fast.training.distributed import World
 
 
 def cost_of(variant: Variant, target: FidelityTarget, group_size: int) -> IterationCost:
@@ -209,6 +212,7 @@ def measure(
     group_size: int,
     seed: int,
     progress: Callable[[int], object] = lambda done: None,
+    world: World | None = None,
 ) -> dict[Variant, Tensor]:
     """Lookahead rewards of every variant, and of the reference, on one rollout of each group.
 
@@ -219,6 +223,7 @@ def measure(
         group_size: G.
         seed: of all noise.
         progress: is told how many groups are done.
+        world: the processes that share the groups; each gets all rewards. None = this one alone.
 
     Returns:
         Per variant [P, G, T+1] float32 on the CPU; index = steps done, NaN = missing. Of a branched target [P, G, M],
@@ -229,13 +234,16 @@ def measure(
     """
     wanted = list(dict.fromkeys([reference(target.coefficients.num_steps), *variants]))
     parts: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
-    done = 0
-    for batch in batches(target, groups, group_size=group_size, seed=seed):
+    share, own, done = None if world is None else world.share(len(groups)), groups, 0
+    if share is not None:
+        own = range(groups.start + int(share.rows[0]), groups.start + int(share.rows[-1]) + 1)
+    for batch in batches(target, own, group_size=group_size, seed=seed):
         for variant, rewards in rewards_of(target, wanted, batch):
             parts[variant].append(rewards)
         done += len(batch.rows) // group_size
         progress(done)
-    return {variant: torch.cat(values) for variant, values in parts.items()}
+    found = {variant: torch.cat(values) for variant, values in parts.items()}
+    return found if share is None else {variant: share.gather(values) for variant, values in found.items()}
 
 
 def rewards_of(target: FidelityTarget, variants: Sequence[Variant], batch: Batch) -> Iterator[tuple[Variant, Tensor]]:

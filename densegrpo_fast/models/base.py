@@ -120,10 +120,16 @@ class FlowModel(ABC):
     """Which weights a velocity is computed with: "policy", "reference" within `reference()`, or "copy"."""
 
     network: Any
-    """The diffusers model that evaluates the velocity and carries the adapter."""
+    """The diffusers model that evaluates the velocity and carries the adapter, or is trained as a whole."""
+
+    reference_network: Any = None
+    """The network of the reference policy, if it is none that leaves out the adapter of `network`."""
+
+    computed_in: torch.dtype | None = None
+    """Half precision that the network computes in while its weights are float32 masters; None = that of its weights."""
 
     sharded: bool = False
-    """Whether the network's frozen weights are spread over several processes, which then evaluate it together."""
+    """Whether the network's weights are spread over several processes, which then evaluate it together."""
 
     def blocks(self) -> list[torch.nn.Module]:
         """The network's blocks in the order of evaluation, each of which may be sharded; [] = it cannot be."""
@@ -157,11 +163,11 @@ class FlowModel(ABC):
         """
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within the context the adapter is off: the model is the reference policy."""
-        return _without_adapter(self)
+        """Within the context the model is the reference policy: without its adapter, or by `reference_network`."""
+        return _without_adapter(self) if self.reference_network is None else _by_reference(self)
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Adapter parameters by name, in a fixed order."""
+        """What is trained, the adapter's parameters or all, by name in a fixed order."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     @abstractmethod
@@ -197,6 +203,21 @@ class FlowModel(ABC):
     def forwards(self, guidance_scale: float) -> int:
         """Network forwards that one evaluated row costs (NFE): 2 where guidance takes a second one."""
         return 1 if guidance_scale == 1.0 else 2
+
+
+def network_class(network: Any) -> Any:
+    """The class that a network was made of: FSDP2 gives those that it holds another one, derived from it."""
+    kind = type(network)
+    return kind.__mro__[2] if kind.__mro__[1].__name__ == "FSDPModule" else kind
+
+
+@contextmanager
+def _by_reference(model: FlowModel) -> Iterator[None]:
+    before, network, model.mode, model.network = model.mode, model.network, "reference", model.reference_network
+    try:
+        yield
+    finally:
+        model.network, model.mode = network, before
 
 
 @contextmanager

@@ -159,12 +159,17 @@ class DiffusersModel(FlowModel):
         # a prompt longer than CLIP's 77 tokens is cut there, and T5 reads on: nothing to warn of each time
         with silence_loading():
             encoded = self.family.encode(pipeline, prompts, self.device)
-        dtype = self.network.dtype
+        dtype = self.dtype
         return {name: t.to(dtype) if t.is_floating_point() else t for name, t in encoded.items()}
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Precision that the network computes in."""
+        return self.network.dtype if self.computed_in is None else self.computed_in
+
+    @property
     def input_dtype(self) -> torch.dtype:
-        return torch.float32 if self.family.scales_input else self.network.dtype
+        return torch.float32 if self.family.scales_input else self.dtype
 
     @property
     def preview_dtype(self) -> torch.dtype:
@@ -190,7 +195,7 @@ class DiffusersModel(FlowModel):
         return self.family.guide(cond, uncond, guidance_scale)
 
     def _forward(self, latents: Tensor, sigma: Tensor, prompts: Prompts, guidance_scale: float = 1.0) -> Tensor:
-        dtype = self.network.dtype
+        dtype = self.dtype
         seen = self.family.scaled(latents, sigma).to(dtype)
         prompts = {name: t.to(dtype) if t.is_floating_point() else t for name, t in prompts.items()}
         inputs = self.family.inputs(seen, sigma, prompts, guidance_scale)
@@ -214,7 +219,9 @@ class DiffusersModel(FlowModel):
 
         # one for each batch size, with and without adapter; past the limit torch would run without compiling
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-        self.network.compile(mode=mode, backend=backend, dynamic=False)
+        for network in (self.network, self.reference_network):
+            if network is not None:
+                network.compile(mode=mode, backend=backend, dynamic=False)
         self._compiled = True
 
     def blocks(self) -> list[nn.Module]:

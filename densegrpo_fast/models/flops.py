@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from densegrpo_fast.models import published
+from densegrpo_fast.models.base import network_class
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.families import FAMILIES
 from densegrpo_fast.models.family import JOINT_ATTENTION, Family
@@ -46,7 +47,7 @@ class ModelFlops:
     Attributes:
         forward: one network forward with the adapter, not merged.
         reference_forward: one network forward without the adapter.
-        backward: one backward to the adapter alone; the forward is not in it.
+        backward: one backward to the adapter alone, or to all weights if they are trained; the forward is not in it.
         full_decode: one image through the pipeline's autoencoder.
         preview_decode: one image through the preview decoder; NaN without one.
         reward: one image through the reward model.
@@ -177,7 +178,7 @@ def architecture_of(model: DiffusersModel) -> Architecture:
     tokens = max(shape[0] for shape, _ in shapes.values() if len(shape) > 1)
     return _architecture(
         model.family,
-        f"{type(network).__name__}, latents {size}, {tokens} text tokens",
+        f"{network_class(network).__name__}, latents {size}, {tokens} text tokens",
         lambda rows: {name: torch.empty(rows, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()},
         lambda: _like(network),
         lambda: _like(vae),
@@ -222,7 +223,7 @@ def count(
 
     Args:
         architecture: what to count.
-        lora_rank: of the adapter.
+        lora_rank: of the adapter; 0 = there is none, and all weights are trained.
         lora_targets: suffixes of the names of the adapted projections.
         reward: operations of the reward model for one image, e.g. `clip_h_image()`.
     """
@@ -233,7 +234,10 @@ def count(
         inputs = architecture.inputs(network, 1)
         with torch.no_grad():
             reference = counted(lambda: network(**inputs))
-        network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+        if lora_rank:
+            network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+        else:
+            network.requires_grad_(True)
         outputs: list[Tensor] = []
         forward = counted(lambda: outputs.append(first_output(network, inputs)))
         backward = counted(lambda: outputs[0].sum().backward())
@@ -302,5 +306,6 @@ def first_output(network: Any, inputs: dict[str, Any]) -> Tensor:
 
 def _like(module: Any) -> Any:
     """A new module of the same class and configuration, less the entries that its class derived itself."""
-    accepted = inspect.signature(type(module)).parameters
-    return type(module)(**{key: value for key, value in module.config.items() if key in accepted})
+    kind = network_class(module)
+    accepted = inspect.signature(kind).parameters
+    return kind(**{key: value for key, value in module.config.items() if key in accepted})

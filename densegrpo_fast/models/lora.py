@@ -50,10 +50,13 @@ def add_lora(transformer: Any, *, rank: int, alpha: int, targets: list[str], see
 def base_fingerprint(network: Any) -> str:
     """SHA-256 over names, shapes and 64 values of each frozen weight: tells one base model from another in no time.
 
-    The names are those of a network that carries an adapter, so it must carry one, with the same targets each time.
+    The names are those of a network that carries an adapter, so it must carry one, with the same targets each time. Of
+    a network whose weights are all trained it is over all of them, as they are now.
     """
     digest = hashlib.sha256()
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if len(trained) == len(list(network.parameters())):
+        trained = set()
     for name, weight in network.state_dict().items():
         if ".lora_" not in name and name not in trained:
             values = weight.detach().flatten()

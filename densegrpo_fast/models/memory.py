@@ -102,10 +102,10 @@ class ModelMemory:
 
     Args:
         architecture: what to count.
-        dtype: of the network; its adapter is float32.
+        dtype: that the network computes in; what is trained is float32.
         vae_dtype: of the full decoder.
         preview_dtype: of the preview decoder.
-        lora_rank: of the adapter.
+        lora_rank: of the adapter; 0 = there is none, and all weights are trained.
         lora_targets: suffixes of the names of the adapted projections.
     """
 
@@ -125,18 +125,23 @@ class ModelMemory:
         with torch.device("meta"):
             self.network = nn.Module.to(architecture.network(), dtype).requires_grad_(False)
             self.transformer = module_bytes(self.network)
-            self.network.add_adapter(lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets)))
+            if lora_rank:
+                adapter = lora_config(r=lora_rank, lora_alpha=lora_rank, target_modules=list(lora_targets))
+                self.network.add_adapter(adapter)
+            else:
+                self.network.requires_grad_(True)
             self.vae = nn.Module.to(architecture.full_decoder(), vae_dtype)
             make = architecture.preview_decoder
             self.preview = None if make is None else nn.Module.to(make(), preview_dtype)
         self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        for parameter in self.parameters:
-            parameter.data = parameter.data.float()
+        if lora_rank:
+            for parameter in self.parameters:
+                parameter.data = parameter.data.float()
 
     @property
-    def adapter(self) -> int:
-        """Bytes of the adapter's float32 parameters."""
-        return tensor_bytes(self.parameters)
+    def trained(self) -> int:
+        """Bytes of what is trained, in float32."""
+        return 4 * sum(parameter.numel() for parameter in self.parameters)
 
     @property
     def full_decoder(self) -> int:

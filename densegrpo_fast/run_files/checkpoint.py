@@ -3,7 +3,7 @@
 One checkpoint is a directory `step-NNNNNNNN` of safetensors files, a `state.json`, and a `manifest.json` with
 the size and SHA-256 of each, the settings of the run, and a SHA-256 of its own. It is written beside under
 another name, synced to disk, read back, and renamed: at every moment the directory holds only complete
-checkpoints.
+checkpoints. What all processes have written (`run_files/shared_tensors.py`) lies in its folder `shared`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.aliases import comparable_settings, complete_settings
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError, UsageError
-from densegrpo_fast.common.files import output_errors, read_plainly, sync_directory, unused_name, write_durably
+from densegrpo_fast.common.files import (
+    open_plainly,
+    output_errors,
+    read_plainly,
+    sync,
+    unused_name,
+    write_durably,
+)
 from densegrpo_fast.common.fingerprint import canonical_json, differences, fingerprint
+from densegrpo_fast.run_files.shared_tensors import SHARED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +68,12 @@ class Checkpoint:
     state: dict[str, Any]
     path: Path
 
+    @property
+    def shared(self) -> Path | None:
+        """The folder with the tensors that all processes have written, which are not in `tensors`; None without."""
+        folder = self.path / SHARED
+        return folder if folder.is_dir() else None
+
 
 class CheckpointManager:
     """The checkpoints of one run.
@@ -88,7 +102,31 @@ class CheckpointManager:
         matches = (_NAME.fullmatch(entry.name) for entry in self.directory.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    def stage(self, step: int) -> Path | None:
+        """A new folder for the tensors that all processes write before `save` is given it.
+
+        Returns:
+            None if the step is already saved and intact.
+
+        Raises:
+            OutputError: if it cannot be made.
+        """
+        target = self._path(step)
+        if target.exists() and self._is_intact(target):
+            return None
+        with output_errors(f"cannot save checkpoint {target}"):
+            self._clear_stages()
+            folder = self._stage(target) / SHARED
+            folder.mkdir(parents=True)
+        return folder.resolve()
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        shared: Path | None = None,
+    ) -> Path:
         """Save one checkpoint, then delete those that are no longer kept.
 
         A step that is already saved and intact is left as it is: a run reaches every step once.
@@ -97,6 +135,7 @@ class CheckpointManager:
             step: iterations done, at least 0.
             tensors: group name -> tensor name -> tensor, on any device; each group becomes one file.
             state: JSON data; floats are kept to the bit.
+            shared: the folder that `stage` has returned, with what all processes have written into it.
 
         Returns:
             The directory of the checkpoint.
@@ -113,19 +152,18 @@ class CheckpointManager:
         target = self._path(step)
         if target.exists() and self._is_intact(target):
             return target
-        stage = self.directory / f"{_STAGE_PREFIX}{target.name}"
+        stage = self._stage(target)
         with output_errors(f"cannot save checkpoint {target}"):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for entry in self.directory.iterdir():
-                if entry.name.startswith(_STAGE_PREFIX):
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            if shared is None:
+                self._clear_stages()
+                stage.mkdir(parents=True)
             try:
                 self._write(stage, step, files)
                 if target.exists():
                     # a corrupt one, which is not deleted
                     target.rename(unused_name(target, "corrupt"))
                 os.replace(stage, target)
-                sync_directory(self.directory)
+                sync(self.directory)
             except BaseException:
                 shutil.rmtree(stage, ignore_errors=True)
                 raise
@@ -156,6 +194,15 @@ class CheckpointManager:
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
 
+    def _stage(self, target: Path) -> Path:
+        return self.directory / f"{_STAGE_PREFIX}{target.name}"
+
+    def _clear_stages(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for entry in self.directory.iterdir():
+            if entry.name.startswith(_STAGE_PREFIX):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
     def _is_intact(self, path: Path) -> bool:
         try:
             manifest, _ = _read_verified(path)
@@ -165,19 +212,24 @@ class CheckpointManager:
         return True
 
     def _write(self, stage: Path, step: int, files: Mapping[str, bytes]) -> None:
-        stage.mkdir()
         for name, data in files.items():
             write_durably(stage / name, data)
+        about = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in files.items()}
+        for file in sorted((stage / SHARED).glob("*")):
+            sync(file)
+            about[f"{SHARED}/{file.name}"] = _about(file)
+        if about.keys() != files.keys():
+            sync(stage / SHARED)
         body = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "fingerprint": fingerprint(self.settings),
             "settings": self.settings,
-            "files": {name: {"size": len(data), "sha256": _sha256(data)} for name, data in files.items()},
+            "files": about,
         }
         manifest = {**body, "sha256": _sha256(canonical_json(body))}
         write_durably(stage / _MANIFEST, json.dumps(manifest, indent=1).encode("ascii"))
-        sync_directory(stage)
+        sync(stage)
         try:
             _read_verified(stage)
         except CorruptCheckpoint as error:
@@ -259,15 +311,24 @@ def _deserialise(contents: Mapping[str, bytes]) -> tuple[dict[str, dict[str, Ten
 
 
 def _read_verified(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the content of every file it lists, each checked against it.
+    """The manifest and the content of every file it lists, each checked against it; of the shared ones no content.
 
     The bytes that were checked are the bytes that are returned, so nothing can change between check and use.
     """
     manifest = _read_manifest(path)
     contents: dict[str, bytes] = {}
     for name, expected in manifest["files"].items():
-        if Path(name).name != name:
+        own = name.removeprefix(f"{SHARED}/")
+        if Path(own).name != own:
             raise CorruptCheckpoint(f"{_MANIFEST}: {name!r} is not the name of a file beside it")
+        if own != name:
+            try:
+                found = _about(path / name)
+            except OSError as error:
+                raise CorruptCheckpoint(f"{name}: {error.strerror}") from error
+            if found != expected:
+                raise CorruptCheckpoint(f"{name}: its content does not match its checksum")
+            continue
         data = _read(path / name)
         if len(data) != expected["size"]:
             raise CorruptCheckpoint(f"{name}: {len(data)} bytes instead of {expected['size']}")
@@ -300,6 +361,13 @@ def _read(path: Path) -> bytes:
         return read_plainly(path)
     except OSError as error:
         raise CorruptCheckpoint(f"{path.name}: {error.strerror}") from error
+
+
+def _about(file: Path) -> dict[str, Any]:
+    """Size and digest of a file, of which a part is read at a time."""
+    with os.fdopen(open_plainly(file, os.O_RDONLY), "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256")
+        return {"size": opened.tell(), "sha256": digest.hexdigest()}
 
 
 def _sha256(data: bytes) -> str:

@@ -35,6 +35,8 @@ class BaseFacts:
         has_t5: whether it comes with a T5 text encoder.
         dtype: of its weights, such as "bfloat16".
         device: where the run computed, "cpu" or "cuda".
+        network: class of the network whose weights were all trained; None = an adapter was.
+        part: what the pipeline calls it, such as "transformer".
     """
 
     pipeline: str | None
@@ -43,6 +45,8 @@ class BaseFacts:
     has_t5: bool
     dtype: str
     device: str
+    network: str | None = None
+    part: str | None = None
 
 
 def write_model_card(

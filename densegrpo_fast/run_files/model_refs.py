@@ -1,4 +1,4 @@
-"""What `sample` and `evaluate` can be pointed at: the base model, an adapter, or a run directory.
+"""What `sample` and `evaluate` can be pointed at: the base model, an adapter, a trained network, or a run directory.
 
 A model is named on the command line and located before torch is imported; its weights are read later.
 """
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from densegrpo_fast.common.errors import SetupError, UsageError
-from densegrpo_fast.common.files import ADAPTER_FILE, PEFT_WEIGHTS, user_path
+from densegrpo_fast.common.errors import OutputError, SetupError, UsageError
+from densegrpo_fast.common.files import ADAPTER_FILE, PEFT_WEIGHTS, read_verified, user_path
 from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
 from densegrpo_fast.run_files.checkpoint import CheckpointManager, newest_settings
-from densegrpo_fast.run_files.run_directory import ADAPTER, CHECKPOINTS, CONFIG_FILE
+from densegrpo_fast.run_files.run_directory import ADAPTER, CHECKPOINTS, CONFIG_FILE, NETWORK
+from densegrpo_fast.run_files.shared_tensors import read_shared, shared_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,35 +40,41 @@ class ModelRef:
         name: as it was written on the command line.
         run: the run directory that it belongs to, whose `config.yaml` describes its model; None if there is none.
         adapter: its adapter file; None for the base model, and for a run that has only checkpoints so far.
+        network: the directory of its network, if all weights were trained; None likewise.
     """
 
     name: str
     run: Path | None = None
     adapter: Path | None = None
+    network: Path | None = None
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An adapter that was read.
+    """An adapter that was read, or all weights of a network.
 
     Attributes:
-        layers: as `lora.lora_layers` returns them; None for the base model.
+        layers: as `lora.lora_layers` returns them, or by the network's own names; None for the base model.
         origin: where they come from, in words.
         base: `lora.base_fingerprint` of the model that they were trained on, if their run's checkpoints tell.
+        whole: whether they are all weights of the network.
     """
 
     layers: dict[str, Tensor] | None
     origin: str
     base: str | None = None
+    whole: bool = False
 
     def fingerprint(self) -> str | None:
         """SHA-256 over names and values of the layers; None for the base model."""
         if self.layers is None:
             return None
+        import torch
+
         digest = hashlib.sha256()
         for name, tensor in sorted(self.layers.items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def about(self) -> dict[str, str | None]:
@@ -79,7 +86,7 @@ def locate(name: str) -> ModelRef:
     """Find what a name on the command line stands for.
 
     Args:
-        name: "base"; a run directory; an adapter directory, or its file.
+        name: "base"; a run directory; an adapter directory, or its file; the directory of a trained network.
 
     Raises:
         SetupError: if it is none of these, or a run without an adapter or checkpoint.
@@ -94,15 +101,23 @@ def locate(name: str) -> ModelRef:
     if file.is_file():
         above = file.parent.parent
         return ModelRef(name, above if (above / CONFIG_FILE).is_file() else None, file)
+    if _is_network(path):
+        return ModelRef(name, path.parent if (path.parent / CONFIG_FILE).is_file() else None, network=path)
     if not (path / CONFIG_FILE).is_file():
         problem = f"it holds no {ADAPTER_FILE}"
         if pickled := sorted(path.glob("*.bin")) + sorted(path.glob("*.pt")):
             problem += f", only {pickled[0].name}, a pickle file, which can run any code: save it as safetensors"
         raise SetupError(f"{name}: {problem}; {expected}")
+    if _is_network(path / NETWORK):
+        return ModelRef(name, path, network=path / NETWORK)
     exported = path / ADAPTER / ADAPTER_FILE
     if not exported.is_file() and newest_settings(path / CHECKPOINTS) is None:
         raise SetupError(f"{name}: this run has no adapter and no checkpoint yet")
     return ModelRef(name, path, exported if exported.is_file() else None)
+
+
+def _is_network(directory: Path) -> bool:
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
 
 
 def adapter_file(directory: Path) -> Path:
@@ -148,7 +163,7 @@ def check_models(refs: Sequence[ModelRef], model: str) -> None:
 
 
 def read_weights(ref: ModelRef) -> Weights:
-    """Read the adapter: the exported one, which is the running average if the run keeps one.
+    """Read adapter or network: the exported one, which is the running average if the run keeps one.
 
     Of a run that is not finished, the newest intact checkpoint is taken.
 
@@ -165,35 +180,66 @@ def read_weights(ref: ModelRef) -> Weights:
             return Weights(read_lora(ref.adapter), "exported adapter", base)
         except ValueError as error:
             raise SetupError(str(error)) from None
+    if ref.network is not None:
+        return Weights(_read_network(ref.network), "exported network", base, whole=True)
     if ref.run is None:
         return Weights(None, "the model as it comes")
     assert settings is not None  # `locate` has looked
     # by its own settings: what is asked is whether the files are whole, not whether a run may go on
     checkpoint = CheckpointManager(ref.run / CHECKPOINTS, 1, settings).load_latest()
+    if checkpoint.shared is not None:
+        groups = {group for group, _ in shared_names(checkpoint.shared)}
+        kind, words = ("ema", "running average") if "ema" in groups else ("adapter", "weights")
+        layers = read_shared(checkpoint.shared, kind)
+        return Weights(layers, f"{words} at iteration {checkpoint.step}", base, whole=True)
     kind, words = ("ema", "running average") if "ema" in checkpoint.tensors else ("adapter", "adapter")
     lora = settings["lora"]
     layers = lora_layers(checkpoint.tensors[kind], rank=lora["rank"], alpha=lora["alpha"])
     return Weights(layers, f"{words} at iteration {checkpoint.step}", base)
 
 
-@contextmanager
-def with_adapter(model: FlowModel, ref: ModelRef, weights: Weights) -> Iterator[None]:
-    """Within the context, the model has the adapter of `ref`, as `read_weights` read it.
+def _read_network(directory: Path) -> dict[str, Tensor]:
+    """The weights in a directory that diffusers has written.
 
     Raises:
-        SetupError: if the adapter does not fit the model.
+        SetupError: they are not what `SUMS` says, or cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from densegrpo_fast.common.pretrained import check_finite
+
+    layers: dict[str, Tensor] = {}
+    try:
+        for file in sorted(directory.glob("*.safetensors")):
+            layers |= load(read_verified(file))
+    except (OSError, OutputError, SafetensorError) as error:
+        raise SetupError(f"{directory}: {error}") from None
+    check_finite(str(directory), layers)
+    return layers
+
+
+@contextmanager
+def with_adapter(model: FlowModel, ref: ModelRef, weights: Weights) -> Iterator[None]:
+    """Within the context, the model has the adapter or the weights of `ref`, as `read_weights` read them.
+
+    Raises:
+        SetupError: if they do not fit the model.
     """
     from densegrpo_fast.models.lora import attached_lora, base_fingerprint
+    from densegrpo_fast.models.whole_network import with_weights
 
     if weights.layers is None:
         yield
         return
     with ExitStack() as stack:
+        start = base_fingerprint(model.network) if weights.whole else None
         try:
-            stack.enter_context(attached_lora(model.network, weights.layers))
+            attached = (with_weights if weights.whole else attached_lora)(model.network, weights.layers)
+            stack.enter_context(attached)
         except ValueError as error:
             raise SetupError(f"{ref.name}: {error}") from None
-        if weights.base is not None and weights.base != base_fingerprint(model.network):
+        if weights.base is not None and weights.base != (start or base_fingerprint(model.network)):
             logger.warning(
                 "%s: the loaded model is not the one that this run trained, or is in another precision", ref.name
             )

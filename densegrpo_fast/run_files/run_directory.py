@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.yaml", "metrics.jsonl", "report.html"
 AUTO_FILE = "lookahead_auto.json"
-CHECKPOINTS, ADAPTER, SAMPLES, STRIPS = "checkpoints", "adapter", "samples", "strips"
+CHECKPOINTS, ADAPTER, NETWORK, SAMPLES, STRIPS = "checkpoints", "adapter", "network", "samples", "strips"
 """Names of what a run writes in its directory: files, and directories."""
 
 _LOCK_NAME = "run.lock"

@@ -123,7 +123,7 @@ class CostReport:
 
 def _prices(config: Config, model: DiffusersModel, lookahead: Lookahead | None) -> Prices:
     """Counted once in a process for each kind of model, adapter and lookahead."""
-    architecture, lora, targets = architecture_of(model), config.lora, tuple(config.lora.targets)
+    architecture, rank, targets = architecture_of(model), config.adapter_rank, tuple(config.lora.targets)
     parts = (model.network, model.pipeline.vae, model.preview_decoder)
     configs = [None if part is None else dict(part.config) for part in parts]
     copied, cache = False, None
@@ -132,13 +132,13 @@ def _prices(config: Config, model: DiffusersModel, lookahead: Lookahead | None) 
     cached = isinstance(cache, FeatureCache)
     pickscore = "pickscore" in config.reward.terms
     again = config.model.gradient_checkpointing
-    key = repr((architecture.title, configs, lora.rank, targets, copied, cached, pickscore, again))
+    key = repr((architecture.title, configs, rank, targets, copied, cached, pickscore, again))
     if key not in _counted:
-        unit = count(architecture, lora_rank=lora.rank, lora_targets=targets, reward=clip_h_image() if pickscore else 0)
+        unit = count(architecture, lora_rank=rank, lora_targets=targets, reward=clip_h_image() if pickscore else 0)
         if again:
             unit = replace(unit, backward=unit.backward + unit.forward)
         forward = unit.reference_forward if copied else unit.forward
         if cached:
-            forward = cached_forward(architecture, lora_rank=0 if copied else lora.rank, lora_targets=targets)
+            forward = cached_forward(architecture, lora_rank=0 if copied else rank, lora_targets=targets)
         _counted[key] = Prices(unit, forward)
     return _counted[key]

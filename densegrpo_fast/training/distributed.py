@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
 from densegrpo_fast.config import Config
@@ -30,6 +31,9 @@ from densegrpo_fast.rewards.base import Scores
 from densegrpo_fast.training.prompts import PromptBatch
 
 Result = TypeVar("Result")
+
+_BUCKET = 2**26
+"""Values of gradients that are added up together, at most."""
 
 
 class LostProcess(SetupError):
@@ -324,7 +328,10 @@ def equal_weights(world: World, model: FlowModel) -> str:
     """
     base = base_fingerprint(model.network)
     digest = hashlib.sha256(base.encode())
-    for name, parameter in model.trainable_parameters().items():
+    trained = model.trainable_parameters()
+    if len(trained) == len(list(model.network.parameters())):
+        trained = {}  # the fingerprint is of these, and a whole network takes long to read
+    for name, parameter in trained.items():
         digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     found = world.gather(torch.tensor([*digest.digest()], dtype=torch.uint8))
     if different := (found != found[0]).any(1).nonzero().flatten().tolist():
@@ -335,9 +342,10 @@ def equal_weights(world: World, model: FlowModel) -> str:
 
 
 def add_up_gradients(world: World, parameters: Sequence[Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add up the gradients of all processes in place, and what their metrics add up to, by one collective.
+    """Add up the gradients of all processes in place, and what their metrics add up to, by as few collectives as fit.
 
-    A parameter that no process has a gradient of keeps none.
+    A parameter that no process has a gradient of keeps none. Gradients that FSDP2 spreads over the processes it has
+    added up in the backward: they are left as they are.
 
     Args:
         parameters: the same in every process.
@@ -348,12 +356,21 @@ def add_up_gradients(world: World, parameters: Sequence[Tensor], totals: dict[st
     """
     if world.size == 1:
         return totals
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    known = torch.tensor([p.grad is not None for p in parameters]).to(gradients[0])
-    numbers = torch.stack([*totals.values()]).to(gradients[0])
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), known, numbers])
-    whole = world.sum(flat)
-    *parts, known, numbers = whole.split([*(p.numel() for p in parameters), len(known), len(numbers)])
-    for parameter, part, has in zip(parameters, parts, known.tolist(), strict=True):
-        parameter.grad = part.view_as(parameter).clone() if has else None
-    return dict(zip(totals, numbers, strict=True))
+    whole = [p for p in parameters if not (isinstance(p, DTensor) and p.device_mesh.size() > 1)]
+    known = torch.tensor([float(p.grad is not None) for p in whole])
+    numbers = torch.stack([*totals.values()])
+    sums = world.sum(torch.cat([known.to(numbers), numbers]))
+    present = sums[: len(whole)].tolist()
+    buckets: list[list[Tensor]] = []
+    for parameter in (p for p, has in zip(whole, present, strict=True) if has):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        if not buckets or sum(t.numel() for t in buckets[-1]) + gradient.numel() > _BUCKET:
+            buckets.append([])
+        buckets[-1].append(gradient)
+    for bucket in buckets:
+        flat = world.sum(torch.cat([gradient.flatten() for gradient in bucket]))
+        for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+    return dict(zip(totals, sums[len(whole) :], strict=True))

@@ -1,8 +1,12 @@
-"""The learner: optimiser, running average, and the policy update from one batch of trajectories."""
+"""The learner: optimiser, running average, and the policy update from one batch of trajectories.
+
+Where FSDP2 holds the parameters (`training/sharding.py`), each process has its part of them, of their gradients,
+moments and average; `tensors` and `restore` speak of the whole ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from densegrpo_fast.common.errors import CheckpointError, NonFiniteError
 from densegrpo_fast.config import Config
@@ -21,7 +26,7 @@ from densegrpo_fast.sampling.replay import per_branch, replay, replay_kl
 from densegrpo_fast.sampling.rollout import Rollout
 from densegrpo_fast.training.distributed import Share, add_up_gradients
 from densegrpo_fast.training.schedule import objective_settings
-from densegrpo_fast.training.sharding import ends_the_run
+from densegrpo_fast.training.sharding import ends_the_run, like, local
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class UpdateSums:
 
 
 class Learner:
-    """Trains a model's adapter with AdamW on the configured objective.
+    """Trains a model's adapter, or all its weights, with AdamW on the configured objective.
 
     Args:
         model: the policy; `model.reference()` is the policy that the KL term holds it to.
@@ -122,7 +127,7 @@ class Learner:
             eps=options.eps,
             weight_decay=options.weight_decay,
         )
-        self.average = EMAModel(self.parameters.values(), decay=options.ema_decay) if options.ema_every else None
+        self.average = EMAModel(self._parts(), decay=options.ema_decay) if options.ema_every else None
         self.updates = 0
         self.bad_steps = 0
         self.bad_in_a_row = 0
@@ -268,6 +273,7 @@ class Learner:
             totals = add_up_gradients(self.share.world, [*self.parameters.values()], totals)
             deviation = self.share.world.max(deviation)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         record = {name: value.item() for name, value in totals.items()}
         record |= {
             "ratio_deviation": deviation.item(),
@@ -282,16 +288,21 @@ class Learner:
         self.updates += 1
         self.bad_in_a_row = 0
         if self.average is not None and self.updates % self.options.ema_every == 0:
-            self.average.step(self.parameters.values())
+            self.average.step(self._parts())
         return record
 
     def add_gradient(self, loss: Tensor) -> None:
         """Add a loss's gradient to the parameters', whole or, if the memory runs out on the way, not at all."""
         parameters = list(self.parameters.values())
+        spread = any(isinstance(parameter, DTensor) for parameter in parameters)
         try:
+            if spread:
+                # only in a backward of its own does FSDP2 add up gradients
+                loss.backward()
+                return
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         except torch.OutOfMemoryError as error:
-            if self.model.sharded:
+            if self.model.sharded or spread:
                 raise ends_the_run(error) from None
             raise
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -368,11 +379,11 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the context the adapter holds its running average (if one is kept)."""
+        """Within the context the parameters hold their running average (if one is kept)."""
         if self.average is None:
             yield
             return
-        parameters = list(self.parameters.values())
+        parameters = self._parts()
         self.average.store(parameters)
         self.average.copy_to(parameters)
         try:
@@ -380,14 +391,37 @@ class Learner:
         finally:
             self.average.restore(parameters)
 
+    def _parts(self) -> list[Tensor]:
+        """Of every parameter this process's part."""
+        return [local(parameter) for parameter in self.parameters.values()]
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a checkpoint needs, by group and name."""
+        """Everything a checkpoint needs, by group and name; those that FSDP2 spreads as DTensors."""
         groups: dict[str, dict[str, Tensor]] = {"adapter": dict(self.parameters), "optimizer": {}}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 groups["optimizer"][f"{name}/{key}"] = value
         if self.average is not None:
-            groups["ema"] = dict(zip(self.parameters, self.average.shadow_params, strict=True))
+            shadows = zip(self.parameters.items(), self.average.shadow_params, strict=True)
+            groups["ema"] = {name: like(shadow, parameter) for (name, parameter), shadow in shadows}
+        return groups
+
+    def room_for(self, names: Iterable[tuple[str, str]]) -> dict[str, dict[str, Tensor]]:
+        """Zeros in the place of some of `tensors`, spread like them.
+
+        Args:
+            names: groups and names.
+
+        Raises:
+            CheckpointError: they are no learner's of this model.
+        """
+        groups: dict[str, dict[str, Tensor]] = {}
+        for group, name in names:
+            parameter = self.parameters.get(name.rpartition("/")[0] if group == "optimizer" else name)
+            if parameter is None:
+                raise CheckpointError("the checkpoint holds the weights of another model")
+            counts = group == "optimizer" and name.endswith("/step")
+            groups.setdefault(group, {})[name] = torch.zeros(()) if counts else torch.zeros_like(parameter.detach())
         return groups
 
     def state(self) -> dict[str, Any]:
@@ -405,11 +439,11 @@ class Learner:
         """Continue from `tensors` and `state` of a checkpoint.
 
         Raises:
-            CheckpointError: the adapter in it has other parameters than this one.
+            CheckpointError: what was trained has other parameters than this model's.
         """
         saved = {name: tensor.shape for name, tensor in tensors["adapter"].items()}
         if saved != {name: parameter.shape for name, parameter in self.parameters.items()}:
-            raise CheckpointError("the checkpoint holds an adapter for another model")
+            raise CheckpointError("the checkpoint holds what was trained of another model")
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors["adapter"][name])
             moments = {
@@ -421,7 +455,7 @@ class Learner:
                 self.optimizer.state[parameter] = moments
         if self.average is not None:
             for shadow, name in zip(self.average.shadow_params, self.parameters, strict=True):
-                shadow.copy_(tensors["ema"][name])
+                shadow.copy_(local(tensors["ema"][name]))
             self.average.optimization_step = state["ema_steps"]
         self.updates = state["updates"]
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]

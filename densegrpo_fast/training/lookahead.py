@@ -165,15 +165,15 @@ def lookahead_chunks(config: Config, model: FlowModel, decoder: Decoder) -> Chun
 
     memory = ModelMemory(
         architecture_of(model),
-        dtype=model.network.dtype,
+        dtype=model.dtype,
         vae_dtype=model.pipeline.vae.dtype,
         preview_dtype=model.preview_dtype,
-        lora_rank=config.lora.rank,
+        lora_rank=config.adapter_rank,
         lora_targets=tuple(config.lora.targets),
     )
     how, prompt = config.model.vae_decode, model.encode([""])
     # the prompt's embeddings are copied for every row
-    row = tensor_bytes([t[0].to(model.network.dtype) for t in prompt.prompts.values() if t.is_floating_point()])
+    row = tensor_bytes([t[0].to(model.dtype) for t in prompt.prompts.values() if t.is_floating_point()])
     parts = {
         "a forward": Linear.through(lambda rows: memory.forward(rows) + rows * row),
         "a decode": Linear.through(lambda rows: memory.decode(rows, decoder, how)),

@@ -40,7 +40,7 @@ _ADVICE = {
     "pictures": "fewer samples (data.num_prompts, sampler.group_size), model.vae_decode sliced, model.vae_dtype "
     "or model.preview_dtype bfloat16, or a smaller lookahead.chunk",
     "update": "model.gradient_checkpointing true, or a smaller sampler.micro_batch",
-    "training": "a smaller lora.rank",
+    "training": "a smaller lora.rank, or with model.train full more processes and distributed.shard full",
     "trajectories": "fewer samples (data.num_prompts, sampler.group_size)",
     "lookahead features": "fewer lookahead.nodes, lookahead.guidance cond_only, or lookahead.cache null",
     "graphs": "optimizer.update replayed, model.gradient_checkpointing true, or fewer samples (data.num_prompts, "
@@ -114,7 +114,7 @@ def estimate(
         copy: bytes of a lookahead copy.
         features: bytes that the lookahead's cache will hold.
         processes: that share the samples; the estimate is of one of them.
-        shards: parts of the base, of which each process holds one; the block that is gathered is not counted.
+        shards: parts of the network, of which each process holds one; the block that is gathered is not counted.
     """
     sampler, model, held_out = config.sampler, config.model, config.evaluation
     latents = 4 * prod(memory.architecture.latent_shape)
@@ -154,19 +154,20 @@ def estimate(
         "evaluation": held_out_rows * (latents + 2 * picture)
         + max(memory.forward(evaluated), memory.decode(evaluated, "full", model.vae_decode)),
     }
-    # gradients and two moments, and of the average one copy and the adapter put aside while it is in use
-    copies = 3 + (2 if config.ema.every else 0)
+    # gradients and two moments, and of the average one copy and what it takes the place of while it is in use
+    copies, whole = 3 + (2 if config.ema.every else 0), model.train == "full"
     return MemoryEstimate(
         weights={
-            "transformer": memory.transformer // shards,
-            "adapter": memory.adapter,
+            "transformer": (memory.trained if whole else memory.transformer) // shards,
+            "adapter": 0 if whole else memory.trained,
+            "reference": memory.transformer // shards if whole and config.objective.kl_coef else 0,
             "text encoders": encoders,
             "decoders": memory.full_decoder + memory.preview_decoder,
             "lookahead copy": copy,
             "rewards": rewards,
         },
         state={
-            "training": copies * memory.adapter,
+            "training": copies * memory.trained // (shards if whole else 1),
             "trajectories": samples * latents * (per_state * steps + 1),
             "lookahead features": features,
             # of two steps, and of both halves of guidance if both have a gradient
@@ -320,7 +321,7 @@ def prepare(
         model.prepare(list(prompts))
     if world.main and (model.device.type == "cuda" or config.model.attention != "auto"):
         by = "PyTorch's own" if model.attention == "auto" else f"{model.attention} through diffusers' dispatcher"
-        print(f"attention: {by}, {str(model.network.dtype).removeprefix('torch.')} on {model.device}", flush=True)
+        print(f"attention: {by}, {str(model.dtype).removeprefix('torch.')} on {model.device}", flush=True)
     if config.run.memory_check == "off":
         return True
     needed = estimate_memory(config, model, lookahead, reward, processes=world.size, shards=shards)
@@ -376,14 +377,14 @@ def estimate_memory(
         lookahead: the run's; its copy and what its cache will hold are counted.
         reward: of the run; its networks on the device are counted.
     """
-    pipeline, lora = model.pipeline, config.lora
+    pipeline = model.pipeline
     memory = ModelMemory(
         architecture_of(model),
-        dtype=model.network.dtype,
+        dtype=model.dtype,
         vae_dtype=pipeline.vae.dtype,
         preview_dtype=model.preview_dtype,
-        lora_rank=lora.rank,
-        lora_targets=tuple(lora.targets),
+        lora_rank=config.adapter_rank,
+        lora_targets=tuple(config.lora.targets),
     )
     chunks = None if lookahead is None else Chunks(lookahead.rows.rows, lookahead.decode_rows.rows)
     evaluated, cache = (None, None) if lookahead is None else (underlying(lookahead.model), lookahead.cache)

@@ -33,6 +33,7 @@ from densegrpo_fast.models.loading import (
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.prompt_cache import PromptCache, files_fingerprint
 from densegrpo_fast.models.published import MODELS
+from densegrpo_fast.models.whole_network import train_whole
 from densegrpo_fast.rewards.registry import USE, resolve_alias
 from densegrpo_fast.run_files.model_refs import adapter_file
 from densegrpo_fast.training.prompts import is_there
@@ -69,7 +70,7 @@ def check_device(config: Config, device: torch.device) -> None:
 
 
 def build_model(config: Config, device: torch.device, dry_run: bool = False) -> FlowModel:
-    """The model with its adapter; in a dry run of a pipeline that is not in the package, a tiny random one of its kind.
+    """The model, ready to be trained; in a dry run of a pipeline that is not in the package, a tiny one of its kind.
 
     Raises:
         SetupError: it, or what it needs, cannot be loaded; UsageError: an option does not fit it.
@@ -88,7 +89,10 @@ def build_model(config: Config, device: torch.device, dry_run: bool = False) -> 
     check_calibration(config, model)
     lora = config.lora
     try:
-        add_lora(model.network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=lora.init_seed)
+        if options.train == "full":
+            train_whole(model, reference=config.objective.kl_coef != 0)
+        else:
+            add_lora(model.network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=lora.init_seed)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if lora.start is not None:

@@ -16,11 +16,11 @@ from densegrpo_fast.models.published import MODELS
 
 
 def network_outline(path: str, *, rank: int, alpha: int, targets: list[str]) -> str | None:
-    """What the network of `model.path` is, and what an adapter of these settings trains in it.
+    """What the network of `model.path` is, and what of it is trained.
 
     Args:
         path: a pipeline directory, or a hub id.
-        rank, alpha, targets: as in `add_lora`.
+        rank, alpha, targets: as in `add_lora`; rank 0 = there is no adapter, all weights are trained.
 
     Returns:
         A line for people; None for a hub id whose configuration is not in the package (`published.MODELS`).
@@ -32,13 +32,13 @@ def network_outline(path: str, *, rank: int, alpha: int, targets: list[str]) -> 
         network = _network(path)
         if network is None:
             return None
+        whole = sum(parameter.numel() for parameter in network.parameters())
+        words = f"real architecture: {type(network).__name__} of {whole / 1e6:,.0f} million parameters, "
+        if not rank:
+            return words + "all of them trained"
         add_lora(network, rank=rank, alpha=alpha, targets=targets, seed=0)
     trained = [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
-    whole = sum(parameter.numel() for parameter in network.parameters()) - sum(trained)
-    return (
-        f"real architecture: {type(network).__name__} of {whole / 1e6:,.0f} million parameters, the adapter on "
-        f"{len(trained) // 2} projections trains {sum(trained) / 1e6:.1f} million"
-    )
+    return f"{words}the adapter on {len(trained) // 2} projections trains {sum(trained) / 1e6:.1f} million"
 
 
 def _network(name: str) -> Any:

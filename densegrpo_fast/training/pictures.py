@@ -5,6 +5,7 @@ What `sample` and `evaluate` do, as functions.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -114,7 +115,13 @@ def with_each(
     return results
 
 
-def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSampler, chunk: int) -> Tensor:
+def draw(
+    model: FlowModel,
+    rows: Sequence[tuple[str, int]],
+    sampler: PictureSampler,
+    chunk: int,
+    world: World | None = None,
+) -> Tensor:
     """Draw a picture for each prompt and seed; it depends on these alone, to rounding.
 
     Args:
@@ -122,6 +129,7 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
         rows: N prompts and seeds.
         sampler: how.
         chunk: rows per forward; fewer where the memory runs out.
+        world: the processes that share the pictures; each gets all. None = this one alone.
 
     Returns:
         [N, 3, H, W] float32 on the CPU.
@@ -131,6 +139,8 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
             NonFiniteError: a picture is not finite.
     """
     sigmas = model.sigmas(sampler.num_steps)
+    share = (World() if world is None else world).share(len(rows))
+    rows = [rows[index] for index in share.rows.tolist()]
 
     def drawn(part: slice) -> Tensor:
         prompts, seeds = zip(*rows[part], strict=True)
@@ -144,11 +154,12 @@ def draw(model: FlowModel, rows: Sequence[tuple[str, int]], sampler: PictureSamp
         return model.decode(latents).cpu()
 
     parts = []
-    with PhaseProgress("drawing", len(rows), "pictures") as progress:
+    stream = None if share.world.main else io.StringIO()
+    with PhaseProgress("drawing", len(rows), "pictures", stream) as progress:
         for images in OomBackoff(chunk, "sampler.micro_batch").each(slice(0, len(rows)), drawn):
             parts.append(images)
             progress(len(images))
-    images = torch.cat(parts)
+    images = share.gather(torch.cat(parts))
     if not (finite := finite_pictures(images)).all():
         count = f"{int((~finite).sum())} of {len(images)} pictures hold numbers that are not finite"
         raise NonFiniteError(f"{count}: the model or its adapter is broken, or model.dtype is too narrow for it")

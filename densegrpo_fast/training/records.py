@@ -22,9 +22,10 @@ from densegrpo_fast.config.yaml_files import dump_yaml
 from densegrpo_fast.credit.consistency import neighbour_correlation
 from densegrpo_fast.credit.normalize import Advantages
 from densegrpo_fast.flow.noise import LAYOUT_VERSION
-from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.base import FlowModel, network_class
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.lora import base_fingerprint, save_lora, save_parameters
+from densegrpo_fast.models.whole_network import save_network
 from densegrpo_fast.rewards.registry import bounds
 from densegrpo_fast.run_files.alarms import Alarms, alarms_for
 from densegrpo_fast.run_files.checkpoint import Checkpoint, CheckpointManager
@@ -34,7 +35,15 @@ from densegrpo_fast.run_files.loggers import Loggers, RunFacts
 from densegrpo_fast.run_files.metrics import MetricsLog, Progress
 from densegrpo_fast.run_files.model_card import BaseFacts, write_model_card
 from densegrpo_fast.run_files.report import write_report
-from densegrpo_fast.run_files.run_directory import SAMPLES, STRIPS, auto_record, iteration_name, open_run_directory
+from densegrpo_fast.run_files.run_directory import (
+    ADAPTER,
+    NETWORK,
+    SAMPLES,
+    STRIPS,
+    auto_record,
+    iteration_name,
+    open_run_directory,
+)
 from densegrpo_fast.run_files.statistics import mean_interval, paired_interval
 from densegrpo_fast.run_files.strip import Strip, save_strip
 from densegrpo_fast.training.distributed import World
@@ -280,10 +289,16 @@ class RunRecords:
             )
         log.truncate(0)
 
-    def checkpoint(self, done: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Save everything a bit-exact continuation needs: what `Trainer.tensors` and `Trainer.state` return."""
+    def checkpoint(
+        self, done: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], shared: Path | None = None
+    ) -> None:
+        """Save everything a bit-exact continuation needs: what `Trainer.tensors` and `Trainer.state` return.
+
+        Args:
+            shared: the folder of what all processes have written already.
+        """
         log = {"metrics_position": self.log.position(), "metrics_digest": self.log.digest()}
-        self.checkpoints.save(done, tensors, state | log)
+        self.checkpoints.save(done, tensors, state | log, shared)
 
     def due(self, every: int, done: int) -> bool:
         """Whether something that happens every so many iterations happens now (not at the very end)."""
@@ -350,15 +365,23 @@ class RunRecords:
         assert self.progress is not None
         self.progress.write(f"stopped after iteration {done}; continue with --resume")
 
-    def finish(self) -> str:
-        """Write adapter and report (the model must hold the weights to export); returns the closing message."""
+    def finish(self, trained: dict[str, Tensor] | None = None) -> str:
+        """Write what was trained, and the report; returns the closing message.
+
+        Args:
+            trained: the network's weights as they are to be exported, whole; None = the model's adapter as it is.
+        """
         lora = self.config.lora
         with output_errors(f"cannot write in {self.directory}"):
-            has_lora = hasattr(self.model.network, "peft_config")
-            if has_lora:
-                save_lora(self.model.network, self.directory / "adapter", rank=lora.rank, alpha=lora.alpha)
+            has_lora, network = hasattr(self.model.network, "peft_config"), self.model.network
+            if trained is not None and hasattr(network, "save_pretrained"):
+                exported = save_network(network, trained, self.directory / NETWORK, self._dtype())
+            elif has_lora:
+                exported = self.directory / ADAPTER
+                save_lora(network, exported, rank=lora.rank, alpha=lora.alpha)
             else:
-                save_parameters(self.model.trainable_parameters(), self.directory / "adapter")
+                exported = self.directory / ADAPTER
+                save_parameters(self.model.trainable_parameters() if trained is None else trained, exported)
             prompts, before = self._evaluation("before")
             _, after = self._evaluation("after")
             metrics = self.log.records()
@@ -376,9 +399,9 @@ class RunRecords:
                 },
             }
             report = self.report()
-            if has_lora:
+            if has_lora or exported.name == NETWORK:
                 write_model_card(
-                    self.directory / "adapter",
+                    exported,
                     self.config,
                     base=self._base_facts(),
                     prompt=prompts[0],
@@ -398,9 +421,7 @@ class RunRecords:
         peaks = [record["memory/peak_gib"] for record in metrics if record.get("memory/peak_gib") is not None]
         if peaks:
             lines.append(f"memory: at most {max(peaks):.1f} GiB in an iteration")
-        return "\n".join(
-            [*lines, f"report:  {report}", f"adapter: {self.directory / 'adapter'}", f"metrics: {self.log.path}"]
-        )
+        return "\n".join([*lines, f"report:  {report}", f"{exported.name}: {exported}", f"metrics: {self.log.path}"])
 
     def _base_facts(self) -> BaseFacts:
         family = self.model.family if isinstance(self.model, DiffusersModel) else None
@@ -409,9 +430,14 @@ class RunRecords:
             call={} if family is None else family.call_options(self.config.evaluation_guidance_scale),
             scheduler=None if family is None else family.sampler,
             has_t5=getattr(self.model, "has_t5", False),
-            dtype=str(self.model.network.dtype).removeprefix("torch."),
+            dtype=str(self._dtype()).removeprefix("torch."),
+            network=None if self.config.model.train == "lora" else network_class(self.model.network).__name__,
+            part=None if family is None else family.network_part,
             device=self.model.device.type,
         )
+
+    def _dtype(self) -> torch.dtype:
+        return self.model.network.dtype if self.model.computed_in is None else self.model.computed_in
 
     def _evaluation(self, when: str) -> tuple[list[str], dict[str, Any]]:
         """Prompts and scores that `evaluated` kept."""

@@ -12,12 +12,10 @@ for iteration in range(10):
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from signal import Signals
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +31,8 @@ from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C, StepCoefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.check import check_model
+from densegrpo_fast.models.lora import base_fingerprint
 from densegrpo_fast.rewards.base import Reward, RewardMixture
-from densegrpo_fast.run_files.run_directory import iteration_name
-from densegrpo_fast.run_files.signals import GracefulStop
 from densegrpo_fast.run_files.strip import Strip
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Completions
@@ -46,32 +43,19 @@ from densegrpo_fast.training.distributed import Traffic, World, equal_weights, i
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 from densegrpo_fast.training.lookahead import build_lookahead, completion_ways
-from densegrpo_fast.training.memory import peak_metrics, prepare, shard_mode, start_peak
+from densegrpo_fast.training.memory import peak_metrics, shard_mode, start_peak
 from densegrpo_fast.training.meter import Meter, MeteredModel, MeteredReward, PhaseTimer
 from densegrpo_fast.training.models import build_model, default_device, synchronizer
 from densegrpo_fast.training.monitor import LookaheadMonitor
 from densegrpo_fast.training.noise_levels import NoiseLevels
 from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts, check_inputs
-from densegrpo_fast.training.records import RunRecords, iteration_record, of_all_processes, run_directory
+from densegrpo_fast.training.records import iteration_record, of_all_processes, run_directory
 from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
+from densegrpo_fast.training.run import Run, RunResult
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
-from densegrpo_fast.training.sharding import shard
-from densegrpo_fast.training.strategies import Experience, Streamed, UpdateStrategy, strategy_of
+from densegrpo_fast.training.sharding import ShardMode, shard
+from densegrpo_fast.training.strategies import Experience, UpdateStrategy, strategy_of
 from densegrpo_fast.training.strips import StripRecorder
-
-
-class RunResult(NamedTuple):
-    """How a run ended.
-
-    Attributes:
-        iterations: done in the whole run.
-        summary: what to tell the user; None if a signal stopped the run.
-        signal: that stopped it, after a checkpoint; None if it is complete.
-    """
-
-    iterations: int
-    summary: str | None
-    signal: Signals | None
 
 
 class Trainer:
@@ -132,16 +116,23 @@ class Trainer:
         if model is None and not tiny:
             announce(f"loading the model {config.model.path}")
         self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
-        if model is not None:
-            check_model(model, self.held_out.prompts[0], config.sampler.guidance_scale, config.sampler.num_steps)
+        if self.trains_all and not (
+            all(parameter.requires_grad for parameter in self.model.network.parameters())
+            and (self.model.reference_network is not None or not config.objective.kl_coef)
+        ):
+            raise UsageError("model.train: full needs a model that models.whole_network.train_whole has made ready")
         # what is checked in a moment, before what takes long
         self.schedule = Schedule(config, self.model)
         self.base_weights: str | None = None
         self.shards = 1
         if self.world.size > 1:
             self.base_weights = equal_weights(self.world, self.model)
-            mode = shard_mode(config, self.model, self.observed, self.world)
-            self.shards = shard(self.model, config, self.world, mode)
+        elif self.model.computed_in is not None:
+            self.base_weights = base_fingerprint(self.model.network)
+        mode: ShardMode = "none" if self.world.size == 1 else shard_mode(config, self.model, self.observed, self.world)
+        self.shards = shard(self.model, config, self.world, mode)
+        if model is not None:
+            check_model(model, self.held_out.prompts[0], config.sampler.guidance_scale, config.sampler.num_steps)
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))
         self.policy = MeteredModel(self.model, self.meter)
         share = self.share if self.world.size > 1 else None
@@ -181,7 +172,7 @@ class Trainer:
             The record, and the strip; None if none of the samples has a reward, or this process does not hold all of
             them.
         """
-        if not self._holds_a_prompt():
+        if not self.holds_a_prompt():
             return self.step(iteration), None
         batch = self.prompts.batch(iteration)
         self.rewards.strip = recorder = StripRecorder(batch.prompts[0], batch.group_size)
@@ -365,74 +356,7 @@ class Trainer:
             UserError: anything the user can act on; the checkpoints so far are kept.
         """
         with run_directory(self.config, self.world, resume=resume) as directory:
-            return self.run_in(directory, resume=resume)
-
-    def run_in(self, directory: Path, *, resume: bool = False) -> RunResult:
-        """`run` in a directory that `run_directory` has opened."""
-        config, total, world = self.config, self.config.run.iterations, self.world
-        prompts = self.prompts.used(total) + self.held_out.prompts
-        streams = prepare(config, self.model, self.lookahead, prompts, self.observed, world, self.shards)
-        if isinstance(self.strategy, Streamed):
-            self.strategy.fits = streams
-        records = RunRecords(directory, config, self.model, self.held_out, self.base_weights)
-        if world.main:
-            print(
-                f"{config.preset}: {total} iterations of {config.data.num_prompts} prompts x "
-                f"{config.sampler.group_size} samples, into {directory}",
-                flush=True,
-            )
-            if not self._holds_a_prompt():
-                print("no strips: several processes share the samples of the first prompt (distributed.split)")
-        with ExitStack() as opened, GracefulStop() as stop:
-            world.on_main(lambda: records.open(opened))
-            start = self._continue(records) if resume else 0
-            world.on_main(lambda: records.show(start))
-            done, self.stop_reason = start, None
-            if start == 0 and self.learner.updates:
-                raise UsageError("Trainer.run: this trainer has trained already; make a new one, or run(resume=True)")
-            gpus = world.size * int(self.model.device.type == "cuda")
-            world.on_main(lambda: records.count(start, opened, gpus))
-            if start == 0:
-                torch.manual_seed(config.seed)  # for rewards that draw
-                world.on_main(records.begin)
-                with records.pause():
-                    before = self.held_out.evaluate(self.model, self.observed, world, "evaluation before training")
-                    self._evaluated(records, "before", before, 0)
-                    world.on_main(records.report)
-            for iteration in range(start, total):
-                done = iteration + 1
-                evaluates = records.due(config.evaluation.every, done)
-                if evaluates or done in (1, total):
-                    record, strip = self.step_with_strip(iteration)
-                    world.on_main(partial(records.strip, strip, done))
-                else:
-                    record = self.step(iteration)
-                if evaluates:
-                    with records.pause():
-                        evaluation = self.evaluate()
-                        self._evaluated(records, iteration_name(done), evaluation, done)
-                    record |= evaluation.metrics()
-                record |= world.from_main(partial(records.alarmed, record))
-                for callback in self.callbacks:
-                    callback.on_iteration_end(self, record)
-                self.stop_reason = world.from_main(partial(self._write, records, record, evaluates))
-                signal = int(world.largest(stop.signal or 0))
-                if self.stop_reason is not None and not signal:
-                    break
-                if signal or records.due(config.run.checkpoint_every, done):
-                    world.on_main(partial(self._save, records, done))
-                if signal:
-                    world.on_main(partial(records.stopped, done))
-                    return RunResult(done, None, Signals(signal))
-            records.close_progress()
-            world.on_main(partial(self._save, records, done))
-            with self.learner.averaged():
-                after = self.held_out.evaluate(self.model, self.observed, world, "evaluation after training")
-                self._evaluated(records, "after", after, done)
-                summary = world.on_main(records.finish)
-        if summary is not None and self.stop_reason is not None and done < total:
-            summary = f"ended after iteration {done} of {total}: {self.stop_reason}\n{summary}"
-        return RunResult(done, summary, None)
+            return Run(self, directory).go(resume=resume)
 
     def stop(self, reason: str) -> None:
         """End `run` after this iteration as after its last: checkpoint, evaluation, adapter and report.
@@ -444,22 +368,12 @@ class Trainer:
         """
         self.stop_reason = reason
 
-    def _continue(self, records: RunRecords) -> int:
-        """Go on with the newest checkpoint; the iterations done, 0 if none was saved yet."""
-        checkpoint = self.world.from_main(records.load)
-        if checkpoint is None:
-            return 0
-        self.restore(checkpoint.tensors, checkpoint.state)
-        return checkpoint.step
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights of the network are trained, and not an adapter."""
+        return self.config.model.train == "full"
 
-    def _write(self, records: RunRecords, record: dict[str, Any], report: bool) -> str | None:
-        """Write an iteration's record; why the run ends with it, None if it goes on."""
-        return records.append(record, report=report) or self.stop_reason
-
-    def _save(self, records: RunRecords, done: int) -> None:
-        records.checkpoint(done, self.tensors(), self.state())
-
-    def _holds_a_prompt(self) -> bool:
+    def holds_a_prompt(self) -> bool:
         """Whether the rows of this process begin with all samples of the first prompt."""
         count = self.config.sampler.group_size // (self.config.sampler.branches or 1)
         return self.share.rows[:count].tolist() == list(range(count))
@@ -468,12 +382,6 @@ class Trainer:
         """Scores and pictures of the held-out prompts, with the running average of the weights if one is kept."""
         with self.learner.averaged():
             return self.held_out.evaluate(self.model, self.observed, self.world)
-
-    def _evaluated(self, records: RunRecords, when: str, evaluation: Evaluation, done: int) -> None:
-        """Keep an evaluation, and tell the callbacks."""
-        self.world.on_main(lambda: records.evaluated(when, evaluation, done))
-        for callback in self.callbacks:
-            callback.on_evaluate(self, evaluation, done)
 
     def _begin(self) -> None:
         self.timer.reset()

@@ -51,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_files": {
         "rewards.registry",
         "models.lora",
+        "models.whole_network",
         "models.adapter_formats",
         "models.base",
         "embedded",

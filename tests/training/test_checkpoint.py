@@ -200,7 +200,7 @@ def test_an_interrupt_while_saving_leaves_no_half_checkpoint(tmp_path: Path, mon
     def interrupt(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "sync_directory", interrupt)
+    monkeypatch.setattr(checkpoint, "sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(checkpoints, 2)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]

@@ -15,13 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.fidelity.measure import measure
+from densegrpo_fast.fidelity.target import analytic_target
+from densegrpo_fast.fidelity.variants import Variant
 from densegrpo_fast.objective.clip import METRICS
+from densegrpo_fast.sampling.plan import exact
 from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.meter import PHASES, Counts
+from densegrpo_fast.training.pictures import PictureSampler, draw
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from worlds import alone, together, train  # noqa: E402
+from worlds import alone, policy, together, train  # noqa: E402
 
 
 class Pretended(World):
@@ -119,6 +124,8 @@ CASES: dict[str, dict[str, object]] = {
         "objective.step_sampling": "importance",
     },
     "states of others": {"credit.closeness": 1.0, "sampler.shared_noise": "true", "lookahead.chunk": 1},
+    "all weights": {"model.train": "full", "sampler.guidance_scale": 3.0, "objective.kl_coef": 0.5, "ema.every": 1},
+    "all weights, half precision": {"model.train": "full", "model.dtype": "bfloat16", "objective.kl_coef": 0.5},
     "padded": {"data.num_prompts": 3, "sampler.group_size": 3, "sampler.micro_batch": 1, "lookahead.chunk": 1},
 }
 SHARDED: dict[str, dict[str, object]] = {
@@ -127,6 +134,31 @@ SHARDED: dict[str, dict[str, object]] = {
         "sampler.guidance_scale": 3.0,
         "objective.kl_coef": 0.5,
         "lookahead.monitor_every": 1,
+    },
+    "all weights, spread": {
+        "model.train": "full",
+        "distributed.shard": "full",
+        "sampler.guidance_scale": 3.0,
+        "objective.kl_coef": 0.5,
+        "ema.every": 1,
+        "data.num_prompts": 3,
+        "sampler.group_size": 3,
+        "sampler.micro_batch": 1,
+        "lookahead.chunk": 1,
+    },
+    "all weights, spread, half precision, streamed": {
+        "model.train": "full",
+        "model.dtype": "bfloat16",
+        "distributed.shard": "hybrid",
+        "optimizer.update": "streamed",
+        "objective.kl_coef": 0.5,
+    },
+    "all weights, spread, branches": {
+        "model.train": "full",
+        "distributed.shard": "full",
+        "credit.method": "branch",
+        "sampler.branches": 2,
+        "sampler.group_size": 8,
     },
     "spread, streamed": {"distributed.shard": "hybrid", "optimizer.update": "streamed", "objective.kl_coef": 0.5},
 }
@@ -152,6 +184,8 @@ def check_cases(size: int) -> None:
     for name, expected in single.items():
         for found in ranks:
             check_equal(found[name], expected, 1e-5)
+            for own, other in zip(found[name]["average"], expected["average"], strict=True):
+                torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
             for key, weight in found[name]["weights"].items():
                 assert torch.equal(weight, ranks[0][name]["weights"][key])
             own, other = found[name]["records"][0], expected["records"][0]
@@ -159,7 +193,7 @@ def check_cases(size: int) -> None:
                 if key.split("/")[0] in ("reward", "rewards", "gain", "monitor", "ratio_deviation", "loss", "kl"):
                     assert own[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7, nan_ok=True), key
             assert own["nfe/rollout"] >= other["nfe/rollout"]
-            assert name == "padded" or own["nfe/update"] == other["nfe/update"]
+            assert "data.num_prompts" in (CASES | SHARDED)[name] or own["nfe/update"] == other["nfe/update"]
             if name in SHARDED:
                 assert found[name]["held"] < 0.7 * expected["held"]
         if name == "guided, with KL":
@@ -188,14 +222,36 @@ def test_four_processes_do_what_one_does() -> None:
     check_cases(4)
 
 
-def ten_iterations(world: World) -> dict[str, Any]:
-    return train(world, {"sampler.guidance_scale": 3.0, "optimizer.lr": 1e-3}, 10, True)
+def ten_iterations(world: World, trained: str) -> dict[str, Any]:
+    options = {"sampler.guidance_scale": 3.0, "optimizer.lr": 1e-3, "objective.kl_coef": 0.1, "model.train": trained}
+    return train(world, options | {"distributed.shard": "full"}, 10, True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_weights_stay_together_over_iterations(size: int) -> None:
-    single = alone(ten_iterations)["weights"]
-    for found in together(size, ten_iterations):
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_weights_stay_together_over_iterations(size: int, trained: str) -> None:
+    single = alone(ten_iterations, trained)["weights"]
+    for found in together(size, ten_iterations, trained):
         for name, weight in single.items():
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-8, atol=1e-8)
+
+
+def looked_at(world: World) -> dict[str, Tensor]:
+    """Pictures that are drawn, and rewards of completions that are measured, of all rows in every process."""
+    model = policy()
+    rows = [("a red circle", 3), ("a blue square", 1), ("a red circle", 2)]
+    drawn = draw(model, rows, PictureSampler("ode", 3, 1.0), 1, world)
+    target = analytic_target(5)
+    variant = Variant(exact(target.coefficients.num_steps), "cond_only", "full")
+    return {
+        "drawn": drawn,
+        "measured": measure(target, [variant], range(1, 4), group_size=2, seed=0, world=world)[variant],
+    }
+
+
+def test_pictures_and_measurements_are_shared_out_and_the_same() -> None:
+    single = alone(looked_at)
+    for found in together(2, looked_at):
+        assert torch.equal(found["drawn"], single["drawn"])
+        torch.testing.assert_close(found["measured"], single["measured"], rtol=1e-5, atol=1e-6)

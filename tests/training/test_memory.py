@@ -18,6 +18,7 @@ from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models import flops
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.feature_cache import FeatureCache
+from densegrpo_fast.models.flops import embedded
 from densegrpo_fast.models.lora import add_lora
 from densegrpo_fast.models.memory import ModelMemory, PeakBytes, module_bytes, peak_bytes, tensor_bytes
 from densegrpo_fast.models.tiny import tiny_sd3
@@ -92,7 +93,7 @@ def test_tensors_from_before_do_not_count() -> None:
 
 def test_weights_are_those_of_the_loaded_model(model: DiffusersModel, memory: ModelMemory) -> None:
     trained = tensor_bytes(model.trainable_parameters().values())
-    assert memory.adapter == trained > 0
+    assert memory.trained == trained > 0
     assert memory.transformer == module_bytes(model.network) - trained
     assert memory.full_decoder == module_bytes(model.pipeline.vae)
     assert memory.preview_decoder == module_bytes(model.preview_decoder)
@@ -136,7 +137,7 @@ def test_checkpointing_saves_memory_and_further_rows_cost_it(memory: ModelMemory
     dropped = memory.update(4, forwards=0, checkpointing=True)
     # of two blocks one is there at a time
     assert dropped < 0.85 * kept[1]
-    activations = [size - memory.adapter for size in kept]
+    activations = [size - memory.trained for size in kept]
     assert activations[1] == pytest.approx(2 * activations[0], rel=0.15)
     # a forward without gradient adds what it needs on top of what the backward waits for
     assert memory.update(4, forwards=1, checkpointing=True) >= dropped
@@ -228,7 +229,8 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     latents, picture = 4 * 16 * 8 * 8, 4 * 3 * 64 * 64
     assert found.weights == {
         "transformer": memory.transformer,
-        "adapter": memory.adapter,
+        "adapter": memory.trained,
+        "reference": 0,
         "text encoders": 7,
         "decoders": memory.full_decoder + memory.preview_decoder,
         "lookahead copy": 13,
@@ -236,7 +238,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     }
     # gradients, two moments, the average, and the adapter while the average is in its place; 6 states and 5 velocities
     assert found.state == {
-        "training": 5 * memory.adapter,
+        "training": 5 * memory.trained,
         "trajectories": 8 * latents * 11,
         "lookahead features": 19,
         "graphs": 0,
@@ -274,12 +276,24 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     assert alone.phases["lookahead"] == 0
     assert alone.phases["update"] == memory.update(sparse.sampler.micro_batch, forwards=0, checkpointing=False)
     assert alone.state == {
-        "training": 3 * memory.adapter,
+        "training": 3 * memory.trained,
         "trajectories": samples * latents * 21,
         "lookahead features": 0,
         "graphs": 0,
         "captured graphs": 0,
     }
+
+
+def test_all_weights_take_masters_moments_and_a_reference_in_parts() -> None:
+    whole = ModelMemory(embedded(), dtype=torch.bfloat16, lora_rank=0)
+    chosen = config("model.train=full", "ema.every=1", "objective.kl_coef=0.1")
+    count = sum(parameter.numel() for parameter in whole.network.parameters())
+    assert whole.trained == 4 * count and whole.transformer - 2 * count < 0.01 * whole.transformer
+    for shards in (1, 4):
+        found = estimate(chosen, whole, shards=shards)
+        assert (found.weights["transformer"], found.weights["adapter"]) == (4 * count // shards, 0)
+        assert found.weights["reference"] == whole.transformer // shards
+        assert found.state["training"] == 5 * 4 * count // shards
 
 
 def of_the_rollout(*overrides: str) -> Config:

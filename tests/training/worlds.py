@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.models.base import FlowModel
+from densegrpo_fast.models.loading import resolve_dtype
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.strategies import Experience, UpdateStrategy, strategy_of
@@ -62,12 +64,17 @@ class _Kept:
         return self.experience
 
 
-def policy(double: bool = False) -> FlowModel:
-    """A tiny SD3 model with a random adapter, which changes what it says."""
+def policy(double: bool = False, train: str = "lora", dtype: torch.dtype = torch.float32) -> FlowModel:
+    """A tiny SD3 model with a random adapter, which changes what it says, or one that is trained as a whole."""
     from densegrpo_fast.models.lora import add_lora
     from densegrpo_fast.models.tiny import tiny_sd3
+    from densegrpo_fast.models.whole_network import train_whole
 
     model = tiny_sd3()
+    if train == "full":
+        torch.nn.Module.to(model.network, torch.float64 if double else dtype)
+        train_whole(model, reference=True)
+        return model
     add_lora(model.network, rank=2, alpha=4, targets=["attn.to_q", "attn.to_v", "attn.to_out.0"], seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.trainable_parameters().items():
@@ -84,7 +91,9 @@ def train(world: World, options: Mapping[str, object], iterations: int = 1, doub
     config, _ = parse_arguments(["--config=embedded_dense", *given])
     kept = _Kept(strategy_of(config))
     reward = RewardMixture({"brightness": (brightness, 1.0)})
-    trainer = Trainer(config, model=policy(double), reward=reward, strategy=kept, world=world)
+    dtype = resolve_dtype(config.model.dtype, torch.device("cpu"))
+    model = policy(double, config.model.train, dtype)
+    trainer = Trainer(config, model=model, reward=reward, strategy=kept, world=world)
     records = [trainer.step(iteration) for iteration in range(iterations)]
     rollout, rewards, advantages, _ = kept.experience
     gather, branches = trainer.share.gather, rollout.branches
@@ -96,13 +105,21 @@ def train(world: World, options: Mapping[str, object], iterations: int = 1, doub
         "completed": rewards.lookahead_rewards if rewards.branch_rewards is None else rewards.branch_rewards,
         "scores": rewards.scores.values,
         "advantages": advantages.values,
-        "gradients": {name: p.grad for name, p in trainer.model.trainable_parameters().items()},
-        "weights": {name: p.detach() for name, p in trainer.model.trainable_parameters().items()},
+        "gradients": {
+            name: whole(p.grad) for name, p in trainer.model.trainable_parameters().items() if p.grad is not None
+        },
+        "weights": {name: whole(p.detach()) for name, p in trainer.model.trainable_parameters().items()},
+        "average": [whole(tensor) for tensor in trainer.learner.tensors().get("ema", {}).values()],
         "records": records,
         "traffic": (world.traffic.gathered, world.traffic.reduced),
         # of the base, how many values this process holds
         "held": sum(getattr(p, "_local_tensor", p).numel() for p in trainer.model.network.parameters()),
     }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may have a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
