@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from densegrpo_fast.models.family import Family
 from densegrpo_fast.models.flux import Flux
+from densegrpo_fast.models.flux2_klein import Flux2Klein
 from densegrpo_fast.models.qwen_image import QwenImage
 from densegrpo_fast.models.sd3 import StableDiffusion3
 from densegrpo_fast.models.stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -18,6 +19,7 @@ FAMILIES: dict[str, type[Family]] = {
         StableDiffusionXL,
         QwenImage,
         ZImage,
+        Flux2Klein,
     )
 }
 

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderTiny,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
@@ -33,6 +36,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -252,6 +256,48 @@ def _z_image() -> tuple[ZImagePipeline, AutoencoderTiny]:
     return pipeline, _preview(4)
 
 
+def _flux2_klein() -> tuple[Flux2KleinPipeline, AutoencoderTiny]:
+    tokenizer = _qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    width = 16
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        # the pipeline reads the states after 9, 18 and 27 layers
+        num_hidden_layers=27,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_window_layers=27,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * width,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    for modulation in (transformer.double_stream_modulation_img, transformer.single_stream_modulation):
+        # gates of a random network are nearly closed, which an adapter would hardly open
+        modulation.linear.weight.data.mul_(4)
+    pipeline = Flux2KleinPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        text_encoder=Qwen3ForCausalLM(text),
+        tokenizer=tokenizer,
+    )
+    return pipeline, _preview(4)
+
+
 _LATENT_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -338,4 +384,5 @@ _PIPELINES: dict[str, Callable[[], tuple[Any, AutoencoderTiny]]] = {
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
     "QwenImagePipeline": _qwen_image,
     "ZImagePipeline": _z_image,
+    "Flux2KleinPipeline": _flux2_klein,
 }

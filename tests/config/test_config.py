@@ -47,6 +47,7 @@ PRESETS = [
     "embedded_vgpo",
     "embedded_words",
     "flux1_dev_pickscore",
+    "flux2_klein_pickscore",
     "qwen_image_pickscore",
     "sd15_pickscore",
     "sd35_medium_pickscore",

@@ -77,6 +77,7 @@ CASES = {
     "sdxl": Case("StableDiffusionXLPipeline"),
     "qwen_image": Case("QwenImagePipeline", text=300),
     "z_image": Case("ZImagePipeline", text=64),
+    "flux2_klein": Case("Flux2KleinPipeline", text=64),
 }
 PARAMETERS = {
     "sd35_medium": 2.24e9,
@@ -86,6 +87,7 @@ PARAMETERS = {
     "sdxl": 2.567e9,
     "qwen_image": 20.43e9,
     "z_image": 6.15e9,
+    "flux2_klein": 3.88e9,
 }
 """Of the networks, as their model cards or the sizes of their files say."""
 
@@ -156,7 +158,7 @@ def called(model: DiffusersModel, noise: Tensor, scale: float, output: str, step
     """What the pipeline's own call makes of the noise."""
     return model.pipeline(
         # a list of its own: Z-Image's pipeline writes into it
-        list(PROMPTS),
+        prompt=list(PROMPTS),
         height=model.family.height,
         width=model.family.width,
         num_inference_steps=steps,
@@ -320,6 +322,17 @@ def test_a_published_model_is_counted(name: str) -> None:
         vae = architecture.full_decoder()
         assert architecture.decode(vae, torch.empty(1, *architecture.latent_shape)).shape[1] == 3
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+def test_a_distilled_klein_takes_no_guidance_and_warns(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("Flux2KleinPipeline")
+    model.pipeline.register_to_config(is_distilled=True)
+    distilled = DiffusersModel(model.pipeline, max_sequence_length=8, height=64, width=64)
+    assert "distilled" in caplog.text and distilled.forwards(4.0) == 1 and model.forwards(4.0) == 2
+    with torch.no_grad():
+        assert torch.equal(velocity(distilled, 4.0), velocity(distilled, 1.0))
+    with pytest.raises(ValueError, match="guidance_embeds must be false"):
+        tiny_model("Flux2KleinPipeline", network={"guidance_embeds": True})
 
 
 class Training:
