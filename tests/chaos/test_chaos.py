@@ -462,8 +462,8 @@ def misuse(warm: Warm, draw: random.Random, path: Path) -> int:
 
 
 CASES: dict[str, tuple[Callable[[Warm, random.Random, Path], int], int, int]] = {
-    "kill": (kill, 3, 80),
-    "signal": (stop, 3, 120),
+    "kill": (kill, 4, 80),
+    "signal": (stop, 4, 120),
     "full disk": (fill, 3, 60),
     "deleted file": (delete, 4, 60),
     "dead terminal": (mute, 2, 20),
