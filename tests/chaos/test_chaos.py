@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import copy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,16 @@ class Warm:
         self.expected = left_by(self.finished)
         self.pipelines = [model, *saved_pipelines(directory)]
 
+    @cached_property
+    def of_all_weights(self) -> Warm:
+        """The same for runs that train the whole network."""
+        other = copy(self)
+        other.arguments = [word for word in self.arguments if not word.startswith("--lora.")] + ["--model.train=full"]
+        other.finished = self.directory / "finished of all weights"
+        other.ends(other.train(other.finished), 0)
+        other.expected = left_by(other.finished)
+        return other
+
     def run(self, **case: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
         print(json.dumps(case), file=self.process.stdin, flush=True)
@@ -124,8 +136,10 @@ def left_by(run: Path) -> dict[str, Any]:
     """The weights that a run has exported, and its records without what the clock says."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = ("time/", "memory/", "cpu_seconds")
+    weights = {file.name: file.read_bytes() for file in run.glob("*/*.safetensors")}
+    assert weights, f"{run} has exported nothing"
     return {
-        "adapter": (run / "adapter" / "pytorch_lora_weights.safetensors").read_bytes(),
+        "weights": weights,
         "records": [{k: v for k, v in record.items() if not k.startswith(timed)} for record in records],
         "before": json.loads((run / "evaluation-before.json").read_text()),
     }
@@ -186,6 +200,11 @@ def fill(warm: Warm, draw: random.Random, path: Path) -> int:
     return 1
 
 
+def whole(warm: Warm, draw: random.Random, path: Path) -> int:
+    """Any of these to a run that trains all weights of the network."""
+    return draw.choice([kill, stop, fill, delete, flip_run])(warm.of_all_weights, draw, path)
+
+
 def mute(warm: Warm, draw: random.Random, path: Path) -> int:
     """A terminal, pipe or log that is gone ends nothing."""
     fault = {"kind": "mute", "how": draw.choice(["full", "pipe", "closed"]), "streams": draw.choice([[1], [2], [1, 2]])}
@@ -194,8 +213,8 @@ def mute(warm: Warm, draw: random.Random, path: Path) -> int:
     return 1
 
 
-def flip(warm: Warm, draw: random.Random, path: Path) -> int:
-    """One flipped bit in an artefact: refused, or of no influence. The first is in a run."""
+def flip_run(warm: Warm, draw: random.Random, path: Path) -> int:
+    """One flipped bit in a run: refused, said, or of no influence."""
     run = shutil.copytree(warm.finished, path / "run")
     file = draw.choice(sorted(file for file in run.rglob("*") if file.is_file() and file.stat().st_size))
     file.write_bytes(inputs.flipped(file.read_bytes(), draw))
@@ -204,10 +223,16 @@ def flip(warm: Warm, draw: random.Random, path: Path) -> int:
     if found["status"] == 0:
         noted = file.name == "metrics.jsonl" and "are not what was written" in found["output"]
         assert noted or left_by(run) == warm.expected, file
+    return 1
+
+
+def flip(warm: Warm, draw: random.Random, path: Path) -> int:
+    """One flipped bit in a run, and some in other artefacts."""
+    flip_run(warm, draw, path)
     for number in range(FEW - 1):
         kind, original = artefact(warm, draw, path / str(number))
-        copy = shutil.copytree(original.parent.parent, path / f"{number}-flipped")
-        damaged = copy / original.relative_to(original.parent.parent)
+        copied = shutil.copytree(original.parent.parent, path / f"{number}-flipped")
+        damaged = copied / original.relative_to(original.parent.parent)
         damaged = draw.choice(sorted(file for file in damaged.parent.iterdir() if file.is_file()))
         damaged.write_bytes(inputs.flipped(damaged.read_bytes(), draw))
         read = str(damaged.with_name(original.name))
@@ -437,11 +462,12 @@ def misuse(warm: Warm, draw: random.Random, path: Path) -> int:
 
 
 CASES: dict[str, tuple[Callable[[Warm, random.Random, Path], int], int, int]] = {
-    "kill": (kill, 3, 80),
-    "signal": (stop, 3, 50),
+    "kill": (kill, 4, 80),
+    "signal": (stop, 4, 120),
     "full disk": (fill, 3, 60),
     "deleted file": (delete, 4, 60),
     "dead terminal": (mute, 2, 20),
+    "all weights": (whole, 0, 40),
     "flip": (flip, 4, 200),
     "user code": (misbehave, 6, 120),
     "adapter": (misfit, 3, 60),
