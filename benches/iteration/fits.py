@@ -19,14 +19,12 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import torch
-
 from benches.common.record import provenance, write_json
+from benches.iteration.layouts import memory_of
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.fidelity.costs import own_record
-from densegrpo_fast.models.flops import known
 from densegrpo_fast.models.memory import ModelMemory
 from densegrpo_fast.models.published import MODELS
 from densegrpo_fast.training.memory import estimate
@@ -53,14 +51,7 @@ def fit(name: str) -> dict[str, Any]:
     """What a model costs, and the most rows of a forward that each GPU has room for, activations kept or not."""
     model = MODELS[name]
     config, _ = parse_arguments([*SETTINGS[name], "--model.path", model.hub, "--model.vae_decode", "sliced"])
-    record = own_record(config)
-    memory = ModelMemory(
-        known(name, config.model.height, frames=config.model.frames),
-        dtype=torch.bfloat16,
-        vae_dtype=getattr(torch, config.model.vae_dtype),
-        lora_rank=config.adapter_rank,
-        lora_targets=tuple(config.lora.targets),
-    )
+    record, memory = own_record(config), memory_of(config)
     fits: dict[str, dict[str, int | None]] = {str(size): {} for size in GPUS}
     for kind, again in (("kept", False), ("checkpointed", True)):
         needed = {rows: _needed(config, memory, rows, again) for rows in ROWS}

@@ -212,14 +212,7 @@ def _qwen_image() -> tuple[QwenImagePipeline, AutoencoderTiny]:
             joint_attention_dim=32,
             axes_dims_rope=(4, 6, 6),
         ),
-        vae=AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            latents_mean=[-0.7, 0.1, 0.4, 0.0],
-            latents_std=[2.8, 1.4, 2.3, 1.2],
-        ),
+        vae=AutoencoderKLQwenImage(**_VIDEO_VAE),
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
@@ -232,17 +225,7 @@ def _qwen_image() -> tuple[QwenImagePipeline, AutoencoderTiny]:
 def _z_image() -> tuple[ZImagePipeline, AutoencoderTiny]:
     tokenizer = _qwen_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_window_layers=2,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = _qwen3(tokenizer, 32, layers=2)
     pipeline = ZImagePipeline(
         transformer=ZImageTransformer2DModel(
             in_channels=4,
@@ -267,18 +250,8 @@ def _flux2_klein() -> tuple[Flux2KleinPipeline, AutoencoderTiny]:
     tokenizer = _qwen_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     width = 16
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width,
-        # the pipeline reads the states after 9, 18 and 27 layers
-        num_hidden_layers=27,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_window_layers=27,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    # the pipeline reads the states after 9, 18 and 27 layers
+    text = _qwen3(tokenizer, width, layers=27)
     vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
@@ -320,14 +293,7 @@ def _wan() -> tuple[WanPipeline, None]:
             num_layers=2,
             rope_max_seq_len=32,
         ),
-        vae=AutoencoderKLWan(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            latents_mean=[-0.7, 0.1, 0.4, 0.0],
-            latents_std=[2.8, 1.4, 2.3, 1.2],
-        ),
+        vae=AutoencoderKLWan(**_VIDEO_VAE),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=UMT5EncoderModel(text),
         tokenizer=tokenizer,
@@ -343,6 +309,17 @@ _LATENT_DIFFUSION: dict[str, Any] = {
     "steps_offset": 1,
 }
 """The noise schedule that SD 1.x, 2.x and XL share."""
+
+
+_VIDEO_VAE: dict[str, Any] = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "latents_mean": [-0.7, 0.1, 0.4, 0.0],
+    "latents_std": [2.8, 1.4, 2.3, 1.2],
+}
+"""The autoencoder of Wan, and of Qwen-Image, which is made of it."""
 
 
 def _unet(**settings: Any) -> UNet2DConditionModel:
@@ -401,6 +378,20 @@ def _clip(tokenizer: Any, width: int) -> CLIPTextModel:
 def _qwen_tokenizer() -> Qwen2Tokenizer:
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
     return Qwen2Tokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+
+
+def _qwen3(tokenizer: Qwen2Tokenizer, width: int, *, layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=width // 2,
+        max_window_layers=layers,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _t5(width: int) -> T5EncoderModel:
