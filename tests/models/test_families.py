@@ -98,7 +98,7 @@ CASES = {
         },
     ),
     "wan_picture": Case("WanPipeline", text=64),
-    "wan_video": Case("WanPipeline", text=64, frames=5),
+    "wan_video": Case("WanPipeline", text=64, frames=5, iterations=40, learning={"reward.frames": 5}),
 }
 PARAMETERS = {
     "sd35_medium": 2.24e9,
