@@ -6,7 +6,7 @@ This file makes the values of the page, `templates/model_card.md.j2` words them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,12 @@ class BaseFacts:
     pipeline: str | None
     call: Mapping[str, Any]
     scheduler: str | None
-    scheduler_options: Mapping[str, Any]
     has_t5: bool
     dtype: str
     device: str
     network: str | None = None
     part: str | None = None
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_model_card(
