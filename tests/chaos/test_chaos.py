@@ -463,7 +463,7 @@ def misuse(warm: Warm, draw: random.Random, path: Path) -> int:
 
 CASES: dict[str, tuple[Callable[[Warm, random.Random, Path], int], int, int]] = {
     "kill": (kill, 4, 80),
-    "signal": (stop, 4, 120),
+    "signal": (stop, 4, 130),
     "full disk": (fill, 3, 60),
     "deleted file": (delete, 4, 60),
     "dead terminal": (mute, 2, 20),
