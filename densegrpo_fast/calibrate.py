@@ -147,10 +147,10 @@ def _meter(config: Config, samples: int, world: World) -> GainMeter:
     from densegrpo_fast.training.gain_meter import GainMeter
     from densegrpo_fast.training.models import build_model, default_device
     from densegrpo_fast.training.prompts import TrainingPrompts
-    from densegrpo_fast.training.rewarding import build_reward
+    from densegrpo_fast.training.rewarding import configured_reward
 
     prompts = TrainingPrompts.of(config).prompts
-    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
+    reward = configured_reward(config)
     model = build_model(config, default_device())
     return GainMeter.of(config, model, reward, prompts, samples, world)
 

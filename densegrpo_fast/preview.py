@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors_exit():
         refuse_processes("preview")
         config = configuration(overrides)
-        check_outputs(options, "output")
-        if options.output.exists():
+        if os.path.lexists(options.output):
             raise OutputError(f"--output: {options.output} is there already; give another directory")
+        check_outputs(options, "output")
         announce("fitting a preview decoder: loading torch and the model")
         return int(preview(config, options))
 
@@ -63,13 +63,13 @@ def preview(config: Config, options: argparse.Namespace) -> ExitCode:
     from densegrpo_fast.models.diffusers_model import DiffusersModel
     from densegrpo_fast.training.policy_samples import policy_alone
     from densegrpo_fast.training.preview_training import agreement, train_preview
-    from densegrpo_fast.training.rewarding import build_reward
+    from densegrpo_fast.training.rewarding import configured_reward
     from densegrpo_fast.training.schedule import Schedule
 
     # whole trajectories are drawn whatever the run draws, as only those end in a picture
     sampler = config.sampler.model_copy(update={"branches": None})
     exact = config.model.model_copy(update={"preview_dtype": "float32"})
-    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
+    reward = configured_reward(config)
     trainer = policy_alone(config.model_copy(update={"model": exact, "sampler": sampler}), reward=reward)
     model = trainer.model
     if not isinstance(model, DiffusersModel) or model.preview_decoder is None:

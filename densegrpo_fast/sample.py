@@ -106,12 +106,12 @@ def strips(config: Config, ref: ModelRef, prompts: PromptSet, options: argparse.
     """
     from densegrpo_fast.run_files.strip import save_strip
     from densegrpo_fast.training.pictures import draw_strip, picture_sampler, with_each
-    from densegrpo_fast.training.rewarding import build_reward
+    from densegrpo_fast.training.rewarding import configured_reward
 
     if options.sampler == "ode":
         raise UsageError("--strip shows what each noisy step gains, so it goes with --sampler sde")
     sampler = picture_sampler(config, "sde", options.steps, options.guidance)
-    reward = build_reward(config.reward.terms, config.reward.options)
+    reward = configured_reward(config)
     chunk = min(config.sampler.micro_batch, config.lookahead.chunk)
     names = [f"strips/{number:04d}.png" for number in range(len(prompts))]
 
@@ -161,9 +161,11 @@ def _prompts(options: argparse.Namespace) -> PromptSet:
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"--output: {path} is not a directory")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    with output_errors(f"--output: cannot write in {path}"):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"--output: {path} is not a directory")
+        used = path.is_dir() and any(path.iterdir())
+    if used and not overwrite:
         raise OutputError(
             f"--output: {path} is not empty; choose another directory, or replace pictures of the same name with "
             "--overwrite",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Read once, when the OpenMP runtime starts: before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,9 +23,22 @@ from densegrpo_fast.flow.analytic import GaussianMixtureFlow  # noqa: E402
 from densegrpo_fast.flow.schedule import sd3_sigmas  # noqa: E402
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity  # noqa: E402
 
+if TYPE_CHECKING:
+    from densegrpo_fast.training.learner import LearnerOptions
+
 # the same examples in every run
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that continuous integration alone runs is slow for everybody else."""
+    for item in items:
+        if item.get_closest_marker("ci"):
+            if item.get_closest_marker("slow"):
+                raise pytest.UsageError(f"{item.nodeid} is marked ci and slow: continuous integration leaves out slow")
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +124,16 @@ class MixtureModel(FlowModel):
 
 
 @pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credit methods, policy losses and step weightings that a test registers are gone after it."""
+    from densegrpo_fast.credit.registry import METHODS
+    from densegrpo_fast.objective.registry import POLICIES, STEP_WEIGHTS
+
+    for registry in (METHODS, POLICIES, STEP_WEIGHTS):
+        monkeypatch.setattr(registry, "_known", dict(registry._known))
+
+
+@pytest.fixture
 def mixture_model() -> MixtureModel:
     """A fresh `MixtureModel`."""
     return MixtureModel()
@@ -133,6 +156,28 @@ def tiny_policy() -> Callable[..., FlowModel]:
             if spread and ".lora_B." in name:
                 parameter.data = spread * torch.randn(parameter.shape, generator=generator)
         return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def learner_options() -> Callable[..., LearnerOptions]:
+    """Makes what a learner is told, by names of `LearnerOptions` and `ObjectiveSettings`: `learner_options(lr=0.1)`.
+
+    Unless changed: one update of all four rows, clipped far away, without KL, guards, weights, decay or warm-up.
+    """
+    from densegrpo_fast.objective.policy import ObjectiveSettings
+    from densegrpo_fast.training.learner import LearnerOptions
+
+    objective = {"policy": "clip", "clip_range": 0.5, "guard_weight": "none", "dppo_threshold": 1.0}
+    objective |= {"step_weight": "none", "kl_coef": 0.0, "kl_scale": "flow_grpo"}
+    optimizer = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8, "max_grad_norm": 1e6}
+    optimizer |= {"updates_per_iteration": 1, "warmup": 0, "ema_decay": 0.9, "ema_every": 1}
+    optimizer |= {"micro_batch": 4, "max_bad_steps": 2}
+
+    def make(**changes: Any) -> LearnerOptions:
+        own = {name: changes.pop(name, value) for name, value in objective.items()}
+        return LearnerOptions(**{**optimizer, **changes}, objective=ObjectiveSettings(**own))
 
     return make
 

@@ -78,16 +78,20 @@ class Counted:
     @classmethod
     def of(cls, config: Config) -> Counted:
         """Count; some seconds for a large network."""
-        name = next(name for name, model in MODELS.items() if model.hub == config.model.path)
-        memory = ModelMemory(
-            known(name, config.model.height),
-            dtype=torch.bfloat16,
-            vae_dtype=getattr(torch, config.model.vae_dtype),
-            lora_rank=config.adapter_rank,
-            lora_targets=tuple(config.lora.targets),
-        )
         record = own_record(config)
-        return cls(config, record["operations"], record["nfe"], memory)
+        return cls(config, record["operations"], record["nfe"], memory_of(config))
+
+
+def memory_of(config: Config) -> ModelMemory:
+    """Memory of a configuration's published model, in bfloat16."""
+    name = next(name for name, model in MODELS.items() if model.hub == config.model.path)
+    return ModelMemory(
+        known(name, config.model.height, frames=config.model.frames),
+        dtype=torch.bfloat16,
+        vae_dtype=getattr(torch, config.model.vae_dtype),
+        lora_rank=config.adapter_rank,
+        lora_targets=tuple(config.lora.targets),
+    )
 
 
 def layout(counted: Counted, machine: Machine, processes: int, shard: str) -> dict[str, Any]:

@@ -128,6 +128,30 @@ def layouts() -> str:
     return f"{source('layouts', document | {'settings': {}})}\n\n{table(header, lines)}"
 
 
+def fits() -> str:
+    """Operations of a sample and rows of a forward that fit, by model and memory of a GPU."""
+    document = read("fits")
+    lines = []
+    for found in document["models"].values():
+        rows = [
+            " / ".join("-" if count is None else str(count) for count in (room["kept"], room["checkpointed"]))
+            for room in found["fits"].values()
+        ]
+        lines.append(
+            [
+                found["title"],
+                found["preset"],
+                f"{found['parameters'] / 1e9:.2f}",
+                f"{found['operations']['iteration'] / 1e12:,.0f}",
+                f"{found['over_replayed_sparse']:.2f} / {found['over_streamed_sparse']:.2f}",
+                *rows,
+            ]
+        )
+    sizes = [f"{size} GB" for size in next(iter(document["models"].values()))["fits"]]
+    header = ["model", "settings of", "billion parameters", "TFLOP a sample", "over sparse", *sizes]
+    return f"{source('fits', document)}\n\n{table(header, lines)}"
+
+
 def smoothness() -> str:
     """How well cheap plans rank rewards / gains, by reward and guidance; and how much of a reward survives a step."""
     plans = ("exact_but_last", "nodes{4,7}", "one_step")
@@ -224,6 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "chunks": partial(chunks, "chunk_gains"),
     "smoothness": smoothness,
     "layouts": layouts,
+    "fits": fits,
     "noise_levels": noise_levels,
     **{name: partial(calibration, name) for name in ("calibration_late", "calibration_branched")},
 }

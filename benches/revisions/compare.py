@@ -58,7 +58,7 @@ RENAMED: dict[str, str] = {
 PHASES = {"guard": "monitor"}
 """Old name -> new name of a phase, as a dry run prints it."""
 
-IGNORED = ("time/", "memory/", "cpu_seconds", "metrics_position", "run.output_dir", "lookahead.head")
+IGNORED = ("time/", "memory/", "cpu_seconds", "metrics_position", "metrics_digest", "run.output_dir", "lookahead.head")
 """Beginnings of names that are measured, that say where a run is, or of options that are gone and had no effect."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

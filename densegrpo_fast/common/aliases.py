@@ -22,10 +22,12 @@ OPTIONS = {
 ADDED = {
     "credit.closeness": 0.0,
     "lora.start": None,
+    "model.frames": 1,
     "model.train": "lora",
     "objective.guidance_gradient": "conditional",
     "objective.step_sampling": "uniform",
     "optimizer.update": "replayed",
+    "reward.frames": 1,
     "reward.timeout": None,
 }
 """Dotted key of an option that older complete settings lack -> the value that they mean."""

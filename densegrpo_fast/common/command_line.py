@@ -6,10 +6,13 @@ Importing it needs the standard library alone, so that a command's `--help` work
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from densegrpo_fast.common.errors import OutputError, UsageError
+from densegrpo_fast.common.files import output_errors
 
 
 def command_parser(name: str, docstring: str | None) -> argparse.ArgumentParser:
@@ -50,12 +53,26 @@ def check_outputs(options: argparse.Namespace, *names: str) -> None:
         names: of options that hold a path or None.
 
     Raises:
-        OutputError: if a file's directory does not exist.
+        OutputError: if a file's directory does not exist or cannot be written in, or nothing can have such a name.
     """
     for name in names:
         path: Path | None = getattr(options, name)
-        if path is not None and not path.resolve().parent.is_dir():
-            raise OutputError(f"--{name}: there is no directory {path.parent}")
+        if path is not None:
+            check_output(f"--{name}", path)
+
+
+def check_output(option: str, path: Path) -> None:
+    """Check one of them; see `check_outputs`."""
+    parent = path.absolute().parent
+    if not os.path.isdir(parent):  # Path.is_dir raises for a name that is too long
+        raise OutputError(f"{option}: there is no directory {path.parent}")
+    with output_errors(f"{option}: cannot write {path}"):
+        if not os.access(parent, os.W_OK):
+            raise PermissionError(errno.EACCES, f"no permission to write in {parent}")
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        with suppress(FileNotFoundError):
+            os.lstat(path)
 
 
 def positive(text: str) -> int:

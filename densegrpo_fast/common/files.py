@@ -51,6 +51,11 @@ def open_plainly(path: Path, flags: int) -> int:
     return descriptor
 
 
+def user_path(text: str) -> Path:
+    """A path as a user wrote it, with `~` replaced where there is such a home directory."""
+    return Path(os.path.expanduser(text))
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write a new file and wait until the disk has it; what stands there under that name is replaced, not followed.
 
@@ -85,7 +90,7 @@ def replace_bytes(path: Path, data: bytes, *, digest: bool = False) -> None:
         if not digest:
             _replace(path, data)
             return
-        known = _sums(path.parent)
+        known = sums(path.parent)
         others = [line for line in known if line[1] != path.name]
         new, before = (hashlib.sha256(data).hexdigest(), path.name), [line for line in known if line[1] == path.name]
         # nothing replaces two files at once: in between, the old content is as good as the new one
@@ -131,7 +136,7 @@ def read_verified(path: Path) -> bytes:
         OSError: it cannot be read, or is not what was written; the message says so.
     """
     data = read_plainly(path)
-    written = [digest for digest, name in _sums(path.parent) if name == path.name]
+    written = [digest for digest, name in sums(path.parent) if name == path.name]
     if written and hashlib.sha256(data).hexdigest() not in written:
         way_out = "if it was changed on purpose, delete that file"
         raise OSError(errno.EIO, f"it is not what was written, by {SUMS} beside it; {way_out}")
@@ -144,14 +149,14 @@ def verify_directory(directory: Path) -> None:
     Raises:
         OSError: one is missing or not what was written.
     """
-    for _, name in _sums(directory):
+    for _, name in sums(directory):
         try:
             read_verified(directory / name)
         except OSError as error:
             raise OSError(error.errno, f"{name}: {error.strerror}") from None
 
 
-def _sums(directory: Path) -> list[tuple[str, str]]:
+def sums(directory: Path) -> list[tuple[str, str]]:
     """Digest and name of the files that a directory holds the digests of, in the form of sha256sum."""
     try:
         lines = read_plainly(directory / SUMS).decode("utf-8", "replace").splitlines()

@@ -32,16 +32,17 @@ def explain(error: BaseException) -> tuple[str, type[BaseException] | None]:
     compiler = {"InductorError", "BackendCompilerFailed", "TorchDynamoException", "CompilationError"}
     if names & {"OutOfMemoryError", "MemoryError"} or "not enough memory" in said:
         return f"the memory ran out: {said}; lower sampler.micro_batch and lookahead.chunk", MemoryError
-    if names & compiler:
-        caches = " and ".join(
-            os.environ.get(name, default)
-            for name, default in (
-                ("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_USER"),
-                ("TRITON_CACHE_DIR", "~/.triton/cache"),
-            )
+    caches = [
+        os.environ.get(name, default)
+        for name, default in (
+            ("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_USER"),
+            ("TRITON_CACHE_DIR", "~/.triton/cache"),
         )
+    ]
+    # a library in there that is cut off is told by the system's loader
+    if names & compiler or any(cache.removesuffix("USER").removeprefix("~") in said for cache in caches):
         way_out = "set model.compile to null, or delete the compiler's caches"
-        return f"torch.compile failed: {said}; {way_out}, {caches}", ImportError
+        return f"torch.compile failed: {said}; {way_out}, {' and '.join(caches)}", ImportError
     if isinstance(error, ImportError):
         package = (error.name or "a package").partition(".")[0]
         return f"the package {package} is missing or does not work here: {said}; install it again", ImportError

@@ -24,8 +24,21 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def finite_pictures(images: Tensor) -> Tensor:
-    """[N] bool, whether a picture [N, 3, H, W] holds finite numbers alone."""
+    """[N] bool, whether a picture [N, 3, H, W], or a video [N, 3, F, H, W], holds finite numbers alone."""
     return images.flatten(1).isfinite().all(1)
+
+
+def still(images: Tensor) -> Tensor:
+    """Pictures as they are, of videos [N, 3, F, H, W] the frame in the middle: [N, 3, H, W]."""
+    return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
+
+
+def chosen_frames(videos: Tensor, count: int) -> Tensor:
+    """[N, K, 3, H, W] of videos [N, 3, F, H, W]: at most `count` frames in the middle of as many equal parts."""
+    total = videos.shape[2]
+    count = min(count, total)
+    places = [(2 * part + 1) * total // (2 * count) for part in range(count)]
+    return videos[:, :, places].transpose(1, 2)
 
 
 def to_bytes(images: Tensor) -> np.ndarray:

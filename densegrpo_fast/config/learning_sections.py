@@ -23,6 +23,12 @@ class RewardOptions(Section):
         description="reward name -> its options, such as {pickscore: {model: DIRECTORY}}; the option use: NAME gives a "
         "name of your own to a reward, such as {hpsv2: {use: remote, url: http://...}}"
     )
+    frames: int = Field(
+        ge=1,
+        le=1025,
+        description="frames of a video that a reward of pictures scores, evenly spread, for their mean; 1 = the one in "
+        "the middle. A reward with the attribute takes_videos gets all",
+    )
     max_missing: float = Field(ge=0, le=1, description="share of missing scores above which the run stops")
     timeout: Annotated[float, Field(gt=0)] | None = Field(
         description="seconds that one call of the rewards may take where one of them is your own; null = no limit. The "

@@ -49,6 +49,7 @@ class ModelOptions(Section):
     revision: Text | None = Field(description="hub revision (branch, tag or commit) to pin; null = the default one")
     height: int = Field(ge=0, le=4096, multiple_of=8, description="image height in pixels; 0 = the model's own")
     width: int = Field(ge=0, le=4096, multiple_of=8, description="image width in pixels; 0 = the model's own")
+    frames: int = Field(ge=1, le=1025, description="frames of a video model's videos; 1 = a picture")
     compile: Literal["default", "max-autotune-no-cudagraphs"] | None = Field(
         description="torch.compile the network, in this mode; null = no. For CUDA graphs see lookahead.graphs"
     )

@@ -220,6 +220,7 @@ def _architecture(config: Config) -> tuple[Architecture, Callable[[int], torch.T
             named[options.path],
             options.height or (1024 if medium else 0),
             77 + options.max_sequence_length if medium else 0,
+            options.frames,
         )
         # of a schedule without its configuration: the levels do not change what is counted, if steps are not drawn by
         # them

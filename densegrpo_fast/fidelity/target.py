@@ -113,12 +113,12 @@ def pipeline_target(
     from densegrpo_fast.models.loading import resolve_dtype
     from densegrpo_fast.training.lookahead import build_cache, build_copy, build_step_runner, lookahead_chunks
     from densegrpo_fast.training.models import check_calibration, default_device, load_model
-    from densegrpo_fast.training.rewarding import build_reward
+    from densegrpo_fast.training.rewarding import configured_reward
     from densegrpo_fast.training.schedule import Schedule
 
     if made is None:
         prompts = _held_out(config, groups)
-        reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
+        reward = configured_reward(config)
         loaded = load_model(config.model, default_device())
         if not isinstance(loaded, DiffusersModel):
             raise UsageError(f"model.path: the fidelity of a pipeline is measured, {config.model.path} is none")

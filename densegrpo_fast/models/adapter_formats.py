@@ -141,9 +141,12 @@ def read_lora(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read: {error}") from None
     check_finite(str(path), tensors)
     try:
-        return dict(_layers(tensors, _scaling(path, header)))
+        layers = dict(_layers(tensors, _scaling(path, header)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    # an alpha may be so large, or no number at all
+    check_finite(str(path), layers)
+    return layers
 
 
 def _scaling(path: Path, header: Mapping[str, str]) -> _Scaling:
@@ -186,7 +189,7 @@ def _layers(tensors: Mapping[str, Tensor], scaling: _Scaling) -> Iterator[tuple[
     if stray := sorted({*alphas} - {*halves}):
         raise ValueError(f"it has an alpha of {stray[0]!r} and no such layer")
     for module, pair in halves.items():
-        if {*pair} != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        if {*pair} != {"A", "B"} or not len(pair["A"]) == pair["B"].shape[1] > 0:
             raise ValueError(f"expected two matching halves of the layer {module!r}")
         names = _diffusers_names(module)
         factor = scaling.factor(_plain(module), len(pair["A"]), alphas.get(module))

@@ -172,7 +172,7 @@ class FlowModel(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor, decoder: Decoder = "full") -> Tensor:
-        """Images [B, 3, H, W] float32 in [0, 1] of clean latents [B, ...]."""
+        """Images [B, 3, H, W], or videos [B, 3, F, H, W], float32 in [0, 1] of clean latents [B, ...]."""
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.pictures import to_unit
 from densegrpo_fast.common.pretrained import silence_loading
 from densegrpo_fast.models.attention import Attention, use_attention
@@ -70,6 +71,7 @@ class DiffusersModel(FlowModel):
         preview_decoder: an `AutoencoderTiny` for the same latents, or None.
         max_sequence_length: of the text encoder in tokens, where the family lets one choose.
         height, width: image size in pixels; 0 means the network's native size.
+        frames: of a video; 1 = a picture.
         stored_prompts: for a pipeline without its text encoders; None = the pipeline encodes.
         has_t5: whether the model has a T5 encoder in the third place; None = whether this pipeline holds one.
         family: what kind of pipeline it is; None = the one of its class (`models/families.py`).
@@ -90,12 +92,15 @@ class DiffusersModel(FlowModel):
         max_sequence_length: int = 256,
         height: int = 0,
         width: int = 0,
+        frames: int = 1,
         stored_prompts: StoredPrompts | None = None,
         has_t5: bool | None = None,
         family: type[Family] | None = None,
     ):
         kind = family_of(type(pipeline).__name__) if family is None else family
-        self.family = kind(pipeline, height=height, width=width, max_sequence_length=max_sequence_length)
+        self.family = kind(pipeline, height=height, width=width, max_sequence_length=max_sequence_length, frames=frames)
+        if preview_decoder is not None and kind.video:
+            raise UsageError("model.preview_decoder: expected null for a video model, previews are of pictures alone")
         self.pipeline: Any = pipeline
         self.network = getattr(pipeline, kind.network_part)
         self.preview_decoder = preview_decoder

@@ -8,6 +8,7 @@ from densegrpo_fast.models.flux2_klein import Flux2Klein
 from densegrpo_fast.models.qwen_image import QwenImage
 from densegrpo_fast.models.sd3 import StableDiffusion3
 from densegrpo_fast.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from densegrpo_fast.models.wan import Wan
 from densegrpo_fast.models.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[Family]] = {
         QwenImage,
         ZImage,
         Flux2Klein,
+        Wan,
     )
 }
 

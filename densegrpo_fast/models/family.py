@@ -6,6 +6,7 @@ decodes; `DiffusersModel` does the rest, alike for all. A family is one file her
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -40,9 +41,10 @@ class Family(ABC):
         pipeline: the diffusers pipeline, or anything with its network, `vae` and `scheduler`; weights are not read.
         height, width: of the pictures, in pixels; 0 means the model's native size.
         max_sequence_length: of the text encoder, in tokens, where the family lets one choose.
+        frames: of a video; 1 = a picture.
 
     Raises:
-        UsageError: the size is none of the network's.
+        UsageError: the size is none of the network's, or it makes no videos.
         ValueError: the schedule or a setting of the network is none that this family computes.
     """
 
@@ -71,8 +73,14 @@ class Family(ABC):
     scales_input: ClassVar[bool] = False
     """Whether `scaled` is something else than the latents themselves."""
 
+    video: ClassVar[bool] = False
+    """Whether several frames can be asked for."""
+
     sampler: str | None = None
     """Scheduler class that a pipeline needs in place of its own to draw what is trained here; None = its own."""
+
+    sampler_options: Mapping[str, Any] = {}
+    """What `sampler` is given besides the configuration of the pipeline's own scheduler."""
 
     guided: bool = True
     """Whether guidance takes a second forward; False where it is a number that the network is given, or nothing."""
@@ -80,10 +88,16 @@ class Family(ABC):
     latent_shape: tuple[int, ...]
     """Shape of one sample's latents, as the pipeline's own loop has them."""
 
-    def __init__(self, pipeline: Any, *, height: int = 0, width: int = 0, max_sequence_length: int = 0):
+    def __init__(
+        self, pipeline: Any, *, height: int = 0, width: int = 0, max_sequence_length: int = 0, frames: int = 1
+    ):
         self.config = getattr(pipeline, self.network_part).config
         self.vae, self.scheduler = pipeline.vae.config, pipeline.scheduler
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length, self.frames = max_sequence_length, frames
+        if frames != 1 and not self.video:
+            raise UsageError(f"model.frames: expected 1 for {self.pipeline_class}, which makes pictures, got {frames}")
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+            _check_numbers(f"vae: {name}", self.vae.get(name))
         native = self.native_size()
         self.height, self.width = height or native, width or native
         unit = self.unit()
@@ -187,9 +201,16 @@ class Family(ABC):
         return latents
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] by the full autoencoder, of what `grid` returns."""
+        """Pictures [B, 3, H, W], videos [B, 3, F, H, W], in [-1, 1] by the full autoencoder, of what `grid` returns."""
         shifted = latents / self.vae["scaling_factor"] + (self.vae.get("shift_factor") or 0.0)
         return torch.as_tensor(vae.decode(shifted.to(vae.dtype)).sample)
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Refuse what is neither a finite number, nor a list of them, nor absent."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if number is not None and (not isinstance(number, int | float) or not math.isfinite(number)):
+            raise ValueError(f"{name}: expected finite numbers, got {value!r}"[:200])
 
 
 def dynamic_shift(scheduler: Any, image_tokens: int) -> float:

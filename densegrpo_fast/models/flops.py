@@ -111,7 +111,7 @@ def flux(pixels: int = 512, text_tokens: int = 256) -> Architecture:
     return known("flux", pixels, text_tokens)
 
 
-def known(name: str, pixels: int = 0, text_tokens: int = 0) -> Architecture:
+def known(name: str, pixels: int = 0, text_tokens: int = 0, frames: int = 1) -> Architecture:
     """A model of `published.MODELS`, at its usual size and text length or others."""
     import diffusers
 
@@ -126,6 +126,7 @@ def known(name: str, pixels: int = 0, text_tokens: int = 0) -> Architecture:
         preview_decoder=None if channels is None else lambda: diffusers.AutoencoderTiny(latent_channels=channels),
         pixels=pixels or model.pixels,
         text_tokens=text_tokens or model.text_tokens,
+        frames=frames,
     )
 
 
@@ -138,6 +139,7 @@ def architecture(
     preview_decoder: Callable[[], Any] | None,
     pixels: int,
     text_tokens: int,
+    frames: int = 1,
 ) -> Architecture:
     """The architecture of a model that is known by its configurations.
 
@@ -147,14 +149,15 @@ def architecture(
         network, full_decoder, preview_decoder: as in `Architecture`.
         pixels: side of its pictures.
         text_tokens: of a prompt.
+        frames: of a video; 1 = a picture.
     """
     with torch.device("meta"):
         parts = SimpleNamespace(vae=full_decoder(), scheduler=SimpleNamespace(config={"num_train_timesteps": 1000}))
         setattr(parts, FAMILIES[pipeline].network_part, network())
-        family = FAMILIES[pipeline](parts, height=pixels, width=pixels)
+        family = FAMILIES[pipeline](parts, height=pixels, width=pixels, frames=frames)
     return _architecture(
         family,
-        f"{title}, {pixels} px, {text_tokens} text tokens",
+        f"{title}, {f'{frames} frames of ' if frames > 1 else ''}{pixels} px, {text_tokens} text tokens",
         lambda rows: family.example(rows, text_tokens),
         network,
         full_decoder,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
+from densegrpo_fast.common.files import user_path
 from densegrpo_fast.common.pretrained import (
     fetch,
     files_problem,
@@ -50,7 +51,7 @@ def pipeline_directory(path: str, revision: str | None = None) -> Path:
         SetupError: there is no such pipeline, no family of models (`models/families.py`) has its kind, or its directory
             is not whole; the message says what is missing and what to do.
     """
-    directory = EMBEDDED.get(path, Path(path).expanduser())
+    directory = EMBEDDED.get(path, user_path(path))
     if path not in EMBEDDED and not directory.is_dir():
         if not is_hub_id(path):
             raise SetupError(
@@ -87,6 +88,7 @@ def load_pipeline(
     max_sequence_length: int,
     height: int = 0,
     width: int = 0,
+    frames: int = 1,
     revision: str | None = None,
     vae_dtype: torch.dtype = torch.float32,
     preview_decoder: str | None = None,
@@ -101,6 +103,7 @@ def load_pipeline(
         dtype: of network and text encoders.
         max_sequence_length: of the text encoder in tokens, where the family lets one choose.
         height, width: in pixels; 0 = the model's own.
+        frames: of a video; 1 = a picture.
         vae_dtype: of the full decoder.
         preview_decoder: directory of the `AutoencoderTiny` for previews; None = the pipeline directory's own folder
             `preview_decoder`, if it has one.
@@ -116,7 +119,7 @@ def load_pipeline(
         directory = pipeline_directory(path, revision)
         family = directory_family(directory)
     else:
-        directory = Path(path).expanduser()
+        directory = user_path(path)
         _check_directory(directory, family)
     has_t5 = (directory / "text_encoder_3").is_dir()
     if has_t5 and max_sequence_length == 0:
@@ -139,12 +142,18 @@ def load_pipeline(
             max_sequence_length=max_sequence_length,
             height=height,
             width=width,
+            frames=frames,
             stored_prompts=None if prompt_store is None else StoredPrompts(prompt_store, encoders),
             has_t5=has_t5,
             family=family,
         )
+    except UserError:
+        raise
     except ValueError as error:
         raise UsageError(f"model: {error}") from None
+    # texts for numbers, lists that are too short, ...
+    except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise _cannot_load(str(directory), f"its settings do not fit: {type(error).__name__}: {error}") from None
 
 
 def text_files(directory: Path) -> list[Path]:
@@ -225,6 +234,10 @@ def _check_directory(directory: Path, family: type[Family]) -> None:
         raise SetupError(
             f"model.path: {directory} lacks {', '.join(missing)}{way_out if {*missing} <= {*family.optional} else ''}",
         )
+    for name in family.optional:
+        other = name.replace(*((_ENCODER, _TOKENIZER) if name.startswith(_ENCODER) else (_TOKENIZER, _ENCODER)))
+        if other in family.optional and (directory / name).is_dir() and not (directory / other).is_dir():
+            raise SetupError(f"model.path: {directory} lacks {other}, though it has {name}")
     for name in (*family.parts, *family.optional):
         if name == "scheduler" or name.startswith(_TOKENIZER) or not (directory / name).is_dir():
             continue
@@ -255,9 +268,13 @@ def _load_pipeline(directory: Path, family: type[Family], dtype: dict[str, torch
         tokenizer = encoder.replace(_ENCODER, _TOKENIZER)
         network, words = parts[encoder], parts[tokenizer]
         if network is not None and words is not None:
-            if words.model_max_length > _NO_LIMIT:
-                # the tokenizer does not say how long a prompt may be, the encoder does
-                words.model_max_length = getattr(network.config, "max_position_embeddings", 512)
+            limit = words.model_max_length
+            if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
+                problem = f"model_max_length: expected a number of tokens, got {limit!r}"
+                raise _cannot_load(str(directory), f"{tokenizer}: {problem}"[:300])
+            # a tokenizer that does not say how long a prompt may be, or more than the encoder can read, has its limit
+            known = getattr(network.config, "max_position_embeddings", 512 if limit > _NO_LIMIT else limit)
+            words.model_max_length = int(min(limit, known))
             size = network.config.get_text_config().vocab_size
             if len(words) > size:
                 problem = f"it has {len(words)} tokens, {encoder} has {size}"
@@ -268,7 +285,10 @@ def _load_pipeline(directory: Path, family: type[Family], dtype: dict[str, torch
         kind = getattr(diffusers, family.pipeline_class)
         accepted = inspect.signature(kind).parameters
         settings = {name: value for name, value in index.items() if name in accepted and not isinstance(value, list)}
-        return kind(**(settings | dict.fromkeys(family.unused) | parts))
+        try:
+            return kind(**(settings | dict.fromkeys(family.unused) | parts))
+        except Exception as error:
+            raise _cannot_load(str(directory), f"its parts do not fit: {type(error).__name__}: {error}") from None
 
 
 def _load_part(name: str, kinds: str | tuple[str, ...], directory: Path, dtype: torch.dtype) -> Any:
@@ -282,14 +302,18 @@ def _load_part(name: str, kinds: str | tuple[str, ...], directory: Path, dtype: 
         return load_tokenizer(kind, directory) if name.startswith(_TOKENIZER) else load_network(kind, directory, dtype)
     if name != "scheduler":
         return load_network(getattr(diffusers, names[0]), directory, dtype)
-    said = read_settings(directory / "scheduler_config.json").get("_class_name")
-    if said not in names:
+    settings = read_settings(directory / "scheduler_config.json")
+    if (said := settings.get("_class_name")) not in names:
         raise OSError(f"expected a {' or '.join(names)}, its scheduler_config.json says {said}")
-    return getattr(diffusers, str(said)).from_pretrained(directory)
+    try:
+        return getattr(diffusers, str(said)).from_config(settings)
+    # settings of somebody else's fail in every way: texts for numbers, two that exclude each other, ...
+    except Exception as error:
+        raise OSError(f"its scheduler_config.json cannot be used: {type(error).__name__}: {error}") from None
 
 
 def _load_preview(pipeline: Path, given: str | None, vae: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    directory = pipeline / "preview_decoder" if given is None else Path(given).expanduser()
+    directory = pipeline / "preview_decoder" if given is None else user_path(given)
     if not directory.is_dir():
         if given is None:
             return None

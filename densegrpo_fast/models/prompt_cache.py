@@ -22,6 +22,8 @@ from densegrpo_fast.common.fingerprint import fingerprint
 logger = logging.getLogger(__name__)
 
 _PIECES, _PIECE = 64, 4096
+_WHOLE = "sha256_of_names_and_values"
+"""Key of the checksum in a file's header."""
 
 
 class PromptCache:
@@ -63,13 +65,17 @@ class PromptCache:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-                stored = (file.metadata() or {}).get("sha256")
+                stored = file.metadata() or {}
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
             problem = str(error)
         else:
-            if tensors and stored == _checksum(tensors):
+            # earlier versions kept a checksum without the names
+            kept = (
+                stored[_WHOLE] == _checksum(tensors) if _WHOLE in stored else stored.get("sha256") == _values(tensors)
+            )
+            if tensors and kept:
                 return tensors
             problem = "its checksum is not that of its content"
         logger.warning("model.prompt_cache: %s is damaged (%s); the prompt is encoded again", path, problem)
@@ -81,7 +87,7 @@ class PromptCache:
 
         path = self.path(prompt)
         staged = path.with_name(f".{path.name}.{os.getpid()}{STAGE_SUFFIX}")
-        data = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"sha256": _checksum(tensors)})
+        data = save({name: t.contiguous() for name, t in tensors.items()}, metadata={_WHOLE: _checksum(tensors)})
         with output_errors(f"model.prompt_cache: cannot write {path}"):
             path.parent.mkdir(exist_ok=True)
             try:
@@ -112,6 +118,10 @@ def files_fingerprint(directory: Path, files: list[Path]) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{sorted(tensors)}{_values(tensors)}".encode()).hexdigest()
+
+
+def _values(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -170,6 +170,18 @@ MODELS = {
         512,
         64,
     ),
+    "wan21_1b": PublishedModel(
+        "Wan2.1-T2V-1.3B",
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "WanPipeline",
+        "WanTransformer3DModel",
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        "AutoencoderKLWan",
+        {},
+        None,
+        256,
+        512,
+    ),
     "flux2_klein": PublishedModel(
         "FLUX.2-klein-base-4B",
         "black-forest-labs/FLUX.2-klein-base-4B",

@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     AutoencoderTiny,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -25,6 +26,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -41,6 +44,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from densegrpo_fast.embedded import architecture
@@ -57,6 +62,7 @@ def tiny_model(
     *,
     network: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
+    frames: int = 1,
 ) -> DiffusersModel:
     """A model of a family with random weights and pictures of 64 pixels.
 
@@ -64,6 +70,7 @@ def tiny_model(
         pipeline_class: of the family.
         seed: of the weights; the global generator is left as it was.
         network, scheduler: entries of their configurations, in place of the tiny pipeline's.
+        frames: of a video; 1 = a picture.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -77,7 +84,7 @@ def tiny_model(
     for module in (*pipeline.components.values(), preview):
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
-    return DiffusersModel(pipeline, preview, max_sequence_length=8, height=_SIZE, width=_SIZE)
+    return DiffusersModel(pipeline, preview, max_sequence_length=8, height=_SIZE, width=_SIZE, frames=frames)
 
 
 def tiny_sd3(seed: int = 0) -> DiffusersModel:
@@ -205,14 +212,7 @@ def _qwen_image() -> tuple[QwenImagePipeline, AutoencoderTiny]:
             joint_attention_dim=32,
             axes_dims_rope=(4, 6, 6),
         ),
-        vae=AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            latents_mean=[-0.7, 0.1, 0.4, 0.0],
-            latents_std=[2.8, 1.4, 2.3, 1.2],
-        ),
+        vae=AutoencoderKLQwenImage(**_VIDEO_VAE),
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
@@ -225,17 +225,7 @@ def _qwen_image() -> tuple[QwenImagePipeline, AutoencoderTiny]:
 def _z_image() -> tuple[ZImagePipeline, AutoencoderTiny]:
     tokenizer = _qwen_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_window_layers=2,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = _qwen3(tokenizer, 32, layers=2)
     pipeline = ZImagePipeline(
         transformer=ZImageTransformer2DModel(
             in_channels=4,
@@ -260,18 +250,8 @@ def _flux2_klein() -> tuple[Flux2KleinPipeline, AutoencoderTiny]:
     tokenizer = _qwen_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     width = 16
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width,
-        # the pipeline reads the states after 9, 18 and 27 layers
-        num_hidden_layers=27,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_window_layers=27,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    # the pipeline reads the states after 9, 18 and 27 layers
+    text = _qwen3(tokenizer, width, layers=27)
     vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
@@ -298,6 +278,29 @@ def _flux2_klein() -> tuple[Flux2KleinPipeline, AutoencoderTiny]:
     return pipeline, _preview(4)
 
 
+def _wan() -> tuple[WanPipeline, None]:
+    tokenizer = _t5_tokenizer()
+    text = UMT5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    pipeline = WanPipeline(
+        transformer=WanTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        ),
+        vae=AutoencoderKLWan(**_VIDEO_VAE),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=UMT5EncoderModel(text),
+        tokenizer=tokenizer,
+    )
+    return pipeline, None
+
+
 _LATENT_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -306,6 +309,17 @@ _LATENT_DIFFUSION: dict[str, Any] = {
     "steps_offset": 1,
 }
 """The noise schedule that SD 1.x, 2.x and XL share."""
+
+
+_VIDEO_VAE: dict[str, Any] = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "latents_mean": [-0.7, 0.1, 0.4, 0.0],
+    "latents_std": [2.8, 1.4, 2.3, 1.2],
+}
+"""The autoencoder of Wan, and of Qwen-Image, which is made of it."""
 
 
 def _unet(**settings: Any) -> UNet2DConditionModel:
@@ -366,6 +380,20 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
 
 
+def _qwen3(tokenizer: Qwen2Tokenizer, width: int, *, layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=width // 2,
+        max_window_layers=layers,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def _t5(width: int) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(vocab_size=32, d_model=width, d_kv=16, d_ff=2 * width, num_layers=1, num_heads=2, is_gated_act=True)
@@ -377,7 +405,7 @@ def _t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
 
 
-_PIPELINES: dict[str, Callable[[], tuple[Any, AutoencoderTiny]]] = {
+_PIPELINES: dict[str, Callable[[], tuple[Any, AutoencoderTiny | None]]] = {
     "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux,
     "StableDiffusionPipeline": _stable_diffusion,
@@ -385,4 +413,5 @@ _PIPELINES: dict[str, Callable[[], tuple[Any, AutoencoderTiny]]] = {
     "QwenImagePipeline": _qwen_image,
     "ZImagePipeline": _z_image,
     "Flux2KleinPipeline": _flux2_klein,
+    "WanPipeline": _wan,
 }

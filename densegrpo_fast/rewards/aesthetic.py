@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, relu
 
+from densegrpo_fast.common.files import user_path
 from densegrpo_fast.rewards.clip import Clip
 
 Activation = Literal["none", "relu"]
@@ -53,7 +54,7 @@ class Aesthetic:
         dtype: torch.dtype | str | None = None,
         chunk: int = 32,
     ):
-        layers, self.activation = load_head(Path(head).expanduser())
+        layers, self.activation = load_head(user_path(head))
         self.clip = Clip("aesthetic", model, None, device=device, dtype=dtype, chunk=chunk)
         if layers[0][0].shape[1] != self.clip.width:
             raise OSError(

@@ -3,6 +3,8 @@
 A reward is any callable `reward(images, prompts, metadata)`:
 
 * images: [N, 3, H, W] float in [0, 1], on any device; prompts: N sentences; metadata: N dicts;
+* of videos it scores some frames each, whose mean counts, unless it has a true attribute `takes_videos`: then it is
+  given [N, 3, F, H, W];
 * it returns N scores (list, tuple, array or tensor), or `(scores, info)` as Flow-GRPO's rewards do;
 * it may be async;
 * a score of `None`, NaN or infinity is *missing*: the reward could not judge this picture. Missing is not
@@ -32,7 +34,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import RewardError
-from densegrpo_fast.common.pictures import finite_pictures
+from densegrpo_fast.common.pictures import chosen_frames, finite_pictures
 from densegrpo_fast.common.plugins import fenced, is_package_code
 
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
@@ -104,13 +106,14 @@ class RewardMixture:
     ones reach the sum. Async rewards run concurrently with one another.
     """
 
-    def __init__(self, terms: Mapping[str, tuple[Reward, float]], timeout: float | None = None):
+    def __init__(self, terms: Mapping[str, tuple[Reward, float]], timeout: float | None = None, frames: int = 1):
         """Make the mixture.
 
         Args:
             terms: name -> (reward, weight); weights are finite and may be negative.
             timeout: seconds that a call may take where a reward is from outside of the package; the mixture then
                 calls on a thread of its own, which it leaves behind when the time is over. None = no limit.
+            frames: of a video that a reward of pictures scores.
 
         Raises:
             TypeError: a reward is not callable.
@@ -127,7 +130,7 @@ class RewardMixture:
             raise ValueError(f"RewardMixture: terms needs a weight other than 0, got the names {sorted(terms)}")
         self.terms = dict(terms)
         self.timeout = None if all(is_package_code(reward) for reward, _ in terms.values()) else timeout
-        self._running = ""
+        self.frames, self._running = frames, ""
 
     @torch.no_grad()
     def __call__(
@@ -136,7 +139,7 @@ class RewardMixture:
         """Score pictures with every reward.
 
         Args:
-            images: [N, 3, H, W] float in [0, 1].
+            images: [N, 3, H, W] float in [0, 1], or videos [N, 3, F, H, W].
             prompts: N sentences.
             metadata: N dicts; empty ones if None.
 
@@ -144,9 +147,10 @@ class RewardMixture:
             ValueError: images, prompts and metadata disagree in number or shape.
             RewardError: a reward raised, returned a wrong number of scores, or one that is not a number.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        if images.ndim not in (4, 5) or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
-                f"RewardMixture: images must be float [N, 3, H, W], got {images.dtype} {list(images.shape)}"
+                "RewardMixture: images must be float [N, 3, H, W] or [N, 3, F, H, W], got "
+                f"{images.dtype} {list(images.shape)}"
             )
         count = len(images)
         rows = [{} for _ in range(count)] if metadata is None else list(metadata)
@@ -157,7 +161,7 @@ class RewardMixture:
         finite = finite_pictures(images)
         # a reward need not know of NaN, and what it says of such a picture is left out; a GPU would wait to be asked
         if images.device.type != "cpu" or not finite.all():
-            images = images.where(finite[:, None, None, None], 0.0)
+            images = images.where(finite.view(-1, *[1] * (images.ndim - 1)), 0.0)
         score = partial(self._per_reward, images, list(prompts), rows)
         per_reward = score() if self.timeout is None else self._in_time(score, images.device, self.timeout)
         finite = finite.cpu()
@@ -170,18 +174,26 @@ class RewardMixture:
 
     def _per_reward(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, Tensor]:
         """[N] scores of each reward, NaN = missing."""
-        count, outputs = len(images), dict[str, Any]()
+        outputs, counts = dict[str, Any](), dict[str, int]()
         for name, (reward, _) in self.terms.items():
             self._running = name
             arguments = (images, list(prompts), metadata)
+            if images.ndim == 5 and not getattr(reward, "takes_videos", False):
+                frames = chosen_frames(images, self.frames)
+                each = [row for row in range(len(images)) for _ in range(frames.shape[1])]
+                arguments = (frames.flatten(0, 1), [prompts[row] for row in each], [metadata[row] for row in each])
+            counts[name] = len(arguments[0])
             if not is_package_code(reward):
-                arguments = (images.clone(), list(prompts), copy.deepcopy(metadata))
+                arguments = (arguments[0].clone(), list(arguments[1]), copy.deepcopy(arguments[2]))
             with _named(name):
                 outputs[name] = reward(*arguments)
         if pending := {name: output for name, output in outputs.items() if inspect.isawaitable(output)}:
             self._running = " or ".join(pending)
             outputs |= _await_all(pending)
-        return {name: _scores(name, outputs[name], count) for name in self.terms}
+        scores = {name: _scores(name, outputs[name], counts[name]) for name in self.terms}
+        if images.ndim == 4:
+            return scores
+        return {name: values.view(len(images), -1).mean(1) for name, values in scores.items()}
 
     def _in_time(
         self, score: Callable[[], dict[str, Tensor]], device: torch.device, seconds: float

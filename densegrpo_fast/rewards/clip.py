@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from densegrpo_fast.common.files import user_path
 from densegrpo_fast.common.pretrained import NETWORK_FILES, TOKENIZER_FILES, fetch, load_network, load_tokenizer
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -175,7 +176,7 @@ def _load_model(reward: str, source: str, dtype: torch.dtype) -> Any:
 
 def _directory(source: str, files: Sequence[str]) -> Path:
     """The directory that a source names, or to which these files of a hub id were downloaded."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         return path
     if source.startswith((".", "/", "~")):

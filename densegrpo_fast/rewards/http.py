@@ -25,7 +25,7 @@ Parsed = TypeVar("Parsed")
 
 _TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 _LONGEST_DELAY = 30.0
-_SHOWN_REPLY = 200
+_SHOWN_REPLY, _SHOWN_PROBLEM = 200, 400
 _OVERHEAD = 2**18
 """Bytes that a reply may take beside its body: status, headers and the sizes of its chunks."""
 
@@ -33,13 +33,17 @@ _OVERHEAD = 2**18
 class HttpFailure(Exception):
     """An exchange gave no usable reply.
 
+    Args:
+        problem: what is wrong; the parts of a reply in it are shown as one line that a terminal does not interpret.
+
     Attributes:
         temporary: whether asking again may help.
         status: the HTTP status, if there was one.
     """
 
     def __init__(self, problem: str, *, temporary: bool = False, status: int | None = None):
-        super().__init__(problem)
+        shown = " ".join(problem.split())[:_SHOWN_PROBLEM]
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown))
         self.temporary, self.status = temporary, status
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -84,10 +85,17 @@ class MetricsLog:
             os.fsync(self._file.fileno())
             return self._file.seek(0, os.SEEK_END)
 
-    def truncate(self, position: int) -> None:
+    def digest(self) -> str:
+        """SHA-256 of everything written so far: what a checkpoint stores to `truncate` with."""
+        with output_errors(f"cannot read {self.path}"):
+            self._file.seek(0)
+            return hashlib.sha256(self._file.read()).hexdigest()
+
+    def truncate(self, position: int, digest: str | None = None) -> None:
         """Drop the records after `position`, so that a resumed run writes each iteration once.
 
-        A file that is shorter than that was changed by someone else: what there is stays, with a warning.
+        A file that is shorter than that, or of another digest (None = not known), was changed by someone else, or by a
+        disk: what there is stays, with a warning.
         """
         if position < 0:
             raise ValueError(f"MetricsLog.truncate: position must be at least 0, got {position}")
@@ -98,6 +106,10 @@ class MetricsLog:
                     "%s: %d bytes where the checkpoint saw %d; records are missing", self.path, size, position
                 )
             self._cut_to_whole_lines(min(size, position))
+        if size >= position and digest not in (None, self.digest()):
+            logger.warning(
+                "%s: its records up to the checkpoint are not what was written; they stay as they are", self.path
+            )
 
     def close(self) -> None:
         """Close the file and the loggers."""

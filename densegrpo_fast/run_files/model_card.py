@@ -6,7 +6,7 @@ This file makes the values of the page, `templates/model_card.md.j2` words them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class BaseFacts:
         pipeline: its class in diffusers; None = it is no pipeline, and the card has no example.
         call: what its call is given besides the prompt, the steps and the size: guidance and the length of the text.
         scheduler: class of the scheduler that takes the place of its own; None = its own.
+        scheduler_options: what that is given besides the configuration of the pipeline's own.
         has_t5: whether it comes with a T5 text encoder.
         dtype: of its weights, such as "bfloat16".
         device: where the run computed, "cpu" or "cuda".
@@ -47,6 +48,7 @@ class BaseFacts:
     device: str
     network: str | None = None
     part: str | None = None
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_model_card(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from densegrpo_fast.common.errors import OutputError, SetupError, UsageError
-from densegrpo_fast.common.files import ADAPTER_FILE, PEFT_WEIGHTS, read_verified
+from densegrpo_fast.common.files import ADAPTER_FILE, PEFT_WEIGHTS, read_verified, user_path
 from densegrpo_fast.config.yaml_files import BASE_PRESET, read_settings
 from densegrpo_fast.run_files.checkpoint import CheckpointManager, newest_settings
 from densegrpo_fast.run_files.run_directory import ADAPTER, CHECKPOINTS, CONFIG_FILE, NETWORK
@@ -92,7 +93,10 @@ def locate(name: str) -> ModelRef:
     """
     if name == BASE:
         return ModelRef(name)
-    path = Path(name).expanduser()
+    path = user_path(name)
+    expected = f"expected {BASE}, a run directory or an adapter directory"
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
+        raise SetupError(f"{name}: there is no such file or directory; {expected}")
     file = path if path.is_file() else adapter_file(path)
     if file.is_file():
         above = file.parent.parent
@@ -100,10 +104,10 @@ def locate(name: str) -> ModelRef:
     if _is_network(path):
         return ModelRef(name, path.parent if (path.parent / CONFIG_FILE).is_file() else None, network=path)
     if not (path / CONFIG_FILE).is_file():
-        problem = "there is no such file or directory" if not path.exists() else f"it holds no {ADAPTER_FILE}"
+        problem = f"it holds no {ADAPTER_FILE}"
         if pickled := sorted(path.glob("*.bin")) + sorted(path.glob("*.pt")):
             problem += f", only {pickled[0].name}, a pickle file, which can run any code: save it as safetensors"
-        raise SetupError(f"{name}: {problem}; expected {BASE}, a run directory or an adapter directory")
+        raise SetupError(f"{name}: {problem}; {expected}")
     if _is_network(path / NETWORK):
         return ModelRef(name, path, network=path / NETWORK)
     exported = path / ADAPTER / ADAPTER_FILE
@@ -119,7 +123,8 @@ def _is_network(directory: Path) -> bool:
 def adapter_file(directory: Path) -> Path:
     """The file of an adapter directory: diffusers', or PEFT's where that alone is there."""
     peft = directory / PEFT_WEIGHTS
-    return peft if peft.is_file() and not (directory / ADAPTER_FILE).is_file() else directory / ADAPTER_FILE
+    lone = os.path.isfile(peft) and not os.path.isfile(directory / ADAPTER_FILE)
+    return peft if lone else directory / ADAPTER_FILE
 
 
 def settings_source(refs: Sequence[ModelRef], config: str | None) -> str:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from densegrpo_fast.common.errors import CheckpointError, OutputError, UserError
-from densegrpo_fast.common.files import STAGE_SUFFIX, SUMS, open_plainly, output_errors, unused_name
+from densegrpo_fast.common.files import STAGE_SUFFIX, SUMS, open_plainly, output_errors, sums, unused_name
 from densegrpo_fast.common.last_resort import directories
 
 logger = logging.getLogger(__name__)
@@ -248,9 +248,12 @@ def open_run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator
 
 
 def _is_left_over(file: Path) -> bool:
-    """Whether it is what a crash leaves behind and nobody wants: the lock, a half-written file, an empty record."""
+    """Whether it is what a crash leaves behind and nobody wants: the lock, a half-written file, an empty record, the
+    digest of a configuration that is not there."""
     if file.name in (_LOCK_NAME, METRICS_FILE):
         return file.is_file() and (file.name == _LOCK_NAME or file.stat().st_size == 0)
+    if file.name == SUMS:
+        return {name for _, name in sums(file.parent)} == {CONFIG_FILE}
     return file.suffix == STAGE_SUFFIX
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import RewardError
+from densegrpo_fast.common.pictures import still
 from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.noise import Stream
@@ -138,4 +139,4 @@ class HeldOut:
         shape = (len(self.prompts), self.samples)
         per_reward = {name: values.view(shape) for name, values in scores.per_reward.items()}
         first = torch.arange(0, total, self.samples)
-        return Evaluation({"reward": scores.values.view(shape), **per_reward}, share.pick(images, first).cpu())
+        return Evaluation({"reward": scores.values.view(shape), **per_reward}, share.pick(still(images), first).cpu())

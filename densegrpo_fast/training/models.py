@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from densegrpo_fast.calibration.rules import Staircase
 from densegrpo_fast.calibration.store import read_calibration
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
+from densegrpo_fast.common.files import user_path
 from densegrpo_fast.common.plugins import is_outside, load
 from densegrpo_fast.common.pretrained import is_hub_id, silence_loading
 from densegrpo_fast.config import Config
@@ -94,9 +96,9 @@ def build_model(config: Config, device: torch.device, dry_run: bool = False) -> 
     except ValueError as error:
         raise UsageError(str(error)) from None
     if lora.start is not None:
-        path = Path(lora.start).expanduser()
+        path = user_path(lora.start)
         try:
-            layers = read_lora(path if path.is_file() else adapter_file(path))
+            layers = read_lora(path if os.path.isfile(path) else adapter_file(path))
             fit_to(layers, model.trainable_parameters(), lora.alpha / lora.rank)
         except ValueError as error:
             raise SetupError(f"lora.start: {error}") from None
@@ -145,6 +147,7 @@ def load_model(options: ModelOptions, device: torch.device) -> FlowModel:
         max_sequence_length=options.max_sequence_length,
         height=options.height,
         width=options.width,
+        frames=options.frames,
         revision=options.revision,
         vae_dtype=resolve_dtype(options.vae_dtype, device),
         preview_decoder=options.preview_decoder,
@@ -159,7 +162,7 @@ def is_slow(options: ModelOptions, device: torch.device) -> bool:
     """Whether a model without a GPU is one to wait hours for: known to be large, or not here yet to be looked at."""
     if device.type != "cpu":
         return False
-    parts = (Path(options.path).expanduser() / name for name in ("transformer", "unet"))
+    parts = (user_path(options.path) / name for name in ("transformer", "unet"))
     size = sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
     return is_hub_id(options.path) or size > _LARGE
 
@@ -225,7 +228,7 @@ def prompt_cache(options: ModelOptions, dtype: torch.dtype) -> PromptCache | Non
         "max_sequence_length": options.max_sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    return PromptCache(Path(options.prompt_cache).expanduser(), settings)
+    return PromptCache(user_path(options.prompt_cache), settings)
 
 
 def tiny_config(config: Config, processes: int = 1) -> Config:
@@ -243,7 +246,7 @@ def tiny_config(config: Config, processes: int = 1) -> Config:
     settings["lookahead"] |= {"monitor_every": 0}
     settings["calibration"] |= {"samples": Staircase.enough, "rounds": 1}
     if config.model.path not in EMBEDDED:
-        settings["model"] |= {"height": 0, "width": 0}
+        settings["model"] |= {"height": 0, "width": 0, "frames": 1}
         # the levels stay; the tiny model that takes the place of this one has a schedule of its own
         settings["sampler"] |= {"calibration": None}
         for key in ("prompts", "eval_prompts"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from densegrpo_fast.common.errors import SetupError
+from densegrpo_fast.common.files import user_path
 from densegrpo_fast.common.pretrained import read_settings, silence_loading
 from densegrpo_fast.models.families import FAMILIES
 from densegrpo_fast.models.loading import directory_family
@@ -47,7 +47,7 @@ def _network(name: str) -> Any:
     for model in MODELS.values():
         if name == model.hub:
             return getattr(diffusers, model.network)(**model.network_config)
-    directory = Path(name).expanduser()
+    directory = user_path(name)
     if not directory.is_dir():
         return None
     part = FAMILIES[directory_family(directory).pipeline_class].network_part

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from densegrpo_fast.common.errors import NonFiniteError, UsageError
-from densegrpo_fast.common.pictures import finite_pictures
+from densegrpo_fast.common.pictures import finite_pictures, still
 from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.config import Config
 from densegrpo_fast.flow.dynamics import Family, coefficients
@@ -35,7 +35,7 @@ from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.evaluation import HeldOut
 from densegrpo_fast.training.models import default_device, load_model
 from densegrpo_fast.training.prompts import PromptSet
-from densegrpo_fast.training.rewarding import build_observer, build_reward
+from densegrpo_fast.training.rewarding import build_observer, configured_reward
 from densegrpo_fast.training.strips import strip_of
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def draw(
         world: the processes that share the pictures; each gets all. None = this one alone.
 
     Returns:
-        [N, 3, H, W] float32 on the CPU.
+        [N, 3, H, W] float32 on the CPU; of videos the frame in the middle.
 
     Raises:
         UsageError: a noise level does not fit the dynamics; SetupError: one row is too many for the memory;
@@ -151,7 +151,7 @@ def draw(
             latents = sample_ode(
                 model, start, model.encode(list(prompts)), sigmas, guidance_scale=sampler.guidance_scale
             )
-        return model.decode(latents).cpu()
+        return still(model.decode(latents)).cpu()
 
     parts = []
     stream = None if share.world.main else io.StringIO()
@@ -279,7 +279,7 @@ def score_files(config: Config, files: Sequence[Path], prompts: PromptSet | None
     if not all(rows.prompts):
         words = "%d of %d pictures have no prompt, which most rewards need: give one with --prompt or --prompts"
         logger.warning(words, rows.prompts.count(""), len(files))
-    reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
+    reward = configured_reward(config)
     scores = score(reward, pictures, rows.prompts, rows.metadata)
     means = compare({"files": scores}, bounds(config.reward.terms, config.reward.options))["subjects"]["files"]
     return {"means": means, "files": [str(file) for file in files], "prompts": list(rows.prompts), "scores": scores}

@@ -260,7 +260,7 @@ class RunRecords:
                 f"run.iterations: expected at least the {checkpoint.step} that the run has done, "
                 f"got {self.config.run.iterations}",
             )
-        self.log.truncate(checkpoint.state["metrics_position"])
+        self.log.truncate(checkpoint.state["metrics_position"], checkpoint.state.get("metrics_digest"))
         return checkpoint
 
     def _begin_again(self, log: MetricsLog) -> None:
@@ -297,7 +297,8 @@ class RunRecords:
         Args:
             shared: the folder of what all processes have written already.
         """
-        self.checkpoints.save(done, tensors, state | {"metrics_position": self.log.position()}, shared)
+        log = {"metrics_position": self.log.position(), "metrics_digest": self.log.digest()}
+        self.checkpoints.save(done, tensors, state | log, shared)
 
     def due(self, every: int, done: int) -> bool:
         """Whether something that happens every so many iterations happens now (not at the very end)."""
@@ -428,6 +429,7 @@ class RunRecords:
             pipeline=None if family is None else family.pipeline_class,
             call={} if family is None else family.call_options(self.config.evaluation_guidance_scale),
             scheduler=None if family is None else family.sampler,
+            scheduler_options={} if family is None else family.sampler_options,
             has_t5=getattr(self.model, "has_t5", False),
             dtype=str(self._dtype()).removeprefix("torch."),
             network=None if self.config.model.train == "lora" else network_class(self.model.network).__name__,

@@ -261,6 +261,7 @@ def build_reward(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     made: RewardMixture | None = None,
     timeout: float | None = None,
+    frames: int = 1,
 ) -> RewardMixture:
     """The weighted mixture of the named rewards.
 
@@ -268,7 +269,7 @@ def build_reward(
         terms: reward name -> weight.
         options: reward name -> its options, as in `reward.options`.
         made: a mixture whose rewards are reused where the names agree, so that no model is loaded twice.
-        timeout: of the mixture.
+        timeout, frames: of the mixture.
 
     Raises:
         UsageError: a name or an option is wrong; RewardError: what a reward needs is not here.
@@ -279,7 +280,7 @@ def build_reward(
         for name in terms:
             kind, own = resolve_alias(name, options or {})
             rewards[name] = ready[name][0] if name in ready else create(kind, **own)
-        return RewardMixture({name: (rewards[name], weight) for name, weight in terms.items()}, timeout)
+        return RewardMixture({name: (rewards[name], weight) for name, weight in terms.items()}, timeout, frames)
     except ValueError as error:
         raise UsageError(f"reward.terms, reward.options: {error}") from None
     except torch.OutOfMemoryError:
@@ -291,6 +292,12 @@ def build_reward(
         raise RewardError(f"reward.terms, reward.options: {error}") from None
 
 
+def configured_reward(config: Config) -> RewardMixture:
+    """The mixture that a run trains with; `build_reward` says what it raises."""
+    own = config.reward
+    return build_reward(own.terms, own.options, timeout=own.timeout, frames=own.frames)
+
+
 def build_observer(config: Config, training: RewardMixture | None = None) -> RewardMixture:
     """The mixture for held-out evaluation: the training reward, and the observed ones beside it.
 
@@ -300,4 +307,5 @@ def build_observer(config: Config, training: RewardMixture | None = None) -> Rew
     terms = config.reward.terms
     # a reward that is both trained and observed keeps its weight
     observed = {name: 0.0 for name in config.reward.observed if name not in terms}
-    return build_reward(terms | observed, config.reward.options, training, config.reward.timeout)
+    own = config.reward
+    return build_reward(terms | observed, own.options, training, own.timeout, own.frames)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from densegrpo_fast.common.pictures import to_bytes
+from densegrpo_fast.common.pictures import still, to_bytes
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.rewards.base import Scorer
 from densegrpo_fast.run_files.strip import Strip, StripRow
@@ -57,7 +57,7 @@ class StripRecorder:
         for images in parts:
             here = [row for row in range(done, done + len(images)) if row in uses]
             if here:
-                small = _small(images[[row - done for row in here]]).cpu()
+                small = _small(still(images[[row - done for row in here]])).cpu()
                 for row, picture in zip(here, small, strict=True):
                     for use in uses[row]:
                         self._pictures[use] = picture

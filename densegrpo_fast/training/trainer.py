@@ -50,7 +50,13 @@ from densegrpo_fast.training.monitor import LookaheadMonitor
 from densegrpo_fast.training.noise_levels import NoiseLevels
 from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts, check_inputs
 from densegrpo_fast.training.records import iteration_record, of_all_processes, run_directory
-from densegrpo_fast.training.rewarding import RewardBatch, RewardComputer, build_observer, build_reward, check_missing
+from densegrpo_fast.training.rewarding import (
+    RewardBatch,
+    RewardComputer,
+    build_observer,
+    check_missing,
+    configured_reward,
+)
 from densegrpo_fast.training.run import Run, RunResult
 from densegrpo_fast.training.schedule import IterationSteps, Schedule
 from densegrpo_fast.training.sharding import ShardMode, shard
@@ -106,11 +112,11 @@ class Trainer:
         if reward is None:
             check_inputs(config)
             announce(f"loading the rewards {', '.join([*config.reward.terms, *config.reward.observed])}")
-            self.reward = build_reward(config.reward.terms, config.reward.options, timeout=config.reward.timeout)
+            self.reward = configured_reward(config)
             self.observed = build_observer(config, self.reward)
         else:
             if not isinstance(reward, RewardMixture):
-                reward = RewardMixture({"reward": (reward, 1.0)}, config.reward.timeout)
+                reward = RewardMixture({"reward": (reward, 1.0)}, config.reward.timeout, config.reward.frames)
             self.reward = reward
             self.observed = self.reward
         if model is None and not tiny:

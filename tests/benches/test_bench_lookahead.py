@@ -14,6 +14,8 @@ from benches.iteration import bench_lookahead
 from benches.iteration.protocol import Protocol
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 
+pytestmark = pytest.mark.ci
+
 ARGUMENTS = ("--model", "embedded_random", "--prompts", "1", "--group-size", "2", "--rounds", "1", "--warmup", "0")
 
 

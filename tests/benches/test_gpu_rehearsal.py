@@ -44,6 +44,7 @@ def test_the_matmul_rate_is_a_rate() -> None:
     assert 1e7 < rehearsal.matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e15
 
 
+@pytest.mark.ci
 def test_three_iterations_on_a_small_model(
     tiny_policy: Callable[..., DiffusersModel],
     tmp_path: Path,

@@ -91,6 +91,7 @@ def test_what_has_no_time_left_is_told(tmp_path: Path) -> None:
     assert result.stderr.splitlines() == ["failed: large (no time left)"] * 3
 
 
+@pytest.mark.ci
 def test_what_hangs_leaves_time_to_the_others(tmp_path: Path) -> None:
     result, calls = run(tmp_path, "large", hangs="bench_sde_step")
     assert result.returncode == 1 and result.stderr.splitlines() == ["failed: large (stopped after 1 s)"]
@@ -142,6 +143,7 @@ class OnArrival:
         return self.call[0], self.call[1:]
 
 
+@pytest.mark.ci
 def test_the_smoke_test_goes_on_after_a_failure_and_a_crash(capsys: pytest.CaptureFixture[str]) -> None:
     broken = {"missing": partial(smoke.package, "no_such_package"), "crash": OnArrival(os._exit, 3)}
     checks = [*(smoke.Check(name, run, gpu=False) for name, run in broken.items()), *smoke.CHECKS]
@@ -153,6 +155,7 @@ def test_the_smoke_test_goes_on_after_a_failure_and_a_crash(capsys: pytest.Captu
     assert any(line.startswith("ok   importance ratios: within") for line in lines)
 
 
+@pytest.mark.ci
 def test_the_smoke_test_does_not_wait_for_what_hangs(capsys: pytest.CaptureFixture[str]) -> None:
     checks = [smoke.Check("hang", OnArrival(time.sleep, 600), gpu=False)]
     assert smoke.smoke(checks, torch.device("cpu"), seconds=0.2) == ["hang"]

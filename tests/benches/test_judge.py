@@ -155,6 +155,7 @@ def test_pictures_and_places_move_together():
     assert abs(rows.float().mean() + 0.5 - y) < 0.5 and abs(columns.float().mean() + 0.5 - x) < 0.5
 
 
+@pytest.mark.ci
 def test_a_judge_is_a_function_of_its_recipe_and_kept_in_its_file(tmp_path):
     vae = architecture.build_vae().eval()
     first, about = trained(tmp_path / "a.safetensors", vae, SMALL)
@@ -169,6 +170,7 @@ def test_a_judge_is_a_function_of_its_recipe_and_kept_in_its_file(tmp_path):
     assert other["sha256"] != about["sha256"]
 
 
+@pytest.mark.ci
 def test_training_makes_the_judge_better():
     vae, judge = architecture.build_vae().eval(), Judge()
     pictures, truth = render(draw_scenes(32, np.random.default_rng(9)), np.random.default_rng(9))
@@ -324,6 +326,7 @@ def judged(here: Path, output: Path, *arguments: str, work: Path | None = None) 
         return int(stop.code or 0)
 
 
+@pytest.mark.ci
 def test_finished_runs_are_judged_and_not_twice(recorded, tmp_path, quick, monkeypatch, capsys):
     assert judged(recorded, tmp_path / "judge.json") == ExitCode.OK
     document = json.loads((tmp_path / "judge.json").read_text())
@@ -355,6 +358,7 @@ def test_finished_runs_are_judged_and_not_twice(recorded, tmp_path, quick, monke
     assert "was judged in another way" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_runs_that_are_not_the_study_s_are_refused_by_name(recorded, tmp_path, capsys):
     name, work = f"{VARIANTS[1]}-3", tmp_path / "work"
 
@@ -381,6 +385,7 @@ def test_runs_that_are_not_the_study_s_are_refused_by_name(recorded, tmp_path, c
     refused(f"{name}: there is no such run in {work}")
 
 
+@pytest.mark.ci
 def test_bad_options_are_refused(recorded, tmp_path, capsys):
     assert judged(recorded, tmp_path / "judge.json", "--against", "dense") == ExitCode.USAGE
     assert "--against: expected one of embedded_sparse, embedded_fast, got dense" in capsys.readouterr().err

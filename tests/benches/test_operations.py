@@ -32,6 +32,7 @@ def run_of(iterations: int, **nfe: float) -> dict[str, Any]:
     return {"variant": "a", "seed": 0, "points": [*points, {"iteration": iterations, "nfe": nfe}]}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_closed_forms_count_the_forwards_that_were_recorded(study):
     document = recorded(study)
@@ -88,6 +89,7 @@ def test_a_model_or_an_option_that_is_not_known_has_no_count():
     assert operations(gone, run_of(3)) is None
 
 
+@pytest.mark.ci
 def test_a_document_without_operations_gets_them(tmp_path, monkeypatch):
     monkeypatch.setattr("benches.learning.study_document.hardware", dict)
     document = recorded("study_branched")

@@ -1,11 +1,8 @@
-"""The commands that the README shows can be run, and the scripts that write and check the pages do so."""
+"""The scripts that write and check the pages do so."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -14,60 +11,12 @@ from benches.pages import (
     check,
     tables,
 )
-from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.config.yaml_files import preset_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHOWN = "\n".join(
-    re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    + re.findall(r"`(python -m \S+ --[^`]+)`", README)
-)
-COMMANDS = sorted(set(re.findall(r"python -m (densegrpo_fast\..+)", SHOWN)))
 END = "<!-- end of table -->"
-
-
-class Parsed(Exception):
-    """A command line was understood."""
-
-
-@pytest.fixture
-def only_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command ends where its parser, or a parser within it, is done."""
-    depth = 0
-
-    def stopping(name: str) -> None:
-        original = getattr(argparse.ArgumentParser, name)
-
-        def parse(*arguments: object, **options: object) -> object:
-            nonlocal depth
-            depth += 1
-            try:
-                found = original(*arguments, **options)
-            finally:
-                depth -= 1
-            if not depth:
-                raise Parsed
-            return found
-
-        monkeypatch.setattr(argparse.ArgumentParser, name, parse)
-
-    for name in ("parse_args", "parse_known_args", "parse_intermixed_args"):
-        stopping(name)
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_readme_is_understood(line: str, only_parsing: None) -> None:
-    module, *arguments = shlex.split(line.partition(" && ")[0], comments=True)
-    if module == "densegrpo_fast.train":
-        parse_arguments(arguments)
-    else:
-        # that of a package is in its __main__
-        command = importlib.import_module(module)
-        command = command if hasattr(command, "main") else importlib.import_module(f"{module}.__main__")
-        with pytest.raises(Parsed):
-            command.main(arguments)
 
 
 def test_the_presets_that_users_are_told_of_exist() -> None:

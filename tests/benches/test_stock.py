@@ -137,21 +137,25 @@ def check_equal(both: Both) -> None:
         torch.testing.assert_close(both.stock_gradients[name], gradient, rtol=1e-4, atol=1e-4 * largest)
 
 
+@pytest.mark.ci
 def test_it_computes_what_the_package_computes(both: Both) -> None:
     assert both.config.sampler.guidance_scale == 4.5
     check_equal(both)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["sparse", "dense"])
 def test_without_guidance_and_kl_too(tiny_policy: Policy, method: str) -> None:
     options = {"sampler.guidance_scale": 1.0, "objective.kl_coef": 0.0}
     check_equal(run_both(tiny_policy, settings(method, **options)))
 
 
+@pytest.mark.ci
 def test_micro_batches_give_the_same(tiny_policy: Policy) -> None:
     check_equal(run_both(tiny_policy, settings("dense", **{"sampler.micro_batch": 2})))
 
 
+@pytest.mark.ci
 def test_the_kl_term_counts(tiny_policy: Policy) -> None:
     # the first update's policy loss does not depend on the coefficient, so the losses differ by 0.04 times the KL
     losses = [run_both(tiny_policy, settings("sparse", **{"objective.kl_coef": c})).stock.loss for c in (0.0, 0.04)]
@@ -225,6 +229,7 @@ def test_other_dynamics_are_refused(tiny_policy: Policy, options: dict[str, str]
         Stock(tiny_policy(), settings("sparse", **options), REWARD)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("kl", "copy_dtype"), [(True, "null"), (False, "bfloat16")])
 def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl: bool, copy_dtype: str) -> None:
     protocol = Protocol(
@@ -260,6 +265,7 @@ def test_every_variant_does_the_work_of_its_closed_form(tiny_policy: Policy, kl:
     assert set(bench.variants["stock_dense"].phases[0]) == {"rollout", "lookahead", "reward", "update"}
 
 
+@pytest.mark.ci
 def test_the_record_says_what_the_fast_engine_and_the_baseline_are(
     tiny_policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +284,7 @@ def test_the_record_says_what_the_fast_engine_and_the_baseline_are(
     assert decoding == dict.fromkeys(NAMES, "bfloat16") | dict.fromkeys(exact, "float32")
 
 
+@pytest.mark.ci
 def test_work_that_is_not_the_closed_forms_is_noticed(tiny_policy: Policy) -> None:
     bench = bench_iteration.prepare(Protocol(prompts=1, group_size=2), kl=False, model=tiny_policy())
     sparse = bench.variants["sparse"]
@@ -325,6 +332,7 @@ def test_ours_decodes_in_one_precision_and_the_baseline_in_its_own() -> None:
         Protocol(overrides=("model.vae_dtype=bfloat16",)).config("stock_dense", kl=True)
 
 
+@pytest.mark.ci
 def test_each_variant_has_the_decoder_of_its_configuration(tiny_policy: Policy) -> None:
     model = tiny_policy()
     bench = bench_iteration.prepare(Protocol(prompts=1, group_size=2), kl=False, model=model)

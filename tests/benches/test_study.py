@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from benches.common import summarise
 from benches.common.claim import claimed
@@ -173,6 +174,7 @@ def plan(seeds: tuple[int, ...] = (0, 1), **changes) -> study.Plan:
     return study.Plan((DENSE, SPARSE), seeds, 2, ("run.iterations=6", "model.path=/some/where/weights"), **changes)
 
 
+@pytest.mark.ci
 def test_a_study_writes_points_comparisons_and_a_plot(tmp_path, capsys):
     output = tmp_path / "results" / "study.json"
     train = FakeTrain()
@@ -201,6 +203,7 @@ def test_a_study_writes_points_comparisons_and_a_plot(tmp_path, capsys):
     assert f"{DENSE} minus {SPARSE}, 2 seeds" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_finished_runs_are_kept_and_an_unfinished_one_goes_on(tmp_path):
     output, work = tmp_path / "study.json", tmp_path / "work"
     assert study.conduct(plan(), output, work, FakeTrain(stop_at=3)) == ExitCode.INTERRUPTED
@@ -220,6 +223,7 @@ def test_finished_runs_are_kept_and_an_unfinished_one_goes_on(tmp_path):
     assert nothing.calls == [] and output.read_bytes() == finished
 
 
+@pytest.mark.ci
 def test_finished_runs_in_the_work_directory_are_read_and_not_repeated(tmp_path):
     work, first, second = tmp_path / "work", tmp_path / "first.json", tmp_path / "second.json"
     assert study.conduct(plan(seeds=(0,)), first, work, FakeTrain()) == ExitCode.OK
@@ -238,6 +242,7 @@ def test_finished_runs_in_the_work_directory_are_read_and_not_repeated(tmp_path)
     assert nothing.calls == [(DENSE, 0, True)]
 
 
+@pytest.mark.ci
 def test_runs_that_cannot_stand_together_are_refused(tmp_path):
     output, work = tmp_path / "study.json", tmp_path / "work"
     study.conduct(plan(seeds=(0,)), output, work, FakeTrain())
@@ -397,19 +402,20 @@ def test_a_noisy_study_is_not_compared_at_equal_seconds(tmp_path, capsys, monkey
     assert "timings are noisy, so nothing is compared at equal seconds" in told and "equal seconds " not in told
 
 
+@pytest.mark.ci
 def test_every_variant_of_a_plot_has_a_look_of_its_own(tmp_path, monkeypatch):
-    looks, draw = [], study_plot._draw
-    monkeypatch.setattr(study_plot, "_draw", lambda *given: (looks.append(given[-1]), draw(*given)))
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *given, **to: (drawn.append(figure), save(figure, *given, **to))
+    )
     names = [f"variant_{number}" for number in range(14)]
     save_plot(tmp_path / "a.png", [run(name, 0, [0.0, 0.1], 1.0) for name in names], names, ["reward"])
-    # one row of two panels
-    assert len(looks) == 2 * len(names) and len(set(looks)) == len(names)
-    looks.clear()
+    assert len(drawn[0].axes) == 2
+    for panel in drawn[0].axes:
+        assert len({(line.get_linestyle(), line.get_color()) for line in panel.lines}) == len(names)
     save_plot(tmp_path / "a.png", [run("a", 0, [0.0, 0.1], 1.0, operations=2.0)], ["a"], ["reward"])
-    assert len(looks) == 3
-    looks.clear()
     save_plot(tmp_path / "a.png", [run("a", 0, [0.0, 0.1], 1.0)], ["a"], ["reward"], timed=False)
-    assert len(looks) == 1
+    assert [len(figure.axes) for figure in drawn[1:]] == [3, 1]
 
 
 def test_records_hold_no_directories_of_this_machine():

@@ -49,6 +49,7 @@ def meter(model: FlowModel, prompts: Sequence[str], reward: Any = brightness, **
     return GainMeter(**options | changes)
 
 
+@pytest.mark.ci
 def test_the_same_draw_is_the_same_whatever_the_batches(mixture_model: FlowModel) -> None:
     prompts = ["0", "12", "01"]
     one = meter(mixture_model, prompts).gains([0.7] * T, 0)

@@ -171,6 +171,12 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path, text: str | bytes, ex
     assert expected in refused(path)
 
 
+def test_a_calibration_of_endless_steps_is_refused_at_once(tmp_path: Path) -> None:
+    sigmas = [1 - step / 100_000 for step in range(100_001)]
+    with pytest.raises(UserError, match="endless.json is broken"):
+        read_calibration(write(tmp_path / "endless.json", sigmas=sigmas, noise_level=[0.7] * 100_000))
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "cannot read" in refused(tmp_path / "nowhere.json")
 

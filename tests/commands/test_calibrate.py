@@ -20,6 +20,8 @@ from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.flow.dynamics import STD_DEV, C, coefficients
 from densegrpo_fast.flow.schedule import sd3_sigmas
 
+pytestmark = pytest.mark.ci
+
 STEPS = 3
 
 

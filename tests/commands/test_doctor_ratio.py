@@ -212,6 +212,7 @@ FAULTS: dict[str, Callable[[Any], Loop]] = {
 AMPLIFIED = ("attention: other kernel", "lora_merge: rollout", "lora_merge: replay")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named(tiny_policy: Policy, fault: str) -> None:
     loop = FAULTS[fault](tiny_policy(spread=0.3))
@@ -224,6 +225,7 @@ def test_a_fault_is_named(tiny_policy: Policy, fault: str) -> None:
     assert (found.unsteady > 0) == fault.startswith("dropout")
 
 
+@pytest.mark.ci
 def test_another_split_is_named(tiny_policy: Policy) -> None:
     model = tiny_policy(spread=0.3)
     with on_output(model, per_tensor_int8):
@@ -253,6 +255,7 @@ def test_dropout_inside_attention_is_named(tiny_policy: Policy, monkeypatch: pyt
     assert F.scaled_dot_product_attention is own
 
 
+@pytest.mark.ci
 def test_two_faults_are_both_named(tiny_policy: Policy) -> None:
     model = tiny_policy(spread=0.3)
     loop = stored(within_replay(make_loop(model), lambda: rounded_sigma(model)), latents=torch.float16)
@@ -391,6 +394,7 @@ def test_the_command_finds_a_sound_loop(
     assert all(step["ratio_deviation"] <= 1e-6 for step in found["steps"])
 
 
+@pytest.mark.ci
 def test_the_command_names_a_fault(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,6 +417,7 @@ def test_the_command_names_a_fault(
     assert found["without"]["storage"]["ratio_deviation"] <= 1e-6 < found["without"]["timestep"]["ratio_deviation"]
 
 
+@pytest.mark.ci
 def test_the_command_takes_a_tolerance(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ratio, "configured_loop", lambda *given: stored(configured_loop(*given), latents=torch.float16))
     assert doctor.main(["--ratio", *settings]) == 8

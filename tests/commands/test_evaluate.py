@@ -65,6 +65,7 @@ def document(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.ci
 def test_a_run_is_scored_as_it_scored_itself(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("base", run, "--json", tmp_path / "out.json") == 0
     found = document(tmp_path / "out.json")
@@ -85,6 +86,7 @@ def test_a_run_is_scored_as_it_scored_itself(run: Path, tmp_path: Path, capsys: 
     assert f"{run} - base" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_an_unfinished_run_is_its_newest_average(run: Path, tmp_path: Path) -> None:
     unfinished = tmp_path / "run"
     shutil.copytree(run, unfinished)
@@ -96,10 +98,11 @@ def test_an_unfinished_run_is_its_newest_average(run: Path, tmp_path: Path) -> N
     # the same adapter three times: nothing differs
     assert {about["sha256"] for about in found["adapters"].values()} == {found["adapters"][str(run)]["sha256"]}
     assert {item["mean"] for item in found["differences"] if item["reward"] == "reward"} == {0.0}
-    corrupt = unfinished / "checkpoints" / "step-00000002" / "ema.safetensors"
-    corrupt.write_bytes(b"")
-    assert command(unfinished, "--json", tmp_path / "out.json") == 0
-    assert document(tmp_path / "out.json")["adapters"][str(unfinished)]["origin"] == "running average at iteration 1"
+    for name in ("ema.safetensors", "manifest.json"):
+        newest = shutil.copytree(unfinished, tmp_path / name)
+        (newest / "checkpoints" / "step-00000002" / name).write_bytes(b"")
+        assert command(newest, "--json", tmp_path / "out.json") == 0
+        assert document(tmp_path / "out.json")["adapters"][str(newest)]["origin"] == "running average at iteration 1"
 
 
 def test_subjects_on_a_saved_pipeline(
@@ -127,6 +130,7 @@ def test_an_adapter_of_another_model_is_refused(
     assert f"{tmp_path / 'tiny'}: the adapter's layer 'transformer_blocks.0.attn" in message
 
 
+@pytest.mark.ci
 def test_another_base_than_the_runs_is_noticed(
     run: Path,
     pipeline_directory: Path,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import os
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import unicodedata
 import zlib
 from collections.abc import Callable
@@ -22,8 +28,10 @@ from densegrpo_fast.common.errors import SetupError, UsageError, UserError
 from densegrpo_fast.config.cli import load_config, parse_arguments
 from densegrpo_fast.config.yaml_files import parse_yaml
 from densegrpo_fast.models.loading import load_pipeline
+from densegrpo_fast.models.tiny import tiny_model
 from densegrpo_fast.rewards.ocr import similarity
 from densegrpo_fast.run_files.images import read_picture, save_picture
+from densegrpo_fast.run_files.model_refs import locate
 from densegrpo_fast.sample import main as sample
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.training.prompts import PromptSampler, TrainingPrompts, load_prompts
@@ -196,11 +204,50 @@ def changed(path: Path, **settings: Any) -> None:
         ("transformer", {"attention_head_dim": -1}, "transformer: "),
         ("vae", {"block_out_channels": "wide"}, "vae: "),
         ("text_encoder", {"hidden_size": "x"}, "text_encoder: "),
+        ("transformer", {"pos_embed_max_size": [[]]}, "transformer: |its settings do not fit"),
+        ("vae", {"scaling_factor": "x"}, "vae: scaling_factor: expected finite numbers, got 'x'"),
+        ("vae", {"scaling_factor": math.inf}, "vae: scaling_factor: expected finite numbers"),
+        ("vae", {"shift_factor": [math.nan]}, "vae: shift_factor: expected finite numbers"),
+        ("vae", {"latents_std": {}}, "vae: latents_std: expected finite numbers"),
     ],
 )
 def test_configurations_of_networks_that_are_none(model: Path, part: str, settings: dict[str, Any], words: str) -> None:
     changed(model / part / "config.json", **settings)
-    with pytest.raises(SetupError, match=words):
+    with pytest.raises(UserError, match=words):
+        loaded(model)
+
+
+def test_parts_that_do_not_fit_each_other(tmp_path: Path) -> None:
+    tiny_model("StableDiffusionXLPipeline").pipeline.save_pretrained(tmp_path)
+    changed(tmp_path / "vae" / "config.json", block_out_channels=[32], layers_per_block=1)
+    with pytest.raises(SetupError, match="vae: "):
+        loaded(tmp_path)
+    tiny_model("FluxPipeline").pipeline.save_pretrained(tmp_path / "flux")
+    changed(tmp_path / "flux" / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True, base_shift=[1])
+    with pytest.raises(SetupError, match="its settings do not fit: TypeError"):
+        loaded(tmp_path / "flux", height=64, width=64)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-here/x", "x/" * 3000])
+def test_names_that_are_no_adapters(name: str) -> None:
+    with pytest.raises(SetupError, match="there is no such file or directory"):
+        locate(name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_karras_sigmas": True, "use_beta_sigmas": True},
+        {"use_karras_sigmas": "yes"},
+        {"num_train_timesteps": "many"},
+        {"num_train_timesteps": 10**15},
+        {"shift": None},
+        {"shift": float("nan")},
+    ],
+)
+def test_settings_of_schedulers_that_are_none(model: Path, settings: dict[str, Any]) -> None:
+    changed(model / "scheduler" / "scheduler_config.json", **settings)
+    with pytest.raises(UserError, match="scheduler"):
         loaded(model)
 
 
@@ -220,13 +267,22 @@ def test_a_variant_alone_is_loaded(model: Path) -> None:
 
 
 def test_a_tokenizer_without_a_limit_takes_the_encoder_s(model: Path) -> None:
-    for part in ("tokenizer", "tokenizer_2"):
-        settings = json.loads((model / part / "tokenizer_config.json").read_text())
-        settings.pop("model_max_length")
-        (model / part / "tokenizer_config.json").write_text(json.dumps(settings))
+    settings = json.loads((model / "tokenizer" / "tokenizer_config.json").read_text())
+    del settings["model_max_length"]
+    (model / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    # another says more than the encoder can read
+    changed(model / "tokenizer_2" / "tokenizer_config.json", model_max_length=100_000)
     found = loaded(model)
+    assert found.pipeline.tokenizer_2.model_max_length == found.pipeline.tokenizer.model_max_length
     assert found.pipeline.tokenizer.model_max_length == found.pipeline.text_encoder.config.max_position_embeddings
     assert found.encode(["a red circle " * 50]).prompts["embeds"].isfinite().all()
+
+
+@pytest.mark.parametrize("limit", ["77", 0, -1, True, [], math.nan])
+def test_a_limit_of_a_tokenizer_that_is_none(model: Path, limit: object) -> None:
+    changed(model / "tokenizer" / "tokenizer_config.json", model_max_length=limit)
+    with pytest.raises(SetupError, match="tokenizer: "):
+        loaded(model)
 
 
 def test_a_folder_of_the_hub_s_cache_leads_to_its_snapshot(model: Path, tmp_path: Path) -> None:
@@ -303,6 +359,69 @@ def test_names_that_no_file_system_has(train: Callable[..., int], tmp_path: Path
     for arguments in ([f"--resume={long}"], ["--config", f"{long}.yaml"]):
         with pytest.raises((UserError, OSError)):
             parse_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("sample", ["a cat", "--output"]),
+        ("evaluate", ["base", "--json"]),
+        ("preview", ["--output"]),
+        ("calibrate", ["--output"]),
+        ("fidelity.__main__", ["--json"]),
+    ],
+)
+def test_outputs_that_no_file_system_has(
+    command: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before anything is loaded, and named by the option."""
+    for name in ("x" * 300, "x" * 300 + "/a.json"):
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(f"densegrpo_fast.{command}").main([*arguments, str(tmp_path / name)])
+        assert stop.value.code == 7
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: {arguments[-1]}: ") and "traceback" not in told and told.count("\n") == 1
+
+
+def interrupted(number: signal.Signals, tmp_path: Path) -> tuple[int, str]:
+    """Status and stderr of training that is sent a signal while it imports torch."""
+    stub = tmp_path / "torch"
+    stub.mkdir(exist_ok=True)
+    (stub / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
+    command = [sys.executable, "-m", "densegrpo_fast.train", f"--run.output_dir={tmp_path / 'run'}"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+    return process.returncode, told
+
+
+def test_a_signal_while_a_command_starts_is_no_traceback(tmp_path: Path) -> None:
+    for number, statuses in ((signal.SIGINT, (130, -signal.SIGINT)), (signal.SIGTERM, (-signal.SIGTERM,))):
+        status, told = interrupted(number, tmp_path)
+        assert status in statuses and "Traceback" not in told
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_reward_file_that_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from densegrpo_fast import train\n"
+        "try:\n"
+        "    train.main(['--reward.terms={nowhere.py:score: 1.0}', '--reward.observed=[]'])\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 2\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0 and "reward.terms: nowhere.py:score: there is no file" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_cpu_s_memory_running_out_lowers_the_rows() -> None:

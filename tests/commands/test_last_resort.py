@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,23 @@ def test_every_error_is_one_line_and_a_status(
     assert all("Traceback" in path.read_text() and str(path) in told for path in kept)
 
 
+def test_a_damaged_compiler_cache_is_named_by_its_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/scratch/inductor")
+    monkeypatch.setattr(last_resort, "directories", [tmp_path])
+    cause = InductorError("OSError: /scratch/inductor/ab/cab.so: file too short")
+    assert ended(cause) == 3
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    # as dlopen says it, without any class of the compiler's
+    found = OSError(f"{tempfile.gettempdir()}/torchinductor_me/ab/cab.so: file too short")
+    assert ended(found) == 3
+    first, second = capsys.readouterr().err.splitlines()
+    assert "delete the compiler's caches, /scratch/inductor and " in first
+    assert f"delete the compiler's caches, {tempfile.gettempdir()}/torchinductor_" in second
+
+
+@pytest.mark.ci
 def test_the_traceback_is_in_the_run_s_directory(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

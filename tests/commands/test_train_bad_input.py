@@ -100,6 +100,7 @@ def test_broken_prompt_files_are_refused_with_the_line(
     assert "error: data.eval_prompts: " in capsys.readouterr().err
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -28,6 +28,7 @@ INPUTS = CreditInputs(
     velocities=torch.zeros(3, 8, 1),
     sigmas=sd3_sigmas(3),
 )
+pytestmark = pytest.mark.usefixtures("registries")
 SPREAD = {"std": "group", "spread_floor": 0.0, "clip": 5.0}
 
 
@@ -36,8 +37,7 @@ class Odd:
         raise ValueError("no words")
 
 
-def credit_by(method: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> Advantages:
-    monkeypatch.setattr(registry.METHODS, "_known", dict(registry.METHODS._known))
+def credit_by(method: Callable[..., object]) -> Advantages:
     registry.register("mine", registry.CreditMethod(method, needs=("rewards",)))  # type: ignore[arg-type]
     return registry.advantages("mine", INPUTS, SPREAD)
 
@@ -56,19 +56,19 @@ def credit_by(method: Callable[..., object], monkeypatch: pytest.MonkeyPatch) ->
         (lambda rewards, **_: Advantages(torch.full((2, 4, 3), torch.nan), 0.0, 0.0), "expected finite advantages"),
     ],
 )
-def test_a_credit_method(method: Callable[..., object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_credit_method(method: Callable[..., object], message: str) -> None:
     with pytest.raises(PluginError, match=message) as caught:
-        credit_by(method, monkeypatch)
+        credit_by(method)
     assert exit_code_of(caught.value) == 5
 
 
-def test_a_credit_method_may_write_into_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_credit_method_may_write_into_its_inputs() -> None:
     before = INPUTS.rewards.clone()
 
     def greedy(rewards: torch.Tensor, **_: object) -> Advantages:
         return Advantages(rewards.zero_()[..., None].repeat(1, 1, 3), 0.0, 0.0)
 
-    assert not credit_by(greedy, monkeypatch).values.any() and torch.equal(INPUTS.rewards, before)
+    assert not credit_by(greedy).values.any() and torch.equal(INPUTS.rewards, before)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,7 @@ def test_a_credit_method_may_write_into_its_inputs(monkeypatch: pytest.MonkeyPat
         ),
     ],
 )
-def test_a_policy_loss(prepare: Callable[..., object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(POLICIES, "_known", dict(POLICIES._known))
+def test_a_policy_loss(prepare: Callable[..., object], message: str) -> None:
     POLICIES.register("mine", PolicyLoss(prepare))  # type: ignore[arg-type]
     settings = ObjectiveSettings("mine", 0.1, "none", 0.0, "none", 0.0, "paper")
     rows, velocity = torch.zeros(6), torch.zeros(6, 2)
@@ -136,6 +135,7 @@ def test_a_reward_that_cannot_be_made(tmp_path: Path, source: str, error: type[E
         load(f"{tmp_path}/exits.py:f")
 
 
+@pytest.mark.ci
 def test_a_run_keeps_what_it_has(train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A reward that exits in the second iteration: the first one's record and checkpoint stay, and the run goes on."""
     own, calls = tmp_path / "own.py", tmp_path / "calls"

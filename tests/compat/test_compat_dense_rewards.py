@@ -211,7 +211,9 @@ def test_rows_may_have_different_windows(model: DiffusersModel, text: dict[str, 
     close(dense.gains, expected)
 
 
-def test_advantages_are_the_trackers(model: DiffusersModel, text: dict[str, Any]) -> None:
+@pytest.mark.parametrize("global_std", [False, True])
+def test_advantages_are_the_trackers(model: DiffusersModel, text: dict[str, Any], global_std: bool) -> None:
+    """Eq. 10 with `global_std` False; with True, over the deviation of a step's gains of all prompts."""
     done = sampled(model, text, fast=False)
     with ThreadPoolExecutor(2) as executor:
         dense = dense_rewards(
@@ -222,7 +224,7 @@ def test_advantages_are_the_trackers(model: DiffusersModel, text: dict[str, Any]
             latents=list(done["latents"].unbind(1)),
             timesteps=list(model.pipeline.scheduler.timesteps),
             images=done["images"],
-            tracker=PerPromptStatTracker(),
+            tracker=PerPromptStatTracker(global_std),
             executor=executor,
             plan="one_step",
             **text,
@@ -230,7 +232,8 @@ def test_advantages_are_the_trackers(model: DiffusersModel, text: dict[str, Any]
         advantages = dense.advantages
     # rows of a prompt are a group of the package's own credit, up to its clip
     groups = dense.rewards.view(2, 2, N + 1).transpose(0, 1)
-    expected = dense_advantages(groups, clip=None).values.transpose(0, 1).reshape(4, N)
+    std = "global" if global_std else "group"
+    expected = dense_advantages(groups, std=std, clip=None).values.transpose(0, 1).reshape(4, N)
     close(advantages, expected, 1e-4)
     assert advantages.abs().max() > 0.1
     scores, info = dense.result()

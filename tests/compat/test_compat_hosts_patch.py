@@ -70,6 +70,7 @@ def make_v1(hosts: Path) -> None:
     change(hosts, UTILITIES, "V2 = True", 'V2, sde_type, noise_level = False, "sde", None')
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("version", ["V1", "V2"])
 @pytest.mark.parametrize("imported_before", [True, False])
 def test_mix_grpo_in_every_import_style(hosts: Path, imported_before: bool, version: str) -> None:
@@ -224,6 +225,7 @@ def test_dance_grpo_in_modules_and_in_the_script(
 
 
 def test_all_or_nothing(hosts: Path) -> None:
+    finders = list(sys.meta_path)
     change(hosts, UTILITIES, "* sample + alpha * (1 - torch.exp(-h)) * clean", "* sample + alpha * 1.1 * clean")
     module = importlib.import_module(UTILITIES)
     with pytest.raises(
@@ -231,7 +233,7 @@ def test_all_or_nothing(hosts: Path) -> None:
     ):
         mix_grpo.install()
     assert all(vars(module)[name].__module__ == UTILITIES for name in NAMES)
-    assert not any(type(finder).__name__ == "_AfterImport" for finder in sys.meta_path)
+    assert sys.meta_path == finders
     del sys.modules[UTILITIES]
     mix_grpo.install()
     with pytest.raises(CompatError, match="It was changed in this copy"):
@@ -279,6 +281,7 @@ def test_missing_hosts_and_wrong_options(host: Any, package: str, known: str) ->
         host.install(rng="dice")
 
 
+@pytest.mark.ci
 def test_philox_and_other_options_replace_anew(hosts: Path) -> None:
     for host, module in ((mix_grpo, UTILITIES), (dance_grpo, SCRIPT), (flow_factory, SCHEDULER)):
         importlib.import_module(module)

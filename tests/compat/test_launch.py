@@ -97,6 +97,7 @@ LAUNCH = ("-m", "densegrpo_fast.launch")
 ARGUMENTS = ("--config", "a.py", "--host=x", "--", "-m", "--fail")
 
 
+@pytest.mark.ci
 def test_a_script_runs_as_if_run_directly(project: Path) -> None:
     script = os.path.join("scripts", "train.py")
     direct = run(project, script, *ARGUMENTS)
@@ -111,6 +112,7 @@ def test_a_script_runs_as_if_run_directly(project: Path) -> None:
     assert trace == direct.stderr.splitlines() and "KeyError: 'as told'" in trace
 
 
+@pytest.mark.ci
 def test_exit_status_and_options_pass_through(project: Path) -> None:
     script = str(project / "scripts" / "train.py")
     launched = run(project, *LAUNCH, "--rng", "philox", "--seed", "5", script, EXIT="9", RANK="1")
@@ -121,6 +123,7 @@ def test_exit_status_and_options_pass_through(project: Path) -> None:
     assert again.stdout.splitlines()[0] != launched.stdout.splitlines()[0]
 
 
+@pytest.mark.ci
 def test_a_script_that_does_not_compile_is_reported_like_python(project: Path) -> None:
     (project / "bad.py").write_text("print('a')\ndef f(:\n")
     direct, launched = run(project, "bad.py"), run(project, *LAUNCH, "bad.py")
@@ -128,6 +131,7 @@ def test_a_script_that_does_not_compile_is_reported_like_python(project: Path) -
     assert "SyntaxError" in direct.stderr and launched.stderr.endswith(direct.stderr)
 
 
+@pytest.mark.ci
 def test_a_script_without_the_host_hears_that_nothing_was_replaced(project: Path) -> None:
     (project / "plain.py").write_text("print('done')\n")
     launched = run(project, *LAUNCH, "plain.py")
@@ -138,6 +142,7 @@ def test_a_script_without_the_host_hears_that_nothing_was_replaced(project: Path
     )
 
 
+@pytest.mark.ci
 def test_an_unknown_step_stops_the_script(project: Path) -> None:
     path = project / "flow_grpo" / "diffusers_patch" / "sd3_sde_with_logprob.py"
     path.write_text(STEP.replace("generator=None", "eta=0.0"))

@@ -54,6 +54,7 @@ PRESETS = [
     "sd35_medium_pickscore_24gb",
     "sd35_medium_pickscore_drawn",
     "sd35_medium_pickscore_fast",
+    "wan21_pickscore",
     "z_image_pickscore",
 ]
 EMBEDDED_DENSE = read_settings("embedded_dense")

@@ -209,6 +209,7 @@ def test_a_credit_with_a_lookahead_cannot_be_without_a_plan() -> None:
         validate(settings)
 
 
+@pytest.mark.ci
 def test_a_method_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text(OWN)
@@ -258,8 +259,8 @@ def test_a_policy_and_step_weights_of_ones_own(tmp_path: Path) -> None:
     assert "holds no 'NONE'" in nowhere
 
 
-def test_a_method_that_was_registered_is_an_option_like_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.METHODS, "_known", dict(registry.METHODS._known))
+@pytest.mark.usefixtures("registries")
+def test_a_method_that_was_registered_is_an_option_like_the_packages() -> None:
     registry.register("mine", registry.CreditMethod("somewhere:else", needs=("rewards",), options=("alpha",)))
     assert not config("credit.method=mine").uses_lookahead
     assert 'did you mean "mine"?' in refused("credit.method=minee")

@@ -63,6 +63,7 @@ def preset(name: str) -> Config:
     return parse_arguments(["--config", name])[0]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_an_iteration(name: str, tiny_policy: Callable[..., FlowModel]) -> None:
     """What `train` does in an iteration, with a tiny model and eight samples."""
@@ -82,27 +83,12 @@ def test_the_adapter_is_on_the_projections_that_costs_are_counted_with(name: str
     assert tuple(preset(name).lora.targets) == ATTENTION_TARGETS
 
 
-def lines_of(name: str) -> list[str]:
-    return (Path(densegrpo_fast.__file__).parent / "configs" / f"{name}.yaml").read_text().splitlines()
-
-
-def head(name: str) -> str:
-    return " ".join(line.lstrip("# ") for line in lines_of(name) if line.startswith("#"))
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_a_methods_preset_is_a_few_keys_and_names_its_source(name: str) -> None:
-    lines = lines_of(name)
-    assert re.findall(r"arXiv (\d{4}\.\d{5})", head(name)) == [METHODS[name]]
-    assert len([line for line in lines if re.match(r"  \w+:", line)]) <= 10
-    assert [line for line in lines if re.fullmatch(r"extends: embedded_(dense|sparse|turning_point)", line)]
-
-
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_step_weights_of_another_paper_are_named(name: str) -> None:
-    """TempFlow's, which a preset has from embedded_dense unless it says otherwise."""
-    if preset(name).objective.step_weight == "noise_aware" and name != "embedded_tempflow":
-        assert re.search("(?i)step weights.*TempFlow's noise-aware|TempFlow's noise-aware.*step weights", head(name))
+def test_a_methods_preset_names_its_source(name: str) -> None:
+    """The one paper, in the comment at its beginning."""
+    lines = (Path(densegrpo_fast.__file__).parent / "configs" / f"{name}.yaml").read_text().splitlines()
+    comment = " ".join(line for line in lines if line.startswith("#"))
+    assert re.findall(r"arXiv (\d{4}\.\d{5})", comment) == [METHODS[name]]
 
 
 def test_every_embedded_preset_is_a_method_or_a_base() -> None:

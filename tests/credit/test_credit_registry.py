@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -398,13 +398,6 @@ def test_similarity_belongs_to_the_sample_of_its_row() -> None:
 # -- methods from outside
 
 
-@pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A copy of the registry's table, gone after the test."""
-    monkeypatch.setattr(registry.METHODS, "_known", dict(registry.METHODS._known))
-    yield
-
-
 def weighed_gains(lookahead_rewards: Tensor, steps: tuple[int, ...], *, late: float, **spread: Any) -> Advantages:
     """Gains that count `late` times as much at the last judged step."""
     weights = torch.ones(len(steps)).double()
@@ -416,7 +409,7 @@ def weighed_gains(lookahead_rewards: Tensor, steps: tuple[int, ...], *, late: fl
 LATE = CreditMethod(weighed_gains, needs=("lookahead_rewards", "steps"), options=("late",))
 
 
-@pytest.mark.usefixtures("table")
+@pytest.mark.usefixtures("registries")
 def test_a_method_from_outside_is_one_registration() -> None:
     registry.register("late", LATE)
     known = evidence(5)
@@ -469,7 +462,7 @@ def test_what_cannot_be_credited_is_refused() -> None:
         CreditMethod(weighed_gains, needs=("rewards",), plan="one_step")
 
 
-@pytest.mark.usefixtures("table")
+@pytest.mark.usefixtures("registries")
 def test_advantages_of_another_shape_are_refused() -> None:
     def short(rewards: Tensor, **spread: Any) -> Advantages:
         return normalize_groups(rewards[..., None], **spread)

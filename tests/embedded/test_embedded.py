@@ -15,9 +15,12 @@ from densegrpo_fast.models.loading import load_pipeline
 from densegrpo_fast.rewards.scenes import ScenesReward
 from densegrpo_fast.sampling.rollout import sample_ode
 
-pytestmark = pytest.mark.skipif(
-    not WEIGHTS.joinpath("model_index.json").is_file(), reason="the embedded weights are not in this checkout"
-)
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(
+        not WEIGHTS.joinpath("model_index.json").is_file(), reason="the embedded weights are not in this checkout"
+    ),
+]
 REWARD = ScenesReward()
 
 

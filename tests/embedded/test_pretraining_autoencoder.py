@@ -30,6 +30,7 @@ def test_a_decoder_alone_is_fitted_to_the_latents_there_are(decoder_only: bool) 
     assert all(p.requires_grad for p in vae.parameters()) and not vae.training
 
 
+@pytest.mark.ci
 def test_the_small_decoder_learns_what_the_full_one_makes() -> None:
     torch.manual_seed(0)
     vae, preview = architecture.build_vae(), architecture.build_preview_decoder()
@@ -46,6 +47,7 @@ def test_the_small_decoder_learns_what_the_full_one_makes() -> None:
     assert difference() < before
 
 
+@pytest.mark.ci
 def test_sampled_latents_are_kept(pipeline_directory: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_directory, text_encoder_3=None, tokenizer_3=None)
     path, recipe = tmp_path / "sampled.safetensors", pretrain.Recipe(sampled=2)

@@ -33,6 +33,7 @@ def make(seed: int) -> SD3Transformer2DModel:
     return architecture.build_transformer()
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("few")
 def test_more_scenes_leave_the_first_ones_as_they_are(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
     one = dataset.prepare(pipeline, "scenes", tmp_path / "stages", 1, seed=0)
@@ -82,6 +83,7 @@ def random_data() -> Dataset:
     )
 
 
+@pytest.mark.ci
 def test_a_killed_flow_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "CHECKPOINT_SECONDS", 0.0)
     data, (whole, broken, resumed) = random_data(), (make(0), make(0), make(1))

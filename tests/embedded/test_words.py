@@ -78,6 +78,7 @@ def test_held_out_words_are_written(model: DiffusersModel) -> None:
     assert np.mean([score == 1.0 for score in scores]) >= 0.75
 
 
+@pytest.mark.ci
 def test_both_decoders_draw_the_same_signs(model: DiffusersModel) -> None:
     prompts = [words.prompt(word) for word in words.split(held_out=True)]
     latents = card.sample_latents(model.pipeline, prompts, 2.0, seed=0)

@@ -128,6 +128,7 @@ def auto_run(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.ci
 def test_a_run_writes_what_it_chose_and_why(auto_run: Path) -> None:
     record = json.loads((auto_run / "lookahead_auto.json").read_text())
     config = load_config(auto_run / "config.yaml")
@@ -149,12 +150,14 @@ def test_a_run_writes_what_it_chose_and_why(auto_run: Path) -> None:
     assert forms["exact/full/full", 1]["variance_over_all_steps"] >= 1.0
 
 
+@pytest.mark.ci
 def test_a_run_goes_on_with_what_it_chose(auto_run: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "choose", lambda config: pytest.fail("measured again"))
     assert train(auto_run, "--resume", **AUTO, **{"run.iterations": 2, "lookahead.budget": 1}) == 0
     assert len((auto_run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.ci
 def test_the_choice_is_repeatable_and_leaves_the_policy_alone(pipeline_directory: Path) -> None:
     """Along branches, whose groups are those of one state, and with a budget that nothing fits."""
     settings = {
@@ -183,6 +186,7 @@ def test_the_choice_is_repeatable_and_leaves_the_policy_alone(pipeline_directory
         assert torch.equal(one, other) and one.grad is None
 
 
+@pytest.mark.ci
 def test_a_dry_run_says_what_would_be_measured(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

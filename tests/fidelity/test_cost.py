@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, Decoder, FlowModel, GuidanceGradient, Velocity
-from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.cost import (
     Evaluations,
@@ -239,7 +239,12 @@ def evaluations(rows: Counter[str], phase: str, batch: int) -> Evaluations:
 @pytest.mark.parametrize("gradient", ["full", "conditional"])
 @pytest.mark.parametrize(("scale", "kl"), [(1.0, 0.0), (3.0, 0.1)])
 def test_a_real_iteration_asks_for_what_is_counted(
-    noise_level: float | list[float], guidance: Guidance, gradient: GuidanceGradient, scale: float, kl: float
+    noise_level: float | list[float],
+    guidance: Guidance,
+    gradient: GuidanceGradient,
+    scale: float,
+    kl: float,
+    learner_options: Callable[..., LearnerOptions],
 ) -> None:
     steps, batch, trained = 5, 4, [0, 2, 3]
     model, plan = CountingModel(), plans.nodes(steps, (2, 3))
@@ -261,29 +266,7 @@ def test_a_real_iteration_asks_for_what_is_counted(
     images = lookahead.images(trajectory, lookahead.complete(trajectory), "preview")
     lookahead_rows, decodes = evaluations(model.rows, "sampling", batch), model.rows["preview"]
     model.rows.clear()
-    options = LearnerOptions(
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        eps=1e-8,
-        max_grad_norm=1.0,
-        updates_per_iteration=1,
-        warmup=0,
-        ema_decay=0.9,
-        ema_every=0,
-        objective=ObjectiveSettings(
-            policy="clip",
-            clip_range=0.1,
-            guard_weight="none",
-            dppo_threshold=0.0,
-            step_weight="none",
-            kl_coef=kl,
-            kl_scale="paper",
-        ),
-        micro_batch=2,
-        max_bad_steps=1,
-        guidance_gradient=gradient,
-    )
+    options = learner_options(kl_coef=kl, micro_batch=2, guidance_gradient=gradient)
     Learner(model, options).update(trajectory, torch.randn(batch, steps), trained)
 
     cost = dense_iteration(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity.options import parse, plans_of
 
 
+@pytest.mark.ci
 def test_an_analytic_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "fidelity.json", tmp_path / "fidelity.png"
     arguments = ["--analytic", "--groups", "4", "--group-size", "6", "--plans", "exact", "nodes:4,7", "one_step"]
@@ -69,10 +73,21 @@ def test_a_search_without_a_find_says_so(capsys: pytest.CaptureFixture[str]) -> 
     assert "none of 1 candidates reaches" in capsys.readouterr().out
 
 
-def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "cost.json"
-    assert fidelity.main(["--cost", "--plans", "exact_but_last", "--guidance", "full", "--json", str(out)]) == 0
-    for record in json.loads(out.read_text())["models"].values():
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What the models that are known by name cost, and what is printed of it."""
+    out, shown = tmp_path_factory.mktemp("cost") / "cost.json", io.StringIO()
+    arguments = ["--cost", "--plans", "exact_but_last", "nodes:4", "--guidance", "full", "cond_only"]
+    with redirect_stdout(shown):
+        arguments += ["--copy-dtype", "bfloat16", "--cache", "text:own"]
+        assert fidelity.main([*arguments, "--json", str(out)]) == 0
+    return json.loads(out.read_text())["models"], shown.getvalue()
+
+
+@pytest.mark.ci
+def test_the_cost_table_by_hand(costs: tuple[dict[str, Any], str]) -> None:
+    models, shown = costs
+    for record in models.values():
         unit, half = record["flops"], 2 if record["guided"] else 1
         forward, reference, backward = (half * unit[part] for part in ("forward", "reference_forward", "backward"))
         # 10 steps of the rollout, and 9 that are trained and held to the reference
@@ -99,9 +114,10 @@ def test_the_cost_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[st
         own += (8 * inner + 2 * outer + 1) * (unit["full_decode"] + unit["reward"])
         row = record["plans"]["exact/full/full, 3 steps drawn"]
         assert row["ratio_kl"] == pytest.approx(own / sparse)
-    assert "FLUX.1-dev, 512 px" in capsys.readouterr().out
+    assert "FLUX.1-dev, 512 px" in shown
 
 
+@pytest.mark.ci
 def test_a_configuration_is_priced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SD3.5-Medium by its own settings, in forwards: the table of the lookahead's page."""
     out = tmp_path / "cost.json"
@@ -121,11 +137,9 @@ def test_a_configuration_is_priced(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "trained steps: 4, drawn by importance; update streamed; with KL" in capsys.readouterr().out
 
 
-def test_costs_of_cheaper_forwards_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "cost.json"
-    arguments = ["--cost", "--plans", "nodes:4", "--guidance", "cond_only", "--json", str(out)]
-    assert fidelity.main([*arguments, "--copy-dtype", "bfloat16", "--cache", "text:own"]) == 0
-    models = json.loads(out.read_text())["models"]
+@pytest.mark.ci
+def test_costs_of_cheaper_forwards_by_hand(costs: tuple[dict[str, Any], str]) -> None:
+    models, shown = costs
     record = models["sd35_medium"]
     unit, found = record["flops"], record["plans"]
     plain = found["nodes{4}/cond_only/preview"]["extra_flops"]
@@ -142,9 +156,10 @@ def test_costs_of_cheaper_forwards_by_hand(tmp_path: Path, capsys: pytest.Captur
     # what does not fit a model is left out, and said
     assert not models["embedded"]["left_out"] and not record["left_out"]
     assert list(models["flux"]["left_out"]) == ["cache(text:own)"]
-    assert "left out: cache(text:own): for SD3's transformer alone" in capsys.readouterr().out
+    assert "left out: cache(text:own): for SD3's transformer alone" in shown
 
 
+@pytest.mark.ci
 def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
     out = tmp_path / "fidelity.json"
     arguments = ["--groups", "2", "--group-size", "3", "--plans", "nodes:2", "--json", str(out)]
@@ -162,6 +177,7 @@ def test_a_pipeline_run(pipeline_directory: Path, tmp_path: Path) -> None:
     assert str(pipeline_directory.parent) not in out.read_text()
 
 
+@pytest.mark.ci
 def test_a_preset_with_branches_is_judged_on_branches(
     pipeline_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +211,7 @@ def test_a_preset_with_branches_is_judged_on_branches(
         assert problem in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_an_adapter_changes_the_policy(pipeline_directory: Path, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.fidelity.target import pipeline_target
@@ -284,6 +301,7 @@ def test_an_adapter_that_is_not_there(
     assert "holds no pytorch_lora_weights.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_an_analytic_run_needs_nothing_but_torch() -> None:
     """In a fresh process in which every other package of ours is out of reach."""
     program = (

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
-from densegrpo_fast.fidelity import plot
 from densegrpo_fast.fidelity.plot import Box, pareto_front, placed, save_plot
 
 FRAME = Box(0.0, 0.0, 280.0, 300.0)
@@ -50,17 +50,18 @@ def test_a_label_stays_near_its_point() -> None:
     assert 100 < box.left < 115 and 100 < box.bottom + 5 < 115
 
 
+@pytest.mark.ci
 def test_plans_are_numbered_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is drawn, read back from the figure."""
     drawn: list[Any] = []
 
-    class Kept(plot._matplotlib()[0]):  # type: ignore[misc]
-        def savefig(self, *args: Any, **options: Any) -> None:
-            drawn.append(self)
-            super().savefig(*args, **options)
+    save = Figure.savefig
 
-    line = plot._matplotlib()[1]
-    monkeypatch.setattr(plot, "_matplotlib", lambda: (Kept, line))
+    def keep(figure: Figure, *given: Any, **options: Any) -> None:
+        drawn.append(figure)
+        save(figure, *given, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     records = {
         "exact/full/full": record(2.0, 1.0),
         "one_step/full/preview": record(1.1, 0.5, decoder="preview"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
@@ -15,7 +14,7 @@ import torch
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.config import Config
-from densegrpo_fast.config.cli import parse_arguments
+from densegrpo_fast.config.cli import configuration, parse_arguments
 from densegrpo_fast.fidelity import __main__ as fidelity
 from densegrpo_fast.fidelity.costs import STEPS
 from densegrpo_fast.fidelity.measure import agreement_of, measure
@@ -70,6 +69,7 @@ def test_the_lookahead_of_a_configuration(preset: str, overrides: list[str], nam
     assert [variant.name for variant in configured_variants(loaded(*overrides, preset=preset))] == names
 
 
+@pytest.mark.ci
 def test_it_is_measured_as_training_completes(pipeline_directory: Path) -> None:
     """With a copy, a cache and guidance of its own, beside the plans that nobody has asked for."""
     overrides = ["--lookahead.plan=nodes", "--lookahead.nodes=[2]", "--lookahead.copy_dtype=bfloat16"]
@@ -106,6 +106,7 @@ def test_it_is_measured_as_training_completes(pipeline_directory: Path) -> None:
     torch.testing.assert_close(found[0], scores.view(5, G).T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.ci
 def test_the_record_names_it(pipeline_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "fidelity.json"
     common = [f"--model.path={pipeline_directory}", "--sampler.num_steps=4", JPEG, "--groups=1", f"--group-size={G}"]
@@ -124,6 +125,7 @@ def test_the_record_names_it(pipeline_directory: Path, tmp_path: Path, capsys: p
     assert (list(document["plans"]), document["settings"]["lookahead"]) == (["nodes{1}/full/full"], [])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("preset", "overrides", "message"),
     [
@@ -156,6 +158,7 @@ def test_what_one_measurement_cannot_show_is_refused(
         assert fixed.target.coefficients.noisy == (True, True, False, False)
 
 
+@pytest.mark.ci
 def test_the_search_tries_copies_caches_and_decoders_too(pipeline_directory: Path) -> None:
     arguments = ["--plans", "exact", "--copy-dtype", "float32", "--vae-dtype", "bfloat16", "--decoder", "full"]
     target, _, _, ways = chosen(pipeline_directory, [*arguments, "--cache", "text:own"])
@@ -181,6 +184,7 @@ def test_the_search_tries_copies_caches_and_decoders_too(pipeline_directory: Pat
     assert longest_path(target) == 3
 
 
+@pytest.mark.ci
 def test_what_is_searched_to_the_end_is_not_to_be_searched_further(
     pipeline_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,22 +206,18 @@ def commands() -> list[str]:
     return [re.split(r" {2,}\w", line)[0].strip() for line in found]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_of_the_docstring_fit(command: str, pipeline_directory: Path) -> None:
     options, overrides = parse(shlex.split(command))
     if options.cost:
         assert all(make(STEPS).num_steps == STEPS for make in plans_of(options))
         return
-    config = None if options.analytic else fidelity._config(options, overrides)
+    named = ["--config", options.config] if options.config else []
+    config = None if options.analytic else configuration([*named, *overrides])
     if config is not None:
         model: Any = config.model.model_copy(update={"path": str(pipeline_directory)})
         config = config.model_copy(update={"model": model})
     choice = choose(options, config)
     assert len(choice.target.prompts.prompts) == options.groups
     assert choice.target.branched == ("tempflow" in command) and choice.variants
-
-
-def test_the_docstring_has_an_example_of_each_kind() -> None:
-    found: list[argparse.Namespace] = [parse(shlex.split(command))[0] for command in commands()]
-    for name in ("plans", "search", "config", "analytic", "cost", "json", "plot"):
-        assert any(getattr(options, name) for options in found), name

@@ -90,6 +90,7 @@ def test_a_known_image_is_reached_along_the_straight_line(
         assert math.hypot(kept, weights.std) == pytest.approx(t, abs=1e-9)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("solver_type", SOLVER_TYPES)
 def test_diffusers_takes_the_same_steps(solver_type: str) -> None:
     diffusers = pytest.importorskip("diffusers")

@@ -26,6 +26,8 @@ from densegrpo_fast.flow.ops import sde_log_prob, sde_step
 from densegrpo_fast.flow.reference import sde_log_prob_grad_ref, sde_log_prob_ref, sde_step_ref
 from densegrpo_fast.flow.schedule import sd3_sigmas
 
+pytestmark = pytest.mark.ci
+
 HAS_GPU = torch.cuda.is_available()
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(bool(native_cuda.why_not()), reason=native_cuda.why_not())]
 EMULATED = pytest.mark.skipif(HAS_GPU or on_cuda.find_nvcc() is None, reason="there is a GPU, or no nvcc")

@@ -100,6 +100,7 @@ def right() -> tuple[Tensor, Tensor]:
     return run()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("planted", FAULTS, ids=lambda planted: planted.name)
 def test_it_is_noticed(right, planted: Planted) -> None:
     if planted.noticed is not None:

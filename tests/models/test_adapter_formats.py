@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from densegrpo_fast.common.errors import SetupError
+from densegrpo_fast.common.errors import NonFiniteError, SetupError
 from densegrpo_fast.models.adapter_formats import fit_to, read_lora
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.lora import add_lora, attached_lora
@@ -58,6 +58,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("options", SETTINGS)
 def test_diffusers_metadata_in_the_header(options: dict[str, Any], tmp_path: Path) -> None:
     model = trained(**options)
@@ -76,6 +77,7 @@ def test_diffusers_metadata_in_the_header(options: dict[str, Any], tmp_path: Pat
     torch.testing.assert_close(found, output(model) - before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("options", SETTINGS)
 def test_a_folder_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
     model = trained(**options)
@@ -104,6 +106,7 @@ def halves(inputs: int, outputs: int, rank: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(rank, inputs), torch.randn(outputs, rank)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("prefix", "down", "up"),
     [
@@ -128,6 +131,7 @@ def test_names_of_diffusers_with_any_prefix(
     torch.testing.assert_close(change(tmp_path / "a.safetensors"), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kohya", [False, True])
 def test_names_of_the_original_code(kohya: bool, tmp_path: Path) -> None:
     """One projection makes q, k and v there."""
@@ -177,6 +181,7 @@ LAYER = {"transformer.x.lora_A.weight": torch.ones(2, 4), "transformer.x.lora_B.
         ),
         ({"transformer.x.lora_A.weight": torch.ones(2, 4)}, None, "two matching halves of the layer 'transformer.x'"),
         (LAYER | {"transformer.y.alpha": torch.ones(())}, None, "an alpha of 'transformer.y' and no such layer"),
+        ({name: t[:0] if "_A" in name else t[:, :0] for name, t in LAYER.items()}, None, "two matching halves"),
         ({}, None, "holds no layer"),
         (LAYER, "{", "its settings .* are damaged"),
         (LAYER, '{"transformer.peft_type": "IA3"}', "it is a IA3, expected a LORA"),
@@ -198,6 +203,27 @@ def test_what_is_not_read_says_what_it_is(
     with pytest.raises(ValueError, match=words) as caught:
         read_lora(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "header"),
+    [
+        (math.inf, None),
+        (3e38, None),
+        (math.nan, None),
+        (None, '{"transformer.r": 2, "transformer.lora_alpha": Infinity}'),
+        (None, '{"transformer.r": 2, "transformer.lora_alpha": 1e39}'),
+        (None, '{"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.alpha_pattern": {"x": NaN}}'),
+    ],
+)
+def test_an_alpha_that_makes_no_finite_update_is_refused(
+    alpha: float | None, header: str | None, tmp_path: Path
+) -> None:
+    tensors = LAYER if alpha is None else LAYER | {"transformer.x.alpha": torch.tensor(alpha)}
+    tensors = {name: 9 * tensor if "lora" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors", None if header is None else {"lora_adapter_metadata": header})
+    with pytest.raises(NonFiniteError, match="a.safetensors: .*not finite"):
+        read_lora(tmp_path / "a.safetensors")
 
 
 def test_training_starts_from_an_adapter(tiny_policy: Callable[..., FlowModel], tmp_path: Path) -> None:
@@ -224,6 +250,7 @@ def test_training_starts_from_an_adapter(tiny_policy: Callable[..., FlowModel], 
         torch.testing.assert_close(output(other), before, rtol=0, atol=0)
 
 
+@pytest.mark.ci
 def test_a_run_starts_from_the_adapter_of_another_and_says_what_does_not_fit(
     train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,7 @@ def test_every_call_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch)
     assert backends == ["native"] * 3
 
 
+@pytest.mark.ci
 @torch.no_grad()
 def test_a_feature_cache_reads_the_same_keys(tiny_policy: Policy) -> None:
     def reused(attention: str) -> Tensor:

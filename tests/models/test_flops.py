@@ -30,6 +30,7 @@ def test_a_multiply_add_is_two_operations() -> None:
     assert flops.counted(lambda: a @ b) == 2 * 3 * 5 * 7
 
 
+@pytest.mark.ci
 def test_sd35_medium_by_hand(sd35: flops.ModelFlops) -> None:
     """512 pixels: 32x32 = 1024 image tokens, 205 text tokens, width d = 1536, 24 blocks.
 
@@ -44,6 +45,7 @@ def test_sd35_medium_by_hand(sd35: flops.ModelFlops) -> None:
     assert sd35.reference_forward == pytest.approx(linear + attention, rel=0.005)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("part", "tera"),
     [
@@ -67,11 +69,13 @@ def flux_forward() -> float:
         return flops.counted(lambda: network(**inputs))
 
 
+@pytest.mark.ci
 def test_figure_of_flux(flux_forward: float) -> None:
     assert flux_forward / 1e12 == pytest.approx(17.69, rel=1e-3)
     assert not flops.flux().guided
 
 
+@pytest.mark.ci
 def test_the_embedded_model_is_ordered_as_it_should_be(embedded: flops.ModelFlops) -> None:
     assert 0 < embedded.preview_decode < embedded.reference_forward < embedded.forward < embedded.full_decode
     # no gradient of the frozen weights: about one product per forward product, more for attention and the adapter
@@ -85,6 +89,7 @@ def test_image_tower_of_pickscore() -> None:
     assert flops.clip_h_image() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.ci
 def test_the_adapter_costs_in_proportion_to_its_rank(embedded: flops.ModelFlops) -> None:
     single = flops.count(flops.embedded(), lora_rank=1)
     assert single.reference_forward == embedded.reference_forward
@@ -111,6 +116,7 @@ def test_a_loaded_model_is_counted_at_its_own_size(tiny_policy: Callable[..., Fl
         assert found.preview_decode == flops.counted(lambda: model.decode(latents, "preview"))
 
 
+@pytest.mark.ci
 def test_reused_text_by_hand(sd35: flops.ModelFlops) -> None:
     """Saved: the text stream's products (the last block's keys, values and queries only), its modulation, and what
     1229 tokens' answers to its 205 tokens cost; the embedding of 4096 values a token; all without an adapter."""
@@ -122,6 +128,7 @@ def test_reused_text_by_hand(sd35: flops.ModelFlops) -> None:
     assert found == sd35.reference_forward - linear - modulation - attention
 
 
+@pytest.mark.ci
 def test_what_a_cache_saves(embedded: flops.ModelFlops, sd35: flops.ModelFlops) -> None:
     """As the docstring of `models/feature_cache.py` says."""
     stated = re.search(

@@ -87,6 +87,7 @@ def test_an_unchanged_policy_s_ratio_is_1_with_checkpointing(tiny_policy: Policy
     assert torch.equal(replay(model, path, 0, slice(0, 2))[0].detach(), path.log_probs[0])
 
 
+@pytest.mark.ci
 def test_options_reach_the_model(tiny_directory: Path) -> None:
     plain = load_model(options(path=tiny_directory, max_sequence_length=8), CPU)
     assert not plain.network.gradient_checkpointing and plain.attention == "auto"
@@ -257,6 +258,7 @@ def test_a_wrong_or_partial_component_is_named(
     assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
 
 
+@pytest.mark.ci
 def test_a_tokenizer_of_another_encoder_is_named(damaged: Path) -> None:
     build_tokenizer([f"word{number}" for number in range(2000)]).save_pretrained(damaged / "tokenizer_2")
     with pytest.raises(UserError, match=r"tokenizer_2: it has \d+ tokens, text_encoder_2 has \d+"):

@@ -109,6 +109,7 @@ def test_the_file_needs_no_alpha(tiny_policy: Policy, tmp_path: Path) -> None:
             assert saved.get_tensor(names[name]).dtype == torch.float32
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_adapter_is_attached_unrounded_and_leaves_no_trace(
     tiny_policy: Policy, tmp_path: Path, dtype: torch.dtype

@@ -33,6 +33,7 @@ def formula(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Te
     return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, down), up)
 
 
+@pytest.mark.ci
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -122,6 +123,7 @@ def test_everything_else_is_pefts_own_forward(case: str) -> None:
     assert torch.equal(found, Linear.forward(layer, x))
 
 
+@pytest.mark.ci
 def test_a_compiled_layer_is_traced_as_a_whole() -> None:
     torch.manual_seed(0)
     layer = LoraLinear(nn.Linear(12, 8).bfloat16(), "default", config=lora_config(init_lora_weights=False), r=2)

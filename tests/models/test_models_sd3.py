@@ -139,6 +139,7 @@ def test_the_tiny_model_is_the_same_every_time() -> None:
     assert one.trainable_parameters() == {}
 
 
+@pytest.mark.ci
 def test_a_compiled_forward_is_the_same_with_and_without_gradient(tiny_policy: Callable[..., DiffusersModel]) -> None:
     # traced and differentiated as torch.compile does it, without the minutes that its compiler takes
     model = tiny_policy(spread=0.1)

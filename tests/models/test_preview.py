@@ -26,6 +26,7 @@ def pictures(model: Any, count: int) -> Pictures:
     return Pictures(latents, decoded(model, latents, "full", 3), ["a cat"] * count, [{}] * count)
 
 
+@pytest.mark.ci
 def test_the_decoder_learns_what_the_full_one_does() -> None:
     from densegrpo_fast.rewards.base import RewardMixture
 
@@ -42,6 +43,7 @@ def test_the_decoder_learns_what_the_full_one_does() -> None:
     assert itself.pixel_error <= 1e-3 and itself.spearman_rewards == pytest.approx(1.0)
 
 
+@pytest.mark.ci
 def test_training_and_held_out_pictures_differ(train: Any, tmp_path: Path) -> None:
     from densegrpo_fast.config.cli import parse_arguments
     from densegrpo_fast.training.trainer import Trainer
@@ -69,6 +71,7 @@ def test_a_policy_alone_needs_nothing_that_completions_do(train: Any, tmp_path: 
     assert underlying(trainer.lookahead.model) is trainer.model
 
 
+@pytest.mark.ci
 def test_the_command_writes_a_decoder_that_a_model_takes(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

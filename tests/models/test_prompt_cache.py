@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from densegrpo_fast.common.errors import UserError
@@ -50,23 +52,37 @@ def test_names_depend_on_everything_that_the_content_does(cache: PromptCache) ->
     assert paths[0] == cache.path("a")
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "renamed", "empty"])
 def test_a_damaged_file_is_not_believed(cache: PromptCache, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     cache.keep("a", encoded())
     path = cache.path("a")
     data = bytearray(path.read_bytes())
     if damage == "flipped":
         data[-3] ^= 1
-    path.write_bytes(data[: {"cut": len(data) - 4, "flipped": len(data), "empty": 0}[damage]])
+    if damage == "renamed":
+        data = data.replace(b'"embeds"', b'"embedz"')
+    path.write_bytes(data[: {"cut": len(data) - 4, "empty": 0}.get(damage, len(data))])
     with caplog.at_level(logging.WARNING):
         assert cache.find("a") is None
     assert f"{path} is damaged" in caplog.text and "encoded again" in caplog.text
     # without reading all of it, only the length shows
-    assert cache.holds("a") == (damage == "flipped")
+    assert cache.holds("a") == (damage in ("flipped", "renamed"))
     tensors = encoded()
     cache.keep("a", tensors)
     found = cache.find("a")
     assert found is not None and torch.equal(found["embeds"], tensors["embeds"])
+
+
+def test_files_of_an_earlier_version_are_read(cache: PromptCache) -> None:
+    digest, tensors = hashlib.sha256(), encoded()
+    for _, tensor in sorted(tensors.items()):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    cache.path("a").parent.mkdir(parents=True)
+    safetensors.torch.save_file(tensors, cache.path("a"), {"sha256": digest.hexdigest()})
+    found = cache.find("a")
+    assert found is not None and torch.equal(found["embeds"], tensors["embeds"])
+    safetensors.torch.save_file(tensors, cache.path("a"), {"sha256": "0"})
+    assert cache.find("a") is None
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -169,6 +185,7 @@ def test_a_damaged_entry_is_encoded_again(
     assert model.encode(PROMPTS).rows.tolist() == [0, 1, 0] and loads == [True]
 
 
+@pytest.mark.ci
 def test_a_run_trains_on_cached_prompts_to_the_same_numbers(
     train: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,10 +175,8 @@ def later(coefficients: StepCoefficients, *, power: int) -> Tensor:
 
 
 @pytest.fixture
-def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def outside(registries: None) -> None:
     """A policy loss and a weighting from outside of the package, registered for one test."""
-    for registry in (POLICIES, STEP_WEIGHTS):
-        monkeypatch.setattr(registry, "_known", dict(registry._known))
     POLICIES.register("shifted", PolicyLoss(shifted, options=("margin", "clip_range")))
     STEP_WEIGHTS.register("later", StepWeighting(later, options=("power",)))
 

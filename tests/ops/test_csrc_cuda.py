@@ -19,6 +19,8 @@ from emulator.on_cuda import find_nvcc
 
 from densegrpo_fast.flow import native_cuda, shared_library
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 OPS = ("sde_step", "sde_log_prob", "sde_log_prob_backward")

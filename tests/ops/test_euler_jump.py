@@ -107,6 +107,7 @@ def test_gradients_keep_their_dtypes() -> None:
     assert torch.equal(velocity.grad.float(), (NEXT - SIGMA)[:, None].expand(3, 4))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
 def test_opcheck(implementation: str) -> None:
     latents, velocity = (torch.randn(3, 2, 4, requires_grad=True) for _ in range(2))

@@ -139,6 +139,7 @@ def test_two_runs_strided_rows_and_left_out_ones(implementation: str) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("with_kl", [False, True])
 def test_it_is_one_node_of_a_compiled_graph(implementation: str, with_kl: bool) -> None:

@@ -36,6 +36,8 @@ from densegrpo_fast.flow.dynamics import C
 from densegrpo_fast.kernels import _affine, euler_jump, grpo_loss, sde_log_prob, sde_step
 from densegrpo_fast.kernels._launch import BLOCK, OPTIONS
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).resolve().parents[2]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 CAPABILITIES = (80, 90)

@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.feature_cache import FeatureCache
-from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling import plan as plans
 from densegrpo_fast.sampling.branches import branch_rollout
 from densegrpo_fast.sampling.lookahead import Lookahead
 from densegrpo_fast.sampling.rollout import initial_noise, rollout, sample_ode
 from densegrpo_fast.training.learner import Learner, LearnerOptions
+
+pytestmark = pytest.mark.ci
 
 T, B = 4, 6
 
@@ -156,7 +157,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize(("policy", "kl_coef"), [("clip", 0.0), ("clip", 0.1), ("guard", 0.1), ("dppo", 0.1)])
 def test_an_update_reads_as_much_for_one_step_as_for_many(
-    tiny_policy: Callable[..., FlowModel], policy: str, kl_coef: float
+    tiny_policy: Callable[..., FlowModel], learner_options: Callable[..., LearnerOptions], policy: str, kl_coef: float
 ) -> None:
     model, index, prompts = tiny_policy(spread=0.1), torch.arange(4), ["a cat"] * 2 + ["the moon"] * 2
     trajectory = rollout(
@@ -170,29 +171,8 @@ def test_an_update_reads_as_much_for_one_step_as_for_many(
         guidance_scale=3.0,
         micro_batch=2,
     )
-    settings = ObjectiveSettings(
-        policy=policy,
-        clip_range=1e-3,
-        guard_weight="paper",
-        dppo_threshold=1e-5,
-        step_weight="none",
-        kl_coef=kl_coef,
-        kl_scale="flow_grpo",
-    )
-    options = LearnerOptions(
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        eps=1e-8,
-        max_grad_norm=1.0,
-        updates_per_iteration=1,
-        warmup=0,
-        ema_decay=0.9,
-        ema_every=1,
-        objective=settings,
-        micro_batch=2,
-        max_bad_steps=1,
-    )
+    own = {"clip_range": 1e-3, "guard_weight": "paper", "dppo_threshold": 1e-5, "max_grad_norm": 1.0}
+    options = learner_options(policy=policy, kl_coef=kl_coef, micro_batch=2, **own)
     counts = []
     for steps in ([0], [0, 1, 2]):
         learner = Learner(model, options)

@@ -181,6 +181,7 @@ def test_strided_inputs_and_two_runs(implementation: str) -> None:
     torch.testing.assert_close(results[2], results[0])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 def test_opcheck(implementation: str, guided: bool) -> None:

@@ -35,7 +35,6 @@ from densegrpo_fast import (
 from densegrpo_fast.common.errors import PluginError, UsageError
 from densegrpo_fast.config.yaml_files import parse_yaml
 from densegrpo_fast.credit.dense import dense_advantages
-from densegrpo_fast.credit.registry import METHODS
 from densegrpo_fast.credit.return_to_go import return_advantages
 from densegrpo_fast.models.check import check_model
 from densegrpo_fast.run_files.early_stopping import EarlyStopping
@@ -50,7 +49,7 @@ OWN_MODEL = "A model of your own"
 
 
 @pytest.fixture
-def shortened(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def shortened(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None) -> dict[str, Any]:
     """`load_config` with the test suite's small settings beneath an example's own; they are returned."""
     small = {key: parse_yaml(value, key) if isinstance(value, str) else value for key, value in train.SETTINGS.items()}
     small |= {"model.path": str(train.model), "run.output_dir": str(tmp_path / "run")}
@@ -61,11 +60,11 @@ def shortened(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
         return load_config(source, {**small, **{k: v for k, v in (overrides or {}).items() if k not in kept}})
 
     monkeypatch.setattr(densegrpo_fast, "load_config", load)
-    monkeypatch.setattr(METHODS, "_known", dict(METHODS._known))
     monkeypatch.chdir(ROOT)
     return small
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("heading", EXAMPLES)
 def test_an_example_runs(
     heading: str, shortened: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -84,6 +83,7 @@ def test_an_example_runs(
         torch.testing.assert_close(dense.gains.sum(1), dense.rewards[:, -1] - dense.rewards[:, 0])
 
 
+@pytest.mark.ci
 def test_the_examples_are_typed(tmp_path: Path) -> None:
     assert len(EXAMPLES) == 5
     files = [tmp_path / f"example_{number}.py" for number in range(len(EXAMPLES))]
@@ -190,7 +190,7 @@ def test_advantages_are_those_of_the_methods() -> None:
     ],
 )
 def test_what_advantages_cannot_be_made_of(
-    rewards: Tensor, method: str, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    rewards: Tensor, method: str, options: dict[str, Any], message: str, registries: None
 ) -> None:
     def transposed(lookahead_rewards: Tensor, *, std: str, spread_floor: float, clip: float) -> Any:
         return normalize_groups(reward_gains(lookahead_rewards).transpose(0, 1))
@@ -198,13 +198,13 @@ def test_what_advantages_cannot_be_made_of(
     def sharp(lookahead_rewards: Tensor, *, sharpness: float) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(METHODS, "_known", dict(METHODS._known))
     register_credit("transposed", CreditMethod(transposed, ("lookahead_rewards",)))
     register_credit("sharp", CreditMethod(sharp, ("lookahead_rewards",), ("sharpness",)))
     with pytest.raises((ValueError, PluginError), match=message):
         advantages(rewards, method, **options)
 
 
+@pytest.mark.ci
 def test_a_run_ends_early_and_can_be_resumed(shortened: dict[str, Any], tmp_path: Path) -> None:
     class Once(Callback):
         seen: list[int] = []
@@ -243,6 +243,7 @@ def test_early_stopping_reads_the_records_alone() -> None:
         load_config("embedded_dense", {"run.max_kl": 0.5})
 
 
+@pytest.mark.ci
 def test_the_notebook_runs(shortened: dict[str, Any], tmp_path: Path) -> None:
     matplotlib.use("Agg")
     cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]

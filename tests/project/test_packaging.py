@@ -15,6 +15,8 @@ import pytest
 
 from densegrpo_fast.flow.native import ABI_VERSION
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).resolve().parents[2]
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 

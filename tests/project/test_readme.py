@@ -1,16 +1,16 @@
-"""What README shows in Python, and its first commands, run as they stand, with small settings."""
+"""What README shows in Python runs as it stands, with small settings; its commands: test_commands.py."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from densegrpo_fast.config.yaml_files import parse_yaml
-from densegrpo_fast.train import main
+
+pytestmark = pytest.mark.ci
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,25 +26,6 @@ def small(train: Any, directory: Path) -> dict[str, Any]:
     settings = {**train.SETTINGS, "model.path": str(train.model), "run.output_dir": str(directory)}
     settings["objective.trained_steps"] = "all_but_last"
     return {key: parse_yaml(value, key) if isinstance(value, str) else value for key, value in settings.items()}
-
-
-def test_a_reward_of_one_s_own(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (reward,) = (block for block in blocks(README, "python") if block.startswith("# mine.py"))
-    (command,) = (block for block in blocks(README, "bash") if "mine.py:reward" in block)
-    (tmp_path / "mine.py").write_text(reward)
-    monkeypatch.chdir(tmp_path)
-    program, *arguments = shlex.split(command)[2:]
-    assert program == "densegrpo_fast.train"
-    settings = {k: v for k, v in train.SETTINGS.items() if k not in ("reward.terms", "run.iterations")}
-    settings |= {"model.path": train.model, "run.output_dir": tmp_path / "run", "reward.observed": "[]"}
-    # the command's own number of iterations is for a machine that trains, and the test's run directory is its own
-    arguments[arguments.index("--run.iterations") + 1] = "1"
-    where = arguments.index("--run.output_dir")
-    del arguments[where : where + 2]
-    options = [f"--{key}={value}" for key, value in settings.items()]
-    assert main(["--config=embedded_dense", *arguments, *options]) == 0
-    assert "mine.py" in (tmp_path / "run" / "config.yaml").read_text()
-    assert (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def pickled(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_scores_follow_the_formula(clip_directory, pickled, tmp_path, activation, capsys):
     target = tmp_path / "head.safetensors"

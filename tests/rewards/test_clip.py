@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from densegrpo_fast.embedded.architecture import build_tokenizer
 from densegrpo_fast.rewards.clip import Clip, preprocess
@@ -91,15 +91,20 @@ def test_chunks_and_order_do_not_change_logits(clip_directory):
     assert logits.unique().numel() == 5
 
 
-def test_a_prompt_is_encoded_once(clip_directory, monkeypatch):
-    model, encoded = clip(clip_directory), []
-    tokenizer = model._tokenizer
+def encoded_by(monkeypatch):
+    """The prompts that are tokenized from now on."""
+    encoded, call = [], PreTrainedTokenizerBase.__call__
 
-    def counting(prompts, **options):
+    def counting(tokenizer, prompts, *given, **options):
         encoded.extend(prompts)
-        return tokenizer(prompts, **options)
+        return call(tokenizer, prompts, *given, **options)
 
-    monkeypatch.setattr(model, "_tokenizer", counting)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", counting)
+    return encoded
+
+
+def test_a_prompt_is_encoded_once(clip_directory, monkeypatch):
+    model, encoded = clip(clip_directory), encoded_by(monkeypatch)
     first = model.text_features([PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[1]])
     again = model.text_features([PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[2]])
     assert encoded == PROMPTS
@@ -108,10 +113,12 @@ def test_a_prompt_is_encoded_once(clip_directory, monkeypatch):
 
 def test_the_memory_of_prompts_is_bounded(clip_directory, monkeypatch):
     monkeypatch.setattr("densegrpo_fast.rewards.clip._CACHED_PROMPTS", 2)
-    model = clip(clip_directory)
+    model, encoded = clip(clip_directory), encoded_by(monkeypatch)
     features = model.text_features(PROMPTS)
-    assert list(model._text) == PROMPTS[1:]
+    model.text_features(PROMPTS[1:])
+    assert encoded == PROMPTS
     torch.testing.assert_close(model.text_features(PROMPTS), features)
+    assert encoded == [*PROMPTS, PROMPTS[0]]
 
 
 def test_long_prompts_are_cut_and_no_pictures_are_fine(clip_directory):

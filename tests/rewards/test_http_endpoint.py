@@ -138,6 +138,8 @@ def test_a_request_and_its_reply(server: Loopback, monkeypatch: pytest.MonkeyPat
         (b"no HTTP at all\r\n\r\n", "BadStatusLine"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n", "headers"),
+        (b"HTTP/1.1 no \x1b[2J\r\n\r\n", r"BadStatusLine: HTTP/1.1 no \x1b[2J"),
+        (b"HTTP/1.1 500 " + b"x" * 60_000 + b"\r\n\r\n\x1b]0;title\x07", "status 500 xxx"),
     ],
 )
 def test_failures_that_may_pass_are_tried_again(server: Loopback, response: bytes, problem: str) -> None:
@@ -147,6 +149,8 @@ def test_failures_that_may_pass_are_tried_again(server: Loopback, response: byte
     server.requests.clear()
     found = failure(endpoint(server.url, retries=1))
     assert found.temporary and problem in str(found) and len(server.requests) == 2
+    # no reply reaches into a terminal
+    assert str(found).isprintable() and len(str(found)) < 500
 
 
 @pytest.mark.parametrize(
@@ -201,11 +205,15 @@ def test_a_reply_that_is_not_what_was_asked_for(server: Loopback) -> None:
     assert len(server.requests) == 1
 
 
-def test_waits_are_drawn_below_a_bound_that_doubles_and_is_capped() -> None:
-    client = endpoint("http://localhost", retry_delay=1.0)
-    for attempt, longest in ((0, 1.0), (1, 2.0), (3, 8.0), (30, 30.0)):
-        waits = [client._delay(attempt) for _ in range(200)]
-        assert 0 <= min(waits) < longest / 4 and 3 * longest / 4 < max(waits) <= longest
+def test_waits_are_drawn_below_a_bound_that_doubles_and_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for _ in range(100):
+        # nothing listens
+        failure(endpoint("http://127.0.0.1:9", retry_delay=1.0, retries=7))
+    for attempt, longest in enumerate((1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)):
+        drawn = waits[attempt::7]
+        assert len(drawn) == 100 and 0 <= min(drawn) < longest / 4 and 3 * longest / 4 < max(drawn) <= longest
 
 
 def test_the_breaker_opens_lets_one_try_through_and_closes() -> None:

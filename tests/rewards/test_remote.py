@@ -280,6 +280,7 @@ def run(train: Train, output: Path, url: str, **options: Any) -> int:
     return train(output, **(settings | options))
 
 
+@pytest.mark.ci
 def test_a_run_goes_on_while_few_scores_are_missing(
     train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -298,6 +299,7 @@ def test_a_run_goes_on_while_few_scores_are_missing(
     assert "2 scores are missing" in caplog.text
 
 
+@pytest.mark.ci
 def test_a_run_stops_when_too_many_scores_are_missing(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +310,7 @@ def test_a_run_stops_when_too_many_scores_are_missing(
     assert "100% of the scores are missing, reward.max_missing allows 60%" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_a_run_without_its_server_stops_before_it_starts(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +322,7 @@ def test_a_run_without_its_server_stops_before_it_starts(
     assert "url: expected an address that starts with http:// or https://" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_a_run_whose_evaluation_has_no_score_says_so(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

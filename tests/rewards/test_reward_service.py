@@ -201,6 +201,7 @@ def test_changed_pictures_are_pictures_or_refused(seed: int) -> None:
                 assert decode_png(text).dtype == np.uint8
 
 
+@pytest.mark.ci
 def test_the_server_survives_whatever_is_sent_in_bounded_memory(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text("def score(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")

@@ -64,6 +64,7 @@ def ends(model: FlowModel, trajectory: Trajectory, decoder: Decoder) -> Tensor:
     return brightness(torch.cat(pictures), ROWS, []).view(2, 3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("overlap", ["true", "false"])
 @pytest.mark.parametrize("shared", ["true", "false"])
 def test_the_final_reward_is_the_full_decoders_and_gains_are_previews(
@@ -104,6 +105,7 @@ class Blind:
         return [None if number in blind else score for number, score in enumerate(scores)]
 
 
+@pytest.mark.ci
 def test_a_missing_final_reward_is_missing_where_it_is_used_alone(tiny_policy: Policy) -> None:
     """Without overlap the reward sees the previews in its first call, and the 6 final images in its second."""
     model = tiny_policy()

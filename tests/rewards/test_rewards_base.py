@@ -146,7 +146,7 @@ def test_a_mixture_refuses_bad_terms_and_bad_inputs():
     with pytest.raises(TypeError, match="'r' must be callable, got str"):
         RewardMixture({"r": ("scenes", 1.0)})
     mixture = RewardMixture({"r": (ones, 1.0)})
-    with pytest.raises(ValueError, match=r"float \[N, 3, H, W\], got torch.uint8"):
+    with pytest.raises(ValueError, match=r"float \[N, 3, H, W\] or .*, got torch.uint8"):
         mixture(IMAGES.to(torch.uint8), PROMPTS)
     with pytest.raises(ValueError, match="3 images need as many prompts and metadata, got 2 and 3"):
         mixture(IMAGES, PROMPTS[:2])
@@ -234,13 +234,17 @@ def test_a_reward_that_hangs_is_left_behind():
         released.wait(30)
 
     async def hanging_later(images, prompts, metadata):
-        await asyncio.sleep(30)
+        while not released.is_set():
+            await asyncio.sleep(0.01)
 
+    before = threading.enumerate()
     for reward in (hanging, hanging_later):
         with pytest.raises(RewardError, match="'slow' did not return within 0.05 s") as caught:
             RewardMixture({"fine": (returning([1, 2, 3]), 1.0), "slow": (reward, 1.0)}, 0.05)(IMAGES, PROMPTS)
         assert caught.value.name == "slow"
     released.set()
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join()
     with pytest.raises(ValueError, match="timeout must be above 0, got 0"):
         RewardMixture({"fine": (returning([1, 2, 3]), 1.0)}, 0)
 

@@ -46,11 +46,8 @@ def judge(image: np.ndarray, prompt: str) -> tuple[float, float]:
 
 def rendered(count: int, seed: int) -> tuple[Tensor, list[str]]:
     generator = np.random.default_rng(seed)
-    drawn = [
-        scenes.all_scenes(name)[generator.integers(len(scenes.all_scenes(name)))]
-        for name in scenes.CATEGORIES
-        for _ in range(count)
-    ]
+    decks = [scenes.all_scenes(name) for name in scenes.CATEGORIES]
+    drawn = [deck[generator.integers(len(deck))] for deck in decks for _ in range(count)]
     return torch.from_numpy(scenes.render_batch(drawn, generator)), [scene.prompt for scene in drawn]
 
 
@@ -213,6 +210,7 @@ def test_shrinking_overlap_lowers_the_score_gradually() -> None:
     assert scores[0] > scores[-1] + 0.1
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("size", [48, 128, 256])
 def test_other_sizes(size: int) -> None:
     generator = np.random.default_rng(3)

@@ -51,6 +51,7 @@ def test_other_shapes_colours_numbers_and_places_score_lower(shape: str) -> None
     assert score(left, left.prompt) > score(left, left.prompt.replace("left", "right")) + 0.15
 
 
+@pytest.mark.ci
 def test_a_small_change_of_the_picture_is_a_small_change_of_the_score() -> None:
     first, second = ([scenes.all_scenes(name)[index] for name in scenes.CATEGORIES] for index in (5, 9))
     ways = torch.linspace(0, 1, 201)[:, None, None, None]

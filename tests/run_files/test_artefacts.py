@@ -72,6 +72,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
+@pytest.mark.ci
 def test_files_are_plain_and_readable_by_others(finished: Path) -> None:
     files = [path for path in finished.rglob("*") if path.is_file()]
     mask = os.umask(0)
@@ -82,6 +83,7 @@ def test_files_are_plain_and_readable_by_others(finished: Path) -> None:
         subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=directory, check=True, capture_output=True)
 
 
+@pytest.mark.ci
 def test_a_damaged_adapter_is_refused(run: Path) -> None:
     path = run / "adapter" / "pytorch_lora_weights.safetensors"
     for changed in flips(path.read_bytes(), 40):
@@ -107,6 +109,7 @@ def test_a_damaged_preview_decoder_is_refused(pipeline_directory: Path, tmp_path
         (directory / name).write_bytes(good)
 
 
+@pytest.mark.ci
 def test_a_damaged_calibration_is_refused(tmp_path: Path) -> None:
     sampler = {"dynamics": "cps", "num_steps": 3, "steps": [0, 1], "sigmas": [1.0, 0.6666666666666666, 1 / 3, 0.0]}
     rule = Staircase([0.7, 0.1 + 0.2, 0.0], Limits(0.1, 1.0))
@@ -150,6 +153,7 @@ def test_a_cut_configuration_is_not_continued(run: Path, cut: int) -> None:
         assert type(caught.value).__name__ == "CheckpointError"
 
 
+@pytest.mark.ci
 def test_what_the_end_of_a_run_needs_is_looked_for_at_its_start(
     train: Train, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +167,7 @@ def test_what_the_end_of_a_run_needs_is_looked_for_at_its_start(
     assert len(read_metrics(run / "metrics.jsonl")) == 2
 
 
+@pytest.mark.ci
 def test_a_run_without_its_checkpoints_does_not_begin_again(
     train: Train, run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -183,6 +183,7 @@ def test_the_metrics_file_has_everything_and_comes_first(fake: Callable[..., Fak
     assert len(trackio.of("finish")) == 1
 
 
+@pytest.mark.ci
 def test_a_whole_run_survives_its_loggers(
     train: Callable[..., int], fake: Callable[..., Fake], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

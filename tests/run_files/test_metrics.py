@@ -86,6 +86,24 @@ def test_a_log_shorter_than_the_checkpoint_saw_is_kept_with_a_warning(
     assert read_metrics(path) == [{"iteration": 1}]
 
 
+def test_records_that_are_not_what_a_checkpoint_saw_are_kept_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.append({"iteration": 1})
+        position, digest = log.position(), log.digest()
+        log.append({"iteration": 2})
+        log.truncate(position, digest)
+        log.truncate(position)
+        assert not caplog.text
+    path.write_bytes(b'{"iteration": 3}\n')
+    with MetricsLog(path) as log:
+        log.truncate(position, digest)
+    assert f"{path}: its records up to the checkpoint are not what was written" in caplog.text
+    assert read_metrics(path) == [{"iteration": 3}]
+
+
 @pytest.mark.parametrize(("line", "expected"), [(b"{bad", "line 2: not JSON"), (b"[1]", "line 2: expected an object")])
 def test_a_bad_line_is_reported_by_number(line: bytes, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -212,6 +230,7 @@ def documented() -> list[str]:
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
+@pytest.mark.ci
 def test_what_a_run_writes_is_documented_and_what_is_documented_is_written(
     train: Callable[..., int], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from densegrpo_fast.common import files
 from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
-from densegrpo_fast.common.files import output_errors, replace_text, write_durably
+from densegrpo_fast.common.files import SUMS, output_errors, read_verified, replace_text, write_durably
 from densegrpo_fast.run_files import run_directory
 from densegrpo_fast.run_files.metrics import MetricsLog
 from densegrpo_fast.run_files.run_directory import RunLock, open_run_directory
@@ -137,6 +137,18 @@ def test_what_a_crash_leaves_behind_does_not_block_a_new_run(tmp_path: Path) -> 
     (tmp_path / ".config.yaml.stage").write_text("se")
     with open_run_directory(tmp_path, resume=False, overwrite=False) as directory:
         assert directory == tmp_path
+
+
+def test_the_digest_of_a_configuration_that_was_never_written_blocks_no_new_run(tmp_path: Path) -> None:
+    """A run that is killed between the two files."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / SUMS).write_text(f"{'0' * 64}  config.yaml\n")
+    with open_run_directory(tmp_path / "a", resume=False, overwrite=False) as directory:
+        replace_text(directory / "config.yaml", "seed: 1\n", digest=True)
+        assert read_verified(directory / "config.yaml") == b"seed: 1\n"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / SUMS).write_text(f"{'0' * 64}  thesis.pdf\n")
+    assert "holds no run" in refused(tmp_path / "b", ExitCode.OUTPUT)
 
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def on_meta(model: DiffusersModel) -> Conditioning:
     return replace(found, prompts=prompts, negative=negative, rows=found.rows.to(META))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_can_be_captured(kind: str, scale: float) -> None:

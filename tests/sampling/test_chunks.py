@@ -34,6 +34,7 @@ def measured(model: FlowModel, rows: int, decoder: Decoder) -> tuple[int, int]:
     return forward, peak_bytes(lambda: model.decode(latents, decoder))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("decoder", ["full", "preview"])
 def test_the_rows_fill_the_budget_and_no_more(tiny_policy: Callable[..., FlowModel], decoder: Decoder) -> None:
     model = tiny_policy()
@@ -45,6 +46,7 @@ def test_the_rows_fill_the_budget_and_no_more(tiny_policy: Callable[..., FlowMod
             assert 0.85 * budget * GB < used < 1.1 * budget * GB
 
 
+@pytest.mark.ci
 def test_a_chunk_is_never_more_than_asked_for(tiny_policy: Callable[..., FlowModel]) -> None:
     model = tiny_policy()
     for counted in (model, MeteredModel(model, Meter())):
@@ -52,6 +54,7 @@ def test_a_chunk_is_never_more_than_asked_for(tiny_policy: Callable[..., FlowMod
     assert lookahead_chunks(configured(None, chunk=7), model, "full") == Chunks(7, 7)
 
 
+@pytest.mark.ci
 def test_a_budget_too_small_for_one_row_names_the_way_out(tiny_policy: Callable[..., FlowModel]) -> None:
     model = tiny_policy()
     with pytest.raises(UserError, match=r"lookahead.memory_gb: 1e-06 is too small for one row") as caught:
@@ -77,6 +80,7 @@ def test_a_line_by_hand() -> None:
     assert Linear.through(lambda rows: 5).largest(6) > 10**6
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["dense", "sparse"])
 def test_a_budget_changes_rounding_alone(train: Any, tmp_path: Path, method: str) -> None:
     options = {"run.iterations": 1, "evaluation.every": 0, "credit.method": method, "lookahead.monitor_every": 1}
@@ -87,6 +91,7 @@ def test_a_budget_changes_rounding_alone(train: Any, tmp_path: Path, method: str
     assert tight["nfe/lookahead"] == free["nfe/lookahead"]
 
 
+@pytest.mark.ci
 def test_training_refuses_a_budget_below_one_row(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

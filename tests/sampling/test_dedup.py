@@ -139,6 +139,7 @@ def test_whole_blocks_keep_what_they_share(mixture_model: FlowModel) -> None:
     assert trajectory.select(slice(1, 1 + G)).shared == 1 and trajectory.select(slice(0, 2)).shared == 1
 
 
+@pytest.mark.ci
 def test_training_from_one_noise_costs_less_and_scores_the_same(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,7 @@ def test_training_from_one_noise_costs_less_and_scores_the_same(
         assert shared[key] == pytest.approx(apart[key], abs=2e-3), key
 
 
+@pytest.mark.ci
 def test_an_iteration_encodes_each_of_its_prompts_once(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,6 +71,7 @@ def iteration(trainer: Trainer, number: int) -> tuple[Experience, dict[str, Tens
     return experience, gradients
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "options",
     [
@@ -147,11 +148,13 @@ def test_a_whole_credit_has_all_states(mixture_model: FlowModel, options: dict[s
     assert Schedule(configured(**options), mixture_model).at(0).completed == tuple(range(STEPS + 1))
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.ci
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noisy=st.lists(st.booleans(), min_size=STEPS, max_size=STEPS), trained=st.sets(st.integers(0, STEPS - 1)))
-def test_the_completed_states_are_enough_and_no_more(noisy: list[bool], trained: set[int]) -> None:
-    schedule = Schedule.__new__(Schedule)
-    schedule.config = configured()
+def test_the_completed_states_are_enough_and_no_more(
+    mixture_model: FlowModel, noisy: list[bool], trained: set[int]
+) -> None:
+    schedule = Schedule(configured(), mixture_model)
     completed = schedule.completed_states(tuple(noisy), sorted(trained))
     dedup = CompletionDedup(tuple(noisy), completed=completed)
     # each has a completion of its own
@@ -170,6 +173,7 @@ def test_branches_and_sparse_rewards_say_what_they_complete(tiny_policy: Policy)
     assert steps.completed == (STEPS,)
 
 
+@pytest.mark.ci
 def test_the_estimate_counts_the_states_that_are_completed() -> None:
     memory = ModelMemory(embedded(), dtype=torch.float32)
     one = {"lookahead.chunk": 1, "lookahead.decoder": "full", "reward.overlap": "false"}

@@ -231,20 +231,17 @@ def test_micro_batches_fill_one_record(network: Any) -> None:
     torch.testing.assert_close(found, exact[rows], rtol=1e-12, atol=1e-12)
 
 
-def test_buffers_stay_where_they_are(network: Any) -> None:
+def test_what_was_forgotten_is_recorded_anew(network: Any) -> None:
     cache = FeatureCache(network, nodes=(NODE,), rows=ROWS)
     assert cache.bytes() == 0
     record(cache, make_inputs())
     # keys and values of 7 text tokens in float64
     assert cache.bytes() == cache.capacity(7) == 8 * ROWS * BLOCKS * 2 * 7 * WIDTH
-    (features,) = cache._kept.values()
-    address = features.text.data_ptr()
     cache.clear()
     second = make_inputs()
     with pytest.raises(RuntimeError, match="not every row"), cache.reuse(NODE, slice(0, ROWS)):
         run(network, second)
     exact = record(cache, second)
-    assert features.text.data_ptr() == address
     with cache.reuse(NODE, slice(0, ROWS)):
         torch.testing.assert_close(run(network, second), exact, rtol=1e-12, atol=1e-12)
 

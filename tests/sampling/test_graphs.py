@@ -146,6 +146,7 @@ def move(model: Any, name: str = ".lora_") -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, device="cpu").to(parameter))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("scale", "guidance"), [(1.0, "full"), (3.0, "full"), (3.0, "reuse")])
 def test_a_replay_is_the_computation(setting: Setting, scale: float, guidance: Any) -> None:
     model, plan = setting.policy(), plans.exact(T)
@@ -159,6 +160,7 @@ def test_a_replay_is_the_computation(setting: Setting, scale: float, guidance: A
         assert len(runner.graphs) == 3
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_branches_are_completed_by_the_same_graphs(setting: Setting, scale: float) -> None:
     model = setting.policy()
@@ -214,11 +216,6 @@ def test_weights_that_move_to_another_address_are_seen(setting: Setting) -> None
     before = graphed.complete(trajectory)
     for parameter in model.trainable_parameters().values():
         parameter.data = parameter.data + 0.2
-    if setting.device.type == "cpu":
-        # the tape is as faithful to addresses as a graph: without the check of `begin` the replay would be stale
-        runner._addresses.clear()
-        assert torch.equal(graphed.complete(trajectory), before)
-        runner._addresses[model] = ()
     after = graphed.complete(trajectory)
     assert (after - before)[:2].abs().max() > 1e-3
     setting.close(after, eager.complete(trajectory))
@@ -292,6 +289,7 @@ def test_a_model_that_asks_the_device_runs_without_graphs(setting: Setting, capl
     assert "lookahead.graphs: the evaluation cannot be captured" in message and "runs without graphs" in message
 
 
+@pytest.mark.ci
 def test_memory_that_runs_out_in_a_capture_costs_rows_and_not_graphs(
     tiny_policy: Callable[..., FlowModel], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -360,10 +358,8 @@ def test_buffers_are_shared_and_graphs_found_by_key_and_shape() -> None:
     assert graphs.run("a", add, {"x": torch.ones(3)}, {"c": c})[0].tolist() == [11, 11, 11]
     assert graphs.run("a", add, {"x": x.double()}, {"c": c})[0].dtype == torch.float64
     assert len(graphs) == capturer.captures == 4
-    # x as float32 [2], float32 [3] and float64 [2]; one c
-    assert len(graphs._buffers) == 4
     graphs.forget()
-    assert (len(graphs), len(graphs._buffers), capturer.releases) == (0, 0, 1)
+    assert (len(graphs), capturer.releases) == (0, 1)
     assert graphs.run("a", add, {"x": x}, {"c": c})[0].tolist() == [11, 12]
 
 
@@ -375,14 +371,13 @@ def test_constants_are_copied_when_they_have_changed() -> None:
         return graphs.run("key", add, {"x": x}, {"c": constant})[0].item()
 
     assert total(c) == 1
-    (buffer,) = [buffer for key, buffer in graphs._buffers.items() if key[0] == "c"]
-    buffer.fill_(7.0)
-    # nothing is copied: the same tensor, unchanged
-    assert total(c) == 7
+    # a write that torch is not told of: what counts as the same tensor, unchanged, is not copied again
+    c.data.fill_(7.0)
+    assert total(c) == 1
     c.add_(1)
-    assert total(c) == 2
+    assert total(c) == 8
     assert total(torch.tensor([3.0])) == 3
-    assert total(c) == 2
+    assert total(c) == 8
 
 
 @pytest.mark.gpu

@@ -35,6 +35,7 @@ def change_adapter(model: Any) -> None:
             parameter.add_(0.3 * torch.randn_like(parameter))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("base", "dtype", "relative"),
     [

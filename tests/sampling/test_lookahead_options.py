@@ -11,6 +11,8 @@ import pytest
 from densegrpo_fast.fidelity.__main__ import main as fidelity
 from densegrpo_fast.run_files.metrics import read_metrics
 
+pytestmark = pytest.mark.ci
+
 RUN = {
     "run.iterations": 2,
     "evaluation.every": 0,
@@ -27,32 +29,36 @@ def rewards(run: Path) -> list[float]:
     ]
 
 
-def test_a_copy_in_the_policys_precision_changes_rounding_alone(train: Any, tmp_path: Path) -> None:
-    assert train(tmp_path / "policy", **RUN, **NODES) == 0
+@pytest.fixture(scope="module")
+def plain(train: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a copy or a cache."""
+    directory = tmp_path_factory.mktemp("plain") / "run"
+    assert train(directory, **RUN, **NODES) == 0
+    return directory
+
+
+def test_a_copy_in_the_policys_precision_changes_rounding_alone(train: Any, plain: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "copy", **RUN, **NODES, **{"lookahead.copy_dtype": "float32"}) == 0
     # the second iteration's copy follows an adapter that has moved
-    assert rewards(tmp_path / "copy") == pytest.approx(rewards(tmp_path / "policy"), abs=2e-3)
+    assert rewards(tmp_path / "copy") == pytest.approx(rewards(plain), abs=2e-3)
 
 
-def test_states_may_go_their_own_ways(train: Any, tmp_path: Path) -> None:
-    assert train(tmp_path / "nodes", **RUN, **NODES) == 0
+def test_states_may_go_their_own_ways(train: Any, plain: Path, tmp_path: Path) -> None:
     for name, paths in (("same", "[[2], [2], [], []]"), ("other", "[[1, 2], [], [3], []]")):
         assert train(tmp_path / name, **RUN, **{"lookahead.plan": "paths", "lookahead.paths": paths}) == 0
-    assert rewards(tmp_path / "same") == rewards(tmp_path / "nodes") != rewards(tmp_path / "other")
+    assert rewards(tmp_path / "same") == rewards(plain) != rewards(tmp_path / "other")
 
 
-def test_a_cache_changes_the_lookahead_and_nothing_else(train: Any, tmp_path: Path) -> None:
-    assert train(tmp_path / "plain", **RUN, **NODES) == 0
+def test_a_cache_changes_the_lookahead_and_nothing_else(train: Any, plain: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "cached", **RUN, **NODES, **{"lookahead.cache": "text:own"}) == 0
-    plain, cached = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("plain", "cached"))
-    assert rewards(tmp_path / "cached") != rewards(tmp_path / "plain")
+    assert rewards(tmp_path / "cached") != rewards(plain)
+    plain_first, cached = (read_metrics(path / "metrics.jsonl")[0] for path in (plain, tmp_path / "cached"))
     # what the policy draws and what its images score is the same to the bit
-    assert cached["reward"] == plain["reward"] and cached["nfe/lookahead"] == plain["nfe/lookahead"]
+    assert all(cached[key] == plain_first[key] for key in ("reward", "nfe/lookahead"))
 
 
-@pytest.mark.parametrize("guidance", ["full", "cond_only"])
-def test_copy_and_cache_together_under_guidance(train: Any, tmp_path: Path, guidance: str) -> None:
-    options = {"lookahead.copy_dtype": "bfloat16", "lookahead.cache": "text:own", "lookahead.guidance": guidance}
+def test_copy_and_cache_together_under_guidance(train: Any, tmp_path: Path) -> None:
+    options = {"lookahead.copy_dtype": "bfloat16", "lookahead.cache": "text:own", "lookahead.guidance": "cond_only"}
     assert train(tmp_path / "run", **RUN, **NODES, **options, **{"sampler.guidance_scale": 2.0}) == 0
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
 

@@ -244,6 +244,7 @@ def test_the_tables_of_a_run(mixture_model: Any) -> None:
     assert Schedule(plain, mixture_model).coefficients().remainder is None
 
 
+@pytest.mark.ci
 def test_a_run_with_the_solver_goes_on_bit_for_bit(train: Any, tmp_path: Path) -> None:
     shape = FLASH | {"objective.trained_steps": "all_but_last", "evaluation.every": 0}
     shape |= {"lookahead.monitor_every": 1, "lookahead.decoder": "full"}

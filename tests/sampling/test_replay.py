@@ -12,7 +12,6 @@ from densegrpo_fast.flow import ops
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.base import FlowModel, GuidanceGradient
 from densegrpo_fast.objective.kl import gaussian_kl
-from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling.replay import reference_velocity, replay, replay_kl, replay_velocity
 from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 from densegrpo_fast.training.learner import Learner, LearnerOptions
@@ -112,28 +111,17 @@ def test_the_gradient_is_that_of_both_halves_or_of_the_conditional_one(tiny_poli
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.5])
-def test_the_learners_gradient_is_the_derivative_of_the_guided_loss(tiny_policy: Policy, kl_coef: float) -> None:
+def test_the_learners_gradient_is_the_derivative_of_the_guided_loss(
+    tiny_policy: Policy, learner_options: Callable[..., LearnerOptions], kl_coef: float
+) -> None:
     """Central differences in float64 of the loss at ratio 1, written out, against what the learner accumulates."""
     model, scale, steps = tiny_policy(spread=0.3), 4.5, [0, 2]
     model.network.double()
     trajectory = sampled(model, scale)
     generator = torch.Generator().manual_seed(3)
     advantages = torch.randn(4, T, generator=generator)
-    objective = {"policy": "clip", "clip_range": 0.1, "guard_weight": "none", "dppo_threshold": 0.0}
-    options = LearnerOptions(
-        lr=0.0,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        eps=1e-8,
-        max_grad_norm=1e9,
-        updates_per_iteration=1,
-        warmup=0,
-        ema_decay=0.9,
-        ema_every=0,
-        objective=ObjectiveSettings(**objective, step_weight="none", kl_coef=kl_coef, kl_scale="paper"),
-        micro_batch=MICRO_BATCH,
-        max_bad_steps=1,
-    )
+    own = {"lr": 0.0, "clip_range": 0.1, "max_grad_norm": 1e9}
+    options = learner_options(kl_coef=kl_coef, kl_scale="paper", micro_batch=MICRO_BATCH, **own)
     learner = Learner(model, options)
     record = learner.update(trajectory, advantages, steps)
     assert record["first_ratio_deviation"] == 0

@@ -340,6 +340,7 @@ def test_windows_that_train_nothing_are_refused(overrides: list[str], expected: 
     assert expected in str(caught.value)
 
 
+@pytest.mark.ci
 def test_a_run_with_windows(train: Any, tmp_path: Path) -> None:
     window = {"window.schedule": "progressive", "window.size": 1, "window.every": 1}
     shape = {"sampler.num_steps": 4, "objective.trained_steps": "all_but_last", "evaluation.every": 0}
@@ -353,6 +354,7 @@ def test_a_run_with_windows(train: Any, tmp_path: Path) -> None:
         assert record["grad_norm"] > 0
 
 
+@pytest.mark.ci
 def test_a_run_judges_the_windows_steps_alone(train: Any, tmp_path: Path) -> None:
     """With one noisy step, joint statistics are that step's own: the zeros of the others do not shrink the spread."""
     options = {"window.schedule": "fixed", "window.size": 1, "window.first": 1, "sampler.num_steps": 4}

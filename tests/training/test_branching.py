@@ -139,6 +139,7 @@ def test_the_ratio_check_knows_branches(tiny_policy: Policy) -> None:
     assert loop.steps == (0, 1, 2) and max(loop.deviations()) <= 1e-6 and loop.unsteadiness() == 0
 
 
+@pytest.mark.ci
 def test_a_run_with_branches_and_its_continuation(train: Train, tmp_path: Path) -> None:
     # 2 prompts x 1 trunk x 2 branches; one of the steps 0 and 1, of 3, is drawn in each iteration
     branches = {"sampler.branches": 2, "sampler.micro_batch": 1, "credit.method": "granular", "evaluation.every": 0}
@@ -162,6 +163,7 @@ def test_a_run_with_branches_and_its_continuation(train: Train, tmp_path: Path) 
     assert all(line["grad_norm"] > 0 and line["first_ratio_deviation"] < 1e-5 for line in found[0])
 
 
+@pytest.mark.ci
 def test_a_dry_run_with_branches(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"sampler.branches": 2, "sampler.micro_batch": 1, "credit.method": "branch"}
     assert train(tmp_path / "run", "--dry-run", **options, **{"optimizer.updates_per_iteration": 1}) == 0

@@ -174,6 +174,7 @@ def test_refused_options(options: dict[str, object], expected: str) -> None:
     assert expected in str(caught.value)
 
 
+@pytest.mark.ci
 def test_a_run_recalibrates_and_goes_on_bit_for_bit(train: Any, tmp_path: Path) -> None:
     options = {"sampler.dynamics": "flow_sde", "sampler.num_steps": 2, "evaluation.every": 0}
     # the levels start above what a calibration may choose, so the first one changes them

@@ -265,6 +265,7 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
         manager(tmp_path).save(1, {}, {"path": tmp_path})
 
 
+@pytest.mark.ci
 def test_killing_the_process_while_it_saves_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"

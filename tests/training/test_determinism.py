@@ -63,6 +63,7 @@ BITWISE: list[dict[str, Any]] = [{}, {"reward.overlap": True}, {"reward.timeout"
 ROUNDING: list[dict[str, Any]] = [{"sampler.micro_batch": 2}, {"lookahead.chunk": 3}, {"lookahead.memory_gb": 1e-3}]
 
 
+@pytest.mark.ci
 def test_equal_to_the_bit_and_to_rounding(tiny_policy: Policy) -> None:
     reference = iteration(tiny_policy(spread=0.1))
     assert any(name.startswith("gradient") for name in reference)
@@ -75,6 +76,7 @@ def test_equal_to_the_bit_and_to_rounding(tiny_policy: Policy) -> None:
         alike(iteration(tiny_policy(spread=0.1), **options), reference)
 
 
+@pytest.mark.ci
 def test_threads_change_rounding_alone(tiny_policy: Policy, threads: Callable[[int], None]) -> None:
     threads(1)
     one = iteration(tiny_policy(spread=0.1))

@@ -213,6 +213,7 @@ def check_traffic(size: int, found: dict[str, Any]) -> None:
     assert reduced == 4 * (values + len(adapter) + metrics) + 4 + 8 * len(PHASES) * len(fields(Counts))
 
 
+@pytest.mark.ci
 def test_two_processes_do_what_one_does() -> None:
     check_cases(2)
 
@@ -250,6 +251,8 @@ def looked_at(world: World) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.ci
+@pytest.mark.ci
 def test_pictures_and_measurements_are_shared_out_and_the_same() -> None:
     single = alone(looked_at)
     for found in together(2, looked_at):

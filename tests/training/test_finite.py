@@ -100,12 +100,20 @@ def test_a_run_on_a_broken_model_ends_and_says_so(
     assert "pictures of the model hold numbers that are not finite" in capsys.readouterr().err
 
 
-def test_a_listed_t5_that_is_gone_is_missed(pipeline_directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["text_encoder_3", "tokenizer_3"])
+def test_a_listed_t5_that_is_gone_is_missed(pipeline_directory: Path, tmp_path: Path, part: str) -> None:
     directory = tmp_path / "pipeline"
     shutil.copytree(pipeline_directory, directory)
     index = directory / "model_index.json"
     parts = json.loads(index.read_text())
-    parts["text_encoder_3"] = ["transformers", "T5EncoderModel"]
+    parts[part] = ["transformers", "T5EncoderModel" if part == "text_encoder_3" else "T5TokenizerFast"]
     index.write_text(json.dumps(parts))
-    with pytest.raises(SetupError, match="lacks text_encoder_3; to use it without T5, set these to"):
+    with pytest.raises(SetupError, match=f"lacks {part}; to use it without T5, set these to"):
+        load_pipeline(str(directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)
+    # one half of the two, though the index lists neither
+    del parts[part]
+    index.write_text(json.dumps(parts))
+    shutil.copytree(directory / part[:-2], directory / part)
+    other = {"text_encoder_3": "tokenizer_3", "tokenizer_3": "text_encoder_3"}[part]
+    with pytest.raises(SetupError, match=f"lacks {other}, though it has {part}"):
         load_pipeline(str(directory), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=0)

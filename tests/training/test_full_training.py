@@ -49,6 +49,7 @@ def velocity(model: FlowModel, guidance: float = 3.0) -> Tensor:
     return model.velocity(latents, torch.tensor([0.9, 0.4]), conditioning, guidance).combined()
 
 
+@pytest.mark.ci
 def test_half_precision_computes_as_a_plain_network_and_follows_its_masters(group_of_one: None) -> None:
     plain, model = policy(train="full", dtype=torch.bfloat16), policy(train="full", dtype=torch.bfloat16)
     torch.nn.Module.to(plain.network, torch.bfloat16)
@@ -96,6 +97,8 @@ def test_what_needs_an_adapter_is_refused() -> None:
             parse_arguments(["--config=embedded_dense", "model.train=full", option])
 
 
+@pytest.mark.ci
+@pytest.mark.ci
 def test_a_backward_to_all_weights_costs_more() -> None:
     full, lora = count(embedded(), lora_rank=0), count(embedded(), lora_rank=16)
     assert full.forward == full.reference_forward == lora.reference_forward < lora.forward
@@ -103,6 +106,8 @@ def test_a_backward_to_all_weights_costs_more() -> None:
     assert 1.9 < full.backward / full.forward < 2.1 and lora.backward < full.backward
 
 
+@pytest.mark.ci
+@pytest.mark.ci
 def test_a_run_resumes_bit_for_bit_and_leaves_a_network_for_diffusers(train: Any, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = FULL | {"ema.every": 1}
@@ -143,6 +148,8 @@ def config_path(config: Any) -> str:
     return str(EMBEDDED.get(config.model.path, config.model.path))
 
 
+@pytest.mark.ci
+@pytest.mark.ci
 def test_a_flipped_bit_of_a_shared_file_is_noticed(train: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(run, **FULL, **{"run.iterations": 2}) == 0
@@ -158,7 +165,10 @@ def test_a_flipped_bit_of_a_shared_file_is_noticed(train: Any, tmp_path: Path) -
     assert manager.load_latest().step == 1
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), pytest.param((4, 1, 2, 3, 4), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param((2, 1), marks=pytest.mark.ci), pytest.param((4, 1, 2, 3, 4), marks=pytest.mark.slow)],
+)
 def test_any_number_of_processes_goes_on_with_what_others_have_saved(
     train: Any, tmp_path: Path, sizes: tuple[int, ...]
 ) -> None:
@@ -216,6 +226,8 @@ def sent(world: World, trained: str) -> dict[str, int]:
     return given | {"held": held}
 
 
+@pytest.mark.ci
+@pytest.mark.ci
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_what_a_spread_network_sends_is_the_closed_form(trained: str) -> None:
     for found in together(2, sent, trained):

@@ -179,6 +179,7 @@ def test_a_graph_is_what_a_forward_keeps_for_its_backward(memory: ModelMemory, m
     assert memory.graph(ROWS, checkpointing=True) < found / 2
 
 
+@pytest.mark.ci
 def test_graphs_that_do_not_fit_are_replayed(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"optimizer.update": "streamed", "run.iterations": 1, "evaluation.every": 0}
     settings |= {
@@ -210,6 +211,7 @@ def test_graphs_that_do_not_fit_are_replayed(train: Any, tmp_path: Path, monkeyp
     assert small["nfe/update"] > plain["nfe/update"]
 
 
+@pytest.mark.ci
 def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     # 2 prompts x 4 samples, 5 steps of which the first 4 are noisy (cps may switch the last one off by a level of 0)
     chosen = config(
@@ -284,6 +286,7 @@ def test_the_arithmetic_of_an_estimate(memory: ModelMemory) -> None:
     }
 
 
+@pytest.mark.ci
 def test_all_weights_take_masters_moments_and_a_reference_in_parts() -> None:
     whole = ModelMemory(embedded(), dtype=torch.bfloat16, lora_rank=0)
     chosen = config("model.train=full", "ema.every=1", "objective.kl_coef=0.1")
@@ -307,6 +310,7 @@ def sampled(trainer: Trainer) -> Rollout:
     return trainer.sample(PromptBatch(["a"] * 4 + ["b"] * 4, [{}] * 8, 4), trainer.schedule.at(0), 0)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("guidance", "halves"), [("cond_only", 1), ("full", 2)])
 def test_features_take_what_was_counted(
@@ -327,10 +331,9 @@ def test_features_take_what_was_counted(
     assert counted.weights["lookahead copy"] == counted.weights["transformer"] * DTYPES[dtype].itemsize // 4
     lookahead.model.refresh()
     trajectory = sampled(trainer)
-    buffers = [features.text for features in lookahead.cache._kept.values()]
     # of two nodes and 8 samples keys and values of 24 text tokens of width 32 in 2 blocks
     size = 2 * halves * 8 * 2 * 2 * 24 * 32 * DTYPES[dtype].itemsize
-    assert counted.state["lookahead features"] == tensor_bytes(buffers) == lookahead.cache.bytes() == size
+    assert counted.state["lookahead features"] == lookahead.cache.bytes() == size
     assert "lookahead features" in str(counted).split("kept: ")[1].split("\n")[0]
     assert lookahead.complete(trajectory).isfinite().all()
     assert lookahead.cache.bytes() == size
@@ -359,6 +362,7 @@ def test_half_precision_halves_the_preview_decoder() -> None:
     assert 0.4 < half.decode(4, "preview") / whole.decode(4, "preview") < 0.9
 
 
+@pytest.mark.ci
 def test_the_24_gb_preset_fits_24_gb() -> None:
     from transformers import CLIPConfig, CLIPModel
 
@@ -436,6 +440,7 @@ def test_the_peak_of_a_process_holds_what_it_touched() -> None:
     assert peak_metrics(torch.device("cpu"))["memory/peak_gib"] > touched.nbytes / GIB
 
 
+@pytest.mark.ci
 def test_a_run_says_what_it_needs_and_took(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

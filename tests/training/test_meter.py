@@ -25,6 +25,8 @@ from densegrpo_fast.training.lookahead import completion_ways
 from densegrpo_fast.training.meter import Meter, MeteredModel
 from densegrpo_fast.training.trainer import Trainer
 
+pytestmark = pytest.mark.ci
+
 Policy = Callable[..., FlowModel]
 
 SETTINGS = {

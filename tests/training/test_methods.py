@@ -110,6 +110,7 @@ def test_closeness_is_added_in_full_at_first_and_hardly_at_the_end(tiny_policy: 
     torch.testing.assert_close(added[1], added[0] / 4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("trained", ["all_but_last", 1])
 def test_a_step_trained_alone_weighs_what_it_does_among_all(tiny_policy: Policy, trained: object) -> None:
     """Flash-GRPO trains one drawn step per iteration: its weight must not be 1 for being the only one."""
@@ -176,6 +177,7 @@ def test_instant_rewards_of_vgpo(mixture_model: FlowModel, window: bool) -> None
         assert (projected(2) - image).abs().max() > 1e-3, "Eq 9 of step 1"
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("remainder", ["share", "dpm_solver", "both"])
 @pytest.mark.parametrize("method", registry.names())
 def test_other_steps_after_the_window_are_judged_or_refused(tiny_policy: Policy, method: str, remainder: str) -> None:
@@ -242,6 +244,7 @@ def test_two_updates_of_one_iteration_see_the_policy_move(tiny_policy: Policy) -
     assert len({update["policy_loss"] for update in found.values()}) == 3
 
 
+@pytest.mark.ci
 def test_a_run_with_a_method_from_a_file(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
@@ -263,6 +266,7 @@ def test_a_run_with_a_method_from_a_file(train: Train, tmp_path: Path, capsys: p
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.ci
 def test_a_run_with_a_policy_and_step_weights_from_a_file(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,6 +298,7 @@ def test_a_run_with_a_policy_and_step_weights_from_a_file(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.ci
 def test_completions_that_define_a_method_are_not_guarded(train: Train, tmp_path: Path) -> None:
     vgpo = {"credit.method": "vgpo", "lookahead.plan": "one_step", "lookahead.monitor_every": 1}
     assert train(tmp_path / "run", **vgpo, **{"run.iterations": 1, "evaluation.every": 0}) == 0

@@ -30,6 +30,7 @@ OTHERS = (
 )
 
 
+@pytest.mark.ci
 def test_the_exact_lookahead_agrees_with_itself(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"lookahead.plan": "exact", "lookahead.decoder": "full", "lookahead.monitor_every": 2}
     with caplog.at_level(logging.WARNING):
@@ -41,6 +42,7 @@ def test_the_exact_lookahead_agrees_with_itself(train: Train, tmp_path: Path, ca
     assert "lookahead_drift" not in caplog.text and "alarms" not in first
 
 
+@pytest.mark.ci
 def test_a_lookahead_below_the_alarm_is_named(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"lookahead.plan": "one_step", "lookahead.monitor_every": 1, "lookahead.monitor_alarm": 1.0}
     with caplog.at_level(logging.WARNING):
@@ -55,6 +57,7 @@ def test_a_lookahead_below_the_alarm_is_named(train: Train, tmp_path: Path, capl
     assert "<b>lookahead_drift</b>" in report and "Agreement with the exact lookahead" in report
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("branches", [6, 3])
 def test_branches_are_monitored_among_those_of_their_state(
     train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, branches: int
@@ -79,6 +82,7 @@ def test_branches_are_monitored_among_those_of_their_state(
     assert "alarm lookahead_drift" in caplog.text and "choose a plan with more nodes; python" in caplog.text
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("options", [{"lookahead.monitor_every": 0}, {"credit.method": "sparse"}])
 def test_nothing_is_monitored_without_a_lookahead(train: Train, tmp_path: Path, options: dict[str, object]) -> None:
     assert train(tmp_path / "run", **{**GROUPS, "run.iterations": 1}, **options) == 0
@@ -86,6 +90,7 @@ def test_nothing_is_monitored_without_a_lookahead(train: Train, tmp_path: Path, 
     assert not KEYS & record.keys()
 
 
+@pytest.mark.ci
 def test_watching_does_not_touch(train: Train, tmp_path: Path) -> None:
     for every in (0, 1):
         assert train(tmp_path / str(every), **GROUPS, **{"lookahead.monitor_every": every}) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +16,13 @@ from densegrpo_fast.common.errors import UserError
 from densegrpo_fast.common.exit_codes import ExitCode, exit_code_of
 from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models.diffusers_model import DiffusersModel
-from densegrpo_fast.objective.policy import ObjectiveSettings
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.sampling.rollout import Trajectory, initial_noise, rollout
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 
 Policy = Callable[..., DiffusersModel]
+Options = Callable[..., LearnerOptions]
 T, B = 2, 4
-OPTIONS = LearnerOptions(
-    lr=1e-3,
-    betas=(0.9, 0.999),
-    weight_decay=0.0,
-    eps=1e-8,
-    max_grad_norm=1e6,
-    updates_per_iteration=1,
-    warmup=0,
-    ema_decay=0.9,
-    ema_every=0,
-    objective=ObjectiveSettings(
-        policy="clip",
-        clip_range=0.5,
-        guard_weight="none",
-        dppo_threshold=1.0,
-        step_weight="none",
-        kl_coef=0.1,
-        kl_scale="flow_grpo",
-    ),
-    micro_batch=B,
-    max_bad_steps=1,
-)
 
 
 @contextmanager
@@ -105,26 +82,28 @@ def sampled(model: DiffusersModel) -> Trajectory:
 
 
 def updated(
-    model: DiffusersModel, trajectory: Trajectory, micro_batch: int = B
+    model: DiffusersModel, trajectory: Trajectory, options: LearnerOptions
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """First moments, which are 0.1 times the gradient, and the metrics of an update."""
-    learner = Learner(model, replace(OPTIONS, micro_batch=micro_batch))
+    learner = Learner(model, options)
     judged = torch.tensor([1.0, -0.5, 0.3, 2.0])[:, None].repeat(1, T)
     metrics = learner.update(trajectory, judged, steps=[0, 1])
     moments = {name: t for name, t in learner.tensors()["optimizer"].items() if name.endswith("exp_avg")}
     return moments, metrics
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_an_update_in_smaller_parts_has_the_same_gradient(
-    tiny_policy: Policy, caplog: pytest.LogCaptureFixture, rows: int, backward: bool
+    tiny_policy: Policy, learner_options: Options, caplog: pytest.LogCaptureFixture, rows: int, backward: bool
 ) -> None:
+    options = learner_options(kl_coef=0.1)
     trajectory = sampled(tiny_policy(spread=0.1))
-    expected, plain = updated(tiny_policy(spread=0.1), trajectory)
+    expected, plain = updated(tiny_policy(spread=0.1), trajectory, options)
     model = tiny_policy(spread=0.1)
     with small_memory(model, rows, backward=backward) as asked, caplog.at_level(logging.WARNING):
-        found, metrics = updated(model, trajectory)
+        found, metrics = updated(model, trajectory, options)
     assert max(asked) == B and asked[-1] == rows
     scale = max(moment.abs().max().item() for moment in expected.values())
     for name, moment in found.items():
@@ -136,20 +115,21 @@ def test_an_update_in_smaller_parts_has_the_same_gradient(
     assert "4 rows per forward (sampler.micro_batch); going on with 2" in caplog.text
 
 
-def test_one_row_that_does_not_fit_ends_with_advice(tiny_policy: Policy) -> None:
+@pytest.mark.ci
+def test_one_row_that_does_not_fit_ends_with_advice(tiny_policy: Policy, learner_options: Options) -> None:
     model = tiny_policy()
     trajectory = sampled(model)
     before = {name: parameter.clone() for name, parameter in model.trainable_parameters().items()}
     with small_memory(model, 0), pytest.raises(UserError, match="with one row per forward .*checkpointing") as caught:
-        updated(model, trajectory)
+        updated(model, trajectory, learner_options())
     assert exit_code_of(caught.value) == ExitCode.ENVIRONMENT
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.trainable_parameters().items())
 
 
-def test_the_rows_are_part_of_the_learner_s_state(tiny_policy: Policy) -> None:
-    learner = Learner(tiny_policy(), OPTIONS)
+def test_the_rows_are_part_of_the_learner_s_state(tiny_policy: Policy, learner_options: Options) -> None:
+    learner = Learner(tiny_policy(), learner_options())
     learner.rows.lower()
-    other = Learner(tiny_policy(), OPTIONS)
+    other = Learner(tiny_policy(), learner_options())
     other.restore(learner.tensors(), learner.state())
     assert other.rows.rows == 2
 
@@ -179,6 +159,7 @@ def test_pieces_cover_all_rows_once() -> None:
     assert budget.rows == 2
 
 
+@pytest.mark.ci
 def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,6 +190,7 @@ def test_a_run_goes_on_with_fewer_rows_in_rollout_and_update_alike(
     assert (1, True) in rows and (2, True) not in rows and (1, False) in rows
 
 
+@pytest.mark.ci
 def test_the_monitor_and_its_decodes_go_on_with_fewer_rows(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

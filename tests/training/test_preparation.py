@@ -20,6 +20,7 @@ from densegrpo_fast.training.models import check_device
 from densegrpo_fast.training.rewarding import build_reward
 
 
+@pytest.mark.ci
 def test_the_estimate_holds_the_rewards(tiny_policy: Callable[..., DiffusersModel], clip_directory: Path) -> None:
     model, config = tiny_policy(), parse_arguments([])[0]
     reward = RewardMixture({"clip": (PickScore(str(clip_directory), str(clip_directory), device="cpu"), 1.0)})

@@ -81,6 +81,7 @@ def adapter(directory: Path) -> bytes:
     return (directory / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
 
 
+@pytest.mark.ci
 def test_a_signal_to_one_stops_all_and_any_number_resumes(train: Any, tmp_path: Path, reward: Path) -> None:
     # the store of torchrun outlives the processes that it starts, and starts again
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -110,6 +111,7 @@ def test_a_signal_to_one_stops_all_and_any_number_resumes(train: Any, tmp_path: 
         assert (alone[name] - tensor).norm() <= 0.01 * tensor.norm()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
@@ -164,6 +166,7 @@ def test_a_kill_at_any_moment_loses_nothing(
     assert adapter(tmp_path / "run") == whole[0]
 
 
+@pytest.mark.ci
 def test_what_does_not_fit_is_refused_and_said_once(train: Any, tmp_path: Path, reward: Path) -> None:
     def other(**options: object) -> list[str]:
         return list(train.arguments(tmp_path / "run", **options))
@@ -225,6 +228,7 @@ def called_back(world: World, directory: Path, split: str) -> tuple[int, str | N
     return iterations, summary
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("split", ["rows", "groups"])
 def test_the_main_process_ends_all_early(tmp_path: Path, split: str) -> None:
     # where a prompt's samples are in several processes, nothing is drawn of them
@@ -237,6 +241,7 @@ def test_the_main_process_ends_all_early(tmp_path: Path, split: str) -> None:
     assert sorted(strips) == ([] if split == "rows" else ["iteration-00001.png", "iteration-00002.png"])
 
 
+@pytest.mark.ci
 def test_a_second_run_in_the_directory_is_refused(train: Any, tmp_path: Path, reward: Path) -> None:
     with open_run_directory(tmp_path / "run", resume=False, overwrite=False):
         ended = run(train, tmp_path, reward)

@@ -17,6 +17,8 @@ from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.run_files.strip import Strip, StripRow, read_strip, save_strip
 from densegrpo_fast.training.trainer import Trainer
 
+pytestmark = pytest.mark.ci
+
 COMMON = {
     "data.num_prompts": 2,
     "sampler.group_size": 4,

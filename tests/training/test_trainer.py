@@ -65,6 +65,7 @@ STREAMED = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("options", STREAMED, ids=lambda options: ",".join(options) or "plain")
 def test_a_streamed_update_is_the_replayed_one(tiny_policy: Policy, options: dict[str, object]) -> None:
     # a chunk that every state's rows fill, so that completions of one state and of all have batches of one shape
@@ -90,6 +91,7 @@ def test_a_streamed_update_is_the_replayed_one(tiny_policy: Policy, options: dic
         torch.testing.assert_close(other[name].grad, parameter.grad, rtol=1e-5, atol=1e-5 * scale)
 
 
+@pytest.mark.ci
 def test_where_memory_runs_out_a_streamed_update_is_replayed(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,6 +148,7 @@ def measured(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if not key.startswith(others)}
 
 
+@pytest.mark.ci
 def test_a_loop_over_steps_is_what_a_run_does(train: Any, tmp_path: Path) -> None:
     assert train(tmp_path / "run") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -184,6 +187,7 @@ def test_a_reward_that_is_only_observed_is_named_as_such(tiny_policy: Policy) ->
         trainer.evaluate()
 
 
+@pytest.mark.ci
 def test_a_trainer_runs_once(train: Any, tmp_path: Path) -> None:
     assert train(tmp_path / "run", **{"run.iterations": 1}) == 0
     config = load_config(str(tmp_path / "run" / "config.yaml"), {"run.output_dir": tmp_path / "twice"})
@@ -193,6 +197,7 @@ def test_a_trainer_runs_once(train: Any, tmp_path: Path) -> None:
         trainer.run()
 
 
+@pytest.mark.ci
 def test_a_run_outside_of_the_main_thread(train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert train(tmp_path / "run", **{"run.iterations": 1}) == 0
     config = load_config(tmp_path / "run" / "config.yaml", {"run.output_dir": tmp_path / "thread"})
@@ -210,6 +215,7 @@ def test_parts_that_are_given_are_looked_at(tiny_policy: Policy, mixture_model: 
         Trainer(configured(**{"sampler.guidance_scale": 1}), model=mixture_model, reward=REWARD)
 
 
+@pytest.mark.ci
 def test_paths_of_each_state_pass_the_memory_check(train: Any, tmp_path: Path) -> None:
     paths = {"lookahead.plan": "paths", "lookahead.paths": "[[1],[2],[]]", "run.memory_check": "refuse"}
     assert train(tmp_path / "run", **paths, **{"run.iterations": 1}) == 0

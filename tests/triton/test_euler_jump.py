@@ -29,6 +29,7 @@ def states(device: torch.device, *shape: int, dtypes=DTYPES[0]) -> tuple[Tensor,
     return latents.to(device, dtypes[0]), velocity.to(device, dtypes[1])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned_memory")
@@ -81,6 +82,7 @@ def test_half_precision_levels(device, levels) -> None:
     assert torch.equal(moved, expected)
 
 
+@pytest.mark.ci
 def test_opcheck(device, levels) -> None:
     latents, velocity = (tensor.requires_grad_() for tensor in states(device, 2, 4))
     torch.library.opcheck(torch.ops.densegrpo_fast.euler_jump.default, (latents, velocity, *levels, "triton"))

@@ -42,6 +42,7 @@ def combined(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
     return uncond.double() + scale * (cond.double() - uncond.double())
 
 
+@pytest.mark.ci
 @pytest.mark.capabilities(80, 100)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -59,6 +60,7 @@ def test_step_against_float64(device, batch, storage_error, shape: tuple[int, ..
     assert error.max() < (2e-6 if latents[0].numel() > 1000 else 5e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned_memory")

@@ -42,6 +42,7 @@ def exact(batch, given: dict[str, Tensor], guided: bool, kl_std: int = C) -> tup
     return log_prob, gaussian_kl_ref(velocity, reference, batch.table, batch.steps, kl_std)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -90,6 +91,7 @@ def test_a_step_outside_the_table_is_nan(batch) -> None:
         assert part.isnan().tolist() == [False, True, False, True, False]
 
 
+@pytest.mark.ci
 def test_opcheck(batch) -> None:
     given = states(batch, 3, 4)
     scale = torch.tensor(SCALES, device=batch.table.device)

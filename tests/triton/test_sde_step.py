@@ -68,6 +68,7 @@ def test_step_against_float64(device, batch, storage_error, shape: tuple[int, ..
     assert error.max() < (1e-6 if latents[0].numel() > 1000 else 1e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.capabilities(80, 100)
 @pytest.mark.parametrize("elements", [1, 6, 2048, 2051])
 def test_noise_equals_the_layout(device, batch, elements: int) -> None:
@@ -80,6 +81,7 @@ def test_noise_equals_the_layout(device, batch, elements: int) -> None:
     torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.ci
 @pytest.mark.capabilities(80, 100)
 def test_noise_free_rows_are_euler_bit_for_bit(device, batch) -> None:
     latents, velocity = states(device, 16, 8, 8)

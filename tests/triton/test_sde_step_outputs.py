@@ -9,6 +9,7 @@ from densegrpo_fast.flow.reference import sde_mean_ref
 HALVES = [None, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("input_dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (2049,), (5, 7, 9)], ids=str)
