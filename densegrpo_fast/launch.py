@@ -3,9 +3,11 @@
 A host whose step is a function of the script itself (dance_grpo) has it replaced the moment it is defined.
 
 The script runs unchanged, as `python script.py args...` would run it: same arguments, `__main__`, search path, exit
-status and tracebacks. It also works below a launcher of processes: `torchrun ... -m densegrpo_fast.launch script.py`,
-`accelerate launch -m densegrpo_fast.launch script.py`. Processes that the script forks or spawns by `multiprocessing`
-(also torch's, and those of a `DataLoader`) are patched like the script. Other commands that it runs are not.
+status and tracebacks. `-m module` in its place runs a module, as `python -m module args...` would. Both also work below
+a launcher of processes: `torchrun ... -m densegrpo_fast.launch script.py`, `accelerate launch -m densegrpo_fast.launch
+script.py`. Processes that the script forks or spawns by `multiprocessing` (also torch's, and those of a `DataLoader`)
+are patched like the script. Python commands that it runs, such as `accelerate launch -m module`, are patched when they
+import the host; a step that such a command's own file defines is not replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from densegrpo_fast.common.errors import SetupError, UsageError
 from densegrpo_fast.common.exit_codes import user_errors_exit
 from densegrpo_fast.common.suggest import did_you_mean
 from densegrpo_fast.compat.hosts import HOSTS
-from densegrpo_fast.compat.run_script import run
+from densegrpo_fast.compat.run_script import Launched, is_first_rank, run, say, source_of
 
 if TYPE_CHECKING:
     from densegrpo_fast.compat.patch import Patch
@@ -40,26 +42,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(argv)
     with user_errors_exit():
-        script = Path(os.path.abspath(options.script))
-        if not script.exists():
-            raise UsageError(f"can't open file {str(script)!r}: there is no such file")
-        if not script.is_file():
-            raise UsageError(f"{str(script)!r} is not a file; name the Python file to run")
+        if not options.module:
+            script = _file(options.script)
         if options.host not in HOSTS:
             known = ", ".join(HOSTS)
             raise UsageError(
                 f"--host: unknown host {options.host!r}, known are: {known}{did_you_mean(options.host, HOSTS)}",
             )
         if not getattr(sys.flags, "safe_path", False):
-            # python -m has put the working directory there; python script.py puts the script's folder.
-            sys.path[0] = str(script.parent)
+            # python script.py puts the script's folder there, python -m the working directory
+            sys.path[0] = os.getcwd() if options.module else str(script.parent)
         patch, given = _install(options)
-    sys.argv = [options.script, *options.args]
+        module = None
+        if options.module:
+            try:
+                module, path = source_of(options.script)
+            except ImportError as error:
+                raise UsageError(f"-m {options.script}: {error}") from error
+            script = Path(path)
+    from densegrpo_fast.compat.patch import CompatError  # loads torch, which --help does without
+
+    sys.argv = [str(script) if options.module else options.script, *options.args]
     try:
-        run(script, patch, options.host, given)
+        run(Launched(str(script), module, options.host, given), patch)
     finally:
-        if not patch.messages and _is_first_rank():
-            _say(f"nothing was replaced: the script imported none of the functions of {options.host}")
+        # an error that refuses the host says so itself
+        if not patch.replaces and is_first_rank() and not isinstance(sys.exc_info()[1], CompatError):
+            say(
+                f"nothing was replaced in this process: the script imported none of the functions of {options.host}"
+                f"{' that is known' if patch.messages else ''}; Python commands that it ran say what they replaced"
+            )
+
+
+def _file(path: str) -> Path:
+    """A script's absolute path.
+
+    Raises:
+        UsageError: it is not a file.
+    """
+    script = Path(os.path.abspath(path))
+    if not script.exists():
+        raise UsageError(f"can't open file {str(script)!r}: there is no such file")
+    if not script.is_file():
+        raise UsageError(f"{str(script)!r} is not a file; name the Python file to run")
+    return script
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="take away a flaw of the host, which is kept otherwise; can be repeated; an unknown name lists all",
     )
-    parser.add_argument("script", help="the Python file to run; everything after it belongs to the script")
+    parser.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m does, not a file")
+    parser.add_argument("script", help="the Python file or module to run; everything after it belongs to the script")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
     return parser
 
@@ -111,20 +138,11 @@ def _install(options: argparse.Namespace) -> tuple[Patch, dict[str, Any]]:
             raise UsageError(f"{optional[name]} is no option of --host {options.host}")
     given |= {"rng": options.rng, "seed": options.seed}
     try:
-        return host.install(say=_say if _is_first_rank() else lambda line: None, **given), given
+        return host.install(say=say if is_first_rank() else lambda line: None, **given), given
     except ValueError as error:
         raise UsageError(str(error)) from error
     except host.CompatError as error:
         raise SetupError(str(error)) from error
-
-
-def _is_first_rank() -> bool:
-    """Whether this process speaks for all of a run."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say(line: str) -> None:
-    print(f"densegrpo_fast: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,39 +62,47 @@ def first_equal(
         parameters: of the message, what the host's function has.
 
     Raises:
-        CompatError: the host's function fails, or none is equal; the message says how the first candidate differs.
+        CompatError: the host's function fails, or none is equal; the message says in what the nearest candidate
+            differs, that is, the one that differs in the fewest calls.
     """
-    differences = []
     for form, ours in candidates.items():
-        difference = _difference(host, ours, calls)
-        if not difference:
+        if next(_differences(host, ours, calls), None) is None:
             return form
-        differences.append(difference)
+    differences = {form: list(_differences(host, ours, calls)) for form, ours in candidates.items()}
+    nearest = min(differences, key=lambda form: len(differences[form]))
+    of_several = f" (nearest known form: {nearest.strip(', ')})" if len(candidates) > 1 else ""
     raise CompatError(
-        f"{name} of the host has {parameters} {differences[0]}. It was changed in this copy of the host, so nothing "
-        "was replaced."
+        f"{name} of the host has {parameters} {differences[nearest][0]}{of_several}. It was changed in this copy of "
+        "the host, so nothing was replaced."
     )
 
 
-def _difference(host: Callable[..., Any], ours: Callable[..., Any], calls: Sequence[Call]) -> str:
+def _differences(host: Callable[..., Any], ours: Callable[..., Any], calls: Sequence[Call]) -> Iterator[str]:
+    """A few words on every call in which two functions differ."""
     for words, call in calls:
         try:
             theirs = results_of(call, host)
         except Exception as error:
-            return f"{words} it raised {error!r}"
-        expected = results_of(call, ours)
-        if len(theirs) != len(expected):
-            return f"{words} it returned {len(theirs)} values, not {len(expected)}"
-        for place, (their, our) in enumerate(zip(theirs, expected, strict=True), start=1):
-            if (their is None) != (our is None):
-                return f"{words} value {place} is {their if our is not None else 'not None'}"
-            if our is None:
-                continue
-            their = torch.as_tensor(their)
-            if their.shape != our.shape or their.dtype != our.dtype:
-                return f"{words} value {place} is {their.dtype} {list(their.shape)}"
-            if not torch.allclose(their, our, rtol=1e-4, atol=1e-5, equal_nan=True):
-                return f"{words} value {place} differs by {float((their - our).abs().max()):.3g}"
+            yield f"{words} it raised {error!r}"
+            continue
+        difference = _difference(theirs, results_of(call, ours))
+        if difference:
+            yield f"{words} {difference}"
+
+
+def _difference(theirs: Any, ours: Any) -> str:
+    if len(theirs) != len(ours):
+        return f"it returned {len(theirs)} values, not {len(ours)}"
+    for place, (their, our) in enumerate(zip(theirs, ours, strict=True), start=1):
+        if (their is None) != (our is None):
+            return f"value {place} is {their if our is not None else 'not None'}"
+        if our is None:
+            continue
+        their = torch.as_tensor(their)
+        if their.shape != our.shape or their.dtype != our.dtype:
+            return f"value {place} is {their.dtype} {list(their.shape)}, not {our.dtype} {list(our.shape)}"
+        if not torch.allclose(their, our, rtol=1e-4, atol=1e-5, equal_nan=True):
+            return f"value {place} differs by {float((their - our).abs().max()):.3g}"
     return ""
 
 

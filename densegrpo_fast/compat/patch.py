@@ -126,6 +126,16 @@ class Patch:
         self.messages.clear()
 
     @property
+    def replaces(self) -> bool:
+        """Whether a function is replaced now; `messages` also has those that are left as they are."""
+        return bool(self._replaced)
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Full names of the modules that define what is to be replaced, without `__main__`."""
+        return frozenset(self._targets) - {"__main__"}
+
+    @property
     def script_names(self) -> frozenset[str]:
         """Names to replace where a script defines them itself; `on_definition` has to be told of each."""
         return frozenset(target.name for target in self._targets.get("__main__", ()))

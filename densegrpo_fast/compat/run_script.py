@@ -1,10 +1,11 @@
-"""A script as `__main__` with a host patched: in this process, and in those that the script spawns.
+"""A script or module as `__main__` with a host patched: in this process, and in those that it starts.
 
-The script is executed here rather than by `runpy.run_path`, which rewrites `sys.argv[0]` and takes `__main__` away
-before exit handlers run.
+The script is executed here rather than by `runpy`, which rewrites `sys.argv[0]`, takes `__main__` away before exit
+handlers run, and has no place for the hook that replaces a function where the script defines it.
 
 A process that `multiprocessing` spawns executes the script again, under the name `__mp_main__`. Its parent names
-`spawned_main.py` in the script's place, which calls `resume`.
+`spawned_main.py` in the script's place, which calls `resume`. A Python command that the script runs finds
+`python_path/sitecustomize.py`, which calls `join` when the host is imported.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import multiprocessing
 import multiprocessing.spawn
 import os
 import sys
+from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,32 +30,54 @@ if TYPE_CHECKING:
 
 _HOOK = "__densegrpo_fast_on_definition__"
 _LAUNCHED = "DENSEGRPO_FAST_LAUNCHED"
-"""Environment variable for spawned processes: path of the script, host, arguments of its `install`, as JSON."""
+"""Environment variable for processes that the script starts: a `Launched` as JSON, and the patched `modules`."""
 
 
-def run(script: Path, patch: Patch, host: str, options: dict[str, Any]) -> None:
-    """Execute a file as `__main__`; a function that the patch knows by name is replaced where the file defines it.
+@dataclass(frozen=True)
+class Launched:
+    """What runs, and how its host is patched.
+
+    Attributes:
+        path: absolute path of the script, or of the module's file.
+        module: full name of the module; None: a script.
+        host: module of `densegrpo_fast.compat`.
+        options: arguments of the host's `install`.
+    """
+
+    path: str
+    module: str | None
+    host: str
+    options: dict[str, Any]
+
+
+def source_of(module: str) -> tuple[str, str]:
+    """The full name, with `.__main__` for a package, and the absolute path of what `python -m module` would run.
+
+    Raises:
+        ImportError: there is no such module, it has no source file, or a package that holds it cannot be imported.
+    """
+    spec = find_spec(module)
+    if spec is not None and spec.submodule_search_locations is not None:
+        module = f"{module}.__main__"
+        spec = find_spec(module)
+    if spec is None or not isinstance(spec.loader, SourceFileLoader) or spec.origin is None:
+        raise ImportError(f"no module named {module} with a source file", name=module)
+    return module, os.path.abspath(spec.origin)
+
+
+def run(launched: Launched, patch: Patch) -> None:
+    """Execute a script or module as `__main__`; a function that the patch knows by name is replaced at its definition.
 
     Args:
-        script: absolute path.
+        launched: what to execute.
         patch: in force.
-        host: module of `densegrpo_fast.compat` that it comes from.
-        options: arguments of the host's `install`, for processes that the script spawns.
     """
     module = ModuleType("__main__")
-    loader = SourceFileLoader("__main__", str(script))
-    vars(module).update(__file__=str(script), __loader__=loader, __builtins__=builtins, __cached__=None)
+    vars(module).update(__builtins__=builtins, __cached__=None, **_names(launched))
     sys.modules["__main__"] = module
-    usual = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        while trace is not None and trace.tb_frame.f_code.co_filename != str(script):
-            trace = trace.tb_next
-        usual(kind, error.with_traceback(trace), trace)
-
-    sys.excepthook = hook
-    _pass_on(script, host, options)
-    _execute(script, patch, vars(module))
+    _tell_errors(launched.path)
+    _pass_on(launched, patch)
+    _execute(launched, patch, vars(module))
 
 
 def resume(namespace: dict[str, Any]) -> None:
@@ -63,34 +89,96 @@ def resume(namespace: dict[str, Any]) -> None:
     Raises:
         CompatError: the host cannot be patched.
     """
-    path, host, options = json.loads(os.environ[_LAUNCHED])
-    patch = import_module(f"densegrpo_fast.compat.{host}").install(**options, say=lambda line: None)
-    namespace["__file__"] = sys.argv[0] = path
-    _pass_on(Path(path), host, options)
-    _execute(Path(path), patch, namespace)
+    launched, patch = _installed(None)
+    names = _names(launched)
+    sys.argv[0] = names["__file__"]
+    namespace.update(names)
+    _pass_on(launched, patch)
+    _execute(launched, patch, namespace)
 
 
-def _pass_on(script: Path, host: str, options: dict[str, Any]) -> None:
-    """Let processes that are spawned from here begin with `spawned_main.py` in place of the script."""
-    os.environ[_LAUNCHED] = json.dumps([str(script), host, options])
+def join() -> None:
+    """Patch the host in a command that a launched script has started; the first rank says what is replaced.
+
+    Raises:
+        CompatError: the host cannot be patched.
+    """
+    _tell_errors(None)
+    _installed(say if is_first_rank() and multiprocessing.parent_process() is None else None)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all of a run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, marked as this package's."""
+    print(f"densegrpo_fast: {line}", file=sys.stderr, flush=True)
+
+
+def _installed(say: Any) -> tuple[Launched, Patch]:
+    given = json.loads(os.environ[_LAUNCHED])
+    given.pop("modules")
+    launched = Launched(**given)
+    host = import_module(f"densegrpo_fast.compat.{launched.host}")
+    return launched, host.install(**launched.options, say=say or (lambda line: None))
+
+
+def _names(launched: Launched) -> dict[str, Any]:
+    """What Python sets in the main module."""
+    loader = SourceFileLoader(launched.module or "__main__", launched.path)
+    names = {"__file__": launched.path, "__loader__": loader}
+    if launched.module is None:
+        return names
+    spec = ModuleSpec(launched.module, loader, origin=launched.path)
+    spec.has_location = True
+    return {**names, "__spec__": spec, "__package__": spec.parent}
+
+
+def _tell_errors(script: str | None) -> None:
+    """Of a refused host show the message alone; of other errors the traceback from the script on."""
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        from densegrpo_fast.compat.patch import CompatError
+
+        if isinstance(error, CompatError):
+            say(f"error: {error}")
+            return
+        while script is not None and trace is not None and trace.tb_frame.f_code.co_filename != script:
+            trace = trace.tb_next
+        usual(kind, error.with_traceback(trace), trace)
+
+    sys.excepthook = hook
+
+
+def _pass_on(launched: Launched, patch: Patch) -> None:
+    """Let processes that are spawned from here begin with `spawned_main.py`, and commands with `sitecustomize.py`."""
+    os.environ[_LAUNCHED] = json.dumps({**asdict(launched), "modules": sorted(patch.modules)})
+    folder = str(Path(__file__).with_name("python_path"))
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in places:
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, places)])
     before = multiprocessing.spawn.get_preparation_data
 
     def prepared(name: str) -> dict[str, Any]:
         data = before(name)
-        if data.get("init_main_from_path") == str(script):
+        of_script = data.get("init_main_from_path") == launched.path
+        if of_script or launched.module is not None and data.pop("init_main_from_name", None) == launched.module:
             data["init_main_from_path"] = str(Path(__file__).with_name("spawned_main.py"))
         return data
 
     multiprocessing.spawn.get_preparation_data = prepared
 
 
-def _execute(script: Path, patch: Patch, namespace: dict[str, Any]) -> None:
-    source: bytes | ast.Module = script.read_bytes()
+def _execute(launched: Launched, patch: Patch, namespace: dict[str, Any]) -> None:
+    source: bytes | ast.Module = Path(launched.path).read_bytes()
     if patch.script_names:
         namespace[_HOOK] = patch.on_definition
-        source = ast.parse(source, str(script))
+        source = ast.parse(source, launched.path)
         for node in source.body:
             if isinstance(node, ast.FunctionDef) and node.name in patch.script_names:
                 # the hook decorates the script's own function; lines stay as they are
                 node.decorator_list.insert(0, ast.copy_location(ast.Name(_HOOK, ast.Load()), node))
-    exec(compile(source, str(script), "exec", dont_inherit=True), namespace)
+    exec(compile(source, launched.path, "exec", dont_inherit=True), namespace)

@@ -33,6 +33,7 @@ from torch import Tensor
 from densegrpo_fast.compat import flow_grpo
 from densegrpo_fast.compat.flow_grpo.pipelines import (
     has_form,
+    left,
     pipeline_with_logprob_fast,
     sample,
     states_of,
@@ -225,13 +226,13 @@ def _replacements(*, rng: str, chunk: int | None, fixes: frozenset[str], **other
     def replace_mixed(host: Sampler) -> tuple[Sampler, str]:
         signature, step, globals_ = inspect.signature(host), step_of(host), inspect.unwrap(host).__globals__
         if not has_form(signature, "fast"):
-            return host, "left as it is: its arguments are not known; it calls the replaced step"
+            return host, left("its arguments are not known", host)
         # the host also rounds inside the completions, to bfloat16 in this comparison
         kept, reason = states_of(
             host, lambda keep: make_samplers(step=step, float32=keep, signature=signature)[0], rounded_tolerance=0.05
         )
         if kept is None:
-            return host, f"left as it is: {reason}; it calls the replaced step"
+            return host, left(reason, host)
         samplers[:] = make(
             step=step,
             pipeline=lambda: globals_["pipeline_with_logprob"],
@@ -242,7 +243,7 @@ def _replacements(*, rng: str, chunk: int | None, fixes: frozenset[str], **other
 
     def replace_ode(host: Sampler) -> tuple[Sampler, str]:
         if not samplers or list(inspect.signature(host).parameters)[1:] != list(signature_of(ODE).parameters)[1:]:
-            return host, "left as it is; it calls the replaced pipeline"
+            return host, f"left as it is: {'its arguments are not known' if samplers else 'the mixed sampler is, too'}"
         return samplers[1], "shared noise" if shared_noise else "noise of its own, as in the host"
 
     return {**flow_grpo.replacements(rng=rng, fixes=fixes, **others), MIXED: replace_mixed, ODE: replace_ode}

@@ -73,7 +73,8 @@ def test_pipelines_can_be_left_out(host: Host) -> None:
 
 
 def test_an_unknown_pipeline_is_left_and_calls_our_step(host: Host) -> None:
-    modules = host(fast=host_sd3.signed("self", "prompt=None solver='flow'")(lambda *_: None))
+    modules = host()
+    modules["fast"].pipeline_with_logprob = modules["fast"].signed("self", "prompt=None solver='flow'")(lambda *_: None)
     original = modules["fast"].pipeline_with_logprob
     patch = flow_grpo.install()
     assert modules["fast"].pipeline_with_logprob is original
@@ -81,6 +82,15 @@ def test_an_unknown_pipeline_is_left_and_calls_our_step(host: Host) -> None:
     assert "is left as it is: its arguments are not known; it calls the replaced step" in line
     assert modules["fast"].sde_step_with_logprob is modules["step"].sde_step_with_logprob
     assert modules["step"].sde_step_with_logprob.__module__.startswith("densegrpo_fast.")
+    assert patch.replaces
+
+
+def test_a_fork_with_a_step_of_its_own_hears_that_its_pipeline_does_not_call_ours(host: Host) -> None:
+    modules = host()
+    sampler = modules["fast"].signed("self", "prompt=None solver='flow'")(lambda *_: None)
+    assert pipeline_replacement(sampler)[1].endswith("it calls the replaced step")
+    modules["fast"].sde_step_with_logprob = lambda *_: None
+    assert pipeline_replacement(sampler)[1].endswith("it calls no replaced step")
 
 
 def test_a_changed_copy_is_left(host: Host) -> None:
@@ -93,7 +103,7 @@ def test_a_changed_copy_is_left(host: Host) -> None:
     modules = host(guided=swapped)
     replacement, note = pipeline_replacement(modules["fast"].pipeline_with_logprob)
     assert replacement is modules["fast"].pipeline_with_logprob
-    assert "its results are others (results[0] differ)" in note
+    assert "its results are others (results[0] differ by " in note and "with states in float32" in note
 
     modules = host(images_of=lambda *_: 1 / 0)
     assert "it raised ZeroDivisionError" in pipeline_replacement(modules["plain"].pipeline_with_logprob)[1]

@@ -176,6 +176,20 @@ def test_versions_of_flow_factory(hosts: Path) -> None:
     assert torch.equal(fixed, fixed.bfloat16().float()) and not torch.equal(plain, plain.bfloat16().float())
 
 
+def test_the_nearest_form_says_how_a_changed_host_differs(hosts: Path) -> None:
+    """An earlier version with one edit: the message is about the edit, not about what versions differ in."""
+    change(
+        hosts,
+        SCHEDULER,
+        "ROUND_TRIP = True\nDANCE_STD_INJECTED = False",
+        "ROUND_TRIP, DANCE_STD_INJECTED = False, True",
+    )
+    change(hosts, SCHEDULER, "density = -((next_latents.detach() - mean) ** 2)\n", "density = 0 * mean\n")
+    flow_factory.install(say=lambda line: None)
+    with pytest.raises(CompatError, match=r"scoring CPS at one step value 4 .*without round trip, Dance-SDE's std inj"):
+        importlib.import_module(SCHEDULER)
+
+
 @pytest.mark.parametrize("constants", [True, False])
 def test_dance_grpo_in_modules_and_in_the_script(
     hosts: Path, monkeypatch: pytest.MonkeyPatch, constants: bool, caplog: pytest.LogCaptureFixture

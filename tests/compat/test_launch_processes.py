@@ -174,6 +174,104 @@ def test_a_step_that_the_script_defines_is_replaced_in_its_children(project: Pat
     assert modules == ["densegrpo_fast.compat.dance_grpo"] * 3
 
 
+TRAIN = """
+import os, sys
+from .scheduler.flow_match_euler_discrete import FlowMatchEulerDiscreteSDEScheduler as Scheduler
+
+if __name__ == "__main__":
+    step = Scheduler.step.__module__
+    print(os.environ.get("RANK"), step, __name__, __package__, os.path.basename(sys.argv[0]), sys.argv[1:], flush=True)
+"""
+CLI = """
+import subprocess, sys
+
+command = [sys.executable, "-m", "flow_factory.train"]
+if sys.argv[1] == "accelerate":
+    options = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--machine_rank", "0", "--mixed_precision", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
+    command += ["--dynamo_backend", "no", "-m", "flow_factory.train"]
+if sys.argv[1] == "torchrun":  # as accelerate does for several GPUs
+    options = ["--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "flow_factory.train"]
+
+if __name__ == "__main__":
+    subprocess.run([*command, *sys.argv[1:]], check=True)
+"""
+
+
+@pytest.fixture
+def flow_factory(project: Path) -> Path:
+    """A miniature Flow-Factory: its command starts `python -m`, or `accelerate launch -m`, of a module in a child."""
+    package = project / "flow_factory"
+    (package / "scheduler").mkdir(parents=True)
+    for folder in (package, package / "scheduler"):
+        (folder / "__init__.py").touch()
+    scheduler = (HOSTS / "flow_factory_scheduler.py").read_text()
+    (package / "scheduler" / "flow_match_euler_discrete.py").write_text(scheduler)
+    (package / "train.py").write_text(TRAIN)
+    (package / "cli.py").write_text(CLI)
+    return project
+
+
+FACTORY = (*LAUNCH, "--host", "flow_factory", "-m")
+OURS = "densegrpo_fast.compat.flow_factory"
+
+
+def test_a_module_runs_as_if_run_directly(flow_factory: Path) -> None:
+    """With relative imports; the launcher's own words are all that differs."""
+    arguments = ("flow_factory.train", "config.yaml", "-m", "--x")
+    direct, launched = run(flow_factory, "-m", *arguments), run(flow_factory, *FACTORY, *arguments)
+    assert direct.returncode == launched.returncode == 0, launched.stderr
+    assert "train.py ['config.yaml', '-m', '--x']" in direct.stdout
+    assert launched.stdout.replace(OURS, "flow_factory.scheduler.flow_match_euler_discrete") == direct.stdout
+    assert launched.stderr.count("densegrpo_fast: replaced") == 1
+    missing = run(flow_factory, *FACTORY, "flow_factory.no")
+    assert missing.returncode == 2 and "-m flow_factory.no: no module named flow_factory.no" in missing.stderr
+
+
+@pytest.mark.parametrize("way", ["python", "accelerate", "torchrun"])
+def test_commands_of_a_module_are_patched(flow_factory: Path, way: str) -> None:
+    if way == "accelerate":
+        pytest.importorskip("accelerate")
+    hidden = flow_factory / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import builtins\nbuiltins.hidden = True\n")
+    (flow_factory / "flow_factory" / "train.py").write_text(f"assert hidden\n{TRAIN}")
+    path = os.pathsep.join([str(ROOT), str(flow_factory), str(hidden)])
+    launched = run(flow_factory, *FACTORY, "flow_factory.cli", way, PYTHONPATH=path)
+    assert launched.returncode == 0, launched.stderr
+    ranks = ["0", "1"] if way == "torchrun" else ["None"]
+    rest = f"{OURS} __main__ flow_factory train.py ['{way}']"
+    assert sorted(launched.stdout.splitlines()) == [f"{rank} {rest}" for rank in ranks]
+    assert launched.stderr.count("densegrpo_fast: replaced flow_factory.scheduler") == 1
+
+
+def test_a_command_with_a_changed_host_stops(flow_factory: Path) -> None:
+    path = flow_factory / "flow_factory" / "scheduler" / "flow_match_euler_discrete.py"
+    path.write_text(path.read_text().replace("0.5 * std**2 * dt", "0.5 * std * dt"))
+    launched = run(flow_factory, *FACTORY, "flow_factory.cli", "python")
+    assert launched.returncode == 1 and launched.stdout == ""
+    (line,) = [line for line in launched.stderr.splitlines() if line.startswith("densegrpo_fast: error:")]
+    assert "It was changed in this copy of the host" in line
+
+
+def test_spawned_processes_of_a_module_are_patched_like_it(project: Path) -> None:
+    """Those of a module that defines the step itself, too."""
+    package = project / "fastvideo"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "helper.py").write_text("import multiprocessing, os, sys\n")
+    script = SPAWNING.replace("sde_step_with_logprob.__module__", "flux_step.__module__")
+    script = script.replace("def flux_step():\n    pass\n", (HOSTS / "dance_script.py").read_text())
+    script = script.replace("import multiprocessing, os, sys", "from .helper import multiprocessing, os, sys")
+    script = "\n".join(line for line in script.splitlines() if not line.startswith("from flow_grpo"))
+    (package / "train.py").write_text(script)
+    launched = run(project, *LAUNCH, "--host", "dance_grpo", "-m", "fastvideo.train", "spawn")
+    assert launched.returncode == 0, launched.stderr
+    modules = [line.split(" ")[1] for line in launched.stdout.splitlines()]
+    assert modules == ["densegrpo_fast.compat.dance_grpo"] * 3
+
+
 def test_a_host_that_cannot_be_patched_stops_the_child(project: Path) -> None:
     changed = 'os.environ["DENSEGRPO_FAST_LAUNCHED"].replace("flow_grpo", "flow_factory")'
     before = f'    os.environ["DENSEGRPO_FAST_LAUNCHED"] = {changed}\n    report(0, sys.argv[1])\n'

@@ -27,7 +27,7 @@ from torch import Tensor
 from densegrpo_fast.compat.flow_grpo.sd3 import Rollout, Run, Step, decode, prepare, roll_out
 from densegrpo_fast.compat.flow_grpo.step import NAME as STEP
 from densegrpo_fast.compat.flow_grpo.step import step_function
-from densegrpo_fast.compat.hosts import signature_of
+from densegrpo_fast.compat.hosts import HOSTS, signature_of
 from densegrpo_fast.compat.probes import sd3_call
 from densegrpo_fast.compat.steps import as_host
 
@@ -145,14 +145,14 @@ def pipeline_replacement(host: Callable[..., Any], *, float32: bool = False) -> 
     signature = inspect.signature(host)
     form = next((form for form in ("plain", "fast") if has_form(signature, form)), None)
     if form is None:
-        return host, "left as it is: its arguments are not known; it calls the replaced step"
+        return host, left("its arguments are not known", host)
 
     def make(keep: bool) -> Callable[..., Any]:
         return make_pipeline(str(form), step_of(host), float32=keep, signature=signature)
 
     kept, reason = states_of(host, make, windowed=form == "fast")
     if kept is None:
-        return host, f"left as it is: {reason}; it calls the replaced step"
+        return host, left(reason, host)
     if kept:
         return make(True), f"{form}, float32 states"
     return make(float32), f"{form}, states {'kept in float32' if float32 else 'in the dtype of the prompts'}"
@@ -163,6 +163,14 @@ def has_form(signature: inspect.Signature, form: str) -> bool:
     names, known = list(signature.parameters)[1:], list(signature_of(NAME, form).parameters)[1:]
     needed = [name for name in known if name not in ("return_prev_sample_mean", "sde_type")]
     return names == known[: len(names)] and len(names) >= len(needed)
+
+
+def left(reason: str, host: Callable[..., Any]) -> str:
+    """Why a host's function is left as it is, and whether the step that it calls is one that is replaced."""
+    step = inspect.unwrap(host).__globals__.get(STEP)
+    home = getattr(step, "__module__", "")
+    replaced = home.startswith("densegrpo_fast.") or home in {entry.module for entry in HOSTS["flow_grpo"].replaced}
+    return f"left as it is: {reason}; it calls {'the' if replaced else 'no'} replaced step"
 
 
 def step_of(host: Callable[..., Any]) -> Callable[[], Step]:
@@ -191,7 +199,7 @@ def states_of(
         return None, f"its module has no {STEP}"
     windows = [{"sde_window_size": 2, "sde_window_range": (1, 4)}] if windowed else []
     cases: list[dict[str, Any]] = [{}, {"guidance_scale": 1.0}, {"noise_level": 0.5}, *windows]
-    agreeing, reason = [True, False], ""
+    agreeing = [True, False]
     original, state, python = module[STEP], torch.get_rng_state(), random.getstate()
     module[STEP] = _step
     try:
@@ -200,12 +208,14 @@ def states_of(
                 theirs = sd3_call(host, case)
             except Exception as error:
                 return None, f"it raised {error!r} when tried"
-            for keep in list(agreeing):
+            reasons = {}
+            for keep in agreeing:
                 reason = _difference(theirs, sd3_call(make(keep), case), 1e-5 if keep else rounded_tolerance)
                 if reason:
-                    agreeing.remove(keep)
+                    reasons[keep] = f"{reason} with states {'in float32' if keep else 'in the dtype of the prompts'}"
+            agreeing = [keep for keep in agreeing if keep not in reasons]
             if not agreeing:
-                return None, f"its results are others ({reason})"
+                return None, f"its results are others ({'; '.join(reasons.values())})"
     finally:
         module[STEP] = original
         torch.set_rng_state(state)
@@ -219,7 +229,7 @@ def _difference(theirs: Any, ours: Any, atol: float, place: str = "results") -> 
         if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             return f"{place} of another shape or dtype"
         near = torch.allclose(theirs.float(), ours.float(), rtol=1e-4, atol=atol, equal_nan=True)
-        return "" if near else f"{place} differ"
+        return "" if near else f"{place} differ by {float((theirs.float() - ours.float()).abs().max()):.3g}"
     keys: Sequence[Any]
     if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
         if len(theirs) != len(ours):
