@@ -261,9 +261,13 @@ def free_port() -> int:
 
 
 def launched(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    """Launch a script of the page's name, with an empty package as its host; in a child, where it is `__main__`."""
-    where = next(number for number, word in enumerate(words) if word.endswith(".py"))
-    script = Path(words[where])
+    """Launch a script or module of the page's name, in an empty package as its host; in a child, as `__main__`."""
+    if "-m" in words:
+        where = words.index("-m") + 1
+        script = Path("installed", words[where].replace(".", "/")).with_suffix(".py")
+    else:
+        where = next(number for number, word in enumerate(words) if word.endswith(".py"))
+        script = Path(words[where])
     script.parent.mkdir(exist_ok=True)
     script.write_text("import sys\nprint('started with', sys.argv[1:])\n")
     child = os.fork()
