@@ -56,7 +56,7 @@ def write_model_card(
     config: Config,
     *,
     base: BaseFacts,
-    prompt: str,
+    prompts: Sequence[str],
     before: Mapping[str, Interval],
     after: Mapping[str, Interval],
     change: Mapping[str, Interval],
@@ -70,7 +70,7 @@ def write_model_card(
         adapter: the adapter directory, inside its run directory, whose name is the title.
         config: the run's settings.
         base: of the model that the adapter belongs to.
-        prompt: for the example.
+        prompts: that were held out; the first is the example's.
         before, after, change: reward -> held-out mean before and after training, and the paired change.
         metrics: the run's records.
 
@@ -91,7 +91,8 @@ def write_model_card(
         base_path=config.model.path if on_hub else Path(config.model.path).name,
         base=base,
         reward=", ".join(f"{weight:g} x {name}" for name, weight in config.reward.terms.items()),
-        prompt=prompt,
+        prompt=prompts[0],
+        num_held_out=len(prompts),
         guidance_scale=config.evaluation_guidance_scale,
         before=before,
         after=after,

@@ -363,7 +363,7 @@ class RunRecords:
     def stopped(self, done: int) -> None:
         """Say that a signal has stopped the run."""
         assert self.progress is not None
-        self.progress.write(f"stopped after iteration {done}; continue with --resume")
+        self.progress.write(f"stopped after iteration {done}; continue with --resume {self.directory}")
 
     def finish(self, trained: dict[str, Tensor] | None = None) -> str:
         """Write what was trained, and the report; returns the closing message.
@@ -404,7 +404,7 @@ class RunRecords:
                     exported,
                     self.config,
                     base=self._base_facts(),
-                    prompt=prompts[0],
+                    prompts=prompts,
                     metrics=metrics,
                     **measured,
                 )

@@ -42,7 +42,11 @@ def card(directory: Path, settings: Config, base: BaseFacts = CPU, prompt: str =
     }
     (directory / "adapter").mkdir(exist_ok=True)
     return write_model_card(
-        directory / "adapter", settings, base=base, prompt=prompt, **{**measured, **changes}
+        directory / "adapter",
+        settings,
+        base=base,
+        prompts=[prompt] * settings.evaluation.num_prompts,
+        **{**measured, **changes},
     ).read_text()
 
 
