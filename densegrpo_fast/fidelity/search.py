@@ -172,13 +172,13 @@ def ladder(target: FidelityTarget) -> list[Plan]:
     steps, states = target.coefficients.num_steps, completed_states(target)
     first = min(states, default=steps)
     ahead = max(0, steps - 2 - first)
-    rungs = [plans.exact(steps), plans.exact_but_last(steps)]
+    candidates = [plans.exact(steps), plans.exact_but_last(steps)]
     for count in (ahead * share // 4 for share in (3, 2, 1)):
         if count:
-            rungs.append(plans.nodes(steps, [first + round(i * ahead / count) for i in range(1, count + 1)]))
-    rungs.append(plans.one_step(steps))
+            candidates.append(plans.nodes(steps, [first + round(i * ahead / count) for i in range(1, count + 1)]))
+    candidates.append(plans.one_step(steps))
     different: dict[tuple[Path, ...], Plan] = {}
-    for plan in rungs:
+    for plan in candidates:
         different.setdefault(tuple(plan.paths[state] for state in states), plan)
     return list(different.values())
 

@@ -90,7 +90,7 @@ class Trial:
         self.model, self.schedule = model, self.trainer.schedule
         self.size = config.sampler.branches or config.sampler.group_size
         self.target = self._target(MOST if groups is None else groups)
-        self.reference, self.rungs = reference(config.sampler.num_steps), ladder(self.target)
+        self.reference, self.plans = reference(config.sampler.num_steps), ladder(self.target)
         self.ways, self.steps = self._ways(), tuple(self.schedule.candidates(0))
         self.promising = self.ways
         affordable = [count for count in range(FEWEST, MOST + 1) if self.iterations(count) <= ITERATIONS]
@@ -113,7 +113,7 @@ class Trial:
     def outline(self) -> str:
         """What will be measured, and the most that it costs."""
         return (
-            f"to be measured are {len(self.rungs)} plans in {len(self.ways)} ways on {self.groups} groups of "
+            f"to be measured are {len(self.plans)} plans in {len(self.ways)} ways on {self.groups} groups of "
             f"{self.size} samples of the first training prompts, by at most as many operations as "
             f"{self.iterations(self.groups):.1f} iterations with one reward per picture"
         )
@@ -142,8 +142,8 @@ class Trial:
 
         first = _first(groups)
         own = groups * (sparse(kl=False) + completed(self.reference))
-        own += first * compared(self.ways, [*self.rungs[:2], *self.rungs[2:][-1:]])
-        own += (groups - first) * compared(self.ways if ways is None else ways, self.rungs[1:])
+        own += first * compared(self.ways, [*self.plans[:2], *self.plans[2:][-1:]])
+        own += (groups - first) * compared(self.ways if ways is None else ways, self.plans[1:])
         run = self.config.data.num_prompts * sampler.group_size * sparse(kl=self.config.objective.kl_coef > 0)
         return self.size * own / run
 
@@ -181,12 +181,12 @@ class Trial:
         first = _first(self.groups)
         options: dict[str, Any] = {"max_nodes": 0, "group_size": self.size, "seed": self.config.seed}
         options["observe"] = self._observe
-        looked = search(target, range(first), ways=self.ways, named=self.rungs[:2], **options)
+        looked = search(target, range(first), ways=self.ways, named=self.plans[:2], **options)
         near = Thresholds(thresholds.rewards - _FAR, thresholds.gains - _FAR, -inf)
         met = {replace(c.variant, plan=self.reference.plan) for c in looked if near.met_by(c.agreement)}
         self.promising = [way for way in self.ways if way in met]
         rest = range(first, self.groups)
-        found = search(target, rest, ways=self.promising, named=self.rungs[1:], **options)
+        found = search(target, rest, ways=self.promising, named=self.plans[1:], **options)
         rows = {candidate.variant: Row(candidate, first) for candidate in looked}
         rows |= {candidate.variant: Row(candidate, len(rest)) for candidate in found}
         exact = torch.cat(self._exact)

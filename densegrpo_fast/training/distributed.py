@@ -40,17 +40,27 @@ class LostProcess(SetupError):
     """Another process of the run has ended, or does not answer."""
 
 
+def _lost(error: RuntimeError) -> LostProcess:
+    reason = re.sub(r"^\[[^\]]*\] |\. .*", "", str(error).strip().partition("\n")[0])
+    return LostProcess(
+        "another process of the run has ended, or has not answered within distributed.timeout "
+        f"({reason}); the checkpoints are kept: start again with --resume"
+    )
+
+
+def as_lost_process(error: Exception) -> Exception:
+    """A `LostProcess` in place of what PyTorch's own collectives raise, such as FSDP2's; another error as it is."""
+    collective = isinstance(error, dist.DistError) or re.match(r"\[[^\]]*\bgloo/", str(error))
+    return _lost(error) if collective and isinstance(error, RuntimeError) else error
+
+
 @contextmanager
 def _together() -> Iterator[None]:
     """What a collective raises means that another process is lost."""
     try:
         yield
     except RuntimeError as error:
-        reason = re.sub(r"^\[[^\]]*\] |\. .*", "", str(error).strip().partition("\n")[0])
-        raise LostProcess(
-            "another process of the run has ended, or has not answered within distributed.timeout "
-            f"({reason}); the checkpoints are kept: start again with --resume"
-        ) from None
+        raise _lost(error) from None
 
 
 @dataclass

@@ -120,6 +120,7 @@ class Learner:
     def __init__(self, model: FlowModel, options: LearnerOptions, share: Share | None = None):
         self.model, self.options, self.share = model, options, share
         self.parameters = model.trainable_parameters()
+        self._spread = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=options.lr,
@@ -294,15 +295,14 @@ class Learner:
     def add_gradient(self, loss: Tensor) -> None:
         """Add a loss's gradient to the parameters', whole or, if the memory runs out on the way, not at all."""
         parameters = list(self.parameters.values())
-        spread = any(isinstance(parameter, DTensor) for parameter in parameters)
         try:
-            if spread:
+            if self._spread:
                 # only in a backward of its own does FSDP2 add up gradients
                 loss.backward()
                 return
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         except torch.OutOfMemoryError as error:
-            if self.model.sharded or spread:
+            if self.model.sharded or self._spread:
                 raise ends_the_run(error) from None
             raise
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -284,5 +284,7 @@ class MeteredReward:
     meter: Meter
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-        self.meter.now.scored += len(images)
+        # of a video some frames
+        frames = min(getattr(self.reward, "frames", 1), images.shape[2]) if images.ndim == 5 else 1
+        self.meter.now.scored += len(images) * frames
         return self.reward(images, prompts, metadata)

@@ -27,7 +27,7 @@ from densegrpo_fast.common.exit_codes import ExitCode, words_and_code
 from densegrpo_fast.common.fingerprint import flatten
 from densegrpo_fast.config import Config
 from densegrpo_fast.run_files.provenance import versions
-from densegrpo_fast.training.distributed import LostProcess, World
+from densegrpo_fast.training.distributed import LostProcess, World, as_lost_process
 
 _PREFIX, _FAILED, _KNOWN = "densegrpo_fast", "failed", "known"
 _GRACE_SECONDS = 10.0
@@ -72,7 +72,7 @@ def joined(config: Config) -> Iterator[World]:
         failures.ended.set()
         dist.destroy_process_group()
     except Exception as error:
-        failures.fail(error)
+        failures.fail(as_lost_process(error))
 
 
 def _number(variable: str, default: int | None = None) -> int:

@@ -41,6 +41,7 @@ from densegrpo_fast.training.callbacks import Callback
 from densegrpo_fast.training.costs import CostReport
 from densegrpo_fast.training.distributed import Traffic, World, equal_weights, iteration_share
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
+from densegrpo_fast.training.iteration_record import iteration_record, of_all_processes
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 from densegrpo_fast.training.lookahead import build_lookahead, completion_ways
 from densegrpo_fast.training.memory import peak_metrics, shard_mode, start_peak
@@ -49,7 +50,7 @@ from densegrpo_fast.training.models import build_model, default_device, synchron
 from densegrpo_fast.training.monitor import LookaheadMonitor
 from densegrpo_fast.training.noise_levels import NoiseLevels
 from densegrpo_fast.training.prompts import PromptBatch, TrainingPrompts, check_inputs
-from densegrpo_fast.training.records import iteration_record, of_all_processes, run_directory
+from densegrpo_fast.training.records import run_directory
 from densegrpo_fast.training.rewarding import (
     RewardBatch,
     RewardComputer,

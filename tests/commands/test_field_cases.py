@@ -11,9 +11,11 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import unicodedata
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from densegrpo_fast.common.errors import SetupError, UsageError, UserError
+from densegrpo_fast.common.errors import OutputError, SetupError, UsageError, UserError
+from densegrpo_fast.common.files import replace_text
 from densegrpo_fast.config.cli import load_config, parse_arguments
 from densegrpo_fast.config.yaml_files import parse_yaml
 from densegrpo_fast.models.loading import load_pipeline
@@ -32,6 +35,7 @@ from densegrpo_fast.models.tiny import tiny_model
 from densegrpo_fast.rewards.ocr import similarity
 from densegrpo_fast.run_files.images import read_picture, save_picture
 from densegrpo_fast.run_files.model_refs import locate
+from densegrpo_fast.run_files.run_directory import open_run_directory
 from densegrpo_fast.sample import main as sample
 from densegrpo_fast.sampling.oom_backoff import OomBackoff
 from densegrpo_fast.training.prompts import PromptSampler, TrainingPrompts, load_prompts
@@ -436,3 +440,50 @@ def test_the_cpu_s_memory_running_out_lowers_the_rows() -> None:
     assert rows.fitting(work) == 2 and seen == [8, 4, 2]
     with pytest.raises(RuntimeError, match="another"):
         rows.fitting(lambda count: (_ for _ in ()).throw(RuntimeError("another")))
+
+
+# what may not be written or read
+
+
+def started(path: Path) -> None:
+    with open_run_directory(path, resume=False, overwrite=False):
+        pass
+
+
+def test_a_place_without_permission_is_named(tmp_path: Path) -> None:
+    """As somebody else where the tests run as root, to whom everything is permitted."""
+    place = Path(tempfile.mkdtemp())
+    (place / "secret").mkdir()
+    cases: list[tuple[Callable[[Path], object], Path, type[UserError]]] = [
+        (started, place / "run", OutputError),
+        (lambda path: replace_text(path, "text"), place / "file", OutputError),
+        (lambda path: locate(str(path)), place / "secret" / "adapter", SetupError),
+        (load_prompts, place / "secret" / "prompts.txt", UsageError),
+    ]
+    for call, path, _ in cases:
+        # nothing is to be imported by the other user, who may not read the modules either
+        with suppress(UserError):
+            call(tmp_path / path.name)
+    (place / "secret").chmod(0)
+    place.chmod(0o555)
+    try:
+        for call, path, kind in cases:
+            reader, writer = os.pipe()
+            if (child := os.fork()) == 0:
+                try:
+                    if os.geteuid() == 0:
+                        os.setuid(65534)
+                    call(path)
+                except BaseException as error:
+                    os.write(writer, f"{type(error).__name__}: {error}".encode())
+                finally:
+                    os._exit(0)
+            os.close(writer)
+            os.waitpid(child, 0)
+            with os.fdopen(reader) as told:
+                found = told.read()
+            assert found.startswith(f"{kind.__name__}: ") and str(path) in found, found
+    finally:
+        for path in (place, place / "secret"):
+            path.chmod(0o755)
+        shutil.rmtree(place)

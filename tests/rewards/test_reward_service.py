@@ -15,7 +15,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -28,6 +27,10 @@ from densegrpo_fast.common.pictures import decode_png, encode_png
 from densegrpo_fast.rewards import server as service
 from densegrpo_fast.rewards.jpeg import JpegIncompressibility
 from densegrpo_fast.rewards.server import RewardServer, main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "chaos"))
+
+from wire import chunk, plain, png  # noqa: E402
 
 MEMORY = 10**9
 """Bytes of memory that the server may take, whatever is sent to it."""
@@ -57,23 +60,6 @@ def posted(url: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
 def request(**changes: Any) -> bytes:
     picture = encode_png(np.zeros((8, 8, 3), np.uint8))
     return json.dumps({"images": [picture], "prompts": ["p"], "metadata": [{}]} | changes).encode()
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2) -> str:
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IEND", b"")).decode()
-
-
-def plain(width: int, height: int, depth: int = 8, colour: int = 2) -> str:
-    """A picture of one colour: next to no bytes, however large."""
-    channels = {0: 1, 2: 3, 6: 4}[colour] * depth // 8
-    lines = zlib.compressobj(1)
-    data = b"".join([lines.compress(b"\0" * (1 + channels * width)) for _ in range(height)] + [lines.flush()])
-    return png(width, height, chunk(b"IDAT", data), depth=depth, colour=colour)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from dataclasses import fields
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +22,7 @@ from densegrpo_fast.fidelity.target import analytic_target
 from densegrpo_fast.fidelity.variants import Variant
 from densegrpo_fast.objective.clip import METRICS
 from densegrpo_fast.sampling.plan import exact
-from densegrpo_fast.training.distributed import World
+from densegrpo_fast.training.distributed import World, as_lost_process
 from densegrpo_fast.training.meter import PHASES, Counts
 from densegrpo_fast.training.pictures import PictureSampler, draw
 
@@ -258,3 +260,29 @@ def test_pictures_and_measurements_are_shared_out_and_the_same() -> None:
     for found in together(2, looked_at):
         assert torch.equal(found["drawn"], single["drawn"])
         torch.testing.assert_close(found["measured"], single["measured"], rtol=1e-5, atol=1e-6)
+
+
+def alone_in_a_sum(directory: Path, rank: int) -> None:
+    """One of two processes ends, the other adds up by PyTorch's own collective until it notices."""
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    if rank == 1:
+        os._exit(0)
+    try:
+        while True:
+            dist.all_reduce(torch.ones(1))
+    except Exception as error:
+        (directory / "found").write_text(f"{type(as_lost_process(error)).__name__}: {as_lost_process(error)}")
+        os._exit(0)
+
+
+@pytest.mark.ci
+def test_a_process_that_is_lost_in_a_collective_of_pytorch_s_own_is_told(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=alone_in_a_sum, args=(tmp_path, rank)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert (tmp_path / "found").read_text().startswith("LostProcess: another process of the run has ended")
+    for other in (RuntimeError("shape mismatch"), ValueError("[/a/gloo/b.cc:1] as text")):
+        assert as_lost_process(other) is other
