@@ -33,7 +33,7 @@ def explain(error: BaseException) -> tuple[str, type[BaseException] | None]:
     if names & {"OutOfMemoryError", "MemoryError"} or "not enough memory" in said:
         return f"the memory ran out: {said}; lower sampler.micro_batch and lookahead.chunk", MemoryError
     caches = [
-        os.environ.get(name, default)
+        os.environ.get(name) or default
         for name, default in (
             ("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_USER"),
             ("TRITON_CACHE_DIR", "~/.triton/cache"),

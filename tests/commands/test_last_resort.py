@@ -18,7 +18,7 @@ import torch
 
 from densegrpo_fast.common import last_resort
 from densegrpo_fast.common.errors import SetupError
-from densegrpo_fast.common.exit_codes import user_errors_exit
+from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
 from densegrpo_fast.common.last_resort import LastingStream
 from densegrpo_fast.run_files.run_directory import open_run_directory
 from densegrpo_fast.run_files.signals import GracefulStop
@@ -84,6 +84,10 @@ def test_a_damaged_compiler_cache_is_named_by_its_folder(
     first, second = capsys.readouterr().err.splitlines()
     assert "delete the compiler's caches, /scratch/inductor and " in first
     assert f"delete the compiler's caches, {tempfile.gettempdir()}/torchinductor_" in second
+    # an empty variable names no folder
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    assert ended(OSError(2, "no such file", "/elsewhere/file")) == ExitCode.OUTPUT
+    assert "caches" not in capsys.readouterr().err
 
 
 @pytest.mark.ci
