@@ -1,4 +1,4 @@
-"""Dense rewards for a Flow-GRPO training script: one call after its own sampling of SD3.
+"""Dense rewards for a training script of another codebase: one call after its own sampling.
 
     dense = dense_rewards(pipeline, reward_fn, prompts, metadata, latents=latents, timesteps=timesteps, ...)
     dense.gains             [B, T], what each step added to the reward of the image that the ODE would end in
@@ -7,7 +7,7 @@
 
 DenseGRPO (arXiv 2601.20218, Eq 7-10): every state of the trajectory is completed without noise and scored. Call it
 where the script samples: under the same adapter and autocast. The pipeline's scheduler is only read, and no random
-number is drawn.
+number is drawn. SD3, FLUX.1, Qwen-Image, and Stable Diffusion 1.x by DDIM (`family_model.KINDS`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from densegrpo_fast.compat.family_model import KINDS, SD3, FamilyModel, kind_of
 from densegrpo_fast.compat.flow_grpo.pipelines import Kept
-from densegrpo_fast.compat.flow_grpo.schedule import Schedule, schedule_of
+from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
 from densegrpo_fast.compat.flow_grpo.sd3 import Prompts
 from densegrpo_fast.compat.pipeline_model import PipelineModel, conditioning_of, plan_from, trajectory_from
 from densegrpo_fast.compat.scored import DenseRewards, RewardFunction, Tracker, scoring
@@ -40,10 +41,14 @@ def dense_rewards(
     latents: Tensor | Sequence[Tensor],
     timesteps: Tensor | Sequence[Tensor] | None = None,
     prompt_embeds: Tensor,
-    pooled_prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
     negative_pooled_prompt_embeds: Tensor | None = None,
+    prompt_embeds_mask: Tensor | None = None,
+    negative_prompt_embeds_mask: Tensor | None = None,
     guidance_scale: float,
+    height: int = 0,
+    width: int = 0,
     images: Any = None,
     kept: Kept | None = None,
     tracker: Tracker | None = None,
@@ -59,20 +64,23 @@ def dense_rewards(
     """Complete, decode and score every state that a sampling call of the script went through.
 
     Args:
-        pipeline: the script's SD3 pipeline, its scheduler as sampling left it.
+        pipeline: the script's pipeline, of a class in `family_model.KINDS`, its scheduler as sampling left it.
         reward_fn: the script's, `fn(images, prompts, metadata) -> (scores, info)`; called once per state with B
             images [B, 3, H, W] in [0, 1].
         prompts, metadata: of the B rows; metadata defaults to empty dicts.
         latents: the T+1 states, stacked [B, T+1, ...] or as the pipeline returned them; all T steps inject noise.
         timesteps: of the T steps, stacked [B, T] or as the fast pipeline returned them; rows may have different
             windows. None means the scheduler's own, all N of them.
-        prompt_embeds, pooled_prompt_embeds: of the B rows.
-        negative_prompt_embeds, negative_pooled_prompt_embeds: [B, ...] or [1, ...]; needed for a guidance scale above
-            1.
-        guidance_scale: of the sampling.
+        prompt_embeds: of the B rows.
+        pooled_prompt_embeds: of the B rows, for SD3 and FLUX.
+        prompt_embeds_mask: of the B rows, for Qwen-Image.
+        negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask: [B, ...] or [1, ...], where
+            guidance takes a second forward: those that the prompts have.
+        guidance_scale: of the sampling; Qwen-Image's `true_cfg_scale`.
+        height, width: of the images in pixels, for packed latents of images that are not square.
         images: the end images [B, 3, H, W] that sampling returned, so that they need not be made again.
-        kept: the sampling call's entry of `compat.flow_grpo.keep_velocities`; without it the first velocity of every
-            state is evaluated once more.
+        kept: the sampling call's entry of `compat.flow_grpo.keep_velocities` (SD3); without it the first velocity of
+            every state is evaluated once more.
         tracker: the script's `PerPromptStatTracker`, for `.advantages`.
         plan: a plan for the scheduler's N steps: "exact", "exact_but_last", "nodes", "n_step", "one_step" or a `Plan`.
         nodes: grid indices of "nodes", in 1..N-1.
@@ -85,34 +93,52 @@ def dense_rewards(
 
     Raises:
         ValueError: shapes that do not belong together, timesteps that are not consecutive steps of the scheduler's
-            grid, or options that do not fit.
+            grid, a pipeline or scheduler that is not served, or options that do not fit.
     """
+    kind = kind_of(pipeline)
     states = (latents.movedim(1, 0) if isinstance(latents, Tensor) else torch.stack(list(latents))).contiguous()
     steps, batch = len(states) - 1, states.shape[1]
-    schedule = schedule_of(pipeline.scheduler)
-    scale = float(guidance_scale) if guidance_scale > 1 else 1.0
-    _check(states, prompts, metadata, prompt_embeds, negative_prompt_embeds, scale, images, kept, guidance, decoder)
-    encoded = Prompts(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
-    completion = _Completion(
-        PipelineModel(pipeline, dtype=states.dtype, decoder=decoder),
-        schedule,
-        scale,
-        guidance,
-        batch if chunk is None else chunk,
-    )
+    halves = KINDS[kind].halves
+    scale = float(guidance_scale) if guidance_scale > 1 or halves != "above" else 1.0
+    guided = scale != 1.0 and halves != "inside"
+    given = {
+        "prompt_embeds": prompt_embeds,
+        "pooled_prompt_embeds": pooled_prompt_embeds,
+        "prompt_embeds_mask": prompt_embeds_mask,
+        "negative_prompt_embeds": negative_prompt_embeds,
+        "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
+    }
+    encoded, negative = _encoded(kind, given, guided, scale)
+    _check(states, prompts, metadata, prompt_embeds, guided, images, kept, guidance, decoder)
+    if kind == SD3:
+        model: PipelineModel | FamilyModel = PipelineModel(pipeline, dtype=states.dtype, decoder=decoder)
+        schedule = schedule_of(pipeline.scheduler)
+        grid, times = schedule.sigmas, schedule.timesteps
+        conditioning = conditioning_of(Prompts(*encoded.values(), *negative.values()))
+    else:
+        if kept is not None:
+            raise ValueError(f"kept is of SD3's sampling functions alone, got it with a {kind}")
+        model = FamilyModel(pipeline, states.shape[2:], dtype=states.dtype, height=height, width=width, decoder=decoder)
+        grid, times = model.host_grid()
+        conditioning = model.conditioning(encoded, negative)
+    num_steps = len(times)
+    completion = _Completion(model, grid, scale, guidance, batch if chunk is None else chunk)
     rows_of: dict[int, list[int]] = {}
-    for row, start in enumerate(_starts(timesteps, steps, batch, schedule)):
+    for row, start in enumerate(_starts(timesteps, steps, batch, times)):
         rows_of.setdefault(start, []).append(row)
 
     pending, evaluations = [], 0
-    conditioning = conditioning_of(encoded)
     for start, rows in rows_of.items():
         index = torch.tensor(rows, device=states.device)
+        own = states[:, index]
+        if isinstance(model, FamilyModel):
+            own = model.states(own, torch.tensor(grid[start : start + steps + 1], device=states.device))
         clean, used = completion.complete(
             start,
-            states[:, index],
+            own,
             conditioning.select(index),
-            plan_from(start, schedule.num_steps, plan, nodes, n),
+            plan_from(start, num_steps, plan, nodes, n),
             kept and Kept(kept.velocities[:, index], kept.guidance_terms[:, index], kept.clean[index]),
             needs_end=images is None,
         )
@@ -133,10 +159,17 @@ def dense_rewards(
 class _Completion:
     """The lookahead over the states of one window."""
 
-    def __init__(self, model: PipelineModel, schedule: Schedule, scale: float, guidance: Guidance, chunk: int):
+    def __init__(
+        self,
+        model: PipelineModel | FamilyModel,
+        grid: tuple[float, ...],
+        scale: float,
+        guidance: Guidance,
+        chunk: int,
+    ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 row, got {chunk}")
-        self.model, self.grid, self.scale, self.guidance, self.chunk = model, schedule.sigmas, scale, guidance, chunk
+        self.model, self.grid, self.scale, self.guidance, self.chunk = model, grid, scale, guidance, chunk
 
     def complete(
         self,
@@ -210,12 +243,12 @@ class _Completion:
         return torch.cat(parts)
 
 
-def _starts(timesteps: Any, steps: int, batch: int, schedule: Schedule) -> list[int]:
-    """Grid index of every row's first step."""
+def _starts(timesteps: Any, steps: int, batch: int, times: Tensor) -> list[int]:
+    """Grid index of every row's first step; `times` are the scheduler's timesteps [N]."""
     if timesteps is None:
-        if steps != schedule.num_steps:
+        if steps != len(times):
             raise ValueError(
-                f"latents has {steps + 1} states, the scheduler {schedule.num_steps} steps: give the timesteps of the "
+                f"latents has {steps + 1} states, the scheduler {len(times)} steps: give the timesteps of the "
                 "window that was kept"
             )
         return [0] * batch
@@ -223,7 +256,7 @@ def _starts(timesteps: Any, steps: int, batch: int, schedule: Schedule) -> list[
     if given.shape not in ((steps,), (batch, steps)):
         raise ValueError(f"timesteps must have shape [T] or [B, T] = {[batch, steps]}, got {list(given.shape)}")
     rows = given.expand(batch, steps).tolist()
-    grid = schedule.timesteps.tolist()
+    grid = times.tolist()
     starts = [grid.index(row[0]) if row[0] in grid else -1 for row in rows]
     for row, start in zip(rows, starts, strict=True):
         if start < 0 or grid[start : start + steps] != row:
@@ -234,13 +267,31 @@ def _starts(timesteps: Any, steps: int, batch: int, schedule: Schedule) -> list[
     return starts
 
 
+def _encoded(
+    kind: str, given: dict[str, Tensor | None], guided: bool, scale: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Prompts and negative prompts, by the family's names, of the arguments by theirs; no negative ones unguided."""
+    names = KINDS[kind].prompts
+    needed = [*names.values(), *(f"negative_{name}" for name in names.values() if guided)]
+    if missing := [name for name in needed if given[name] is None]:
+        raise ValueError(f"{kind} with guidance_scale {scale} needs {' and '.join(missing)}")
+    if more := [
+        name
+        for name, tensor in given.items()
+        if tensor is not None and name.removeprefix("negative_") not in names.values()
+    ]:
+        raise ValueError(f"{kind} takes no {' and '.join(more)}")
+    found = {name: tensor for name, tensor in given.items() if tensor is not None}
+    own = {name: found[argument] for name, argument in names.items()}
+    return own, {name: found[f"negative_{argument}"] for name, argument in names.items()} if guided else {}
+
+
 def _check(
     states: Tensor,
     prompts: Sequence[str],
     metadata: Sequence[Any] | None,
     embeds: Tensor,
-    negative: Tensor | None,
-    scale: float,
+    guided: bool,
     images: Any,
     kept: Kept | None,
     guidance: str,
@@ -260,9 +311,7 @@ def _check(
             )
     if guidance not in get_args(Guidance):
         raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {guidance!r}")
-    if scale != 1.0 and negative is None:
-        raise ValueError(f"guidance_scale {scale} needs negative_prompt_embeds and negative_pooled_prompt_embeds")
-    if scale != 1.0 and guidance == "reuse" and kept is None:
+    if guided and guidance == "reuse" and kept is None:
         raise ValueError('guidance "reuse" needs kept: sample inside compat.flow_grpo.keep_velocities')
     if images is not None and not isinstance(images, Tensor):
         raise ValueError('images must be a tensor [B, 3, H, W]: sample with output_type="pt", or leave images out')
