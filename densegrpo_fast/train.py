@@ -32,6 +32,7 @@ from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.embedded import EMBEDDED
+from densegrpo_fast.models.supported import check_path
 from densegrpo_fast.rewards.registry import resolve_alias
 from densegrpo_fast.training.prompts import check_inputs
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with user_errors_exit():
         config, flags = parse_arguments(sys.argv[1:] if arguments is None else list(arguments))
+        check_path(config.model.path, config.model.revision, hub=not flags.dry_run)
         if not flags.dry_run:
             check_inputs(config)
         announce(f"{config.preset}: loading torch and diffusers")

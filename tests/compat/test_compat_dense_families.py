@@ -7,6 +7,12 @@ The loops are small restatements of `flow_grpo/diffusers_patch/flux_pipeline_wit
 
 from __future__ import annotations
 
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -20,10 +26,12 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 
 from densegrpo_fast.compat.dense_rewards import dense_rewards
 from densegrpo_fast.compat.flow_grpo import sde_step_with_logprob
+from densegrpo_fast.compat.scored import DenseRewards
 from densegrpo_fast.flow import ops
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.tiny import tiny_model
 
+PAGE = Path(__file__).parents[2] / "docs" / "integrations" / "dense_rewards.md"
 N, SCALE = 4, 3.0
 PROMPTS = ["the moon", "a cat that sits on a mat", "the moon"]
 
@@ -73,7 +81,7 @@ class Flux:
 
 
 class QwenImage(Flux):
-    name, tokens = "QwenImagePipeline", 64
+    name, tokens = "QwenImagePipeline", 300
 
     def __init__(self, pipeline: Any, height: int, width: int):
         self.pipeline, self.height, self.width = pipeline, height, width
@@ -147,7 +155,9 @@ class StableDiffusion(Flux):
 LOOPS: tuple[type[Flux], ...] = (Flux, QwenImage, StableDiffusion)
 
 
-def reward_fn(images: Tensor, prompts: list[str], metadata: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def reward_fn(
+    images: Tensor, prompts: list[str], metadata: list[Any], only_strict: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
     red = images[:, 0].double().mean(dim=(1, 2)) + torch.tensor([len(prompt) for prompt in prompts])
     return {"avg": (red + images[:, 2].double().square().mean(dim=(1, 2))).tolist()}, {}
 
@@ -182,6 +192,35 @@ def completed(loop: Flux, latents: Tensor, index: int) -> Tensor:
     return loop.images(latents)
 
 
+def by_the_page(loop: Flux, states: list[Tensor], end: Tensor) -> DenseRewards:
+    """What the page's lines for this host give in place of the script's own call of its reward function."""
+    section = PAGE.read_text(encoding="utf-8").split("## The changed lines: FLUX.1")[1].split("## Options")[0]
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[LOOPS.index(type(loop))]
+    with ThreadPoolExecutor(1) as executor:
+        script = {
+            **loop.text,
+            "dense_rewards": dense_rewards,
+            "partial": partial,
+            "autocast": nullcontext,
+            "pipeline": loop.pipeline,
+            "reward_fn": reward_fn,
+            "prompts": PROMPTS,
+            "current_batch": PROMPTS,
+            "prompt_metadata": [{}] * 3,
+            "latents": torch.stack(states, dim=1),
+            "timesteps": loop.pipeline.scheduler.timesteps.repeat(3, 1),
+            "images": loop.images(end),
+            "collected_data": loop.text,
+            "sample_neg_prompt_embeds": loop.text.get("negative_prompt_embeds"),
+            "config": SimpleNamespace(resolution=64, sample=SimpleNamespace(guidance_scale=SCALE)),
+            "executor": executor,
+        }
+        exec(code, script)
+        rewards: DenseRewards = script["rewards"]
+        assert set(rewards.result()[0]) == {"avg", "gains"}
+    return rewards
+
+
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-5, atol=2e-5)
 
@@ -212,11 +251,13 @@ def test_exact_is_the_serial_completion_of_the_hosts_loop(kind: type[Flux], firs
 
 @pytest.mark.parametrize("kind", LOOPS, ids=lambda kind: kind.name)
 def test_it_is_the_packages_own_model_step_by_step(kind: type[Flux]) -> None:
-    """The same samples completed by what `Trainer` trains: its prompts, its grid, its velocities, Euler's steps."""
+    """The same samples completed by what `Trainer` trains: its prompts, its grid, its velocities, Euler's steps.
+
+    The call is the page's, run in what the host's script has there.
+    """
     loop = loop_of(kind)
-    *states, _ = sampled(loop, 0, N)
-    text = loop.text
-    dense = dense_rewards(loop.pipeline, reward_fn, PROMPTS, latents=states, **text, **loop.options)
+    *states, end = sampled(loop, 0, N)
+    dense = by_the_page(loop, states, end)
     model = DiffusersModel(loop.pipeline, max_sequence_length=kind.tokens, height=64, width=64)
     grid, prompts = model.sigmas(N), model.encode(PROMPTS)
     for index, state in enumerate(states):
