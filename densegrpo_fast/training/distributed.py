@@ -96,7 +96,7 @@ class World:
         return self.rank == 0
 
     def share(self, total: int, *, unit: int = 1, parts: int = 1, micro_batch: int | None = None) -> Share:
-        """This process's share of some rows.
+        """This process's share of some rows; where there are fewer than processes, some hold padding alone.
 
         Args:
             total: number of rows.
@@ -105,7 +105,7 @@ class World:
             micro_batch: rows per forward, at most; None = any number.
 
         Raises:
-            UsageError: there are fewer units of rows than processes; parts and units do not divide the rows.
+            UsageError: parts and units do not divide the rows.
         """
         if total % (parts * unit):
             raise UsageError(
@@ -113,12 +113,6 @@ class World:
                 "or other numbers of data.num_prompts and optimizer.updates_per_iteration"
             )
         units = total // parts // unit
-        if units < self.size:
-            what = "rows" if unit == 1 else f"groups of {unit} rows"
-            raise UsageError(
-                f"there are {self.size} processes for {units} {what}{' of each update' if parts > 1 else ''}: start at "
-                f"most {units}, or set data.num_prompts, sampler.group_size or distributed.split so that there are more"
-            )
         own = -(-units // self.size)
         size = own * unit if micro_batch is None else min(micro_batch, own * unit)
         if unit == 1 and -(-own // size) * -(-own // -(-own // size)) <= units:
@@ -318,11 +312,19 @@ def iteration_share(world: World, config: Config) -> Share:
         UsageError: there are too many processes for them, or they cannot be split so.
     """
     samples, branches = config.data.num_prompts * config.sampler.group_size, config.sampler.branches or 1
-    groups = config.distributed.split == "groups"
+    unit = config.sampler.group_size // branches if config.distributed.split == "groups" else 1
+    parts = config.optimizer.updates_per_iteration
+    units = samples // branches // parts // unit
+    if units < world.size:
+        what = "rows" if unit == 1 else f"groups of {unit} rows"
+        raise UsageError(
+            f"there are {world.size} processes for {units} {what}{' of each update' if parts > 1 else ''}: start at "
+            f"most {units}, or set data.num_prompts, sampler.group_size or distributed.split so that there are more"
+        )
     return world.share(
         samples // branches,
-        unit=config.sampler.group_size // branches if groups else 1,
-        parts=config.optimizer.updates_per_iteration,
+        unit=unit,
+        parts=parts,
         micro_batch=config.sampler.micro_batch,
     )
 

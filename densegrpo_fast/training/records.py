@@ -207,16 +207,9 @@ class RunRecords:
             )
         log.truncate(0)
 
-    def checkpoint(
-        self, done: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], shared: Path | None = None
-    ) -> None:
-        """Save everything a bit-exact continuation needs: what `Trainer.tensors` and `Trainer.state` return.
-
-        Args:
-            shared: the folder of what all processes have written already.
-        """
-        log = {"metrics_position": self.log.position(), "metrics_digest": self.log.digest()}
-        self.checkpoints.save(done, tensors, state | log, shared)
+    def position(self) -> dict[str, Any]:
+        """Where the metrics have come to: what a checkpoint keeps of them."""
+        return {"metrics_position": self.log.position(), "metrics_digest": self.log.digest()}
 
     def due(self, every: int, done: int) -> bool:
         """Whether something that happens every so many iterations happens now (not at the very end)."""

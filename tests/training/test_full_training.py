@@ -98,7 +98,6 @@ def test_what_needs_an_adapter_is_refused() -> None:
 
 
 @pytest.mark.ci
-@pytest.mark.ci
 def test_a_backward_to_all_weights_costs_more() -> None:
     full, lora = count(embedded(), lora_rank=0), count(embedded(), lora_rank=16)
     assert full.forward == full.reference_forward == lora.reference_forward < lora.forward
@@ -106,7 +105,6 @@ def test_a_backward_to_all_weights_costs_more() -> None:
     assert 1.9 < full.backward / full.forward < 2.1 and lora.backward < full.backward
 
 
-@pytest.mark.ci
 @pytest.mark.ci
 def test_a_run_resumes_bit_for_bit_and_leaves_a_network_for_diffusers(train: Any, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -149,7 +147,6 @@ def config_path(config: Any) -> str:
 
 
 @pytest.mark.ci
-@pytest.mark.ci
 def test_a_flipped_bit_of_a_shared_file_is_noticed(train: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(run, **FULL, **{"run.iterations": 2}) == 0
@@ -172,7 +169,7 @@ def test_a_flipped_bit_of_a_shared_file_is_noticed(train: Any, tmp_path: Path) -
 def test_any_number_of_processes_goes_on_with_what_others_have_saved(
     train: Any, tmp_path: Path, sizes: tuple[int, ...]
 ) -> None:
-    options = FULL | {"ema.every": 1, "optimizer.lr": 1e-4, "data.num_prompts": 2}
+    options = FULL | {"ema.every": 1, "optimizer.lr": 1e-4, "data.num_prompts": 4}
     run, count = tmp_path / "run", len(sizes)
     for done, size in enumerate(sizes, 1):
         settings = options | {"run.iterations": done, "distributed.shard": "full" if done == 1 else "none"}
@@ -226,7 +223,6 @@ def sent(world: World, trained: str) -> dict[str, int]:
     return given | {"held": held}
 
 
-@pytest.mark.ci
 @pytest.mark.ci
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_what_a_spread_network_sends_is_the_closed_form(trained: str) -> None:
