@@ -144,6 +144,19 @@ class World:
             dist.all_gather(list(found), own)
         return found.to(values.device)
 
+    def broadcast(self, values: Tensor) -> Tensor:
+        """What the main process has of a tensor, on the device of collectives; it is not counted.
+
+        Args:
+            values: the tensor; in the other processes one of its shape and dtype, which needs no data.
+        """
+        found = values.to(self.device) if self.main else torch.empty_like(values, device=self.device)
+        found = found.contiguous()
+        with _together():
+            # not every backend knows every dtype
+            dist.broadcast(found.flatten().view(torch.uint8), src=0)
+        return found
+
     def sum(self, values: Tensor) -> Tensor:
         """What the values of all processes add up to, the same bits in every process."""
         return self._reduce(values, dist.ReduceOp.SUM)

@@ -90,7 +90,7 @@ class Saver:
         # of several, another may be lost, and with it what the thread waits for
         self._thread.shutdown(wait=self.world.size == 1)
 
-    def _write(self, tensors: Any, stage: Path, complete: Callable[[], None]) -> None:
+    def _write(self, tensors: Any, stage: Path, complete: Callable[[], object]) -> None:
         save_shared(tensors, stage, self._group)
         if self.world.main:
             complete()

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: what they hold, and what happens where they cannot be written."""
+"""Checkpoints that are written while training goes on: what they hold, and what a disk that is full does."""
 
 from __future__ import annotations
 
