@@ -70,9 +70,7 @@ def check_device(config: Config, device: torch.device) -> None:
         )
 
 
-def build_model(
-    config: Config, device: torch.device, dry_run: bool = False, weights: Weights = "placed"
-) -> FlowModel:
+def build_model(config: Config, device: torch.device, dry_run: bool = False, weights: Weights = "placed") -> FlowModel:
     """The model, ready to be trained; in a dry run of a pipeline that is not in the package, a tiny one of its kind.
 
     Args:

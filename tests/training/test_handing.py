@@ -1,4 +1,4 @@
-"""One process reads the network for all: each family's, in parts or whole, adapted or trained, is the same everywhere."""
+"""One process reads the network for all: each family's, in parts or whole, adapted or trained, is alike in all."""
 
 from __future__ import annotations
 
