@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -204,6 +204,15 @@ class World:
         """
         result = self.on_main(work)
         return self._from_main(result)  # type: ignore[return-value]
+
+    def collect(self, value: Result) -> list[Result]:
+        """What every process has, any picklable thing, in their order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _together():
+            dist.all_gather_object(found, value)
+        return found
 
     def _from_main(self, value: Result) -> Result:
         if self.size == 1:
