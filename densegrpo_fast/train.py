@@ -56,7 +56,8 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     Raises:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
-    from densegrpo_fast.run_files.run_directory import holds_run
+    from densegrpo_fast.run_files.checkpoint import refuse_other_settings
+    from densegrpo_fast.run_files.run_directory import CHECKPOINTS, holds_run
     from densegrpo_fast.training.processes import joined
     from densegrpo_fast.training.records import run_directory
 
@@ -65,6 +66,9 @@ def train(config: Config, resume: bool = False) -> ExitCode:
             # torchrun starts the processes again after one has failed
             resume = world.from_main(lambda: resume or holds_run(config.output_dir))
             config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
+        if resume and config.lookahead.plan != "auto":
+            saved, settings = config.output_dir / CHECKPOINTS, config.resume_settings()
+            world.on_main(lambda: refuse_other_settings(saved, settings))
         # the directory is locked before anything is loaded
         with run_directory(config, world, resume=resume) as directory:
             from densegrpo_fast.fidelity.auto import settle
