@@ -5,7 +5,7 @@
 
 The protocol is README.md beside this file. `tune` does one run per method and learning rate, `run` those of five seeds
 at the chosen rates; each may be started several times at once and stopped. `seconds` times all methods interleaved, and
-`table` computes the board from all of these, and from what `benches.judge.judge` has written into WORK/judge.json if it has.
+`table` computes the board from all of these, and from WORK/judge.json (`benches.judge.judge`) if that is there.
 """
 
 from __future__ import annotations

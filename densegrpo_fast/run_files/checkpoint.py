@@ -292,8 +292,8 @@ def _refuse_differing(path: Path, directory: Path, stored: Mapping[str, Any], ow
         differing = "\n  ".join(differences(stored, own))
         raise CheckpointError(
             f"{path} belongs to a run with other settings:\n  {differing}\n"
-            f"`--resume {directory.parent}` goes on with the run's own; beside them only what does not change the training may "
-            "differ, such as run.iterations and evaluation.every"
+            f"`--resume {directory.parent}` goes on with the run's own; beside them only what does not change the "
+            "training may differ, such as run.iterations and evaluation.every"
         )
 
 
