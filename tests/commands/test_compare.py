@@ -86,7 +86,7 @@ def test_runs_of_different_rewards_are_compared_by_what_they_share(
             edit(path, scores | {"strict": [[0.0, 0.0], [1.0, 1.0]]})
     assert main([*map(str, runs)]) == 0
     text = capsys.readouterr().out
-    assert "Cost to a held-out strict of 0.500" in text and "reward.terms" in text
+    assert "Cost to a held-out" not in text and "strict" in text and "reward.terms" in text
 
 
 def test_what_cannot_be_compared_is_refused(
