@@ -71,17 +71,17 @@ def train(config: Config, resume: bool = False) -> ExitCode:
             world.on_main(lambda: refuse_other_settings(saved, settings))
         # the directory is locked before anything is loaded
         with run_directory(config, world, resume=resume) as directory:
-            from densegrpo_fast.fidelity.auto import settle
+            from densegrpo_fast.fidelity.auto import resolve
             from densegrpo_fast.training.models import check_device, default_device
             from densegrpo_fast.training.run import Run
             from densegrpo_fast.training.trainer import Trainer
 
             check_device(config, default_device())
             if world.size == 1:
-                config, model = settle(config, directory, resume=resume)
+                config, model = resolve(config, directory, resume=resume)
             else:
                 # one process measures for all
-                config, model = world.from_main(lambda: settle(config, directory, resume=resume)[0]), None
+                config, model = world.from_main(lambda: resolve(config, directory, resume=resume)[0]), None
             result = Run(Trainer(config, model=model, world=world), directory).go(resume=resume)
             if result.signal is not None:
                 return OF_SIGNALS[result.signal]

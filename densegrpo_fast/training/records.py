@@ -320,10 +320,14 @@ class RunRecords:
                     **measured,
                 )
         lines = []
+        alike = [name for name in after if name != "reward" and after[name] == after.get("reward")]
         for name in after:
+            if name in alike:
+                continue
+            shown = f"reward ({', '.join(alike)})" if alike and name == "reward" else name
             first, last, moved = (measured[when][name] for when in ("before", "after", "change"))
             lines.append(
-                f"held-out {name}: {first.mean:.3f} [{first.low:.3f}, {first.high:.3f}] before, "
+                f"held-out {shown}: {first.mean:.3f} [{first.low:.3f}, {first.high:.3f}] before, "
                 f"{last.mean:.3f} [{last.low:.3f}, {last.high:.3f}] after; "
                 f"change {moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}] (95%, "
                 f"{len(prompts)} prompts)"

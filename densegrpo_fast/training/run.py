@@ -76,6 +76,10 @@ class Run:
                 f"{config.sampler.group_size} samples, into {records.directory}",
                 flush=True,
             )
+            if (count := len(trainer.prompts.prompts)) < config.data.num_prompts:
+                print(
+                    f"data.prompts has {count}, so an iteration has some of them more than once, in groups of their own"
+                )
             if not trainer.holds_a_prompt():
                 print("no strips: several processes share the samples of the first prompt (distributed.split)")
         with ExitStack() as opened, GracefulStop() as stop:
