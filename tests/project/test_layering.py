@@ -59,17 +59,7 @@ ALLOWED: dict[str, set[str]] = {
         "flow",
         "common",
     },
-    "compat": {
-        "flow",
-        "sampling",
-        "credit",
-        "models.base",
-        # for hosts of other families than SD3's, which have diffusers
-        "models.diffusers_model",
-        "models.qwen_image",
-        "models.stable_diffusion",
-        "calibration.store",
-    },
+    "compat": {"flow", "sampling", "credit", "models", "calibration.store"},
 }
 ALLOWED["training"] = set(ALLOWED) - {"compat"}
 ALLOWED["fidelity"] = ALLOWED["doctor"] = {*ALLOWED["training"], "training"}
