@@ -32,6 +32,7 @@ from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.embedded import EMBEDDED
+from densegrpo_fast.models.supported import check_supported
 from densegrpo_fast.rewards.registry import resolve_alias
 from densegrpo_fast.training.prompts import check_inputs
 
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, flags = parse_arguments(sys.argv[1:] if arguments is None else list(arguments))
         if not flags.dry_run:
             check_inputs(config)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            # several processes say such things once, when they have met
+            check_supported(config.model.path, config.model.revision)
         announce(f"{config.preset}: loading torch and diffusers")
         return int(dry_run(config) if flags.dry_run else train(config, resume=flags.resume))
 

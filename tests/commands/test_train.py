@@ -379,3 +379,20 @@ def test_help_never_imports_torch(flag: str) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "embedded_branched" in result.stdout
+
+
+def test_another_kind_of_model_is_refused_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "HunyuanDiTPipeline"}')
+    code = (
+        "import sys\n"
+        "from densegrpo_fast import train\n"
+        "try:\n"
+        f"    train.main(['--model.path', {str(tmp_path)!r}])\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 3, result.stderr
+    assert f"error: model.path: {tmp_path}: HunyuanDiTPipeline is not supported" in result.stderr

@@ -20,13 +20,14 @@ from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models import flops
 from densegrpo_fast.models.base import Conditioning
 from densegrpo_fast.models.diffusers_model import DiffusersModel
-from densegrpo_fast.models.families import family_of
+from densegrpo_fast.models.families import FAMILIES, family_of
 from densegrpo_fast.models.loading import load_pipeline
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
 from densegrpo_fast.models.lora import add_lora, save_lora
 from densegrpo_fast.models.memory import ModelMemory, module_bytes
 from densegrpo_fast.models.prompt_cache import PromptCache
 from densegrpo_fast.models.published import MODELS
+from densegrpo_fast.models.supported import PIPELINES
 from densegrpo_fast.models.tiny import tiny_model
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling import plan as plans
@@ -193,6 +194,10 @@ def called(model: DiffusersModel, noise: Tensor, scale: float, output: str, step
         # frames first, and those of one frame are pictures
         made = made.transpose(1, 2)
     return made[:, :, 0] if made.ndim == 5 and made.shape[2] == 1 else made
+
+
+def test_each_supported_class_has_a_family() -> None:
+    assert tuple(FAMILIES) == PIPELINES
 
 
 @pytest.mark.ci
