@@ -35,13 +35,6 @@ from worlds import SETTINGS, brightness, commands, policy, together  # noqa: E40
 FULL = {"model.train": "full", "optimizer.lr": 1e-3, "objective.kl_coef": 0.1, "run.checkpoint_every": 1}
 
 
-@pytest.fixture
-def group_of_one() -> Any:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def velocity(model: FlowModel, guidance: float = 3.0) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, *model.latent_shape, generator=generator)
@@ -50,7 +43,7 @@ def velocity(model: FlowModel, guidance: float = 3.0) -> Tensor:
 
 
 @pytest.mark.ci
-def test_half_precision_computes_as_a_plain_network_and_follows_its_masters(group_of_one: None) -> None:
+def test_half_precision_computes_as_a_plain_network_and_follows_its_masters() -> None:
     plain, model = policy(train="full", dtype=torch.bfloat16), policy(train="full", dtype=torch.bfloat16)
     torch.nn.Module.to(plain.network, torch.bfloat16)
     config = parse_arguments(["--config=embedded_dense", "model.train=full"])[0]
