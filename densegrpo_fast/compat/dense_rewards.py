@@ -5,23 +5,23 @@
     dense.advantages        [B, T], by the script's own tracker
     dense.result()          what the future of `executor.submit(reward_fn, ...)` gives, and the gains beside it
 
-DenseGRPO (arXiv 2601.20218, Eq 7-10): every state of the trajectory is completed without noise and scored. Call it
-where the script samples: under the same adapter and autocast. The pipeline's scheduler is only read, and no random
-number is drawn. SD3, FLUX.1, Qwen-Image, and Stable Diffusion 1.x by DDIM (`family_model.KINDS`).
+DenseGRPO (arXiv 2601.20218, Eq 7-10): every state of the trajectory is completed without noise and scored. It knows the
+pipelines of SD3, FLUX.1, Qwen-Image and Stable Diffusion 1.x and 2.x (DDIM). Call it where the script samples: under
+the same adapter and autocast. The pipeline's scheduler is only read, and no random
+number is drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from densegrpo_fast.compat.family_model import KINDS, SD3, FamilyModel, kind_of
 from densegrpo_fast.compat.flow_grpo.pipelines import Kept
-from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
+from densegrpo_fast.compat.flow_grpo.schedule import Schedule, schedule_of
 from densegrpo_fast.compat.flow_grpo.sd3 import Prompts
 from densegrpo_fast.compat.pipeline_model import PipelineModel, conditioning_of, plan_from, trajectory_from
 from densegrpo_fast.compat.scored import DenseRewards, RewardFunction, Tracker, scoring
@@ -29,6 +29,9 @@ from densegrpo_fast.flow import ops
 from densegrpo_fast.models.base import Conditioning
 from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.plan import Plan
+
+if TYPE_CHECKING:
+    from densegrpo_fast.compat.family_model import FamilyModel, Grid
 
 
 @torch.no_grad()
@@ -42,9 +45,9 @@ def dense_rewards(
     timesteps: Tensor | Sequence[Tensor] | None = None,
     prompt_embeds: Tensor,
     pooled_prompt_embeds: Tensor | None = None,
+    prompt_embeds_mask: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
     negative_pooled_prompt_embeds: Tensor | None = None,
-    prompt_embeds_mask: Tensor | None = None,
     negative_prompt_embeds_mask: Tensor | None = None,
     guidance_scale: float,
     height: int = 0,
@@ -64,22 +67,20 @@ def dense_rewards(
     """Complete, decode and score every state that a sampling call of the script went through.
 
     Args:
-        pipeline: the script's pipeline, of a class in `family_model.KINDS`, its scheduler as sampling left it.
+        pipeline: the script's, its scheduler as sampling left it.
         reward_fn: the script's, `fn(images, prompts, metadata) -> (scores, info)`; called once per state with B
             images [B, 3, H, W] in [0, 1].
         prompts, metadata: of the B rows; metadata defaults to empty dicts.
         latents: the T+1 states, stacked [B, T+1, ...] or as the pipeline returned them; all T steps inject noise.
         timesteps: of the T steps, stacked [B, T] or as the fast pipeline returned them; rows may have different
             windows. None means the scheduler's own, all N of them.
-        prompt_embeds: of the B rows.
-        pooled_prompt_embeds: of the B rows, for SD3 and FLUX.
-        prompt_embeds_mask: of the B rows, for Qwen-Image.
-        negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask: [B, ...] or [1, ...], where
-            guidance takes a second forward: those that the prompts have.
-        guidance_scale: of the sampling; Qwen-Image's `true_cfg_scale`.
-        height, width: of the images in pixels, for packed latents of images that are not square.
+        prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask: of the B rows, those that the pipeline has.
+        negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask: [B, ...] or [1, ...]; needed
+            for a guidance scale above 1, except of FLUX.1, whose network takes the scale as an input.
+        guidance_scale: of the sampling; of Qwen-Image its `true_cfg_scale`.
+        height, width: of the pictures in pixels, where states are tokens and the pictures are not square.
         images: the end images [B, 3, H, W] that sampling returned, so that they need not be made again.
-        kept: the sampling call's entry of `compat.flow_grpo.keep_velocities` (SD3); without it the first velocity of
+        kept: of SD3, the sampling call's entry of `compat.flow_grpo.keep_velocities`; without it the first velocity of
             every state is evaluated once more.
         tracker: the script's `PerPromptStatTracker`, for `.advantages`.
         plan: a plan for the scheduler's N steps: "exact", "exact_but_last", "nodes", "n_step", "one_step" or a `Plan`.
@@ -93,52 +94,55 @@ def dense_rewards(
 
     Raises:
         ValueError: shapes that do not belong together, timesteps that are not consecutive steps of the scheduler's
-            grid, a pipeline or scheduler that is not served, or options that do not fit.
+            grid, options that do not fit, or a pipeline that is not known.
     """
-    kind = kind_of(pipeline)
     states = (latents.movedim(1, 0) if isinstance(latents, Tensor) else torch.stack(list(latents))).contiguous()
     steps, batch = len(states) - 1, states.shape[1]
-    halves = KINDS[kind].halves
-    scale = float(guidance_scale) if guidance_scale > 1 or halves != "above" else 1.0
-    guided = scale != 1.0 and halves != "inside"
-    given = {
-        "prompt_embeds": prompt_embeds,
-        "pooled_prompt_embeds": pooled_prompt_embeds,
-        "prompt_embeds_mask": prompt_embeds_mask,
-        "negative_prompt_embeds": negative_prompt_embeds,
-        "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-        "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
-    }
-    encoded, negative = _encoded(kind, given, guided, scale)
-    _check(states, prompts, metadata, prompt_embeds, guided, images, kept, guidance, decoder)
-    if kind == SD3:
-        model: PipelineModel | FamilyModel = PipelineModel(pipeline, dtype=states.dtype, decoder=decoder)
-        schedule = schedule_of(pipeline.scheduler)
-        grid, times = schedule.sigmas, schedule.timesteps
-        conditioning = conditioning_of(Prompts(*encoded.values(), *negative.values()))
+    kind = _kind(pipeline)
+    within = kind == "FluxPipeline"
+    scale = float(guidance_scale) if guidance_scale > 1 or within else 1.0
+    needs = scale != 1.0 and not within
+    _check(states, prompts, metadata, prompt_embeds, negative_prompt_embeds, needs, images, kept, guidance, decoder)
+    model: PipelineModel | FamilyModel
+    if kind is None:
+        if pooled_prompt_embeds is None:
+            raise ValueError("a pipeline of SD3 needs pooled_prompt_embeds")
+        schedule: Schedule | Grid = schedule_of(pipeline.scheduler)
+        model = PipelineModel(pipeline, dtype=states.dtype, decoder=decoder)
+        conditioning = conditioning_of(
+            Prompts(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        )
     else:
-        if kept is not None:
-            raise ValueError(f"kept is of SD3's sampling functions alone, got it with a {kind}")
-        model = FamilyModel(pipeline, states.shape[2:], dtype=states.dtype, height=height, width=width, decoder=decoder)
-        grid, times = model.host_grid()
-        conditioning = model.conditioning(encoded, negative)
-    num_steps = len(times)
-    completion = _Completion(model, grid, scale, guidance, batch if chunk is None else chunk)
+        from densegrpo_fast.compat.family_model import FamilyModel
+
+        if kept is not None or (within and guidance != "full"):
+            raise ValueError(f"{kind} takes no kept velocities, and FluxPipeline no guidance but full")
+        model = FamilyModel(pipeline, states=states, height=height, width=width, decoder=decoder)
+        schedule = model.grid()
+        negative = {
+            "embeds": negative_prompt_embeds,
+            "pooled": negative_pooled_prompt_embeds,
+            "mask": negative_prompt_embeds_mask,
+        }
+        conditioning = model.conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask, negative)
+    starts = _starts(timesteps, steps, batch, schedule)
+    if isinstance(model, PipelineModel):
+        flow = states
+    else:
+        flow = model.flow_states(states, schedule.sigmas, torch.tensor(starts, device=states.device))
+    completion = _Completion(model, schedule, scale, guidance, batch if chunk is None else chunk)
     rows_of: dict[int, list[int]] = {}
-    for row, start in enumerate(_starts(timesteps, steps, batch, times)):
+    for row, start in enumerate(starts):
         rows_of.setdefault(start, []).append(row)
 
     pending, evaluations = [], 0
     for start, rows in rows_of.items():
         index = torch.tensor(rows, device=states.device)
-        own = states[:, index]
-        if isinstance(model, FamilyModel):
-            own = model.states(own, torch.tensor(grid[start : start + steps + 1], device=states.device))
         clean, used = completion.complete(
             start,
-            own,
+            flow[:, index],
             conditioning.select(index),
-            plan_from(start, num_steps, plan, nodes, n),
+            plan_from(start, schedule.num_steps, plan, nodes, n),
             kept and Kept(kept.velocities[:, index], kept.guidance_terms[:, index], kept.clean[index]),
             needs_end=images is None,
         )
@@ -156,20 +160,35 @@ def dense_rewards(
     return DenseRewards(pending, list(prompts), key, tracker, evaluations / batch)
 
 
+def _kind(pipeline: Any) -> str | None:
+    """The class of a pipeline that `family_model.py` serves; None = it is taken for SD3's.
+
+    Raises:
+        ValueError: it is one of diffusers' that is not known.
+    """
+    names = [kind.__name__ for kind in type(pipeline).__mro__]
+    known = ("FluxPipeline", "QwenImagePipeline", "StableDiffusionPipeline")
+    if found := next((name for name in names if name in known), None):
+        return found
+    if "StableDiffusion3Pipeline" in names or "DiffusionPipeline" not in names:
+        return None
+    raise ValueError(f"dense_rewards knows StableDiffusion3Pipeline, {', '.join(known)}, got a {names[0]}")
+
+
 class _Completion:
     """The lookahead over the states of one window."""
 
     def __init__(
         self,
         model: PipelineModel | FamilyModel,
-        grid: tuple[float, ...],
+        schedule: Schedule | Grid,
         scale: float,
         guidance: Guidance,
         chunk: int,
     ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 row, got {chunk}")
-        self.model, self.grid, self.scale, self.guidance, self.chunk = model, grid, scale, guidance, chunk
+        self.model, self.grid, self.scale, self.guidance, self.chunk = model, schedule.sigmas, scale, guidance, chunk
 
     def complete(
         self,
@@ -243,12 +262,12 @@ class _Completion:
         return torch.cat(parts)
 
 
-def _starts(timesteps: Any, steps: int, batch: int, times: Tensor) -> list[int]:
-    """Grid index of every row's first step; `times` are the scheduler's timesteps [N]."""
+def _starts(timesteps: Any, steps: int, batch: int, schedule: Schedule | Grid) -> list[int]:
+    """Grid index of every row's first step."""
     if timesteps is None:
-        if steps != len(times):
+        if steps != schedule.num_steps:
             raise ValueError(
-                f"latents has {steps + 1} states, the scheduler {len(times)} steps: give the timesteps of the "
+                f"latents has {steps + 1} states, the scheduler {schedule.num_steps} steps: give the timesteps of the "
                 "window that was kept"
             )
         return [0] * batch
@@ -256,7 +275,7 @@ def _starts(timesteps: Any, steps: int, batch: int, times: Tensor) -> list[int]:
     if given.shape not in ((steps,), (batch, steps)):
         raise ValueError(f"timesteps must have shape [T] or [B, T] = {[batch, steps]}, got {list(given.shape)}")
     rows = given.expand(batch, steps).tolist()
-    grid = times.tolist()
+    grid = schedule.timesteps.tolist()
     starts = [grid.index(row[0]) if row[0] in grid else -1 for row in rows]
     for row, start in zip(rows, starts, strict=True):
         if start < 0 or grid[start : start + steps] != row:
@@ -267,31 +286,13 @@ def _starts(timesteps: Any, steps: int, batch: int, times: Tensor) -> list[int]:
     return starts
 
 
-def _encoded(
-    kind: str, given: dict[str, Tensor | None], guided: bool, scale: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Prompts and negative prompts, by the family's names, of the arguments by theirs; no negative ones unguided."""
-    names = KINDS[kind].prompts
-    needed = [*names.values(), *(f"negative_{name}" for name in names.values() if guided)]
-    if missing := [name for name in needed if given[name] is None]:
-        raise ValueError(f"{kind} with guidance_scale {scale} needs {' and '.join(missing)}")
-    if more := [
-        name
-        for name, tensor in given.items()
-        if tensor is not None and name.removeprefix("negative_") not in names.values()
-    ]:
-        raise ValueError(f"{kind} takes no {' and '.join(more)}")
-    found = {name: tensor for name, tensor in given.items() if tensor is not None}
-    own = {name: found[argument] for name, argument in names.items()}
-    return own, {name: found[f"negative_{argument}"] for name, argument in names.items()} if guided else {}
-
-
 def _check(
     states: Tensor,
     prompts: Sequence[str],
     metadata: Sequence[Any] | None,
     embeds: Tensor,
-    guided: bool,
+    negative: Tensor | None,
+    needs_negative: bool,
     images: Any,
     kept: Kept | None,
     guidance: str,
@@ -311,7 +312,9 @@ def _check(
             )
     if guidance not in get_args(Guidance):
         raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {guidance!r}")
-    if guided and guidance == "reuse" and kept is None:
+    if needs_negative and negative is None:
+        raise ValueError("a guidance_scale above 1 needs negative_prompt_embeds, and what else the pipeline encodes")
+    if needs_negative and guidance == "reuse" and kept is None:
         raise ValueError('guidance "reuse" needs kept: sample inside compat.flow_grpo.keep_velocities')
     if images is not None and not isinstance(images, Tensor):
         raise ValueError('images must be a tensor [B, 3, H, W]: sample with output_type="pt", or leave images out')

@@ -1,127 +1,109 @@
-"""A host's FLUX.1, Qwen-Image or Stable Diffusion 1.x pipeline behind the `FlowModel` contract, by its family here.
+"""A host's pipeline of FLUX.1, Qwen-Image or Stable Diffusion 1.x and 2.x as a flow model, for `dense_rewards`.
 
-How the network is called, how guidance combines and how latents are decoded is the family's (`models/`). What a host
-does in another way is here: negative prompts row by row, states in a dtype of the host's choice, and, of Stable
-Diffusion, states x of a variance-preserving path, which the family takes as z (`models/stable_diffusion.py`).
+The networks are called as `models/` calls them, which equals the pipelines' own calls; the prompts are those that the
+host has encoded. Unlike the rest of `compat` this needs diffusers, which such a host has.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
 from densegrpo_fast.models.base import Conditioning, Decoder, GuidanceGradient, Velocity
 from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.qwen_image import QwenImage
+from densegrpo_fast.models.stable_diffusion import StableDiffusion
 
-SD3 = "StableDiffusion3Pipeline"
 
-
-class Kind(NamedTuple):
-    """What a host hands over of one kind of pipeline.
+@dataclass(frozen=True)
+class Grid:
+    """The steps of a sampling call.
 
     Attributes:
-        prompts: names of the encoded prompts in the family, and of the arguments that hold them.
-        halves: whether the host runs two forwards above guidance scale 1 ("above"), at every other scale ("other"), or
-            never, as the network takes the scale itself ("inside").
+        num_steps: T.
+        sigmas: the T+1 noise levels, as numbers.
+        timesteps: the scheduler's own tensor, [T].
     """
 
-    prompts: Mapping[str, str]
-    halves: str
-
-
-_TEXT, _POOLED = {"embeds": "prompt_embeds"}, {"pooled": "pooled_prompt_embeds"}
-KINDS: Mapping[str, Kind] = {
-    SD3: Kind({**_TEXT, **_POOLED}, "above"),
-    "FluxPipeline": Kind({**_TEXT, **_POOLED}, "inside"),
-    "QwenImagePipeline": Kind({**_TEXT, "mask": "prompt_embeds_mask"}, "other"),
-    "StableDiffusionPipeline": Kind(_TEXT, "above"),
-}
-"""By pipeline class: those that hosts train and whose samples can be completed."""
-
-
-def kind_of(pipeline: Any) -> str:
-    """The entry of `KINDS` that a pipeline's class is, or derives from.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for kind in type(pipeline).__mro__:
-        if kind.__name__ in KINDS:
-            return kind.__name__
-    raise ValueError(f"dense_rewards serves {', '.join(KINDS)}; got a {type(pipeline).__name__}")
+    num_steps: int
+    sigmas: tuple[float, ...]
+    timesteps: Tensor
 
 
 class FamilyModel(DiffusersModel):
-    """A host's pipeline as a flow model.
+    """The network and autoencoder of a host's pipeline.
 
     Args:
-        pipeline: `FluxPipeline`, `QwenImagePipeline` or `StableDiffusionPipeline`, its scheduler set by sampling.
-        shape: of one state, tokens (N, D) or (C, H, W).
-        dtype: of the states that the network sees.
-        height, width: of the images in pixels; 0 = what `shape` says, square if it is tokens.
-        decoder: images [m, 3, H, W] in [0, 1] of clean latents [m, C, H, W]; None = the pipeline's autoencoder.
+        pipeline: of these, its scheduler as sampling left it.
+        states: [T+1, B, ...] of the sampling, for their dtype and size.
+        height, width: of the pictures in pixels; 0 = the states' own, and square where they are tokens.
+        decoder: clean latents of the host [n, ...] -> images [n, 3, H, W] in [0, 1]; None is the pipeline's own.
 
     Raises:
-        ValueError: states of this shape are none of such images, or the scheduler is none that is computed here.
+        ValueError: the size is not that of the states, or Stable Diffusion's scheduler takes other steps than the host.
     """
 
     def __init__(
         self,
         pipeline: Any,
-        shape: tuple[int, ...],
         *,
-        dtype: torch.dtype,
+        states: Tensor,
         height: int = 0,
         width: int = 0,
         decoder: Callable[[Tensor], Tensor] | None = None,
     ):
-        from densegrpo_fast.models.families import family_of
-
-        unit, tokens = int(pipeline.vae_scale_factor), len(shape) == 2
-        sides = (2 * math.isqrt(shape[0]),) * 2 if tokens else shape[-2:]
-        size = height or unit * sides[0], width or unit * sides[1]
-        kind = kind_of(pipeline)
-        if kind == "StableDiffusionPipeline":
-            _check_ddim(pipeline.scheduler)
-        super().__init__(pipeline, height=size[0], width=size[1], family=family_of(kind))
-        if self.latent_shape != tuple(shape):
+        super().__init__(pipeline, height=height, width=width)
+        if not height and not width:
+            side = isqrt(states.shape[2]) * self.family.unit() if states.ndim == 4 else 0
+            sizes = [side, side] if side else [length * self.family.vae_scale for length in states.shape[-2:]]
+            super().__init__(pipeline, height=sizes[0], width=sizes[1])
+        if tuple(states.shape[2:]) != self.latent_shape:
             raise ValueError(
-                f"latents of {list(shape)} are none of {kind} for images of {size[0]} x {size[1]} pixels, which are "
-                f"{list(self.latent_shape)}: give dense_rewards the height and width that sampling had"
+                f"latents of {list(states.shape[2:])} are not those of {self.family.height} x {self.family.width} "
+                f"pixels, {list(self.latent_shape)}: give height and width as sampling had them"
             )
-        self.computed_in, self.decoder = dtype, decoder
+        self.state_dtype, self.decoder = states.dtype, decoder
+        # x = z / sqrt((1 - t)^2 + t^2) is the host's state (models/stable_diffusion.py)
+        self._preserving = self.family if isinstance(self.family, StableDiffusion) else None
+        if self._preserving is not None:
+            _check_ddim(pipeline.scheduler)
 
-    def host_grid(self) -> tuple[tuple[float, ...], Tensor]:
-        """Noise levels [N+1] and timesteps [N] of the scheduler as it is set, levels as a flow has them.
+    def grid(self) -> Grid:
+        """The steps that the pipeline's scheduler is set to.
 
         Raises:
-            ValueError: the scheduler is not set.
+            ValueError: they are not those that its configuration makes.
         """
-        scheduler, timesteps = self.pipeline.scheduler, self.pipeline.scheduler.timesteps
-        if self.family.scales_input:
-            if scheduler.num_inference_steps is None:
-                raise ValueError("the scheduler is not set: call dense_rewards after sampling")
-            return tuple(self.sigmas(len(timesteps)).tolist()), timesteps
-        return tuple(scheduler.sigmas.float().tolist()), timesteps
+        family, scheduler = self._preserving, self.pipeline.scheduler
+        if family is None:
+            schedule = schedule_of(scheduler)
+            return Grid(schedule.num_steps, schedule.sigmas, schedule.timesteps)
+        timesteps = scheduler.timesteps
+        sigmas = family.sigmas(len(timesteps))
+        if not torch.equal(family.levels[timesteps.cpu().long()], sigmas[:-1]):
+            raise ValueError(f"the scheduler's timesteps {timesteps.tolist()} are not those of its configuration")
+        return Grid(len(timesteps), tuple(sigmas.tolist()), timesteps)
 
-    def states(self, latents: Tensor, sigmas: Tensor) -> Tensor:
-        """A host's states [n, B, ...] at noise levels [n], as states of a flow; what `family.scaled` undoes."""
-        if not self.family.scales_input:
-            return latents
-        factors = self.family.scaled(torch.ones_like(sigmas), sigmas)
-        return latents.float() / factors.view(-1, *[1] * (latents.ndim - 1))
+    def flow_states(self, states: Tensor, sigmas: tuple[float, ...], start: Tensor) -> Tensor:
+        """The host's states [T+1, B, ...] in the variables of a flow.
 
-    def conditioning(self, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> Conditioning:
-        """Encoded prompts of the rows, [B, ...] each, and negative ones, [B, ...] or [1, ...] each, or none."""
-        own = self.family.batched(dict(prompts))
-        batch = len(own["embeds"])
-        other = self.family.batched(dict(negative)) if negative else own
-        other = {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in other.items()}
-        return Conditioning(own, other, torch.arange(batch, device=own["embeds"].device))
+        Args:
+            states: of the host.
+            sigmas: of the grid.
+            start: [B] int64, grid index of each row's first state.
+        """
+        if self._preserving is None:
+            return states
+        index = start[None] + torch.arange(len(states), device=start.device)[:, None]
+        level = torch.tensor(sigmas)[index.cpu()].to(states.device)
+        norm = ((1 - level).square() + level.square()).sqrt()
+        return states.float() * norm.view(*norm.shape, *[1] * (states.ndim - 2))
 
     def velocity(
         self,
@@ -131,23 +113,48 @@ class FamilyModel(DiffusersModel):
         guidance_scale: float = 1.0,
         guidance_gradient: GuidanceGradient = "full",
     ) -> Velocity:
-        cond = self._forward(latents, sigma, conditioning.conditional(), guidance_scale)
+        rows = conditioning.rows
+        if self._preserving is None:
+            # as the hosts round their timesteps
+            sigma = ((sigma * 1000).to(self.state_dtype) / 1000).float()
+        cond = self._forward(latents, sigma, _rows(conditioning.prompts, rows), guidance_scale)
         if self.forwards(guidance_scale) == 1:
             return Velocity(cond, None, 1.0)
-        negative = {name: tensor[conditioning.rows] for name, tensor in conditioning.negative.items()}
-        return self.family.guide(cond, self._forward(latents, sigma, negative, guidance_scale), guidance_scale)
+        uncond = self._forward(latents, sigma, _rows(conditioning.negative, rows), guidance_scale)
+        return self.family.guide(cond, uncond, guidance_scale)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, decoder: Decoder = "full") -> Tensor:
-        return super().decode(latents, decoder) if self.decoder is None else self.decoder(self.family.grid(latents))
+        if self.decoder is None:
+            return super().decode(latents)
+        return self.decoder(latents if self._preserving is None else self.family.grid(latents))
+
+    def conditioning(
+        self, embeds: Tensor, pooled: Tensor | None, mask: Tensor | None, negative: dict[str, Tensor | None]
+    ) -> Conditioning:
+        """One entry per row of what the host has encoded; without negative prompts they stand in their own place."""
+        if mask is None and isinstance(self.family, QwenImage):
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        own = {"embeds": embeds, "pooled": pooled, "mask": mask}
+        given = {name: tensor for name, tensor in own.items() if tensor is not None}
+        other = {
+            name: tensor if (found := negative.get(name)) is None else found.expand(len(embeds), *found.shape[1:])
+            for name, tensor in given.items()
+        }
+        rows = torch.arange(len(embeds), device=embeds.device)
+        return Conditioning(self.family.batched(given), self.family.batched(other), rows)
 
 
 def _check_ddim(scheduler: Any) -> None:
-    """Refuse a scheduler whose steps are not those of the hosts' `ddim_step_with_logprob`."""
-    if type(scheduler).__name__ != "DDIMScheduler":
-        raise ValueError(f"Stable Diffusion is served with a DDIMScheduler, got a {type(scheduler).__name__}")
-    if scheduler.config.set_alpha_to_one:
+    """Refuse other variables than DDIM's, and another end than that of DanceGRPO's `ddim_step_with_logprob`."""
+    if (kind := type(scheduler).__name__) != "DDIMScheduler":
+        raise ValueError(f"dense_rewards knows Stable Diffusion with a DDIMScheduler, got a {kind}")
+    if scheduler.config["set_alpha_to_one"]:
         raise ValueError(
-            "DDIMScheduler: set_alpha_to_one must be false, as in Stable Diffusion 1.x: the host's last step ends at "
-            "the noise of timestep 0"
+            "scheduler: set_alpha_to_one of DDIMScheduler must be false, as in Stable Diffusion 1.x: the host's last "
+            "step ends at the noise of timestep 0"
         )
+
+
+def _rows(prompts: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: tensor[rows] for name, tensor in prompts.items()}

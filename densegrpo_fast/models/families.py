@@ -8,7 +8,7 @@ from densegrpo_fast.models.flux2_klein import Flux2Klein
 from densegrpo_fast.models.qwen_image import QwenImage
 from densegrpo_fast.models.sd3 import StableDiffusion3
 from densegrpo_fast.models.stable_diffusion import StableDiffusion, StableDiffusionXL
-from densegrpo_fast.models.supported import check_supported
+from densegrpo_fast.models.supported import unsupported
 from densegrpo_fast.models.wan import Wan
 from densegrpo_fast.models.z_image import ZImage
 
@@ -33,5 +33,6 @@ def family_of(pipeline_class: str) -> type[Family]:
     Raises:
         ValueError: there is none.
     """
-    check_supported(pipeline_class)
+    if pipeline_class not in FAMILIES:
+        raise ValueError(unsupported(pipeline_class))
     return FAMILIES[pipeline_class]

@@ -1,8 +1,7 @@
 """What distinguishes one family of models from another: the contract between a pipeline class and `DiffusersModel`.
 
 A family says how a diffusers pipeline's own `__call__` encodes prompts, calls its network, reads the schedule and
-decodes; `DiffusersModel` does the rest, alike for all. A family is one file here and a line each in
-`families.py` and `supported.py`.
+decodes; `DiffusersModel` does the rest, alike for all. A family is one file here and one line in `families.py`.
 """
 
 from __future__ import annotations

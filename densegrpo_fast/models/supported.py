@@ -1,4 +1,4 @@
-"""The pipeline classes that there are families of (`families.py`), and the check of one, without torch."""
+"""Which pipelines can be trained, by class; importing it needs neither torch nor diffusers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from pathlib import Path
 
 from densegrpo_fast.common.errors import SetupError
 from densegrpo_fast.common.files import user_path
-from densegrpo_fast.common.plugins import is_outside
-from densegrpo_fast.embedded import EMBEDDED
 
-_INDEX = "model_index.json"
-
-SUPPORTED = (
+PIPELINES = (
     "StableDiffusion3Pipeline",
     "FluxPipeline",
     "StableDiffusionPipeline",
@@ -22,45 +18,37 @@ SUPPORTED = (
     "Flux2KleinPipeline",
     "WanPipeline",
 )
+"""Their classes in diffusers; each has a family in `families.py`."""
 
 
-def check_supported(pipeline_class: str) -> None:
-    """Raises: ValueError: there is no family of the pipeline class."""
-    if pipeline_class not in SUPPORTED:
-        raise ValueError(f"{pipeline_class} is not supported; supported are {', '.join(SUPPORTED)}")
+def unsupported(pipeline_class: object) -> str:
+    """What to say of another class."""
+    return f"{pipeline_class} is not supported; supported are {', '.join(PIPELINES)}"
 
 
-def check_path(path: str, revision: str | None = None, *, hub: bool = True) -> None:
-    """Refuse a `model.path` whose model_index.json names a pipeline of another kind; what cannot be told is let by.
+def check_supported(path: str, revision: str | None) -> None:
+    """Refuse a pipeline of another class at once, if its model_index.json is on this machine; what else there may be to
+    say of it is said when it is loaded.
 
     Args:
-        path: one of `EMBEDDED`, a directory, a hub id, or a model from outside the package.
-        revision: of a hub id.
-        hub: whether a hub id may be asked for on the hub.
+        path: a directory, or a hub id.
+        revision: of the hub id.
 
     Raises:
-        SetupError: there is no family of its kind.
+        SetupError: it is of another class.
     """
-    if path in EMBEDDED or is_outside(path):
-        return
-    directory = user_path(path)
-    index = directory / _INDEX
-    if not directory.is_dir():
-        if not hub or path.count("/") != 1 or path.startswith((".", "/", "~")):
-            return
-        try:
-            from huggingface_hub import hf_hub_download
+    index: object = user_path(path) / "model_index.json"
+    if not Path(str(index)).is_file() and path.count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-            index = Path(hf_hub_download(path, _INDEX, revision=revision))
-        # the loader tells what is wrong with a hub that cannot be reached
-        except Exception:
+        try:
+            index = try_to_load_from_cache(path, "model_index.json", revision=revision)
+        except HFValidationError:
             return
     try:
-        settings = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(Path(str(index)).read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
-    if isinstance(settings, dict):
-        try:
-            check_supported(str(settings.get("_class_name")))
-        except ValueError as error:
-            raise SetupError(f"model.path: {path}: {error}") from None
+    if found not in PIPELINES:
+        raise SetupError(f"model.path: {path}: {unsupported(found)}")

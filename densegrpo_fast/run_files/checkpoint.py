@@ -238,9 +238,7 @@ class CheckpointManager:
     def _refuse_other_settings(self, path: Path, manifest: Mapping[str, Any]) -> None:
         with _named(path):
             stored = comparable_settings(manifest["settings"])
-        if fingerprint(stored) != fingerprint(self.settings):
-            differing = "\n  ".join(differences(stored, self.settings))
-            raise CheckpointError(f"{path} belongs to a run with other settings:\n  {differing}")
+        _refuse_differing(path, self.directory, stored, self.settings)
 
     def _remove_old(self, newest: int) -> None:
         # A corrupt checkpoint may stand ahead of the one just saved; it must not push good ones out.
@@ -270,6 +268,33 @@ def newest_settings(directory: Path) -> dict[str, Any] | None:
             with _named(path.parent):
                 return complete_settings(settings)
     return None
+
+
+def refuse_other_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run under other settings, before anything is loaded; without a checkpoint there are none.
+
+    Args:
+        directory: of the run's checkpoints.
+        settings: as `CheckpointManager` takes them; what else a checkpoint holds is not compared yet.
+
+    Raises:
+        CheckpointError: naming each setting that differs.
+    """
+    stored = newest_settings(directory)
+    if stored is not None:
+        own = json.loads(canonical_json(dict(settings)))
+        known = {key: value for key, value in comparable_settings(stored).items() if key in own}
+        _refuse_differing(directory, directory, known, own)
+
+
+def _refuse_differing(path: Path, directory: Path, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    if fingerprint(stored) != fingerprint(own):
+        differing = "\n  ".join(differences(stored, own))
+        raise CheckpointError(
+            f"{path} belongs to a run with other settings:\n  {differing}\n"
+            f"`--resume {directory.parent}` goes on with the run's own; beside them only what does not change the "
+            "training may differ, such as run.iterations and evaluation.every"
+        )
 
 
 @contextmanager

@@ -1,316 +1,235 @@
-"""Dense rewards of the hosts' FLUX, Qwen-Image and Stable Diffusion loops, against completions of their own loops.
+"""Dense rewards of the hosts' FLUX.1, Qwen-Image and Stable Diffusion loops, against serial completions in those loops.
 
-The loops are small restatements of `flow_grpo/diffusers_patch/flux_pipeline_with_logprob_fast.py`,
-`qwenimage_pipeline_with_logprob.py` (Flow-GRPO, TurningPoint-GRPO) and DanceGRPO's
-`fastvideo/models/stable_diffusion/pipeline_with_logprob.py`, on pipelines of the real classes.
+The loops are restated as flow_grpo (train_flux.py, train_qwenimage.py) and DanceGRPO (train_grpo_sd.py) have them.
 """
 
 from __future__ import annotations
 
-import re
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("diffusers")
-from diffusers import DDIMScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+sys.path.insert(0, str(Path(__file__).parents[1] / "hosts"))
 
-from densegrpo_fast.compat.dense_rewards import dense_rewards
-from densegrpo_fast.compat.flow_grpo import sde_step_with_logprob
-from densegrpo_fast.compat.scored import DenseRewards
-from densegrpo_fast.flow import ops
-from densegrpo_fast.models.diffusers_model import DiffusersModel
-from densegrpo_fast.models.tiny import tiny_model
+import host_sd3  # noqa: E402
+from diffusers import DDIMScheduler, EulerDiscreteScheduler  # noqa: E402
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # noqa: E402
 
-PAGE = Path(__file__).parents[2] / "docs" / "integrations" / "dense_rewards.md"
-N, SCALE = 4, 3.0
-PROMPTS = ["the moon", "a cat that sits on a mat", "the moon"]
+from densegrpo_fast.compat.dense_rewards import dense_rewards  # noqa: E402
+from densegrpo_fast.models.tiny import tiny_model  # noqa: E402
+
+N = 4
+PROMPTS = ["the moon", "a cat in the rain", "the moon"]
 
 
-class Flux:
-    name, tokens, options = "FluxPipeline", 8, {"guidance_scale": SCALE}
+@dataclass
+class Host:
+    """A host's loop on a tiny pipeline.
 
-    def __init__(self, pipeline: Any, height: int, width: int):
-        self.pipeline, self.height, self.width = pipeline, height, width
-        pipe, device = pipeline, torch.device("cpu")
-        embeds, pooled, self.text_ids = pipe.encode_prompt(PROMPTS, None, device, max_sequence_length=self.tokens)
-        self.text = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        channels = pipe.transformer.config.in_channels // 4
-        noise = torch.Generator().manual_seed(1)
-        self.noise, self.image_ids = pipe.prepare_latents(3, channels, height, width, embeds.dtype, device, noise)
-        self.set_timesteps()
-
-    def set_timesteps(self) -> None:
-        scheduler = self.pipeline.scheduler
-        config = scheduler.config
-        shift = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        mu = calculate_shift(self.noise.shape[1], *shift)
-        retrieve_timesteps(scheduler, N, torch.device("cpu"), sigmas=numpy.linspace(1.0, 1 / N, N), mu=mu)
-
-    def predict(self, latents: Tensor, t: Tensor) -> Tensor:
-        return self.pipeline.transformer(
-            hidden_states=latents,
-            timestep=t.expand(len(latents)).to(latents.dtype) / 1000,
-            guidance=torch.full([1], SCALE).expand(len(latents)),
-            pooled_projections=self.text["pooled_prompt_embeds"],
-            encoder_hidden_states=self.text["prompt_embeds"],
-            txt_ids=self.text_ids,
-            img_ids=self.image_ids,
-            return_dict=False,
-        )[0]
-
-    def step(self, latents: Tensor, t: Tensor, level: float, generator: torch.Generator) -> Tensor:
-        predicted, rows = self.predict(latents, t), t.unsqueeze(0).repeat(len(latents))
-        scheduler = self.pipeline.scheduler
-        return sde_step_with_logprob(scheduler, predicted, rows, latents, noise_level=level, generator=generator)[0]
-
-    def images(self, latents: Tensor) -> Tensor:
-        pipe = self.pipeline
-        latents = pipe._unpack_latents(latents, self.height, self.width, pipe.vae_scale_factor)
-        latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pt")
-
-
-class QwenImage(Flux):
-    name, tokens = "QwenImagePipeline", 300
-
-    def __init__(self, pipeline: Any, height: int, width: int):
-        self.pipeline, self.height, self.width = pipeline, height, width
-        both = [*PROMPTS, *[" "] * 3]
-        embeds, mask = pipeline.encode_prompt(both, device=torch.device("cpu"), max_sequence_length=self.tokens)
-        assert not mask.bool().all()
-        (own, negative), (own_mask, negative_mask) = embeds.chunk(2), mask.chunk(2)
-        self.text = {"prompt_embeds": own, "prompt_embeds_mask": own_mask}
-        self.text |= {"negative_prompt_embeds": negative, "negative_prompt_embeds_mask": negative_mask}
-        channels = pipeline.transformer.config.in_channels // 4
-        noise = torch.Generator().manual_seed(1)
-        self.noise = pipeline.prepare_latents(3, channels, height, width, embeds.dtype, torch.device("cpu"), noise)
-        self.shapes = [[(1, height // pipeline.vae_scale_factor // 2, width // pipeline.vae_scale_factor // 2)]] * 3
-        self.set_timesteps()
-
-    def predict(self, latents: Tensor, t: Tensor) -> Tensor:
-        text = self.text
-        both = self.pipeline.transformer(
-            hidden_states=torch.cat([latents, latents]),
-            timestep=t.expand(2 * len(latents)).to(latents.dtype) / 1000,
-            guidance=None,
-            encoder_hidden_states_mask=torch.cat([text["prompt_embeds_mask"], text["negative_prompt_embeds_mask"]]),
-            encoder_hidden_states=torch.cat([text["prompt_embeds"], text["negative_prompt_embeds"]]),
-            img_shapes=self.shapes * 2,
-            return_dict=False,
-        )[0]
-        cond, uncond = both.chunk(2)
-        guided = uncond + SCALE * (cond - uncond)
-        return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-
-    def images(self, latents: Tensor) -> Tensor:
-        pipe, config = self.pipeline, self.pipeline.vae.config
-        latents = pipe._unpack_latents(latents, self.height, self.width, pipe.vae_scale_factor)
-        mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
-        std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
-        image = pipe.vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
-        return pipe.image_processor.postprocess(image, output_type="pt")
-
-
-class StableDiffusion(Flux):
-    name = "StableDiffusionPipeline"
-
-    def __init__(self, pipeline: Any, height: int, width: int):
-        self.pipeline = pipeline
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        device = torch.device("cpu")
-        own, negative = pipeline.encode_prompt(PROMPTS, device, 1, True, [""] * 3)
-        self.text = {"prompt_embeds": own, "negative_prompt_embeds": negative}
-        channels = pipeline.unet.config.in_channels
-        shape = (3, channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
-        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        pipeline.scheduler.set_timesteps(N)
-
-    def predict(self, latents: Tensor, t: Tensor) -> Tensor:
-        text = torch.cat([self.text["negative_prompt_embeds"], self.text["prompt_embeds"]])
-        both = self.pipeline.unet(torch.cat([latents] * 2), t, encoder_hidden_states=text, return_dict=False)[0]
-        uncond, cond = both.chunk(2)
-        return uncond + SCALE * (cond - uncond)
-
-    def step(self, latents: Tensor, t: Tensor, level: float, generator: torch.Generator) -> Tensor:
-        # the host's ddim_step_with_logprob draws by the formula of diffusers' own step
-        predicted, eta = self.predict(latents, t), 1.0 if level else 0.0
-        return self.pipeline.scheduler.step(predicted, t, latents, eta=eta, generator=generator).prev_sample
-
-    def images(self, latents: Tensor) -> Tensor:
-        pipe = self.pipeline
-        image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
-        return pipe.image_processor.postprocess(image, output_type="pt")
-
-
-LOOPS: tuple[type[Flux], ...] = (Flux, QwenImage, StableDiffusion)
-
-
-def reward_fn(
-    images: Tensor, prompts: list[str], metadata: list[Any], only_strict: bool = True
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    red = images[:, 0].double().mean(dim=(1, 2)) + torch.tensor([len(prompt) for prompt in prompts])
-    return {"avg": (red + images[:, 2].double().square().mean(dim=(1, 2))).tolist()}, {}
-
-
-def rewards_of(images: Tensor) -> Tensor:
-    return torch.tensor(reward_fn(images, PROMPTS, [])[0]["avg"])
-
-
-def loop_of(kind: type[Flux], size: tuple[int, int] = (64, 64)) -> Flux:
-    with torch.no_grad():
-        return kind(tiny_model(kind.name).pipeline, *size)
-
-
-@torch.no_grad()
-def sampled(loop: Flux, first: int, steps: int) -> list[Tensor]:
-    """The states of a window, as the hosts' loops keep them, and the end."""
-    latents, generator, kept = loop.noise, torch.Generator().manual_seed(2), []
-    for step, t in enumerate(loop.pipeline.scheduler.timesteps):
-        if step == first:
-            kept.append(latents)
-        latents = loop.step(latents, t, 0.7 if first <= step < first + steps else 0.0, generator)
-        if first <= step < first + steps:
-            kept.append(latents)
-    return [*kept, latents]
-
-
-@torch.no_grad()
-def completed(loop: Flux, latents: Tensor, index: int) -> Tensor:
-    """The image that a state would end in, by the rest of the host's own loop without noise."""
-    for t in loop.pipeline.scheduler.timesteps[index:]:
-        latents = loop.step(latents, t, 0.0, torch.Generator())
-    return loop.images(latents)
-
-
-def by_the_page(loop: Flux, states: list[Tensor], end: Tensor) -> DenseRewards:
-    """What the page's lines for this host give in place of the script's own call of its reward function."""
-    section = PAGE.read_text(encoding="utf-8").split("## The changed lines: FLUX.1")[1].split("## Options")[0]
-    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[LOOPS.index(type(loop))]
-    with ThreadPoolExecutor(1) as executor:
-        script = {
-            **loop.text,
-            "dense_rewards": dense_rewards,
-            "partial": partial,
-            "autocast": nullcontext,
-            "pipeline": loop.pipeline,
-            "reward_fn": reward_fn,
-            "prompts": PROMPTS,
-            "current_batch": PROMPTS,
-            "prompt_metadata": [{}] * 3,
-            "latents": torch.stack(states, dim=1),
-            "timesteps": loop.pipeline.scheduler.timesteps.repeat(3, 1),
-            "images": loop.images(end),
-            "collected_data": loop.text,
-            "sample_neg_prompt_embeds": loop.text.get("negative_prompt_embeds"),
-            "config": SimpleNamespace(resolution=64, sample=SimpleNamespace(guidance_scale=SCALE)),
-            "executor": executor,
-        }
-        exec(code, script)
-        rewards: DenseRewards = script["rewards"]
-        assert set(rewards.result()[0]) == {"avg", "gains"}
-    return rewards
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize(("first", "steps"), [(0, N), (1, 2)], ids=["whole", "window"])
-@pytest.mark.parametrize("kind", LOOPS, ids=lambda kind: kind.name)
-def test_exact_is_the_serial_completion_of_the_hosts_loop(kind: type[Flux], first: int, steps: int) -> None:
-    size = (64, 32) if kind is Flux and first else (64, 64)
-    loop = loop_of(kind, size)
-    *states, end = sampled(loop, first, steps)
-    timesteps = loop.pipeline.scheduler.timesteps
-    dense = dense_rewards(
-        loop.pipeline,
-        reward_fn,
-        PROMPTS,
-        latents=torch.stack(states, dim=1),
-        timesteps=timesteps[first : first + steps].repeat(3, 1),
-        height=size[0],
-        width=size[1],
-        **loop.text,
-        **loop.options,
-    )
-    expected = [completed(loop, state, first + done) for done, state in enumerate(states[:-1])]
-    close(dense.rewards, torch.stack([*map(rewards_of, expected), rewards_of(loop.images(end))], dim=1))
-    assert dense.gains.shape == (3, steps) and dense.gains.abs().max() > 1e-5
-    assert loop.pipeline.scheduler.timesteps is timesteps
-
-
-@pytest.mark.parametrize("kind", LOOPS, ids=lambda kind: kind.name)
-def test_it_is_the_packages_own_model_step_by_step(kind: type[Flux]) -> None:
-    """The same samples completed by what `Trainer` trains: its prompts, its grid, its velocities, Euler's steps.
-
-    The call is the page's, run in what the host's script has there.
+    Attributes:
+        pipeline: with its scheduler set.
+        latents: [B, ...] noise.
+        velocity: (state, timestep) -> the network's combined output.
+        step: (state, output, timestep, noisy) -> next state.
+        images: of final states.
+        arguments: of `dense_rewards`.
     """
-    loop = loop_of(kind)
-    *states, end = sampled(loop, 0, N)
-    dense = by_the_page(loop, states, end)
-    model = DiffusersModel(loop.pipeline, max_sequence_length=kind.tokens, height=64, width=64)
-    grid, prompts = model.sigmas(N), model.encode(PROMPTS)
-    for index, state in enumerate(states):
-        latents = state
-        if model.family.scales_input:
-            # x = z / sqrt((1 - t)^2 + t^2)
-            latents = state * ((1 - grid[index]).square() + grid[index].square()).sqrt()
-        with torch.no_grad():
-            for here in range(index, N):
-                sigma, after = (grid[place].expand(3) for place in (here, here + 1))
-                latents = ops.euler_jump(
-                    latents, model.velocity(latents, sigma, prompts, SCALE).combined(), sigma, after
-                )
-        close(dense.rewards[:, index], rewards_of(model.decode(latents)))
+
+    pipeline: Any
+    latents: Tensor
+    velocity: Callable[[Tensor, Tensor], Tensor]
+    step: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    images: Callable[[Tensor], Tensor]
+    arguments: dict[str, Any]
+
+    @torch.no_grad()
+    def sampled(self, first: int = 0, last: int = N) -> tuple[Tensor, Tensor, Tensor]:
+        """States of the window [B, T+1, ...], end images, timesteps [B, T]."""
+        state, kept, timesteps = self.latents, [], self.pipeline.scheduler.timesteps
+        for index, t in enumerate(timesteps):
+            kept += [state] if index == first else []
+            state = self.step(state, self.velocity(state, t), t, first <= index < last)
+            kept += [state] if first <= index < last else []
+        return torch.stack(kept, dim=1), self.images(state), timesteps[first:last].repeat(len(state), 1)
+
+    @torch.no_grad()
+    def completed(self, states: Tensor, first: int) -> list[Tensor]:
+        """Images of every state but the last, by the noise-free rest of the loop."""
+        found = []
+        for index in range(states.shape[1] - 1):
+            state = states[:, index]
+            for t in self.pipeline.scheduler.timesteps[first + index :]:
+                state = self.step(state, self.velocity(state, t), t, False)
+            found.append(self.images(state))
+        return found
 
 
-def test_a_decoder_is_given_latents_as_the_autoencoder_has_them() -> None:
-    loop = loop_of(Flux, (64, 32))
-    *states, _ = sampled(loop, 0, N)
-    shapes = []
+def flow_step(pipeline: Any) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+    def step(state: Tensor, output: Tensor, t: Tensor, noisy: bool) -> Tensor:
+        scheduler, times = pipeline.scheduler, t.unsqueeze(0).repeat(len(state))
+        generator = torch.Generator().manual_seed(int(t))
+        if noisy:
+            return host_sd3.sde_step_with_logprob(scheduler, output.float(), times, state, 0.7, None, generator)[0]
+        index = scheduler.index_for_timestep(t)
+        return state + (scheduler.sigmas[index + 1] - scheduler.sigmas[index]) * output
 
-    def decoder(latents: Tensor) -> Tensor:
-        shapes.append(tuple(latents.shape))
-        return torch.zeros(len(latents), 3, 8, 8)
-
-    options = {**loop.text, **loop.options, "height": 64, "width": 32, "plan": "one_step"}
-    dense_rewards(loop.pipeline, reward_fn, PROMPTS, latents=states, decoder=decoder, **options)
-    scale = loop.pipeline.vae_scale_factor
-    assert set(shapes) == {(3, 4, 64 // scale, 32 // scale)}
+    return step
 
 
-def test_what_is_not_served_is_refused_by_name() -> None:
-    loop = loop_of(Flux)
-    *states, _ = sampled(loop, 0, N)
+def set_grid(pipeline: Any, tokens: int) -> None:
+    config = pipeline.scheduler.config
+    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    mu = calculate_shift(tokens, *(config.get(name, value) for name, value in usual.items()))
+    pipeline.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / N, N), mu=mu)
+    pipeline.scheduler.set_begin_index(0)
 
-    def refused(pipeline: Any, message: str, **change: Any) -> None:
-        options = {"latents": states, **loop.text, **loop.options, **change}
-        with pytest.raises(ValueError, match=message):
-            dense_rewards(pipeline, reward_fn, PROMPTS, **options)
 
-    class FluxKontextPipeline: ...
+def flux(height: int = 64, width: int = 64) -> Host:
+    pipeline = tiny_model("FluxPipeline").pipeline
+    embeds, pooled, text_ids = pipeline.encode_prompt(PROMPTS, None, max_sequence_length=8)
+    channels = pipeline.transformer.config.in_channels // 4
+    latents, image_ids = pipeline.prepare_latents(
+        len(PROMPTS), channels, height, width, embeds.dtype, "cpu", torch.Generator().manual_seed(0), None
+    )
+    set_grid(pipeline, latents.shape[1])
 
-    refused(FluxKontextPipeline(), "dense_rewards serves StableDiffusion3Pipeline, FluxPipeline, .*FluxKontextPipeline")
-    refused(loop.pipeline, "FluxPipeline with guidance_scale 3.0 needs pooled_prompt_embeds", pooled_prompt_embeds=None)
-    refused(loop.pipeline, "FluxPipeline takes no prompt_embeds_mask", prompt_embeds_mask=torch.ones(3, 8))
-    refused(loop.pipeline, "FluxPipeline for images of 64 x 32 pixels", height=64, width=32)
+    def velocity(state: Tensor, t: Tensor) -> Tensor:
+        return pipeline.transformer(
+            hidden_states=state,
+            timestep=t.expand(len(state)).to(state.dtype) / 1000,
+            guidance=torch.full([1], 3.5).expand(len(state)),
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
 
-    loop = loop_of(StableDiffusion)
-    *states, _ = sampled(loop, 0, N)
-    pipeline = loop.pipeline
-    refused(pipeline, "StableDiffusionPipeline with .* needs negative_prompt_embeds", negative_prompt_embeds=None)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    def images(state: Tensor) -> Tensor:
+        grid = pipeline._unpack_latents(state, height, width, pipeline.vae_scale_factor)
+        grid = grid / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
+        return pipeline.image_processor.postprocess(pipeline.vae.decode(grid, return_dict=False)[0], "pt")
+
+    arguments = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "guidance_scale": 3.5}
+    arguments |= {} if height == width else {"height": height, "width": width}
+    return Host(pipeline, latents, velocity, flow_step(pipeline), images, arguments)
+
+
+def qwen() -> Host:
+    pipeline = tiny_model("QwenImagePipeline").pipeline
+    both, masks = pipeline.encode_prompt(PROMPTS + [" "] * len(PROMPTS), max_sequence_length=300)
+    masks = torch.ones(both.shape[:2], dtype=torch.long) if masks is None else masks
+    (embeds, negative), (mask, negative_mask) = both.chunk(2), masks.chunk(2)
+    assert not mask.all(), "texts of different lengths"
+    latents = torch.randn(len(PROMPTS), 16, pipeline.transformer.config.in_channels)
+    set_grid(pipeline, latents.shape[1])
+    scale = 4.0
+
+    def velocity(state: Tensor, t: Tensor) -> Tensor:
+        time = t.expand(len(state)).to(state.dtype)
+        output = pipeline.transformer(
+            hidden_states=torch.cat([state, state]),
+            timestep=torch.cat([time, time]) / 1000,
+            guidance=None,
+            encoder_hidden_states_mask=torch.cat([mask, negative_mask]),
+            encoder_hidden_states=torch.cat([embeds, negative]),
+            img_shapes=[[(1, 4, 4)]] * (2 * len(state)),
+        )[0]
+        cond, uncond = output.chunk(2)
+        combined = uncond + scale * (cond - uncond)
+        return combined * (cond.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+
+    def images(state: Tensor) -> Tensor:
+        config = pipeline.vae.config
+        grid = pipeline._unpack_latents(state, 64, 64, pipeline.vae_scale_factor)
+        mean, std = (torch.tensor(v).view(1, config.z_dim, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        image = pipeline.vae.decode(grid / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        return pipeline.image_processor.postprocess(image, "pt")
+
+    arguments = {"prompt_embeds": embeds, "prompt_embeds_mask": mask, "guidance_scale": scale}
+    arguments |= {"negative_prompt_embeds": negative, "negative_prompt_embeds_mask": negative_mask}
+    return Host(pipeline, latents, velocity, flow_step(pipeline), images, arguments)
+
+
+def stable_diffusion() -> Host:
+    pipeline = tiny_model("StableDiffusionPipeline").pipeline
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    embeds, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
+    negative, _ = pipeline.encode_prompt([""], "cpu", 1, False)
     pipeline.scheduler.set_timesteps(N)
-    refused(pipeline, "set_alpha_to_one must be false")
-    pipeline.scheduler = tiny_model("StableDiffusionPipeline").pipeline.scheduler
-    refused(pipeline, "served with a DDIMScheduler, got a PNDMScheduler")
+    side, scale = 64 // pipeline.vae_scale_factor, 5.0
+    latents = torch.randn(len(PROMPTS), 4, side, side)
+
+    def velocity(state: Tensor, t: Tensor) -> Tensor:
+        text = torch.cat([negative.expand_as(embeds), embeds])
+        uncond, cond = pipeline.unet(torch.cat([state] * 2), t, encoder_hidden_states=text).sample.chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    def step(state: Tensor, output: Tensor, t: Tensor, noisy: bool) -> Tensor:
+        generator = torch.Generator().manual_seed(int(t))
+        return pipeline.scheduler.step(output, t, state, eta=float(noisy), generator=generator).prev_sample
+
+    def images(state: Tensor) -> Tensor:
+        decoded = pipeline.vae.decode(state / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+        return pipeline.image_processor.postprocess(decoded, "pt")
+
+    arguments = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": scale}
+    return Host(pipeline, latents, velocity, step, images, arguments)
+
+
+HOSTS = {"flux": flux, "flux, wide": lambda: flux(64, 96), "qwen_image": qwen, "stable_diffusion": stable_diffusion}
+
+
+def reward_fn(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[dict[str, Any], dict]:
+    return {"avg": (images[:, 0] - images[:, 2].square()).double().mean(dim=(1, 2))}, {}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("window", [(0, N), (1, 3)])
+@pytest.mark.parametrize("name", HOSTS)
+def test_exact_is_the_serial_completion_in_the_host_s_loop(name: str, window: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    host = HOSTS[name]()
+    states, images, timesteps = host.sampled(*window)
+    expected = [reward_fn(one, [], [])[0]["avg"] for one in (*host.completed(states, window[0]), images)]
+    given = {} if window == (0, N) else {"timesteps": timesteps}
+    for end in ({"images": images}, {}):
+        dense = dense_rewards(host.pipeline, reward_fn, PROMPTS, latents=states, **host.arguments, **given, **end)
+        torch.testing.assert_close(dense.rewards.double(), torch.stack(expected, 1), rtol=2e-5, atol=2e-5)
+        assert dense.gains.shape == (len(PROMPTS), window[1] - window[0]) and dense.gains.abs().max() > 1e-4
+    cheap = dense_rewards(host.pipeline, reward_fn, PROMPTS, latents=states, plan="one_step", **host.arguments, **given)
+    assert cheap.evaluations < dense.evaluations and not torch.equal(cheap.rewards, dense.rewards)
+
+
+@pytest.mark.ci
+def test_what_does_not_belong_to_the_pipeline_is_refused() -> None:
+    host = flux(64, 96)
+    states = torch.stack([host.latents] * (N + 1), dim=1)
+
+    def refused(message: str, pipeline: Any = host.pipeline, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            dense_rewards(pipeline, reward_fn, PROMPTS, **({"latents": states} | host.arguments | changes))
+
+    refused(r"latents of \[24, 16\] are not those of 64 x 64 pixels, \[16, 16\]: give height and width", width=64)
+    refused("FluxPipeline no guidance but full", guidance="cond_only")
+    refused("dense_rewards knows StableDiffusion3Pipeline, .* got a WanPipeline", tiny_model("WanPipeline").pipeline)
+    other = stable_diffusion()
+    other.pipeline.scheduler.timesteps = other.pipeline.scheduler.timesteps + 1
+    states = torch.stack([other.latents] * (N + 1), dim=1)
+    refused("are not those of its configuration", other.pipeline, height=0, width=0, **other.arguments)
+    config = other.pipeline.scheduler.config
+    for scheduler, message in (
+        (EulerDiscreteScheduler.from_config(config), "with a DDIMScheduler, got a EulerDiscreteScheduler"),
+        (DDIMScheduler.from_config(config, set_alpha_to_one=True), "set_alpha_to_one of DDIMScheduler must be false"),
+    ):
+        scheduler.set_timesteps(N)
+        other.pipeline.scheduler = scheduler
+        refused(message, other.pipeline, height=0, width=0, **other.arguments)
