@@ -5,10 +5,13 @@ The loops are restated as flow_grpo (train_flux.py, train_qwenimage.py) and Danc
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,6 +188,7 @@ def stable_diffusion() -> Host:
     return Host(pipeline, latents, velocity, step, images, arguments)
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "integrations" / "dense_rewards.md"
 HOSTS = {"flux": flux, "flux, wide": lambda: flux(64, 96), "qwen_image": qwen, "stable_diffusion": stable_diffusion}
 
 
@@ -207,6 +211,43 @@ def test_exact_is_the_serial_completion_in_the_host_s_loop(name: str, window: tu
         assert dense.gains.shape == (len(PROMPTS), window[1] - window[0]) and dense.gains.abs().max() > 1e-4
     cheap = dense_rewards(host.pipeline, reward_fn, PROMPTS, latents=states, plan="one_step", **host.arguments, **given)
     assert cheap.evaluations < dense.evaluations and not torch.equal(cheap.rewards, dense.rewards)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", ["qwen_image", "stable_diffusion"])
+def test_the_pages_lines_give_the_same(name: str) -> None:
+    """Run among the names that the host's script has there."""
+    torch.manual_seed(0)
+    host = HOSTS[name]()
+    states, images, timesteps = host.sampled()
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    mark = {"qwen_image": "collected_data", "stable_diffusion": "current_batch"}[name]
+    (code,) = [block for block in blocks if mark in block]
+    script = {
+        "torch": torch,
+        "dense_rewards": dense_rewards,
+        "partial": lambda function, only_strict: function,
+        "autocast": nullcontext,
+        "pipeline": host.pipeline,
+        "reward_fn": reward_fn,
+        "prompts": PROMPTS,
+        "current_batch": PROMPTS,
+        "prompt_metadata": None,
+        "latents": states,
+        "timesteps": timesteps,
+        "images": images,
+        "collected_data": host.arguments,
+        "prompt_embeds": host.arguments["prompt_embeds"],
+        "sample_neg_prompt_embeds": host.arguments["negative_prompt_embeds"],
+        "config": SimpleNamespace(sample=SimpleNamespace(guidance_scale=host.arguments["guidance_scale"])),
+        "accelerator": SimpleNamespace(device="cpu"),
+        "executor": None,
+        "all_gains": [],
+    }
+    exec(code, script)
+    expected = dense_rewards(host.pipeline, reward_fn, PROMPTS, latents=states, images=images, **host.arguments).gains
+    gains = script["all_gains"][0] if script["all_gains"] else script["rewards"].gains
+    torch.testing.assert_close(gains, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.ci
