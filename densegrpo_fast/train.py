@@ -33,6 +33,8 @@ from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.embedded import EMBEDDED
 from densegrpo_fast.rewards.registry import resolve_alias
+from densegrpo_fast.run_files.checkpoint import check_resumable
+from densegrpo_fast.run_files.run_directory import CHECKPOINTS, holds_run
 from densegrpo_fast.training.prompts import check_inputs
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, flags = parse_arguments(sys.argv[1:] if arguments is None else list(arguments))
         if not flags.dry_run:
             check_inputs(config)
+        if flags.resume:
+            check_resumable(config.output_dir / CHECKPOINTS, config)
         announce(f"{config.preset}: loading torch and diffusers")
         return int(dry_run(config) if flags.dry_run else train(config, resume=flags.resume))
 
@@ -56,7 +60,6 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     Raises:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
-    from densegrpo_fast.run_files.run_directory import holds_run
     from densegrpo_fast.training.processes import joined
     from densegrpo_fast.training.records import run_directory
 

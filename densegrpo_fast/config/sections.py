@@ -97,7 +97,9 @@ class DataOptions(Section):
 
     prompts: Text = Field(description=f"training prompts: {_PROMPTS}")
     eval_prompts: Text = Field(description=f"held-out prompts: {_PROMPTS}")
-    num_prompts: int = Field(ge=1, le=65536, description="prompts per iteration (P)")
+    num_prompts: int = Field(
+        ge=1, le=65536, description="prompts per iteration (P), a group each; where data.prompts has fewer, they repeat"
+    )
 
 
 class SamplerOptions(Section):

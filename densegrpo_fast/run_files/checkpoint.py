@@ -36,6 +36,8 @@ from densegrpo_fast.run_files.shared_tensors import SHARED
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from densegrpo_fast.config import Config
+
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
@@ -238,9 +240,7 @@ class CheckpointManager:
     def _refuse_other_settings(self, path: Path, manifest: Mapping[str, Any]) -> None:
         with _named(path):
             stored = comparable_settings(manifest["settings"])
-        if fingerprint(stored) != fingerprint(self.settings):
-            differing = "\n  ".join(differences(stored, self.settings))
-            raise CheckpointError(f"{path} belongs to a run with other settings:\n  {differing}")
+        _refuse_difference(path, stored, self.settings)
 
     def _remove_old(self, newest: int) -> None:
         # A corrupt checkpoint may stand ahead of the one just saved; it must not push good ones out.
@@ -270,6 +270,35 @@ def newest_settings(directory: Path) -> dict[str, Any] | None:
             with _named(path.parent):
                 return complete_settings(settings)
     return None
+
+
+def check_resumable(directory: Path, config: Config) -> None:
+    """Refuse settings that a run's newest checkpoint was not written with, before anything is loaded.
+
+    Of a run without a checkpoint there is nothing to say; what is known of the model only, `load_latest` checks.
+
+    Args:
+        directory: of the checkpoints.
+        config: to go on with; with `lookahead.plan auto` the run's own choice is not in it yet, so it is not looked at.
+
+    Raises:
+        CheckpointError: naming what differs, and what may change.
+    """
+    stored = None if config.lookahead.plan == "auto" else newest_settings(directory)
+    if stored is not None:
+        current = config.resume_settings()
+        known = {key: value for key, value in comparable_settings(stored).items() if key in current}
+        _refuse_difference(directory.parent, known, current)
+
+
+def _refuse_difference(path: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    if fingerprint(stored) != fingerprint(current):
+        differing = "\n  ".join(differences(stored, current))
+        raise CheckpointError(
+            f"{path} belongs to a run with other settings:\n  {differing}\n"
+            "--resume RUN without them keeps those of the run. Free to change are run.*, distributed.*, "
+            "evaluation.every, model.gradient_checkpointing, model.prompt_cache and where rewards are computed"
+        )
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def compare_runs(runs: Mapping[str, RunData], reward: float | None = None) -> di
         by: the reward of curves and costs: the weighted sum, or where runs have different ones the first in common;
         runs: name -> {iterations, finished, iterations at the last evaluation, settings that differ};
         curves: name -> [{mean, low, high, and what was spent: iterations, seconds, cpu_seconds, gflop}];
+        notes: what to mind when reading them, in words;
         cost: {reward, runs: name -> what was spent until then; None if it was not reached}.
 
     Raises:
@@ -75,6 +76,7 @@ def compare_runs(runs: Mapping[str, RunData], reward: float | None = None) -> di
             raise UsageError(f"{name}: all held-out scores of {common[0]} are missing")
     best = min(max(point["mean"] for point in points) for points in curves.values())
     wanted = best if reward is None else reward
+    cost = {name: cost_to(points, wanted) for name, points in curves.items()}
     return compare(scores, reward_bounds(next(iter(runs.values())))) | {
         "by": common[0],
         "runs": {
@@ -87,7 +89,8 @@ def compare_runs(runs: Mapping[str, RunData], reward: float | None = None) -> di
             for name, run in runs.items()
         },
         "curves": curves,
-        "cost": {"reward": wanted, "runs": {name: cost_to(points, wanted) for name, points in curves.items()}},
+        "notes": _notes(runs, cost),
+        "cost": {"reward": wanted, "runs": cost},
     }
 
 
@@ -105,6 +108,7 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             *lines,
+            *(f"note: {note}" for note in comparison["notes"]),
             "",
             tables(comparison),
             "",
@@ -154,6 +158,24 @@ def cost_to(points: list[dict[str, Any]], reward: float) -> dict[str, float | No
                 for measure, (start, end) in ends.items()
             }
     return None
+
+
+def _notes(runs: Mapping[str, RunData], cost: Mapping[str, Mapping[str, float | None] | None]) -> list[str]:
+    """What a reader of the tables could take for something else."""
+    notes = []
+    evaluated = {name: max(run.evaluations) for name, run in runs.items()}
+    if len(set(evaluated.values())) > 1:
+        after = ", ".join(f"{name} {iterations}" for name, iterations in evaluated.items())
+        notes.append(
+            f"the last evaluations are not after equally many iterations ({after}), so differences between them are "
+            "of training length, too; the curves and the cost to a reward take it into account"
+        )
+    if started := [name for name, spent in cost.items() if spent is not None and spent["iterations"] == 0]:
+        notes.append(
+            f"the reward of the cost table is that of {', '.join(started)} before training, so it cost nothing; "
+            "--reward R asks for another one"
+        )
+    return notes
 
 
 def _curve(run: RunData, name: str) -> list[dict[str, Any]]:
@@ -234,6 +256,8 @@ def _spent_cells(spent: Mapping[str, float | None] | None) -> list[str]:
     """What was spent as text."""
     if spent is None:
         return ["not reached", *["-"] * (len(_MEASURES) - 1)]
+    if spent["iterations"] == 0:
+        return ["before training", *["-"] * (len(_MEASURES) - 1)]
     return ["-" if value is None else f"{value:,.4g}" for value in spent.values()]
 
 

@@ -327,7 +327,10 @@ class RunRecords:
                     **measured,
                 )
         lines = []
+        single = self.config.reward.terms if list(self.config.reward.terms.values()) == [1.0] else {}
         for name in after:
+            if name in single:
+                continue  # the weighted sum is the same
             first, last, moved = (measured[when][name] for when in ("before", "after", "change"))
             lines.append(
                 f"held-out {name}: {first.mean:.3f} [{first.low:.3f}, {first.high:.3f}] before, "

@@ -64,6 +64,19 @@ def test_the_cost_to_a_reward_lies_on_the_line_between_evaluations(runs: list[Pa
     assert cost_to(curve, curve[-1]["mean"]) == {name: curve[-1][name] for name in spent}
 
 
+def test_a_reader_is_told_of_unequal_lengths_and_of_a_reward_that_cost_nothing(
+    runs: list[Path], tmp_path: Path, fill_run: Fill, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*map(str, runs)]) == 0
+    text = capsys.readouterr().out
+    assert "before training" in text and "--reward R" in text and "equally many" not in text
+    shorter, page = fill_run(tmp_path / "short", done=20, times=("before", "after")), tmp_path / "out.html"
+    assert main([str(runs[1]), str(shorter), "--reward", "0.78", "--html", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert "not after equally many iterations" in text and "--reward R" not in text
+    assert "not after equally many iterations" in page.read_text()
+
+
 def test_runs_of_different_rewards_are_compared_by_what_they_share(
     runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -215,6 +215,7 @@ def test_other_settings_are_refused_by_name(
     output = shutil.copytree(whole_run, tmp_path / "run")
     assert train(output, "--resume", **{"optimizer.lr": 2e-3, "sampler.noise_level": 0.5}) == 4
     message = capsys.readouterr().err
+    assert "loading" not in message and "--resume RUN without them keeps" in message
     assert "optimizer.lr: 0.001 in the checkpoint, 0.002 now" in message
     assert "sampler.noise_level: 0.7 in the checkpoint, 0.5 now" in message
     assert_same_run(output, whole_run, 3)
