@@ -32,6 +32,7 @@ from densegrpo_fast.common.progress import announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.embedded import EMBEDDED
+from densegrpo_fast.models.supported import check_supported
 from densegrpo_fast.rewards.registry import resolve_alias
 from densegrpo_fast.run_files.checkpoint import check_resumable
 from densegrpo_fast.run_files.run_directory import CHECKPOINTS, holds_run
@@ -48,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, flags = parse_arguments(sys.argv[1:] if arguments is None else list(arguments))
         if not flags.dry_run:
             check_inputs(config)
-        if flags.resume:
-            check_resumable(config.output_dir / CHECKPOINTS, config)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            # several processes say such things once, when they have met
+            check_supported(config.model.path, config.model.revision)
         announce(f"{config.preset}: loading torch and diffusers")
         return int(dry_run(config) if flags.dry_run else train(config, resume=flags.resume))
 
@@ -60,6 +62,8 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     Raises:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
+    from densegrpo_fast.run_files.checkpoint import refuse_other_settings
+    from densegrpo_fast.run_files.run_directory import CHECKPOINTS, holds_run
     from densegrpo_fast.training.processes import joined
     from densegrpo_fast.training.records import run_directory
 
@@ -68,19 +72,22 @@ def train(config: Config, resume: bool = False) -> ExitCode:
             # torchrun starts the processes again after one has failed
             resume = world.from_main(lambda: resume or holds_run(config.output_dir))
             config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
+        if resume and config.lookahead.plan != "auto":
+            saved, settings = config.output_dir / CHECKPOINTS, config.resume_settings()
+            world.on_main(lambda: refuse_other_settings(saved, settings))
         # the directory is locked before anything is loaded
         with run_directory(config, world, resume=resume) as directory:
-            from densegrpo_fast.fidelity.auto import settle
+            from densegrpo_fast.fidelity.auto import resolve
             from densegrpo_fast.training.models import check_device, default_device
             from densegrpo_fast.training.run import Run
             from densegrpo_fast.training.trainer import Trainer
 
             check_device(config, default_device())
             if world.size == 1:
-                config, model = settle(config, directory, resume=resume)
+                config, model = resolve(config, directory, resume=resume)
             else:
                 # one process measures for all
-                config, model = world.from_main(lambda: settle(config, directory, resume=resume)[0]), None
+                config, model = world.from_main(lambda: resolve(config, directory, resume=resume)[0]), None
             result = Run(Trainer(config, model=model, world=world), directory).go(resume=resume)
             if result.signal is not None:
                 return OF_SIGNALS[result.signal]

@@ -42,6 +42,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """A network of half precision that is trained as a whole joins a process group of its own; it is gone after."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same state of torch's generator, and with no implementation chosen yet."""
     torch.manual_seed(0)

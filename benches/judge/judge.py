@@ -8,7 +8,8 @@ what `MEASURES` names: the judge's scores (`network.py`), the distance of the pi
 the policy from the base (`drift.py`). The KL is that of a whole trajectory, the sum of its steps, with the mean of the
 noisy steps beside it; the trajectories of every policy have the noise levels, noisy steps and guidance with which the
 variant of --against trains, or the numbers could not be compared. The judge is trained on renders alone, in some
-minutes, and kept in a file. A command that was stopped goes on where it was.
+minutes, and kept in a file. A command that was stopped goes on where it was. Under torchrun each process judges some
+of the runs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import process_time
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from benches.judge.network import Judge
     from densegrpo_fast.config import Config
     from densegrpo_fast.models.diffusers_model import DiffusersModel
+    from densegrpo_fast.training.distributed import World
     from densegrpo_fast.training.evaluation import HeldOut
 
 SCORES = ("graded", "probability")
@@ -62,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors_exit():
         from densegrpo_fast.training.evaluation import HeldOut
         from densegrpo_fast.training.models import default_device, load_model
+        from densegrpo_fast.training.processes import joined
 
         study = read_study(options.study)
         runs = finished(study, options.work)
@@ -76,9 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         walk = next(found.config for found in runs if found.run["variant"] == options.against)
         held_out = HeldOut.of(runs[0].config.model_copy(update={"evaluation": evaluation}))
-        model = load_model(runs[0].config.model, default_device())
-        judge, about = _judge(options.judge or options.work[0] / "judge.safetensors", model)
-        print(f"judge: {about['held_out_renders']}", file=sys.stderr)
         settings = {
             "study": options.study.name,
             "prompts": len(held_out.prompts),
@@ -89,8 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "kl": kl_settings(walk),
             "against": options.against,
         }
-        document = judged(Bench(model, held_out, judge, walk, settings), about, runs, options.output)
-        print(summary(document))
+        with joined(walk) as world:
+            model = load_model(runs[0].config.model, default_device())
+            file = options.judge or options.work[0] / "judge.safetensors"
+            world.on_main(lambda: _judge(file, model))
+            judge, about = _judge(file, model)
+            document = judged(Bench(model, held_out, judge, walk, settings), about, runs, options.output, world)
+        if world.main:
+            print(f"judge: {about['held_out_renders']}", file=sys.stderr)
+            print(summary(document))
     return ExitCode.OK
 
 
@@ -192,27 +200,38 @@ def kl_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def judged(bench: Bench, about: Mapping[str, Any], runs: Sequence[Finished], output: Path) -> dict[str, Any]:
-    """Judge the runs that `output` does not hold yet, writing it after each; returns the document.
+def judged(
+    bench: Bench, about: Mapping[str, Any], runs: Sequence[Finished], output: Path, world: World
+) -> dict[str, Any]:
+    """Judge the runs that `output` does not hold yet, one in each process at a time, writing it after these; returns
+    the document.
 
     Raises:
         OutputError: it holds what was judged in another way.
     """
-    document = _opened(output, bench.settings, about)
+    document = world.from_main(lambda: _opened(output, bench.settings, about))
     base = bench.pictures()
     before = bench.scores(base)
     document["before"] = before
     document["agreement"] = agreement(before, runs[0].run["before"]["reward"])
-    for found in runs:
-        name = (found.run["variant"], found.run["seed"])
-        if name not in [(run["variant"], run["seed"]) for run in document["runs"]]:
+    known = [(run["variant"], run["seed"]) for run in document["runs"]]
+    waiting = [found for found in runs if (found.run["variant"], found.run["seed"]) not in known]
+    for start in range(0, len(waiting), world.size):
+        own = None
+        for found in waiting[start : start + world.size][world.rank :][:1]:
             print(f"judge: {found.name}", file=sys.stderr)
-            document["runs"].append(bench.judged(found, base, before))
-            document |= provenance()
-        document["variants"] = variants(document["runs"])
-        document["comparisons"] = comparisons(document["runs"], bench.settings["against"])
-        write_json(output, document)
+            own = bench.judged(found, base, before)
+        document["runs"] += [run for run in world.collect(own) if run is not None]
+        document |= provenance()
+        world.on_main(partial(write_json, output, _compared(document, bench.settings["against"])))
+    document = _compared(document, bench.settings["against"])
+    world.on_main(partial(write_json, output, document))
     return document
+
+
+def _compared(document: dict[str, Any], against: str) -> dict[str, Any]:
+    runs = document["runs"]
+    return document | {"variants": variants(runs), "comparisons": comparisons(runs, against)}
 
 
 def agreement(before: Mapping[str, Any], reward: Sequence[Sequence[float | None]]) -> dict[str, float]:

@@ -5,7 +5,7 @@
 
 The protocol is README.md beside this file. `tune` does one run per method and learning rate, `run` those of five seeds
 at the chosen rates; each may be started several times at once and stopped. `seconds` times all methods interleaved, and
-`table` computes the board from all of these.
+`table` computes the board from all of these, and from WORK/judge.json (`benches.judge.judge`) if that is there.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "retained_over_sparse": retained_share(),
                 "tuning": {method: rates(read(tuning), method) for method in methods},
             }
+            if (judge := options.work / "judge.json").exists():
+                found["judge"] = judged(read(judge))
             write_json(options.output, provenance() | {"runs_of": read(study)["commit"], "scenes": found})
             return ExitCode.OK
         from densegrpo_fast.train import train
@@ -148,6 +150,24 @@ def rates(tuning: Mapping[str, Any], method: str) -> dict[str, float]:
         rate: fmean(point["held_out"]["reward"] for point in points[name][-2:])
         for rate, name in names.items()
         if name in points
+    }
+
+
+def judged(document: Mapping[str, Any]) -> dict[str, Any]:
+    """From the judge's document: how it measured, and every method's mean over the seeds and difference to sparse's.
+
+    Returns:
+        settings, `methods` and `minus_sparse`; in the latter two by method and measure: mean, low and high.
+    """
+
+    def rounded(values: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        return {name: {part: round(number, 5) for part, number in own.items()} for name, own in values.items()}
+
+    return {
+        "settings": document["settings"],
+        "measures": document["measures"],
+        "methods": {method: rounded(values) for method, values in document["variants"].items()},
+        "minus_sparse": {one["first"]: rounded(one["measures"]) for one in document["comparisons"]},
     }
 
 

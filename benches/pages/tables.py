@@ -233,8 +233,54 @@ def price() -> str:
     return table(header, lines)
 
 
+_BOARD = {
+    "sparse": "Flow-GRPO (sparse)",
+    "sparse_drawn": "sparse, four of nine steps drawn",
+    "dense_exact": "DenseGRPO, exact completions",
+    "dense_drawn": "DenseGRPO, four of nine steps drawn",
+    "branches": "branches of one trajectory",
+    "g2rpo": "G2RPO",
+    "tempflow": "TempFlow-GRPO",
+    "turning_point": "TP-GRPO",
+    "stepwise": "Stepwise",
+}
+
+
+def board() -> str:
+    """What each method of the board spent to the marks, where it ended, and what the judge says of it."""
+    document = read("board")
+    found, judge = document["scenes"], document["scenes"].get("judge")
+
+    def interval(values: Mapping[str, float], digits: int) -> str:
+        return "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(d=digits, **values)
+
+    def to_mark(row: Mapping[str, Any], mark: int) -> str:
+        ratio, (low, high) = row["ratio_to_sparse"][mark], row["interval"][mark]
+        if low is None and high is None:
+            return "never"
+        shown = ["never" if value is None else f"{value:.2f}" for value in (ratio, low, high)]
+        return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+    lines = []
+    for name, label in _BOARD.items():
+        if (row := found["methods"].get(name)) is None:
+            continue
+        rates, spent = found["tuning"][name], row["seconds_to_mark"][1]
+        cells = [label, max(rates, key=lambda rate: rates[rate]), f"{row['final']['reward']:.3f}"]
+        cells += [f"{row['final']['scenes_strict']:.2f}", to_mark(row, 0), to_mark(row, 1)]
+        cells += ["" if spent is None else f"{spent:.0f}"]
+        if judge is not None:
+            own = judge["methods"][name]
+            cells += [interval(own["judge/graded"], 3), interval(own["kl/flow_grpo"], 2)]
+        lines.append(cells)
+    header = ["method", "rate", "reward", "strict", "half of the gain", "all of it", "CPU seconds to it"]
+    header += [] if judge is None else ["judge's score, change", "KL"]
+    return f"{source('board', document | {'settings': {}})}\n\n{table(header, lines)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "price": price,
+    "board": board,
     "study": measured.study,
     "steps": measured.steps,
     **{f"dropin_{host}": partial(measured.dropin, host) for host in measured.KINDS},

@@ -113,6 +113,24 @@ def files_problem(directory: Path) -> str | None:
     return "expected safetensors weights, found none"
 
 
+def empty_network(kind: Any, directory: Path) -> Any:
+    """A diffusers network as its directory's config.json describes it, its parameters without data.
+
+    Raises:
+        OSError: it is another network, or none can be made of its config.json.
+    """
+    from accelerate import init_empty_weights
+
+    if problem := files_problem(directory) or _kind_problem(kind, directory / "config.json"):
+        raise OSError(problem)
+    try:
+        with silence_loading(), init_empty_weights(include_buffers=False):
+            return kind.from_config(read_settings(directory / "config.json"))
+    # as in `load_network`
+    except Exception as error:
+        raise OSError(_words(error)) from None
+
+
 def load_network(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
     """A network from its directory, on the CPU.
 

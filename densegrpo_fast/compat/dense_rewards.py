@@ -1,12 +1,13 @@
-"""Dense rewards for a Flow-GRPO training script: one call after its own sampling of SD3.
+"""Dense rewards for a training script of another codebase: one call after its own sampling.
 
     dense = dense_rewards(pipeline, reward_fn, prompts, metadata, latents=latents, timesteps=timesteps, ...)
     dense.gains             [B, T], what each step added to the reward of the image that the ODE would end in
     dense.advantages        [B, T], by the script's own tracker
     dense.result()          what the future of `executor.submit(reward_fn, ...)` gives, and the gains beside it
 
-DenseGRPO (arXiv 2601.20218, Eq 7-10): every state of the trajectory is completed without noise and scored. Call it
-where the script samples: under the same adapter and autocast. The pipeline's scheduler is only read, and no random
+DenseGRPO (arXiv 2601.20218, Eq 7-10): every state of the trajectory is completed without noise and scored. It knows the
+pipelines of SD3, FLUX.1, Qwen-Image and Stable Diffusion 1.x and 2.x (DDIM). Call it where the script samples: under
+the same adapter and autocast. The pipeline's scheduler is only read, and no random
 number is drawn.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from densegrpo_fast.models.base import Conditioning
 from densegrpo_fast.sampling.lookahead import Guidance, Lookahead
 from densegrpo_fast.sampling.plan import Plan
 
+if TYPE_CHECKING:
+    from densegrpo_fast.compat.family_model import FamilyModel, Grid
+
 
 @torch.no_grad()
 def dense_rewards(
@@ -40,10 +44,14 @@ def dense_rewards(
     latents: Tensor | Sequence[Tensor],
     timesteps: Tensor | Sequence[Tensor] | None = None,
     prompt_embeds: Tensor,
-    pooled_prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor | None = None,
+    prompt_embeds_mask: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
     negative_pooled_prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds_mask: Tensor | None = None,
     guidance_scale: float,
+    height: int = 0,
+    width: int = 0,
     images: Any = None,
     kept: Kept | None = None,
     tracker: Tracker | None = None,
@@ -59,20 +67,21 @@ def dense_rewards(
     """Complete, decode and score every state that a sampling call of the script went through.
 
     Args:
-        pipeline: the script's SD3 pipeline, its scheduler as sampling left it.
+        pipeline: the script's, its scheduler as sampling left it.
         reward_fn: the script's, `fn(images, prompts, metadata) -> (scores, info)`; called once per state with B
             images [B, 3, H, W] in [0, 1].
         prompts, metadata: of the B rows; metadata defaults to empty dicts.
         latents: the T+1 states, stacked [B, T+1, ...] or as the pipeline returned them; all T steps inject noise.
         timesteps: of the T steps, stacked [B, T] or as the fast pipeline returned them; rows may have different
             windows. None means the scheduler's own, all N of them.
-        prompt_embeds, pooled_prompt_embeds: of the B rows.
-        negative_prompt_embeds, negative_pooled_prompt_embeds: [B, ...] or [1, ...]; needed for a guidance scale above
-            1.
-        guidance_scale: of the sampling.
+        prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask: of the B rows, those that the pipeline has.
+        negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask: [B, ...] or [1, ...]; needed
+            for a guidance scale above 1, except of FLUX.1, whose network takes the scale as an input.
+        guidance_scale: of the sampling; of Qwen-Image its `true_cfg_scale`.
+        height, width: of the pictures in pixels, where states are tokens and the pictures are not square.
         images: the end images [B, 3, H, W] that sampling returned, so that they need not be made again.
-        kept: the sampling call's entry of `compat.flow_grpo.keep_velocities`; without it the first velocity of every
-            state is evaluated once more.
+        kept: of SD3, the sampling call's entry of `compat.flow_grpo.keep_velocities`; without it the first velocity of
+            every state is evaluated once more.
         tracker: the script's `PerPromptStatTracker`, for `.advantages`.
         plan: a plan for the scheduler's N steps: "exact", "exact_but_last", "nodes", "n_step", "one_step" or a `Plan`.
         nodes: grid indices of "nodes", in 1..N-1.
@@ -85,32 +94,53 @@ def dense_rewards(
 
     Raises:
         ValueError: shapes that do not belong together, timesteps that are not consecutive steps of the scheduler's
-            grid, or options that do not fit.
+            grid, options that do not fit, or a pipeline that is not known.
     """
     states = (latents.movedim(1, 0) if isinstance(latents, Tensor) else torch.stack(list(latents))).contiguous()
     steps, batch = len(states) - 1, states.shape[1]
-    schedule = schedule_of(pipeline.scheduler)
-    scale = float(guidance_scale) if guidance_scale > 1 else 1.0
-    _check(states, prompts, metadata, prompt_embeds, negative_prompt_embeds, scale, images, kept, guidance, decoder)
-    encoded = Prompts(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
-    completion = _Completion(
-        PipelineModel(pipeline, dtype=states.dtype, decoder=decoder),
-        schedule,
-        scale,
-        guidance,
-        batch if chunk is None else chunk,
-    )
+    kind = _kind(pipeline)
+    within = kind == "FluxPipeline"
+    scale = float(guidance_scale) if guidance_scale > 1 or within else 1.0
+    needs = scale != 1.0 and not within
+    _check(states, prompts, metadata, prompt_embeds, negative_prompt_embeds, needs, images, kept, guidance, decoder)
+    model: PipelineModel | FamilyModel
+    if kind is None:
+        if pooled_prompt_embeds is None:
+            raise ValueError("a pipeline of SD3 needs pooled_prompt_embeds")
+        schedule: Schedule | Grid = schedule_of(pipeline.scheduler)
+        model = PipelineModel(pipeline, dtype=states.dtype, decoder=decoder)
+        conditioning = conditioning_of(
+            Prompts(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        )
+    else:
+        from densegrpo_fast.compat.family_model import FamilyModel
+
+        if kept is not None or (within and guidance != "full"):
+            raise ValueError(f"{kind} takes no kept velocities, and FluxPipeline no guidance but full")
+        model = FamilyModel(pipeline, states=states, height=height, width=width, decoder=decoder)
+        schedule = model.grid()
+        negative = {
+            "embeds": negative_prompt_embeds,
+            "pooled": negative_pooled_prompt_embeds,
+            "mask": negative_prompt_embeds_mask,
+        }
+        conditioning = model.conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask, negative)
+    starts = _starts(timesteps, steps, batch, schedule)
+    if isinstance(model, PipelineModel):
+        flow = states
+    else:
+        flow = model.flow_states(states, schedule.sigmas, torch.tensor(starts, device=states.device))
+    completion = _Completion(model, schedule, scale, guidance, batch if chunk is None else chunk)
     rows_of: dict[int, list[int]] = {}
-    for row, start in enumerate(_starts(timesteps, steps, batch, schedule)):
+    for row, start in enumerate(starts):
         rows_of.setdefault(start, []).append(row)
 
     pending, evaluations = [], 0
-    conditioning = conditioning_of(encoded)
     for start, rows in rows_of.items():
         index = torch.tensor(rows, device=states.device)
         clean, used = completion.complete(
             start,
-            states[:, index],
+            flow[:, index],
             conditioning.select(index),
             plan_from(start, schedule.num_steps, plan, nodes, n),
             kept and Kept(kept.velocities[:, index], kept.guidance_terms[:, index], kept.clean[index]),
@@ -130,10 +160,32 @@ def dense_rewards(
     return DenseRewards(pending, list(prompts), key, tracker, evaluations / batch)
 
 
+def _kind(pipeline: Any) -> str | None:
+    """The class of a pipeline that `family_model.py` serves; None = it is taken for SD3's.
+
+    Raises:
+        ValueError: it is one of diffusers' that is not known.
+    """
+    names = [kind.__name__ for kind in type(pipeline).__mro__]
+    known = ("FluxPipeline", "QwenImagePipeline", "StableDiffusionPipeline")
+    if found := next((name for name in names if name in known), None):
+        return found
+    if "StableDiffusion3Pipeline" in names or "DiffusionPipeline" not in names:
+        return None
+    raise ValueError(f"dense_rewards knows StableDiffusion3Pipeline, {', '.join(known)}, got a {names[0]}")
+
+
 class _Completion:
     """The lookahead over the states of one window."""
 
-    def __init__(self, model: PipelineModel, schedule: Schedule, scale: float, guidance: Guidance, chunk: int):
+    def __init__(
+        self,
+        model: PipelineModel | FamilyModel,
+        schedule: Schedule | Grid,
+        scale: float,
+        guidance: Guidance,
+        chunk: int,
+    ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 row, got {chunk}")
         self.model, self.grid, self.scale, self.guidance, self.chunk = model, schedule.sigmas, scale, guidance, chunk
@@ -210,7 +262,7 @@ class _Completion:
         return torch.cat(parts)
 
 
-def _starts(timesteps: Any, steps: int, batch: int, schedule: Schedule) -> list[int]:
+def _starts(timesteps: Any, steps: int, batch: int, schedule: Schedule | Grid) -> list[int]:
     """Grid index of every row's first step."""
     if timesteps is None:
         if steps != schedule.num_steps:
@@ -240,7 +292,7 @@ def _check(
     metadata: Sequence[Any] | None,
     embeds: Tensor,
     negative: Tensor | None,
-    scale: float,
+    needs_negative: bool,
     images: Any,
     kept: Kept | None,
     guidance: str,
@@ -260,9 +312,9 @@ def _check(
             )
     if guidance not in get_args(Guidance):
         raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {guidance!r}")
-    if scale != 1.0 and negative is None:
-        raise ValueError(f"guidance_scale {scale} needs negative_prompt_embeds and negative_pooled_prompt_embeds")
-    if scale != 1.0 and guidance == "reuse" and kept is None:
+    if needs_negative and negative is None:
+        raise ValueError("a guidance_scale above 1 needs negative_prompt_embeds, and what else the pipeline encodes")
+    if needs_negative and guidance == "reuse" and kept is None:
         raise ValueError('guidance "reuse" needs kept: sample inside compat.flow_grpo.keep_velocities')
     if images is not None and not isinstance(images, Tensor):
         raise ValueError('images must be a tensor [B, 3, H, W]: sample with output_type="pt", or leave images out')

@@ -57,7 +57,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Form:
+class Setup:
     """A candidate with some number of trained steps.
 
     Attributes:
@@ -95,7 +95,7 @@ class Form:
         return "all" if self.drawn is None else f"{self.drawn} drawn"
 
 
-def settle(config: Config, directory: Path, *, resume: bool) -> tuple[Config, FlowModel | None]:
+def resolve(config: Config, directory: Path, *, resume: bool) -> tuple[Config, FlowModel | None]:
     """The settings to train with in a run directory: chosen now and recorded there, or when the run began.
 
     Returns:
@@ -128,7 +128,7 @@ def rehearse(config: Config, small: Config) -> tuple[Config, FlowModel | None]:
         small: `tiny_config` of it.
 
     Returns:
-        As `settle`, of the tiny run.
+        As `resolve`, of the tiny run.
 
     Raises:
         UserError: as `choose`.
@@ -163,15 +163,15 @@ def choose(
     started = time.perf_counter()
     say(f"lookahead.plan auto: {trial.outline()}")
     rows = trial.compare(thresholds)
-    forms, notes = forms_of(trial, rows, thresholds)
-    chosen, reason = best(forms, config.lookahead.budget, thresholds)
+    setups, notes = setups_of(trial, rows, thresholds)
+    chosen, reason = best(setups, config.lookahead.budget, thresholds)
     seconds, iterations = time.perf_counter() - started, trial.iterations(trial.groups, trial.promising)
     text = "\n".join(
         [
             f"lookahead.plan auto: measured {trial.groups} groups of {trial.size} samples in {seconds:.0f} s, by as "
             f"many operations as {iterations:.1f} iterations with one reward per picture",
-            candidate_table([form for form in forms if form.drawn is None]),
-            steps_table([form for form in forms if form.row == chosen.row]),
+            candidate_table([setup for setup in setups if setup.drawn is None]),
+            steps_table([setup for setup in setups if setup.row == chosen.row]),
             *(f"note: {note}" for note in (*trial.notes, *notes)),
             f"chosen: {reason}",
             *changes(config, chosen.options),
@@ -185,13 +185,13 @@ def choose(
         "fidelity": asdict(thresholds),
         "measured": {"groups": trial.groups, "group_size": trial.size, "seed": config.seed},
         "cost": {"iterations": iterations, "seconds": seconds},
-        "forms": [plain(form) for form in forms],
+        "forms": [plain(setup) for setup in setups],
         "inner_products_within": trial.products.tolist(),
         "text": text,
     }
     choice = Choice(with_options(config, chosen.options), trial.model, record | provenance())
     # the trial's copy and reward
-    del trial, rows, forms, chosen
+    del trial, rows, setups, chosen
     gc.collect()
     return choice
 
@@ -236,7 +236,7 @@ def options_of(variant: Variant) -> dict[str, Any]:
     }
 
 
-def forms_of(trial: Trial, rows: Sequence[Row], thresholds: Thresholds) -> tuple[list[Form], list[str]]:
+def setups_of(trial: Trial, rows: Sequence[Row], thresholds: Thresholds) -> tuple[list[Setup], list[str]]:
     """Every candidate with all steps trained, and those that reach the fidelity with every number of drawn steps.
 
     Returns:
@@ -256,7 +256,7 @@ def forms_of(trial: Trial, rows: Sequence[Row], thresholds: Thresholds) -> tuple
     counts: list[int | None] = [None]
     if whole > 0 and not isinstance(trained, list):
         counts += sorted({1 + i * (count - 1) // COUNTS for i in range(COUNTS)} & {*range(1, count)})
-    forms = []
+    setups = []
     for drawn in counts:
         steps: dict[str, Any] = {"objective.trained_steps": trained}
         if drawn is not None:
@@ -279,8 +279,8 @@ def forms_of(trial: Trial, rows: Sequence[Row], thresholds: Thresholds) -> tuple
             cost = iteration_cost(config, schedule, guided=target.guided, drawn=sets)
             ahead = target.cheap_flops.get((variant.copy, variant.cache), unit.forward)
             own = price(cost, config, unit, ahead, guided=target.guided)
-            forms.append(Form(row, reaches, options, drawn, own, variance))
-    return forms, notes
+            setups.append(Setup(row, reaches, options, drawn, own, variance))
+    return setups, notes
 
 
 def _repeats(trial: Trial) -> str | None:
@@ -295,20 +295,20 @@ def _repeats(trial: Trial) -> str | None:
     return f"the graphs of two steps take about {readable(needed.state['graphs'])}, which do not fit"
 
 
-def best(forms: Sequence[Form], budget: float | None, thresholds: Thresholds) -> tuple[Form, str]:
-    """The form to train with, and why.
+def best(setups: Sequence[Setup], budget: float | None, thresholds: Thresholds) -> tuple[Setup, str]:
+    """The setup to train with, and why.
 
     Args:
         budget: what its iteration may cost, in replayed sparse ones; None = anything.
-        thresholds: that the forms were compared with.
+        thresholds: that the setups were compared with.
     """
-    able = [form for form in forms if form.reaches]
-    within = [form for form in able if budget is None or form.cost <= budget]
-    known = all(isfinite(form.variance) for form in able)
+    able = [setup for setup in setups if setup.reaches]
+    within = [setup for setup in able if budget is None or setup.cost <= budget]
+    known = all(isfinite(setup.variance) for setup in able)
 
-    def order(form: Form) -> tuple[float, float]:
-        gains = form.row.candidate.agreement.spearman_gains_mean
-        return form.product if within and known else form.cost, -gains if isfinite(gains) else 0.0
+    def order(setup: Setup) -> tuple[float, float]:
+        gains = setup.row.candidate.agreement.spearman_gains_mean
+        return setup.product if within and known else setup.cost, -gains if isfinite(gains) else 0.0
 
     chosen = min(within or able, key=order)
     reaching = ", ".join(f"{name} {value:g}" for name, value in asdict(thresholds).items())
@@ -322,39 +322,39 @@ def best(forms: Sequence[Form], budget: float | None, thresholds: Thresholds) ->
             f"{chosen}. Nothing that reaches the fidelity ({reaching}) costs at most the budget of {budget:g}; this "
             f"reaches it at the lowest cost, {chosen.cost:.2f}."
         )
-    dearer = min(able, key=lambda form: form.product)
+    dearer = min(able, key=lambda setup: setup.product)
     if known and dearer.product < chosen.product:
         allowing = ceil(100 * dearer.cost) / 100
         reason += f" A budget of {allowing:g} would allow {dearer}, whose {what} is {dearer.product:.2f}."
     return chosen, reason
 
 
-def candidate_table(forms: Sequence[Form]) -> str:
+def candidate_table(setups: Sequence[Setup]) -> str:
     """The candidates with all steps trained, dearest first."""
     lines = []
-    for form in sorted(forms, key=lambda form: -form.cost):
-        found = form.row.candidate.agreement
+    for setup in sorted(setups, key=lambda setup: -setup.cost):
+        found = setup.row.candidate.agreement
         correlations = (found.spearman_rewards_mean, found.spearman_gains_mean, found.spearman_gains_worst_step)
         figures = (f"{value:.3f}" if isfinite(value) else "-" for value in correlations)
-        reaches = "yes" if form.reaches else "no"
-        name = form.row.candidate.variant.name
-        lines.append([name, str(form.row.groups), f"{form.cost:.2f}", *figures, reaches])
+        reaches = "yes" if setup.reaches else "no"
+        name = setup.row.candidate.variant.name
+        lines.append([name, str(setup.row.groups), f"{setup.cost:.2f}", *figures, reaches])
     return table(["plan/guidance/decoder", "groups", "iteration", "rewards", "gains", "worst", "reaches"], lines)
 
 
-def steps_table(forms: Sequence[Form]) -> str:
+def steps_table(setups: Sequence[Setup]) -> str:
     """A candidate with every number of trained steps."""
     return table(
         ["trained steps", "update", "iteration", "over streamed sparse", "variance", "variance x iteration"],
         [
             [
-                form.steps,
-                form.options["optimizer.update"],
-                f"{form.cost:.2f}",
-                f"{form.price.over_streamed_sparse:.2f}",
-                *(f"{value:.2f}" if isfinite(value) else "-" for value in (form.variance, form.product)),
+                setup.steps,
+                setup.options["optimizer.update"],
+                f"{setup.cost:.2f}",
+                f"{setup.price.over_streamed_sparse:.2f}",
+                *(f"{value:.2f}" if isfinite(value) else "-" for value in (setup.variance, setup.product)),
             ]
-            for form in forms
+            for setup in setups
         ],
     )
 
@@ -370,16 +370,16 @@ def changes(config: Config, options: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def plain(form: Form) -> dict[str, Any]:
-    """A form as plain JSON data."""
-    candidate = form.row.candidate
+def plain(setup: Setup) -> dict[str, Any]:
+    """A setup as plain JSON data."""
+    candidate = setup.row.candidate
     return {
         "candidate": candidate.variant.name,
-        "groups": form.row.groups,
-        "trained_steps": form.drawn or "all",
-        "update": form.options["optimizer.update"],
-        "reaches": form.reaches,
-        **asdict(form.price),
-        "variance_over_all_steps": form.variance if isfinite(form.variance) else None,
+        "groups": setup.row.groups,
+        "trained_steps": setup.drawn or "all",
+        "update": setup.options["optimizer.update"],
+        "reaches": setup.reaches,
+        **asdict(setup.price),
+        "variance_over_all_steps": setup.variance if isfinite(setup.variance) else None,
         "agreement": asdict(candidate.agreement),
     }

@@ -131,6 +131,9 @@ class FlowModel(ABC):
     sharded: bool = False
     """Whether the network's weights are spread over several processes, which then evaluate it together."""
 
+    awaits_weights: bool = False
+    """Whether the network's weights are still to be handed out by the process that has read them, to all."""
+
     def blocks(self) -> list[torch.nn.Module]:
         """The network's blocks in the order of evaluation, each of which may be sharded; [] = it cannot be."""
         return []

@@ -8,6 +8,7 @@ from densegrpo_fast.models.flux2_klein import Flux2Klein
 from densegrpo_fast.models.qwen_image import QwenImage
 from densegrpo_fast.models.sd3 import StableDiffusion3
 from densegrpo_fast.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from densegrpo_fast.models.supported import unsupported
 from densegrpo_fast.models.wan import Wan
 from densegrpo_fast.models.z_image import ZImage
 
@@ -33,5 +34,5 @@ def family_of(pipeline_class: str) -> type[Family]:
         ValueError: there is none.
     """
     if pipeline_class not in FAMILIES:
-        raise ValueError(f"{pipeline_class} is not supported; supported are {', '.join(FAMILIES)}")
+        raise ValueError(unsupported(pipeline_class))
     return FAMILIES[pipeline_class]

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from densegrpo_fast.common.errors import SetupError, UsageError, UserError
 from densegrpo_fast.common.files import user_path
 from densegrpo_fast.common.pretrained import (
+    empty_network,
     fetch,
     files_problem,
     is_hub_id,
@@ -31,6 +32,9 @@ from densegrpo_fast.models.family import Family
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENCODER, _TOKENIZER = "text_encoder", "tokenizer"
 _INDEX = "model_index.json"
+Weights = Literal["placed", "on_host", "awaited"]
+"""Where `load_pipeline` puts the network's: on the device; on the CPU, for all processes; nowhere, another has them."""
+
 _NO_LIMIT = 10**9
 """transformers gives a tokenizer without a limit a larger one."""
 
@@ -95,6 +99,7 @@ def load_pipeline(
     preview_dtype: torch.dtype = torch.float32,
     prompt_store: PromptStore | None = None,
     family: type[Family] | None = None,
+    weights: Weights = "placed",
 ) -> DiffusersModel:
     """Load a pipeline, without the parts that its family can do without and the directory lacks.
 
@@ -110,6 +115,7 @@ def load_pipeline(
         preview_dtype: of the preview decoder.
         prompt_store: where encoded prompts are kept; the text encoders are then loaded for missing prompts alone.
         family: of the pipeline; None = what its model_index.json says.
+        weights: where the network's go; unless they are placed, `training/handing.py` has to hand them out.
 
     Raises:
         SetupError: something is missing, or the device's memory is too small; the message says what and what to do.
@@ -127,8 +133,13 @@ def load_pipeline(
     encoders: Callable[[Any], AbstractContextManager[Any]] = partial(_text_encoders, directory, family, device, dtype)
     with _fits(path, device):
         left_out = _absent(directory, family) if prompt_store is None else dict.fromkeys(_text_parts(family))
-        pipeline = _load_pipeline(directory, family, {"default": dtype, "vae": vae_dtype}, left_out)
-        pipeline.to(device)
+        given: dict[str, Any] = dict(left_out)
+        if weights == "awaited":
+            given[family.network_part] = _empty_network(directory, family)
+        pipeline = _load_pipeline(directory, family, {"default": dtype, "vae": vae_dtype}, given)
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and (weights == "placed" or name != family.network_part):
+                part.to(device)
     for name in (*family.parts, *family.optional):
         if isinstance(module := getattr(pipeline, name), torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -136,7 +147,7 @@ def load_pipeline(
         pipeline.vae.to(memory_format=_layout(device))
     preview = _load_preview(directory, preview_decoder, pipeline.vae, device, preview_dtype)
     try:
-        return DiffusersModel(
+        model = DiffusersModel(
             pipeline,
             preview,
             max_sequence_length=max_sequence_length,
@@ -147,6 +158,8 @@ def load_pipeline(
             has_t5=has_t5,
             family=family,
         )
+        model.device, model.awaits_weights = device, weights != "placed"
+        return model
     except UserError:
         raise
     except ValueError as error:
@@ -289,6 +302,18 @@ def _load_pipeline(directory: Path, family: type[Family], dtype: dict[str, torch
             return kind(**(settings | dict.fromkeys(family.unused) | parts))
         except Exception as error:
             raise _cannot_load(str(directory), f"its parts do not fit: {type(error).__name__}: {error}") from None
+
+
+def _empty_network(directory: Path, family: type[Family]) -> Any:
+    import diffusers
+
+    name = family.network_part
+    kinds = family.parts[name]
+    kind = getattr(diffusers, kinds if isinstance(kinds, str) else kinds[0])
+    try:
+        return empty_network(kind, directory / name)
+    except OSError as error:
+        raise _cannot_load(str(directory), f"{name}: {error}") from None
 
 
 def _load_part(name: str, kinds: str | tuple[str, ...], directory: Path, dtype: torch.dtype) -> Any:

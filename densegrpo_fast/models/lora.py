@@ -83,10 +83,55 @@ def lora_layers(parameters: Mapping[str, Tensor], *, rank: int, alpha: int) -> d
     return layers
 
 
+COMFYUI_FILE = "comfyui.safetensors"
+_WAN = {
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_out.0": "cross_attn.o",
+    "attn1.to_": "self_attn.",
+    "attn2.to_": "cross_attn.",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+"""Part of a layer's name in diffusers -> in Wan's own code, whose names ComfyUI has."""
+
+
+def comfyui_layers(layers: Mapping[str, Tensor], kind: str) -> dict[str, Tensor] | None:
+    """The layers under the names that ComfyUI knows, where it does not read those of diffusers.
+
+    It reads diffusers' of SD3, FLUX, Qwen-Image and Z-Image (`comfy/lora.py` at 17358c8); of a UNet kohya's, of Wan the
+    original code's.
+
+    Args:
+        layers: as `lora_layers` returns them.
+        kind: class of the network.
+
+    Returns:
+        None where the file of diffusers will do.
+    """
+    if kind == "UNet2DConditionModel":
+        halves = {"lora_A": "lora_down", "lora_B": "lora_up"}
+        named = {}
+        for name, tensor in layers.items():
+            module, half, weight = name.rsplit(".", 2)
+            named[f"lora_unet_{module.replace('.', '_')}.{halves[half]}.{weight}"] = tensor
+        return named
+    if kind == "WanTransformer3DModel":
+        named = {}
+        for name, tensor in layers.items():
+            part = next((part for part in _WAN if part in name), "")
+            named[f"diffusion_model.{name.replace(part, _WAN[part]) if part else name}"] = tensor
+        return named
+    return None
+
+
 def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Path:
-    """Write the adapter as diffusers' `pytorch_lora_weights.safetensors` and return the file; see `lora_layers`."""
+    """Write the adapter as diffusers' `pytorch_lora_weights.safetensors` and return the file; see `lora_layers`.
+
+    Where ComfyUI does not know these names, `comfyui.safetensors` lies beside it.
+    """
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
     from peft import get_peft_model_state_dict
+    from safetensors.torch import save
 
     layers = lora_layers(get_peft_model_state_dict(transformer), rank=rank, alpha=alpha)
     check_finite("the trained adapter", layers)
@@ -100,6 +145,8 @@ def save_lora(transformer: Any, directory: Path, *, rank: int, alpha: int) -> Pa
         data = (Path(staged) / ADAPTER_FILE).read_bytes()
     directory.mkdir(parents=True, exist_ok=True)
     replace_bytes(directory / ADAPTER_FILE, data, digest=True)
+    if (renamed := comfyui_layers(layers, type(transformer).__name__)) is not None:
+        replace_bytes(directory / COMFYUI_FILE, save(renamed, metadata={"format": "pt"}), digest=True)
     return directory / ADAPTER_FILE
 
 

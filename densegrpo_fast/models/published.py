@@ -1,7 +1,6 @@
 """Configurations of published models, for what operations and memory are counted on: no weights, nothing to download.
 
-The numbers are those of the config.json files in the models' repositories on the Hugging Face hub, less the entries
-that are diffusers' defaults.
+The numbers are those of the models' repositories on the Hugging Face hub, less what is a default of diffusers.
 """
 
 from __future__ import annotations

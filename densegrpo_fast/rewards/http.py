@@ -85,7 +85,8 @@ class Endpoint:
     """A server that is asked in JSON.
 
     Args:
-        url: http(s) address of the server; a path is kept, user names, queries and fragments are refused.
+        url: http(s) address of the server; a path is kept, user names, queries and fragments are refused. Of several
+            servers each process of a run asks one, in turn.
         timeout: seconds for one exchange, from connecting to the last byte.
         retries: further attempts after a failure that may pass: no connection, a timeout, or one of the statuses 408,
             425, 429, 500, 502, 503, 504.
@@ -94,14 +95,14 @@ class Endpoint:
         breaker_after: failed calls (each with all its retries) in a row after which the server is left alone.
         cooldown: seconds for which it is left alone.
         max_reply: largest reply in bytes.
-        concurrency: calls in flight at once.
+        concurrency: calls in flight at once, of all processes of the run together; at least one of each.
         token_env: environment variable whose value is sent as bearer token; None = none.
 
     Raises:
         ValueError: an argument is out of range, or the variable is not set.
     """
 
-    url: str
+    url: str | list[str]
     timeout: float = 60.0
     retries: int = 3
     retry_delay: float = 1.0
@@ -112,7 +113,13 @@ class Endpoint:
     token_env: str | None = None
 
     def __post_init__(self) -> None:
-        self._secure, self._host, self._port, self._path = _address(self.url)
+        urls = [self.url] if isinstance(self.url, str) else self.url
+        addresses = [_address(url) for url in urls]
+        if not urls:
+            raise ValueError("url: expected the address of a server, got none")
+        own = _process("RANK", 0) % len(urls)
+        self.address = urls[own]
+        self._secure, self._host, self._port, self._path = addresses[own]
         lowest = {"timeout": 0.0, "retries": -1, "retry_delay": -1e-9, "cooldown": -1e-9}
         lowest |= {"breaker_after": 0, "max_reply": 0, "concurrency": 0}
         for name, bound in lowest.items():
@@ -123,6 +130,11 @@ class Endpoint:
         self._breaker = CircuitBreaker(self.breaker_after, self.cooldown)
         # its own generator: waiting must not change what a run draws
         self._random = random.Random()
+
+    @property
+    def own_concurrency(self) -> int:
+        """Calls in flight at once of this process."""
+        return max(1, self.concurrency // max(1, _process("WORLD_SIZE", 1)))
 
     def call(self, method: str, path: str, payload: Any = None, *, parse: Callable[[Any], Parsed]) -> Parsed:
         """Ask, again if need be, and check the reply.
@@ -202,6 +214,12 @@ def _parsed(content: bytes, parse: Callable[[Any], Parsed]) -> Parsed:
         return parse(data)
     except ValueError as error:
         raise HttpFailure(str(error)) from None
+
+
+def _process(variable: str, default: int) -> int:
+    """What torchrun says of this process."""
+    given = os.environ.get(variable, "")
+    return int(given) if given.isdecimal() else default
 
 
 def _address(url: str) -> tuple[bool, str, int, str]:

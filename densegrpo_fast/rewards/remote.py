@@ -73,11 +73,11 @@ class HttpReward(Endpoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._pool = ThreadPoolExecutor(max_workers=self.concurrency, thread_name_prefix="reward")
+        self._pool = ThreadPoolExecutor(max_workers=self.own_concurrency, thread_name_prefix="reward")
 
     def submit(self, ask: Callable[..., Reply], parts: Sequence[tuple[Any, ...]]) -> Pending:
         """Start `ask(pictures, *rest)` for each part; pictures are [N, H, W, 3] uint8."""
-        return Pending(self.url, [(len(part[0]), self._pool.submit(ask, *part)) for part in parts])
+        return Pending(self.address, [(len(part[0]), self._pool.submit(ask, *part)) for part in parts])
 
 
 @dataclass(kw_only=True, eq=False)
@@ -102,7 +102,7 @@ class RemoteReward(HttpReward):
             self.call("GET", "/health", parse=_healthy)
         except HttpFailure as failure:
             raise OSError(
-                f"no reward server at {self.url} (asked {self.url}/health): {failure}; start one with "
+                f"no reward server at {self.address} (asked {self.address}/health): {failure}; start one with "
                 "python -m densegrpo_fast.rewards.server"
             ) from None
 

@@ -104,7 +104,7 @@ class VlmJudge(HttpReward):
         except HttpFailure as failure:
             # not every server lists its models
             if failure.status not in (404, 405, 501):
-                raise OSError(f"the VLM server at {self.url} does not answer as it should: {failure}") from None
+                raise OSError(f"the VLM server at {self.address} does not answer as it should: {failure}") from None
 
 
 def _answer(data: Any) -> str:

@@ -240,7 +240,7 @@ class CheckpointManager:
     def _refuse_other_settings(self, path: Path, manifest: Mapping[str, Any]) -> None:
         with _named(path):
             stored = comparable_settings(manifest["settings"])
-        _refuse_difference(path, stored, self.settings)
+        _refuse_differing(path, self.directory, stored, self.settings)
 
     def _remove_old(self, newest: int) -> None:
         # A corrupt checkpoint may stand ahead of the one just saved; it must not push good ones out.
@@ -272,32 +272,30 @@ def newest_settings(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def check_resumable(directory: Path, config: Config) -> None:
-    """Refuse settings that a run's newest checkpoint was not written with, before anything is loaded.
-
-    Of a run without a checkpoint there is nothing to say; what is known of the model only, `load_latest` checks.
+def refuse_other_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run under other settings, before anything is loaded; without a checkpoint there are none.
 
     Args:
-        directory: of the checkpoints.
-        config: to go on with; with `lookahead.plan auto` the run's own choice is not in it yet, so it is not looked at.
+        directory: of the run's checkpoints.
+        settings: as `CheckpointManager` takes them; what else a checkpoint holds is not compared yet.
 
     Raises:
-        CheckpointError: naming what differs, and what may change.
+        CheckpointError: naming each setting that differs.
     """
-    stored = None if config.lookahead.plan == "auto" else newest_settings(directory)
+    stored = newest_settings(directory)
     if stored is not None:
-        current = config.resume_settings()
-        known = {key: value for key, value in comparable_settings(stored).items() if key in current}
-        _refuse_difference(directory.parent, known, current)
+        own = json.loads(canonical_json(dict(settings)))
+        known = {key: value for key, value in comparable_settings(stored).items() if key in own}
+        _refuse_differing(directory, directory, known, own)
 
 
-def _refuse_difference(path: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    if fingerprint(stored) != fingerprint(current):
-        differing = "\n  ".join(differences(stored, current))
+def _refuse_differing(path: Path, directory: Path, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    if fingerprint(stored) != fingerprint(own):
+        differing = "\n  ".join(differences(stored, own))
         raise CheckpointError(
             f"{path} belongs to a run with other settings:\n  {differing}\n"
-            "--resume RUN without them keeps those of the run. Free to change are run.*, distributed.*, "
-            "evaluation.every, model.gradient_checkpointing, model.prompt_cache and where rewards are computed"
+            f"`--resume {directory.parent}` goes on with the run's own; beside them only what does not change the "
+            "training may differ, such as run.iterations and evaluation.every"
         )
 
 

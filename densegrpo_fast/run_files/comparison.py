@@ -39,8 +39,9 @@ def compare_runs(runs: Mapping[str, RunData], reward: float | None = None) -> di
         by: the reward of curves and costs: the weighted sum, or where runs have different ones the first in common;
         runs: name -> {iterations, finished, iterations at the last evaluation, settings that differ};
         curves: name -> [{mean, low, high, and what was spent: iterations, seconds, cpu_seconds, gflop}];
-        notes: what to mind when reading them, in words;
-        cost: {reward, runs: name -> what was spent until then; None if it was not reached}.
+        cost: {reward, runs: name -> what was spent until then; None if it was not reached}; None where no reward was
+            asked for and all of them reach none above their start;
+        notes: what to know before reading on, in sentences.
 
     Raises:
         UsageError: a run has no evaluation yet, or they were evaluated on other prompts or pictures.
@@ -75,8 +76,17 @@ def compare_runs(runs: Mapping[str, RunData], reward: float | None = None) -> di
         if not points:
             raise UsageError(f"{name}: all held-out scores of {common[0]} are missing")
     best = min(max(point["mean"] for point in points) for points in curves.values())
-    wanted = best if reward is None else reward
-    cost = {name: cost_to(points, wanted) for name, points in curves.items()}
+    notes, wanted = [], best if reward is None else reward
+    lengths = {name: max(run.evaluations) for name, run in runs.items()}
+    if len({*lengths.values()}) > 1:
+        listed = ", ".join(f"{name} after {length}" for name, length in lengths.items())
+        notes.append(f"the runs differ in length, so these differences are not of the method alone: evaluated {listed}")
+    cost = {"reward": wanted, "runs": {name: cost_to(points, wanted) for name, points in curves.items()}}
+    known = reward is not None or any(points[0]["mean"] < best for points in curves.values())
+    if not known:
+        notes.append(
+            f"not all runs rose above their start ({figure(best)}), so no cost is shown; --reward R asks for one"
+        )
     return compare(scores, reward_bounds(next(iter(runs.values())))) | {
         "by": common[0],
         "runs": {
@@ -89,8 +99,8 @@ def compare_runs(runs: Mapping[str, RunData], reward: float | None = None) -> di
             for name, run in runs.items()
         },
         "curves": curves,
-        "notes": _notes(runs, cost),
-        "cost": {"reward": wanted, "runs": cost},
+        "cost": cost if known else None,
+        "notes": notes,
     }
 
 
@@ -102,21 +112,12 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         differing = ", ".join(f"{key} {value}" for key, value in about["settings"].items())
         when = f"{about['iterations']} iterations {state}, evaluated after {about['evaluated']}"
         lines.append(f"{name}: {when}{'; ' if differing else ''}{differing}")
-    cost, rows = comparison["cost"], [("run", *_MEASURES.values())]
-    for name, spent in cost["runs"].items():
-        rows.append((name, *_spent_cells(spent)))
-    return "\n".join(
-        [
-            *lines,
-            *(f"note: {note}" for note in comparison["notes"]),
-            "",
-            tables(comparison),
-            "",
-            f"Cost to a held-out {comparison['by']} of {figure(cost['reward'])}:",
-            "",
-            plain(rows),
-        ]
-    )
+    lines += [f"note: {note}" for note in comparison["notes"]]
+    lines += ["", tables(comparison)]
+    if cost := comparison["cost"]:
+        rows = [("run", *_MEASURES.values()), *((name, *_spent_cells(spent)) for name, spent in cost["runs"].items())]
+        lines += ["", f"Cost to a held-out {comparison['by']} of {figure(cost['reward'])}:", "", plain(rows)]
+    return "\n".join(lines)
 
 
 def comparison_page(runs: Mapping[str, RunData], comparison: Mapping[str, Any]) -> str:
@@ -134,7 +135,7 @@ def comparison_page(runs: Mapping[str, RunData], comparison: Mapping[str, Any]) 
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         comparison=comparison,
         measures=_MEASURES,
-        spent={name: _spent_cells(found) for name, found in comparison["cost"]["runs"].items()},
+        spent={name: _spent_cells(found) for name, found in (comparison["cost"] or {"runs": {}})["runs"].items()},
         charts=[chart for chart in charts if chart is not None],
         pictures=_side_by_side(runs, comparison["by"]),
     )

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from densegrpo_fast.common.errors import CheckpointError, OutputError
 
@@ -21,12 +21,22 @@ SHARED = "shared"
 """Folder of a checkpoint that holds these files."""
 
 
-def save_shared(tensors: Mapping[str, Mapping[str, Tensor]], directory: Path) -> None:
+def copies(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copies on the CPU of tensors, of DTensors of this process's parts, which no later change reaches."""
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    # without their gradients
+    values = {group: {name: tensor.detach() for name, tensor in own.items()} for group, own in tensors.items()}
+    return BlockingAsyncStager().stage(values)
+
+
+def save_shared(tensors: Mapping[str, Mapping[str, Tensor]], directory: Path, process_group: Any = None) -> None:
     """Write tensors, DTensors or the same in every process; all processes must call it.
 
     Args:
         tensors: group name -> tensor name -> tensor.
         directory: that is there and empty, and is the same in every process.
+        process_group: of all processes; None = the default one.
 
     Raises:
         OutputError: in every process, if one of them cannot write.
@@ -38,6 +48,7 @@ def save_shared(tensors: Mapping[str, Mapping[str, Tensor]], directory: Path) ->
             dcp.save(
                 {f"{group}/{name}": tensor.detach() for group, own in tensors.items() for name, tensor in own.items()},
                 storage_writer=dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True),
+                process_group=process_group,
             )
         except dcp.api.CheckpointException as error:
             raise OutputError(f"cannot save checkpoint {directory.parent}: {_first_of(error)}") from None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -96,7 +96,7 @@ class World:
         return self.rank == 0
 
     def share(self, total: int, *, unit: int = 1, parts: int = 1, micro_batch: int | None = None) -> Share:
-        """This process's share of some rows.
+        """This process's share of some rows; where there are fewer than processes, some hold padding alone.
 
         Args:
             total: number of rows.
@@ -105,7 +105,7 @@ class World:
             micro_batch: rows per forward, at most; None = any number.
 
         Raises:
-            UsageError: there are fewer units of rows than processes; parts and units do not divide the rows.
+            UsageError: parts and units do not divide the rows.
         """
         if total % (parts * unit):
             raise UsageError(
@@ -113,12 +113,6 @@ class World:
                 "or other numbers of data.num_prompts and optimizer.updates_per_iteration"
             )
         units = total // parts // unit
-        if units < self.size:
-            what = "rows" if unit == 1 else f"groups of {unit} rows"
-            raise UsageError(
-                f"there are {self.size} processes for {units} {what}{' of each update' if parts > 1 else ''}: start at "
-                f"most {units}, or set data.num_prompts, sampler.group_size or distributed.split so that there are more"
-            )
         own = -(-units // self.size)
         size = own * unit if micro_batch is None else min(micro_batch, own * unit)
         if unit == 1 and -(-own // size) * -(-own // -(-own // size)) <= units:
@@ -149,6 +143,19 @@ class World:
         with _together():
             dist.all_gather(list(found), own)
         return found.to(values.device)
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """What the main process has of a tensor, on the device of collectives; it is not counted.
+
+        Args:
+            values: the tensor; in the other processes one of its shape and dtype, which needs no data.
+        """
+        found = values.to(self.device) if self.main else torch.empty_like(values, device=self.device)
+        found = found.contiguous()
+        with _together():
+            # not every backend knows every dtype
+            dist.broadcast(found.flatten().view(torch.uint8), src=0)
+        return found
 
     def sum(self, values: Tensor) -> Tensor:
         """What the values of all processes add up to, the same bits in every process."""
@@ -197,6 +204,15 @@ class World:
         """
         result = self.on_main(work)
         return self._from_main(result)  # type: ignore[return-value]
+
+    def collect(self, value: Result) -> list[Result]:
+        """What every process has, any picklable thing, in their order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _together():
+            dist.all_gather_object(found, value)
+        return found
 
     def _from_main(self, value: Result) -> Result:
         if self.size == 1:
@@ -318,11 +334,19 @@ def iteration_share(world: World, config: Config) -> Share:
         UsageError: there are too many processes for them, or they cannot be split so.
     """
     samples, branches = config.data.num_prompts * config.sampler.group_size, config.sampler.branches or 1
-    groups = config.distributed.split == "groups"
+    unit = config.sampler.group_size // branches if config.distributed.split == "groups" else 1
+    parts = config.optimizer.updates_per_iteration
+    units = samples // branches // parts // unit
+    if units < world.size:
+        what = "rows" if unit == 1 else f"groups of {unit} rows"
+        raise UsageError(
+            f"there are {world.size} processes for {units} {what}{' of each update' if parts > 1 else ''}: start at "
+            f"most {units}, or set data.num_prompts, sampler.group_size or distributed.split so that there are more"
+        )
     return world.share(
         samples // branches,
-        unit=config.sampler.group_size // branches if groups else 1,
-        parts=config.optimizer.updates_per_iteration,
+        unit=unit,
+        parts=parts,
         micro_batch=config.sampler.micro_batch,
     )
 

@@ -356,7 +356,9 @@ def shard_mode(config: Config, model: FlowModel, reward: RewardMixture, world: W
     short = False
     if isinstance(model, DiffusersModel) and model.device.type == "cuda":
         needed = estimate_memory(config, model, None, reward, processes=world.size)
-        short = check(needed, free_bytes(model.device), "") is not None
+        weights = sum(needed.weights[part] for part in ("transformer", "adapter", "reference"))
+        free = (free_bytes(model.device) or 0) - (weights if model.awaits_weights else 0)
+        short = check(needed, free, "") is not None
     return "full" if world.largest(short) else "none"
 
 

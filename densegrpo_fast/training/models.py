@@ -23,6 +23,7 @@ from densegrpo_fast.models.attention import check_attention
 from densegrpo_fast.models.base import FlowModel
 from densegrpo_fast.models.diffusers_model import DiffusersModel
 from densegrpo_fast.models.loading import (
+    Weights,
     directory_family,
     hub_family,
     load_pipeline,
@@ -69,8 +70,14 @@ def check_device(config: Config, device: torch.device) -> None:
         )
 
 
-def build_model(config: Config, device: torch.device, dry_run: bool = False) -> FlowModel:
+def build_model(config: Config, device: torch.device, dry_run: bool = False, weights: Weights = "placed") -> FlowModel:
     """The model, ready to be trained; in a dry run of a pipeline that is not in the package, a tiny one of its kind.
+
+    Args:
+        config: the run's.
+        device: of the model.
+        dry_run: whether this is one.
+        weights: where those of a pipeline's network go (`load_pipeline`).
 
     Raises:
         SetupError: it, or what it needs, cannot be loaded; UsageError: an option does not fit it.
@@ -85,7 +92,7 @@ def build_model(config: Config, device: torch.device, dry_run: bool = False) -> 
             model = tiny_model(kind)
         set_up(model, options)
     else:
-        model = load_model(options, device)
+        model = load_model(options, device, weights)
     check_calibration(config, model)
     lora = config.lora
     try:
@@ -124,7 +131,7 @@ def check_calibration(config: Config, model: FlowModel) -> None:
         )
 
 
-def load_model(options: ModelOptions, device: torch.device) -> FlowModel:
+def load_model(options: ModelOptions, device: torch.device, weights: Weights = "placed") -> FlowModel:
     """The model as it comes, without an adapter.
 
     `model.path` names a pipeline, or a function of the reader's own as `file.py:NAME`, which is called with the options
@@ -153,6 +160,7 @@ def load_model(options: ModelOptions, device: torch.device) -> FlowModel:
         preview_decoder=options.preview_decoder,
         preview_dtype=resolve_dtype(options.preview_dtype, device),
         prompt_store=prompt_cache(options, dtype),
+        weights=weights,
     )
     set_up(model, options)
     return model

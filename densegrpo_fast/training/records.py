@@ -207,16 +207,9 @@ class RunRecords:
             )
         log.truncate(0)
 
-    def checkpoint(
-        self, done: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], shared: Path | None = None
-    ) -> None:
-        """Save everything a bit-exact continuation needs: what `Trainer.tensors` and `Trainer.state` return.
-
-        Args:
-            shared: the folder of what all processes have written already.
-        """
-        log = {"metrics_position": self.log.position(), "metrics_digest": self.log.digest()}
-        self.checkpoints.save(done, tensors, state | log, shared)
+    def position(self) -> dict[str, Any]:
+        """Where the metrics have come to: what a checkpoint keeps of them."""
+        return {"metrics_position": self.log.position(), "metrics_digest": self.log.digest()}
 
     def due(self, every: int, done: int) -> bool:
         """Whether something that happens every so many iterations happens now (not at the very end)."""
@@ -327,13 +320,14 @@ class RunRecords:
                     **measured,
                 )
         lines = []
-        single = self.config.reward.terms if list(self.config.reward.terms.values()) == [1.0] else {}
+        alike = [name for name in after if name != "reward" and after[name] == after.get("reward")]
         for name in after:
-            if name in single:
-                continue  # the weighted sum is the same
+            if name in alike:
+                continue
+            shown = f"reward ({', '.join(alike)})" if alike and name == "reward" else name
             first, last, moved = (measured[when][name] for when in ("before", "after", "change"))
             lines.append(
-                f"held-out {name}: {first.mean:.3f} [{first.low:.3f}, {first.high:.3f}] before, "
+                f"held-out {shown}: {first.mean:.3f} [{first.low:.3f}, {first.high:.3f}] before, "
                 f"{last.mean:.3f} [{last.low:.3f}, {last.high:.3f}] after; "
                 f"change {moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}] (95%, "
                 f"{len(prompts)} prompts)"

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from densegrpo_fast.common.errors import NonFiniteError, UsageError
+from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.run_files.run_directory import iteration_name
-from densegrpo_fast.run_files.shared_tensors import finite_parts, load_shared, save_shared, shared_names
+from densegrpo_fast.run_files.shared_tensors import load_shared, shared_names
 from densegrpo_fast.run_files.signals import GracefulStop
 from densegrpo_fast.training.evaluation import Evaluation
 from densegrpo_fast.training.memory import prepare
 from densegrpo_fast.training.records import RunRecords
+from densegrpo_fast.training.saver import Saver
 from densegrpo_fast.training.sharding import gathered
 from densegrpo_fast.training.strategies import Streamed
 
@@ -56,6 +57,7 @@ class Run:
         if isinstance(trainer.strategy, Streamed):
             trainer.strategy.fits = streams
         self.records = RunRecords(directory, config, trainer.model, trainer.held_out, trainer.base_weights)
+        self.saver = Saver(trainer, self.records)
 
     def go(self, *, resume: bool) -> RunResult:
         """Train to the end, or until a signal, early stopping or a callback ends it.
@@ -76,9 +78,14 @@ class Run:
                 f"{config.sampler.group_size} samples, into {records.directory}",
                 flush=True,
             )
+            if (count := len(trainer.prompts.prompts)) < config.data.num_prompts:
+                print(
+                    f"data.prompts has {count}, so an iteration has some of them more than once, in groups of their own"
+                )
             if not trainer.holds_a_prompt():
                 print("no strips: several processes share the samples of the first prompt (distributed.split)")
         with ExitStack() as opened, GracefulStop() as stop:
+            opened.callback(self.saver.close)
             world.on_main(lambda: records.open(opened))
             start = self._continue() if resume else 0
             world.on_main(lambda: records.show(start))
@@ -104,13 +111,16 @@ class Run:
                 signal = int(world.largest(stop.signal or 0))
                 if trainer.stop_reason is not None and not signal:
                     break
+                self.saver.poll()
                 if signal or records.due(config.run.checkpoint_every, done):
-                    self._save(done)
+                    self.saver.save(done)
                 if signal:
+                    self.saver.finish()
                     world.on_main(partial(records.stopped, done))
                     return RunResult(done, None, Signals(signal))
             records.close_progress()
-            self._save(done)
+            self.saver.save(done)
+            self.saver.finish()
             summary = self._finish(done)
         if summary is not None and trainer.stop_reason is not None and done < total:
             summary = f"ended after iteration {done} of {total}: {trainer.stop_reason}\n{summary}"
@@ -159,21 +169,6 @@ class Run:
     def _write(self, record: dict[str, Any], report: bool) -> str | None:
         """Write an iteration's record; why the run ends with it, None if it goes on."""
         return self.records.append(record, report=report) or self.trainer.stop_reason
-
-    def _save(self, done: int) -> None:
-        """Save a checkpoint: an adapter's by the main process, a whole network's by all together."""
-        tensors, shared = self.trainer.tensors(), None
-        if self.trainer.trains_all:
-            shared = self.world.from_main(partial(self.records.checkpoints.stage, done))
-            if shared is None:
-                return
-            own = {"rng": tensors.pop("rng")}
-            broken = finite_parts(tensors)
-            if self.world.largest(broken is not None):
-                raise NonFiniteError(f"not saved: {broken or 'what another process holds'} is not finite")
-            save_shared(tensors, shared)
-            tensors = own
-        self.world.on_main(partial(self.records.checkpoint, done, tensors, self.trainer.state(), shared))
 
     def _evaluated(self, when: str, evaluation: Evaluation, done: int) -> None:
         """Keep an evaluation, and tell the callbacks."""

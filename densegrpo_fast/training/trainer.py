@@ -31,6 +31,7 @@ from densegrpo_fast.credit.smoothing import smooth_rewards
 from densegrpo_fast.flow.dynamics import C, StepCoefficients
 from densegrpo_fast.models.base import Conditioning, FlowModel
 from densegrpo_fast.models.check import check_model
+from densegrpo_fast.models.loading import Weights
 from densegrpo_fast.models.lora import base_fingerprint
 from densegrpo_fast.rewards.base import Reward, RewardMixture
 from densegrpo_fast.run_files.strip import Strip
@@ -41,6 +42,7 @@ from densegrpo_fast.training.callbacks import Callback
 from densegrpo_fast.training.costs import CostReport
 from densegrpo_fast.training.distributed import Traffic, World, equal_weights, iteration_share
 from densegrpo_fast.training.evaluation import Evaluation, HeldOut
+from densegrpo_fast.training.handing import hand_out, whole_weights
 from densegrpo_fast.training.iteration_record import iteration_record, of_all_processes
 from densegrpo_fast.training.learner import Learner, LearnerOptions
 from densegrpo_fast.training.lookahead import build_lookahead, completion_ways
@@ -122,7 +124,8 @@ class Trainer:
             self.observed = self.reward
         if model is None and not tiny:
             announce(f"loading the model {config.model.path}")
-        self.model = build_model(config, default_device(), dry_run=tiny) if model is None else model
+        weights: Weights = "placed" if self.world.size == 1 else "on_host" if self.world.main else "awaited"
+        self.model = build_model(config, default_device(), tiny, weights) if model is None else model
         if self.trains_all and not (
             all(parameter.requires_grad for parameter in self.model.network.parameters())
             and (self.model.reference_network is not None or not config.objective.kl_coef)
@@ -131,13 +134,17 @@ class Trainer:
         # what is checked in a moment, before what takes long
         self.schedule = Schedule(config, self.model)
         self.base_weights: str | None = None
-        self.shards = 1
-        if self.world.size > 1:
+        read = whole_weights(self.model, self.world) if self.model.awaits_weights else None
+        if read is not None:
+            self.base_weights = self.world.from_main(lambda: base_fingerprint(self.model.network))
+        elif self.world.size > 1:
             self.base_weights = equal_weights(self.world, self.model)
         elif self.model.computed_in is not None:
             self.base_weights = base_fingerprint(self.model.network)
         mode: ShardMode = "none" if self.world.size == 1 else shard_mode(config, self.model, self.observed, self.world)
         self.shards = shard(self.model, config, self.world, mode)
+        if read is not None:
+            hand_out(self.model, read, self.world)
         if model is not None:
             check_model(model, self.held_out.prompts[0], config.sampler.guidance_scale, config.sampler.num_steps)
         self.meter, self.timer = Meter(), PhaseTimer(synchronizer(self.model.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 from benches.judge import judge as command
 from benches.judge import training
 from benches.judge.drift import dissimilarity, divergence, held_out_pictures, pixel_distance
+from benches.judge.finished_runs import finished as finished_runs
+from benches.judge.finished_runs import read_study
 from benches.judge.network import KINDS, PAIRS, Judge, Seen, centres, graded, probability, scene_of
 from benches.judge.training import (
     NO_RELATION,
@@ -40,7 +43,13 @@ from densegrpo_fast.models.base import Velocity
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.rollout import rollout
 from densegrpo_fast.train import train as train_run
+from densegrpo_fast.training.distributed import World
 from densegrpo_fast.training.evaluation import HeldOut
+from densegrpo_fast.training.models import load_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from worlds import together  # noqa: E402
 
 SMALL = Recipe(steps=2, batch=6, decoded=4, held_out=12)
 
@@ -356,6 +365,27 @@ def test_finished_runs_are_judged_and_not_twice(recorded, tmp_path, quick, monke
     # other pictures are another measurement
     assert judged(recorded, tmp_path / "judge.json", "--samples", "1") == ExitCode.OUTPUT
     assert "was judged in another way" in capsys.readouterr().err
+
+
+def judged_together(world: World, here: Path, output: Path) -> None:
+    config, _ = parse_arguments(["--config", "embedded_sparse", *OVERRIDES])
+    runs = finished_runs(read_study(here / "study.json"), [here / "work"])
+    model = load_model(config.model, torch.device("cpu"))
+    judge, about = trained(here / "work" / "judge.safetensors", model.pipeline.vae, SMALL)
+    settings = json.loads((here / "judge.json").read_text())["settings"]
+    held_out = HeldOut.of(
+        config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"num_prompts": 3})})
+    )
+    command.judged(command.Bench(model, held_out, judge, config, settings), about, runs, output, world)
+
+
+@pytest.mark.ci
+def test_several_processes_judge_what_one_does(recorded, tmp_path, quick):
+    assert judged(recorded, recorded / "judge.json") == ExitCode.OK
+    together(2, judged_together, recorded, tmp_path / "judge.json")
+    own, other = (json.loads((place / "judge.json").read_text()) for place in (recorded, tmp_path))
+    for one, two in zip(own["runs"], other["runs"], strict=True):
+        assert {**one, "cpu_seconds": 0} == {**two, "cpu_seconds": 0}
 
 
 @pytest.mark.ci

@@ -14,7 +14,6 @@ from densegrpo_fast.models.memory import ModelMemory
 
 
 @pytest.mark.ci
-@pytest.mark.ci
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_waiting_comes_from_links_and_padding_alone(train: str) -> None:
     config, _ = parse_arguments(["--config=embedded_dense", f"model.train={train}", "data.num_prompts=3"])

@@ -210,12 +210,14 @@ def test_a_corrupt_newest_checkpoint_is_passed_over(
 
 
 def test_other_settings_are_refused_by_name(
-    train: Train, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = shutil.copytree(whole_run, tmp_path / "run")
+    # nothing is loaded before
+    monkeypatch.setattr("densegrpo_fast.training.trainer.build_model", None)
     assert train(output, "--resume", **{"optimizer.lr": 2e-3, "sampler.noise_level": 0.5}) == 4
     message = capsys.readouterr().err
-    assert "loading" not in message and "--resume RUN without them keeps" in message
+    assert f"`--resume {output}` goes on with the run's own" in message
     assert "optimizer.lr: 0.001 in the checkpoint, 0.002 now" in message
     assert "sampler.noise_level: 0.7 in the checkpoint, 0.5 now" in message
     assert_same_run(output, whole_run, 3)
@@ -377,3 +379,20 @@ def test_help_never_imports_torch(flag: str) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "embedded_branched" in result.stdout
+
+
+def test_another_kind_of_model_is_refused_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "HunyuanDiTPipeline"}')
+    code = (
+        "import sys\n"
+        "from densegrpo_fast import train\n"
+        "try:\n"
+        f"    train.main(['--model.path', {str(tmp_path)!r}])\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 3, result.stderr
+    assert f"error: model.path: {tmp_path}: HunyuanDiTPipeline is not supported" in result.stderr

@@ -42,28 +42,28 @@ def agreement(rewards: float = 1.0, gains: float = 1.0, worst: float = 1.0) -> A
     return replace(same, spearman_rewards_mean=rewards, spearman_gains_mean=gains, spearman_gains_worst_step=worst)
 
 
-def form(cost: float, variance: float, *, gains: float = 1.0, drawn: int | None = 2) -> auto.Form:
+def setup(cost: float, variance: float, *, gains: float = 1.0, drawn: int | None = 2) -> auto.Setup:
     variant = replace(reference(4), plan=plans.nodes(4, [1]))
     row = Row(Candidate(variant, 4, None, agreement(gains=gains)), 8)
-    return auto.Form(row, gains >= WANTED.gains, {}, drawn, Price(cost, cost, cost), variance)
+    return auto.Setup(row, gains >= WANTED.gains, {}, drawn, Price(cost, cost, cost), variance)
 
 
 def test_the_least_variance_times_operations_within_the_budget_is_chosen() -> None:
-    forms = [form(2.0, 0.1), form(1.3, 1.0), form(1.2, 1.05), form(0.6, 3.0), form(0.5, 0.5, gains=0.8)]
-    chosen, reason = auto.best(forms, 1.3, WANTED)
-    assert chosen is forms[2] and "at most the budget of 1.3" in reason
-    assert auto.best(forms, None, WANTED)[0] is forms[0]
+    setups = [setup(2.0, 0.1), setup(1.3, 1.0), setup(1.2, 1.05), setup(0.6, 3.0), setup(0.5, 0.5, gains=0.8)]
+    chosen, reason = auto.best(setups, 1.3, WANTED)
+    assert chosen is setups[2] and "at most the budget of 1.3" in reason
+    assert auto.best(setups, None, WANTED)[0] is setups[0]
     # what a larger budget would bring
     assert "A budget of 2 would allow" in reason and "whose variance x iteration is 0.20" in reason
 
 
 def test_without_one_within_the_budget_the_cheapest_is_chosen_and_that_is_said() -> None:
-    forms = [form(2.0, 1.0), form(1.4, 9.0), form(1.0, 0.5, gains=0.8)]
-    chosen, reason = auto.best(forms, 1.3, WANTED)
-    assert chosen is forms[1]
+    setups = [setup(2.0, 1.0), setup(1.4, 9.0), setup(1.0, 0.5, gains=0.8)]
+    chosen, reason = auto.best(setups, 1.3, WANTED)
+    assert chosen is setups[1]
     assert "Nothing that reaches the fidelity (rewards 0.95, gains 0.9, worst 0.75) costs at most" in reason
     # nothing is known of the variance
-    blind = [form(1.2, nan), form(1.1, nan)]
+    blind = [setup(1.2, nan), setup(1.1, nan)]
     assert auto.best(blind, 1.3, WANTED)[0] is blind[1]
 
 
@@ -140,14 +140,14 @@ def test_a_run_writes_what_it_chose_and_why(auto_run: Path) -> None:
     assert config.lookahead.plan != "auto" and config.optimizer.update == "streamed"
     assert all(f"# {line}".rstrip() in (auto_run / "config.yaml").read_text() for line in record["text"].splitlines())
     assert record["measured"] == {"groups": FEWEST, "group_size": 2, "seed": 0}
-    forms = {(found["candidate"], found["trained_steps"]): found for found in record["forms"]}
-    exact = forms["exact/full/full", "all"]
+    setups = {(found["candidate"], found["trained_steps"]): found for found in record["forms"]}
+    exact = setups["exact/full/full", "all"]
     assert exact["reaches"] and exact["agreement"]["spearman_gains_mean"] == pytest.approx(1.0)
     assert exact["variance_over_all_steps"] == pytest.approx(1.0)
     # the reference costs most, one of two steps less than both
     assert exact["over_replayed_sparse"] == max(found["over_replayed_sparse"] for found in record["forms"])
-    assert forms["exact/full/full", 1]["over_replayed_sparse"] < exact["over_replayed_sparse"]
-    assert forms["exact/full/full", 1]["variance_over_all_steps"] >= 1.0
+    assert setups["exact/full/full", 1]["over_replayed_sparse"] < exact["over_replayed_sparse"]
+    assert setups["exact/full/full", 1]["variance_over_all_steps"] >= 1.0
 
 
 @pytest.mark.ci

@@ -20,13 +20,14 @@ from densegrpo_fast.flow.dynamics import coefficients
 from densegrpo_fast.models import flops
 from densegrpo_fast.models.base import Conditioning
 from densegrpo_fast.models.diffusers_model import DiffusersModel
-from densegrpo_fast.models.families import family_of
+from densegrpo_fast.models.families import FAMILIES, family_of
 from densegrpo_fast.models.loading import load_pipeline
 from densegrpo_fast.models.lookahead_copy import LookaheadCopy
-from densegrpo_fast.models.lora import add_lora, save_lora
+from densegrpo_fast.models.lora import COMFYUI_FILE, add_lora, save_lora
 from densegrpo_fast.models.memory import ModelMemory, module_bytes
 from densegrpo_fast.models.prompt_cache import PromptCache
 from densegrpo_fast.models.published import MODELS
+from densegrpo_fast.models.supported import PIPELINES
 from densegrpo_fast.models.tiny import tiny_model
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling import plan as plans
@@ -195,6 +196,10 @@ def called(model: DiffusersModel, noise: Tensor, scale: float, output: str, step
     return made[:, :, 0] if made.ndim == 5 and made.shape[2] == 1 else made
 
 
+def test_each_supported_class_has_a_family() -> None:
+    assert tuple(FAMILIES) == PIPELINES
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("width", [64, 96])
 @torch.no_grad()
@@ -290,9 +295,13 @@ def test_an_adapter_changes_the_pictures_and_loads_in_plain_diffusers(
     assert len(policy.trainable_parameters()) >= 2 * len(policy.family.lora_targets)
     assert (after - before).abs().max() > 1e-3
     save_lora(policy.network, tmp_path, rank=2, alpha=4)
-    fresh = loaded(case, directory)
-    fresh.pipeline.load_lora_weights(str(tmp_path))
-    torch.testing.assert_close(called(fresh, noise, scale, "pt"), after, rtol=1e-5, atol=1e-5)
+    # ComfyUI's own file, where there is one, by diffusers' reader of such names
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        fresh = loaded(case, directory)
+        fresh.pipeline.load_lora_weights(str(tmp_path), weight_name=file.name)
+        torch.testing.assert_close(called(fresh, noise, scale, "pt"), after, rtol=1e-5, atol=1e-5)
+    families = {"UNet2DConditionModel", "WanTransformer3DModel"}
+    assert (tmp_path / COMFYUI_FILE).exists() == (type(policy.network).__name__ in families)
     # with the adapter off, the policy is what was loaded
     with policy.reference():
         torch.testing.assert_close(policy.decode(drawn(policy, scale, noise)), before, rtol=1e-5, atol=1e-5)

@@ -268,12 +268,12 @@ def test_a_tokenizer_of_another_encoder_is_named(damaged: Path) -> None:
 def test_weights_that_do_not_fit_the_device_say_what_to_do(
     tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel
 
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(StableDiffusion3Pipeline, "to", too_large)
+    monkeypatch.setattr(SD3Transformer2DModel, "to", too_large)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
     with pytest.raises(UserError, match=r"do not fit .* \(1.0 of 8.0 GiB free\).*model.prompt_cache") as caught:
         load_pipeline(str(tiny_directory), device=CPU, dtype=torch.float32, max_sequence_length=8)

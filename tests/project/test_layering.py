@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
         "flow",
         "common",
     },
-    "compat": {"flow", "sampling", "credit", "models.base", "calibration.store"},
+    "compat": {"flow", "sampling", "credit", "models", "calibration.store"},
 }
 ALLOWED["training"] = set(ALLOWED) - {"compat"}
 ALLOWED["fidelity"] = ALLOWED["doctor"] = {*ALLOWED["training"], "training"}

@@ -90,6 +90,21 @@ def test_prompts_metadata_and_missing_scores_travel() -> None:
     assert scores[::2] == [1.5, 5.0] and math.isnan(scores[1])
 
 
+def test_processes_take_turns_among_servers_and_share_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    def constant(value: float) -> RewardServer:
+        return RewardServer(lambda images, prompts, metadata: [value] * len(prompts), "constant")
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with served(constant(0.0)) as first, served(constant(1.0)) as second:
+        for rank in range(3):
+            monkeypatch.setenv("RANK", str(rank))
+            reward = create("remote", url=[first, second], concurrency=8, **QUICK)
+            assert RewardMixture({"remote": (reward, 1.0)})(pictures(1), ["p"]).values.tolist() == [rank % 2]
+            assert (reward.address, reward.own_concurrency) == ((first, second)[rank % 2], 2)
+    with pytest.raises(ValueError, match="url: expected the address of a server, got none"):
+        create("remote", url=[], **QUICK)
+
+
 def test_a_token_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_TOKEN", "right")
     monkeypatch.setenv("OTHER_TOKEN", "wrong")

@@ -98,7 +98,7 @@ def test_everything_that_is_seen_can_be_read_out_and_reached_by_keyboard(page: P
     assert all(control["aria-label"] for control in page.all("input"))
 
 
-def test_the_result_comes_first_then_strips(page: Page) -> None:
+def test_strips_follow_the_result(page: Page) -> None:
     headings = page.texts("h2")
     assert headings[0] == "Result" and headings.index("Step by step") < headings.index("Learning")
     frames = [figure for figure in page.all("figure") if "data-frame" in figure]

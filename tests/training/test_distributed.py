@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from densegrpo_fast.common.errors import UsageError
+from densegrpo_fast.config.cli import load_config
 from densegrpo_fast.fidelity.measure import measure
 from densegrpo_fast.fidelity.target import analytic_target
 from densegrpo_fast.fidelity.variants import Variant
 from densegrpo_fast.objective.clip import METRICS
 from densegrpo_fast.sampling.plan import exact
-from densegrpo_fast.training.distributed import World, as_lost_process
+from densegrpo_fast.training.distributed import World, as_lost_process, iteration_share
 from densegrpo_fast.training.meter import PHASES, Counts
 from densegrpo_fast.training.pictures import PictureSampler, draw
 
@@ -47,7 +48,7 @@ class Pretended(World):
 def test_every_row_has_one_owner_and_comes_back_in_its_place(data: st.DataObject) -> None:
     size, parts = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
     unit = data.draw(st.integers(1, 4))
-    units = data.draw(st.integers(size, 20))
+    units = data.draw(st.integers(1, 20))
     total, branches = units * unit * parts, data.draw(st.integers(1, 3))
     micro_batch = data.draw(st.integers(1, units * unit).filter(lambda rows: units * unit % rows == 0))
     found: dict[int, Tensor] = {}
@@ -89,10 +90,13 @@ def test_one_process_holds_all_rows_as_they_are() -> None:
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:
-    with pytest.raises(UsageError, match="8 processes for 6 rows: start at most 6"):
-        World(0, 8).share(6)
+    options = {"data.num_prompts": 2, "sampler.group_size": 4, "sampler.micro_batch": 4}
+    config = load_config("embedded_dense", options)
+    with pytest.raises(UsageError, match="9 processes for 8 rows: start at most 8"):
+        iteration_share(World(0, 9), config)
+    config = load_config("embedded_dense", options | {"distributed.split": "groups"})
     with pytest.raises(UsageError, match="3 processes for 2 groups of 4 rows"):
-        World(0, 3).share(8, unit=4)
+        iteration_share(World(0, 3), config)
     with pytest.raises(UsageError, match="distributed.split: 12 rows do not make 2 parts of whole groups of 4"):
         World(0, 2).share(12, unit=4, parts=2)
 
@@ -253,7 +257,6 @@ def looked_at(world: World) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.ci
 @pytest.mark.ci
 def test_pictures_and_measurements_are_shared_out_and_the_same() -> None:
     single = alone(looked_at)

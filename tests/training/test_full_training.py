@@ -35,13 +35,6 @@ from worlds import SETTINGS, brightness, commands, policy, together  # noqa: E40
 FULL = {"model.train": "full", "optimizer.lr": 1e-3, "objective.kl_coef": 0.1, "run.checkpoint_every": 1}
 
 
-@pytest.fixture
-def group_of_one() -> Any:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def velocity(model: FlowModel, guidance: float = 3.0) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, *model.latent_shape, generator=generator)
@@ -50,7 +43,7 @@ def velocity(model: FlowModel, guidance: float = 3.0) -> Tensor:
 
 
 @pytest.mark.ci
-def test_half_precision_computes_as_a_plain_network_and_follows_its_masters(group_of_one: None) -> None:
+def test_half_precision_computes_as_a_plain_network_and_follows_its_masters() -> None:
     plain, model = policy(train="full", dtype=torch.bfloat16), policy(train="full", dtype=torch.bfloat16)
     torch.nn.Module.to(plain.network, torch.bfloat16)
     config = parse_arguments(["--config=embedded_dense", "model.train=full"])[0]
@@ -98,7 +91,6 @@ def test_what_needs_an_adapter_is_refused() -> None:
 
 
 @pytest.mark.ci
-@pytest.mark.ci
 def test_a_backward_to_all_weights_costs_more() -> None:
     full, lora = count(embedded(), lora_rank=0), count(embedded(), lora_rank=16)
     assert full.forward == full.reference_forward == lora.reference_forward < lora.forward
@@ -106,7 +98,6 @@ def test_a_backward_to_all_weights_costs_more() -> None:
     assert 1.9 < full.backward / full.forward < 2.1 and lora.backward < full.backward
 
 
-@pytest.mark.ci
 @pytest.mark.ci
 def test_a_run_resumes_bit_for_bit_and_leaves_a_network_for_diffusers(train: Any, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -149,7 +140,6 @@ def config_path(config: Any) -> str:
 
 
 @pytest.mark.ci
-@pytest.mark.ci
 def test_a_flipped_bit_of_a_shared_file_is_noticed(train: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(run, **FULL, **{"run.iterations": 2}) == 0
@@ -172,7 +162,7 @@ def test_a_flipped_bit_of_a_shared_file_is_noticed(train: Any, tmp_path: Path) -
 def test_any_number_of_processes_goes_on_with_what_others_have_saved(
     train: Any, tmp_path: Path, sizes: tuple[int, ...]
 ) -> None:
-    options = FULL | {"ema.every": 1, "optimizer.lr": 1e-4, "data.num_prompts": 2}
+    options = FULL | {"ema.every": 1, "optimizer.lr": 1e-4, "data.num_prompts": 4}
     run, count = tmp_path / "run", len(sizes)
     for done, size in enumerate(sizes, 1):
         settings = options | {"run.iterations": done, "distributed.shard": "full" if done == 1 else "none"}
@@ -226,7 +216,6 @@ def sent(world: World, trained: str) -> dict[str, int]:
     return given | {"held": held}
 
 
-@pytest.mark.ci
 @pytest.mark.ci
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_what_a_spread_network_sends_is_the_closed_form(trained: str) -> None:
