@@ -34,8 +34,6 @@ from densegrpo_fast.config.cli import parse_arguments
 from densegrpo_fast.embedded import EMBEDDED
 from densegrpo_fast.models.supported import check_supported
 from densegrpo_fast.rewards.registry import resolve_alias
-from densegrpo_fast.run_files.checkpoint import check_resumable
-from densegrpo_fast.run_files.run_directory import CHECKPOINTS, holds_run
 from densegrpo_fast.training.prompts import check_inputs
 
 if TYPE_CHECKING:

@@ -97,9 +97,7 @@ class DataOptions(Section):
 
     prompts: Text = Field(description=f"training prompts: {_PROMPTS}")
     eval_prompts: Text = Field(description=f"held-out prompts: {_PROMPTS}")
-    num_prompts: int = Field(
-        ge=1, le=65536, description="prompts per iteration (P), a group each; where data.prompts has fewer, they repeat"
-    )
+    num_prompts: int = Field(ge=1, le=65536, description="prompts per iteration (P)")
 
 
 class SamplerOptions(Section):

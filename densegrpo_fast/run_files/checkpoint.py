@@ -36,8 +36,6 @@ from densegrpo_fast.run_files.shared_tensors import SHARED
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from densegrpo_fast.config import Config
-
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1

@@ -161,24 +161,6 @@ def cost_to(points: list[dict[str, Any]], reward: float) -> dict[str, float | No
     return None
 
 
-def _notes(runs: Mapping[str, RunData], cost: Mapping[str, Mapping[str, float | None] | None]) -> list[str]:
-    """What a reader of the tables could take for something else."""
-    notes = []
-    evaluated = {name: max(run.evaluations) for name, run in runs.items()}
-    if len(set(evaluated.values())) > 1:
-        after = ", ".join(f"{name} {iterations}" for name, iterations in evaluated.items())
-        notes.append(
-            f"the last evaluations are not after equally many iterations ({after}), so differences between them are "
-            "of training length, too; the curves and the cost to a reward take it into account"
-        )
-    if started := [name for name, spent in cost.items() if spent is not None and spent["iterations"] == 0]:
-        notes.append(
-            f"the reward of the cost table is that of {', '.join(started)} before training, so it cost nothing; "
-            "--reward R asks for another one"
-        )
-    return notes
-
-
 def _curve(run: RunData, name: str) -> list[dict[str, Any]]:
     """Held-out mean and interval of a run's evaluations, with what it had spent by then."""
     done = [int(record["iteration"]) for record in run.records]
@@ -257,8 +239,6 @@ def _spent_cells(spent: Mapping[str, float | None] | None) -> list[str]:
     """What was spent as text."""
     if spent is None:
         return ["not reached", *["-"] * (len(_MEASURES) - 1)]
-    if spent["iterations"] == 0:
-        return ["before training", *["-"] * (len(_MEASURES) - 1)]
     return ["-" if value is None else f"{value:,.4g}" for value in spent.values()]
 
 

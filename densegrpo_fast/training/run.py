@@ -71,10 +71,8 @@ class Run:
         trainer, records, world, config = self.trainer, self.records, self.world, self.config
         total = config.run.iterations
         if world.main:
-            different = trainer.prompts.sampler.num_items
-            repeated = f" (of {different} different ones)" if different < config.data.num_prompts else ""
             print(
-                f"{config.preset}: {total} iterations of {config.data.num_prompts} prompts{repeated} x "
+                f"{config.preset}: {total} iterations of {config.data.num_prompts} prompts x "
                 f"{config.sampler.group_size} samples, into {records.directory}",
                 flush=True,
             )
