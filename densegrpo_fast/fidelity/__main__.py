@@ -16,7 +16,8 @@ the states 0..T-2 that have a completion of their own and their gains. With a pr
 is the branches of one noise-free trajectory, and agreement that of their rewards in every step that leads to a state up
 to T-2; the steps after it are shown and not counted. All of it is measured with the same noisy steps, so a
 configuration that draws or moves them is refused. What --search finds beyond node sets is a path for each state, which
-training takes as lookahead.plan paths; it searches in every way that the other options name.
+training takes as lookahead.plan paths; it searches with every decoder and guidance that the other
+options name.
 Options of the preset may be overridden as in training: `--sampler.num_steps 10`. Exit codes are in `exit_codes.py`.
 Options are parsed before torch is imported.
 """

@@ -133,7 +133,7 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         "--cache",
         nargs="+",
         type=_cache,
-        metavar="FORM",
+        metavar="CACHE",
         help="measure every plan also with features of the rollout, text:own; with --copy-dtype it is the copies that "
         "reuse them",
     )
@@ -173,7 +173,7 @@ def _parser(docstring: str | None) -> argparse.ArgumentParser:
         "--search",
         action="store_true",
         help="find the cheapest plan above the thresholds on one half of the prompts, a node set or paths of each "
-        "state's own, in every way that the other options name; judge all plans on the other",
+        "state's own, with every decoder and guidance that the other options name; judge all plans on the other",
     )
     add("--max-nodes", type=partial(_integer, 0), default=3, help="longest path that is searched; default: 3")
     for name, default in (("rewards", 0.95), ("gains", 0.90), ("worst", 0.75)):

@@ -102,7 +102,7 @@ class Trial:
         """The candidates; if the memory runs out, again with fewer rows per forward.
 
         Args:
-            thresholds: what a way must come near to in the first groups.
+            thresholds: what a variant must come near to in the first groups.
 
         Raises:
             RewardError: the reward failed; SetupError: the memory does not even allow a single row.
@@ -113,8 +113,8 @@ class Trial:
     def outline(self) -> str:
         """What will be measured, and the most that it costs."""
         return (
-            f"to be measured are {len(self.plans)} plans in {len(self.ways)} ways on {self.groups} groups of "
-            f"{self.size} samples of the first training prompts, by at most as many operations as "
+            f"to be measured are {len(self.plans)} plans with {len(self.ways)} variants each on {self.groups} "
+            f"groups of {self.size} samples of the first training prompts, by at most as many operations as "
             f"{self.iterations(self.groups):.1f} iterations with one reward per picture"
         )
 
