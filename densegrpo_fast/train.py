@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             # several processes say such things once, when they have met
             check_supported(config.model.path, config.model.revision)
+            if flags.resume:
+                _refuse_other_settings(config)
         announce(f"{config.preset}: loading torch and diffusers")
         return int(dry_run(config) if flags.dry_run else train(config, resume=flags.resume))
 
@@ -60,8 +62,7 @@ def train(config: Config, resume: bool = False) -> ExitCode:
     Raises:
         UserError: anything the user can act on; the checkpoints so far are kept.
     """
-    from densegrpo_fast.run_files.checkpoint import refuse_other_settings
-    from densegrpo_fast.run_files.run_directory import CHECKPOINTS, holds_run
+    from densegrpo_fast.run_files.run_directory import holds_run
     from densegrpo_fast.training.processes import joined
     from densegrpo_fast.training.records import run_directory
 
@@ -70,9 +71,8 @@ def train(config: Config, resume: bool = False) -> ExitCode:
             # torchrun starts the processes again after one has failed
             resume = world.from_main(lambda: resume or holds_run(config.output_dir))
             config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
-        if resume and config.lookahead.plan != "auto":
-            saved, settings = config.output_dir / CHECKPOINTS, config.resume_settings()
-            world.on_main(lambda: refuse_other_settings(saved, settings))
+        if resume:
+            world.on_main(lambda: _refuse_other_settings(config))
         # the directory is locked before anything is loaded
         with run_directory(config, world, resume=resume) as directory:
             from densegrpo_fast.fidelity.auto import resolve
@@ -92,6 +92,16 @@ def train(config: Config, resume: bool = False) -> ExitCode:
             if world.main:
                 print(result.summary)
     return ExitCode.OK
+
+
+def _refuse_other_settings(config: Config) -> None:
+    """Refuse to go on with a run under other settings, before anything is loaded."""
+    from densegrpo_fast.run_files.checkpoint import refuse_other_settings
+    from densegrpo_fast.run_files.run_directory import CHECKPOINTS
+
+    # what the plan auto had chosen is read later
+    if config.lookahead.plan != "auto":
+        refuse_other_settings(config.output_dir / CHECKPOINTS, config.resume_settings())
 
 
 def dry_run(config: Config) -> ExitCode:

@@ -285,7 +285,7 @@ def test_the_command_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixtu
     written = json.loads((tmp_path / "found.json").read_text())
     names = {finding["name"]: finding for finding in written["findings"]}
     assert {"python", "torch", "sde_step", "C++", "torch threads", "run directory", "presets"} <= names.keys()
-    assert names["torch"]["value"] == torch.__version__
+    assert names["torch"]["value"] == importlib.metadata.version("torch")
     assert names["run directory"]["value"].endswith(f"free for {tmp_path / 'mine'}")
     assert names["embedded model"]["status"] == "ok"
     problems = [finding for finding in written["findings"] if finding["status"] == "problem"]
