@@ -27,9 +27,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `user_errors_exit`: a Ctrl-C during imports is no traceback
 
 import argparse
+import io
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from densegrpo_fast.calibration.rules import Limits, PrintedRule, Round, Rule, S
 from densegrpo_fast.common.command_line import check_outputs, command_parser
 from densegrpo_fast.common.errors import UsageError
 from densegrpo_fast.common.exit_codes import ExitCode, user_errors_exit
-from densegrpo_fast.common.progress import announce
+from densegrpo_fast.common.progress import PhaseProgress, announce
 from densegrpo_fast.config import Config
 from densegrpo_fast.config.cli import configuration
 
@@ -67,8 +68,6 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
         UserError: anything the user can act on.
     """
     rule = make_rule(config, options)
-    from tqdm import tqdm
-
     from densegrpo_fast.calibration import report
     from densegrpo_fast.calibration.rules import calibrate as run
     from densegrpo_fast.flow.dynamics import C, coefficients
@@ -82,25 +81,22 @@ def calibrate(config: Config, options: argparse.Namespace) -> ExitCode:
         meter = _meter(config, options.samples, world)
         start, seen = rule.result, options.samples
         judging = 2 * (seen + (max(2, seen // options.branches) if options.branches else 0))
-        with tqdm(total=options.rounds * seen + judging, unit="sample", disable=None if world.main else True) as bar:
+        total, stream = options.rounds * seen + judging, None if world.main else io.StringIO()
+        with PhaseProgress("calibrating", total, "samples at most", stream) as progress:
 
             def measure(levels: tuple[float, ...], draw: int) -> list[list[float]]:
-                return meter.gains(levels, draw, bar.update).T.tolist()
+                return meter.gains(levels, draw, progress).T.tolist()
 
             def judged(levels: tuple[float, ...]) -> dict[str, Any]:
                 consistency = None
                 if options.branches:
-                    consistency = meter.consistency(levels, HELD_OUT_DRAW, options.branches, bar.update)
+                    consistency = meter.consistency(levels, HELD_OUT_DRAW, options.branches, progress)
                 std = coefficients(meter.sigmas, levels, config.sampler.dynamics).table[:, C].tolist()
                 held_out = Round(levels, measure(levels, HELD_OUT_DRAW))
                 return report.state_record(held_out, consistency, std, meter.sigmas.tolist())
 
-            bar.set_description("before")
             before = judged(start)
-            bar.set_description("rounds")
-            rounds = run(rule, measure, options.rounds, _shown(bar))
-            bar.total -= (options.rounds - len(rounds)) * seen
-            bar.set_description("after")
+            rounds = run(rule, measure, options.rounds)
             after = judged(rule.result)
     if not world.main:
         return ExitCode.OK
@@ -164,14 +160,6 @@ def _settings(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         "branches": options.branches,
         "seed": config.seed,
     }
-
-
-def _shown(bar: Any) -> Callable[[Round], None]:
-    def show(measured: Round) -> None:
-        worst = max((abs(count.imbalance) for count in measured.signs if count.decided), default=0.0)
-        bar.set_postfix_str(f"worst imbalance {worst:.2f}")
-
-    return show
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -349,7 +349,6 @@ def calibrate(
     rule: Rule,
     measure: Callable[[tuple[float, ...], int], Sequence[Sequence[float]]],
     rounds: int,
-    progress: Callable[[Round], object] = lambda done: None,
 ) -> list[Round]:
     """Let a rule move its levels until it has settled, or for so many rounds.
 
@@ -358,7 +357,6 @@ def calibrate(
         measure: from noise levels and the number of a draw to the gains of each step, T sequences of N numbers. The
             same draw means the same samples.
         rounds: at most, at least 1.
-        progress: is told each round.
 
     Returns:
         The rounds, in order.
@@ -372,5 +370,4 @@ def calibrate(
     while len(done) < rounds and not rule.settled:
         done.append(Round(rule.levels, measure(rule.levels, rule.draw)))
         rule.update(done[-1].signs)
-        progress(done[-1])
     return done

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.config import Config
 from densegrpo_fast.rewards.base import RewardMixture
 from densegrpo_fast.sampling.rollout import Rollout
@@ -73,11 +72,13 @@ def policy_samples(
     turns = trainer.schedule.turns() if turns is None else turns
     training = math.ceil(samples / (config.data.num_prompts * config.sampler.group_size))
     count = training + math.ceil(training / (_HELD_OUT - 1))
-    for number in tqdm(range(count), desc="samples", disable=None):
-        batch = trainer.prompts.batch(number)
-        held_out = number % _HELD_OUT == 0
-        turn = number // _HELD_OUT if held_out else number - number // _HELD_OUT - 1
-        coefficients = trainer.schedule.coefficients(turns[turn % len(turns)])
-        # iterations of training count up from 0, these down from the largest one
-        rollout = trainer.sample(batch, replace(steps, coefficients=coefficients), 2**31 - 1 - number)
-        yield PolicySamples(rollout, batch, held_out)
+    with PhaseProgress("sampling", count, "batches") as progress:
+        for number in range(count):
+            batch = trainer.prompts.batch(number)
+            held_out = number % _HELD_OUT == 0
+            turn = number // _HELD_OUT if held_out else number - number // _HELD_OUT - 1
+            coefficients = trainer.schedule.coefficients(turns[turn % len(turns)])
+            # iterations of training count up from 0, these down from the largest one
+            rollout = trainer.sample(batch, replace(steps, coefficients=coefficients), 2**31 - 1 - number)
+            progress()
+            yield PolicySamples(rollout, batch, held_out)

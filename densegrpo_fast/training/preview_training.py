@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from densegrpo_fast.common.progress import PhaseProgress
 from densegrpo_fast.embedded.pixel_loss import pixel_loss
 from densegrpo_fast.models.base import Decoder, FlowModel
 from densegrpo_fast.models.diffusers_model import DiffusersModel
@@ -60,15 +60,17 @@ def train_preview(model: DiffusersModel, pictures: Pictures, steps: int, batch: 
     optimizer = torch.optim.AdamW(parameters, lr=_LR, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     preview.train()
-    for step in tqdm(range(steps), desc="preview decoder", disable=None):
-        for group in optimizer.param_groups:
-            group["lr"] = _LR * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        index = torch.randint(len(pictures), (batch,), generator=generator)
-        made = preview.decode(pictures.latents[index].to(model.device)).sample / 2 + 0.5
-        loss = pixel_loss(made, pictures.images[index].to(model.device).float())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    with PhaseProgress("fitting the preview decoder", steps, "steps") as progress:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = _LR * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            index = torch.randint(len(pictures), (batch,), generator=generator)
+            made = preview.decode(pictures.latents[index].to(model.device)).sample / 2 + 0.5
+            loss = pixel_loss(made, pictures.images[index].to(model.device).float())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            progress()
     preview.requires_grad_(False).eval()
 
 
