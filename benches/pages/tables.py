@@ -271,7 +271,7 @@ def board() -> str:
         cells += ["" if spent is None else f"{spent:.0f}"]
         if judge is not None:
             own = judge["methods"][name]
-            cells += [interval(own["judge/graded"], 3), interval(own["kl/flow_grpo"], 2)]
+            cells += [interval(own["judge/graded"], 3), interval(own["kl/flow_grpo"], 3)]
         lines.append(cells)
     header = ["method", "rate", "reward", "strict", "half of the gain", "all of it", "CPU seconds to it"]
     header += [] if judge is None else ["judge's score, change", "KL"]
