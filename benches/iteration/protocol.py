@@ -116,7 +116,7 @@ class Protocol:
             fixed |= {"objective.trained_steps": DRAWN_STEPS, "objective.step_sampling": "importance"}
             fixed["optimizer.update"] = "streamed" if name == DENSE_STREAMED else "replayed"
         if name == DENSE_FAST:
-            # one trunk per prompt, and of those no more in a forward than the other variants have rows
+            # one noise-free trajectory per prompt, and of those no more in a forward than the other variants have rows
             fixed["sampler.branches"] = self.group_size
             chosen["sampler.micro_batch"] = math.gcd(self.prompts, int(chosen["sampler.micro_batch"]))
         arguments = [f"{key}={value}" for key, value in (chosen | fixed).items()]

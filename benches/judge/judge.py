@@ -95,9 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file = options.judge or options.work[0] / "judge.safetensors"
             world.on_main(lambda: _judge(file, model))
             judge, about = _judge(file, model)
+            if world.main:
+                print(f"judge: {about['held_out_renders']}", file=sys.stderr)
             document = judged(Bench(model, held_out, judge, walk, settings), about, runs, options.output, world)
         if world.main:
-            print(f"judge: {about['held_out_renders']}", file=sys.stderr)
             print(summary(document))
     return ExitCode.OK
 

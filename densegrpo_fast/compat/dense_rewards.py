@@ -100,6 +100,10 @@ def dense_rewards(
     steps, batch = len(states) - 1, states.shape[1]
     kind = _kind(pipeline)
     within = kind == "FluxPipeline"
+    if kind is not None and (kept is not None or guidance == "reuse"):
+        raise ValueError(f"{kind}: kept velocities, and guidance reuse, which needs them, are of SD3's pipelines")
+    if within and guidance != "full":
+        raise ValueError(f"{kind} is guided within the network: expected guidance full, got {guidance!r}")
     scale = float(guidance_scale) if guidance_scale > 1 or within else 1.0
     needs = scale != 1.0 and not within
     _check(states, prompts, metadata, prompt_embeds, negative_prompt_embeds, needs, images, kept, guidance, decoder)
@@ -114,10 +118,9 @@ def dense_rewards(
         )
     else:
         from densegrpo_fast.compat.family_model import FamilyModel
+        from densegrpo_fast.models.families import FAMILIES
 
-        if kept is not None or (within and guidance != "full"):
-            raise ValueError(f"{kind} takes no kept velocities, and FluxPipeline no guidance but full")
-        model = FamilyModel(pipeline, states=states, height=height, width=width, decoder=decoder)
+        model = FamilyModel(pipeline, FAMILIES[kind], states=states, height=height, width=width, decoder=decoder)
         schedule = model.grid()
         negative = {
             "embeds": negative_prompt_embeds,

@@ -17,6 +17,7 @@ from torch import Tensor
 from densegrpo_fast.compat.flow_grpo.schedule import schedule_of
 from densegrpo_fast.models.base import Conditioning, Decoder, GuidanceGradient, Velocity
 from densegrpo_fast.models.diffusers_model import DiffusersModel
+from densegrpo_fast.models.family import Family
 from densegrpo_fast.models.qwen_image import QwenImage
 from densegrpo_fast.models.stable_diffusion import StableDiffusion
 
@@ -40,7 +41,8 @@ class FamilyModel(DiffusersModel):
     """The network and autoencoder of a host's pipeline.
 
     Args:
-        pipeline: of these, its scheduler as sampling left it.
+        pipeline: its scheduler as sampling left it.
+        kind: of FLUX.1, Qwen-Image or Stable Diffusion 1.x.
         states: [T+1, B, ...] of the sampling, for their dtype and size.
         height, width: of the pictures in pixels; 0 = the states' own, and square where they are tokens.
         decoder: clean latents of the host [n, ...] -> images [n, 3, H, W] in [0, 1]; None is the pipeline's own.
@@ -52,17 +54,20 @@ class FamilyModel(DiffusersModel):
     def __init__(
         self,
         pipeline: Any,
+        kind: type[Family],
         *,
         states: Tensor,
         height: int = 0,
         width: int = 0,
         decoder: Callable[[Tensor], Tensor] | None = None,
     ):
-        super().__init__(pipeline, height=height, width=width)
         if not height and not width:
-            side = isqrt(states.shape[2]) * self.family.unit() if states.ndim == 4 else 0
-            sizes = [side, side] if side else [length * self.family.vae_scale for length in states.shape[-2:]]
-            super().__init__(pipeline, height=sizes[0], width=sizes[1])
+            native = kind(pipeline)
+            tokens = isqrt(states.shape[2]) if states.ndim == 4 else 0
+            height, width = (
+                (tokens * native.unit(),) * 2 if tokens else (side * native.vae_scale for side in states.shape[-2:])
+            )
+        super().__init__(pipeline, height=height, width=width, family=kind)
         if tuple(states.shape[2:]) != self.latent_shape:
             raise ValueError(
                 f"latents of {list(states.shape[2:])} are not those of {self.family.height} x {self.family.width} "

@@ -260,7 +260,8 @@ def test_what_does_not_belong_to_the_pipeline_is_refused() -> None:
             dense_rewards(pipeline, reward_fn, PROMPTS, **({"latents": states} | host.arguments | changes))
 
     refused(r"latents of \[24, 16\] are not those of 64 x 64 pixels, \[16, 16\]: give height and width", width=64)
-    refused("FluxPipeline no guidance but full", guidance="cond_only")
+    refused("FluxPipeline is guided within the network: expected guidance full", guidance="cond_only")
+    refused("FluxPipeline: kept velocities, and guidance reuse", guidance="reuse")
     refused("dense_rewards knows StableDiffusion3Pipeline, .* got a WanPipeline", tiny_model("WanPipeline").pipeline)
     other = stable_diffusion()
     other.pipeline.scheduler.timesteps = other.pipeline.scheduler.timesteps + 1
